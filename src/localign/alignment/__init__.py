@@ -1,1 +1,1 @@
-
+"""The method: masks, targets (teacher), student (encoder and decoder), losses."""

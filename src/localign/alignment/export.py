@@ -1,0 +1,57 @@
+"""An aligned student as an export folder, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student, decoder_config_dict
+from localign.backbones import AttentionBackend, load_backbone, save_backbone
+from localign.backbones.export import load_decoder_state, read_config
+from localign.backbones.weights import load_strict
+from localign.errors import UserError
+
+_PROJECTION, _DECODER = "encoder_head.", "decoder."
+
+
+def export_student(
+    student: Student, folder: str | Path, *, decoder: bool = True, provenance: dict[str, Any] | None = None
+) -> Path:
+    """Write the aligned backbone and, unless told otherwise, its decoder with the projection before it.
+
+    Args:
+        student: Trained; not changed.
+        folder: Made where missing.
+        decoder: Also write ``decoder.safetensors``.
+        provenance: Facts for the reader of ``config.json``.
+    """
+    tensors = None
+    if decoder:
+        tensors = {_PROJECTION + k: v for k, v in student.encoder.head.state_dict().items()}
+        tensors |= {_DECODER + k: v for k, v in student.decoder.state_dict().items()}
+    return save_backbone(
+        student.encoder.backbone,
+        folder,
+        decoder=tensors,
+        decoder_config=decoder_config_dict(student.decoder) if decoder else None,
+        provenance=provenance,
+    )
+
+
+def load_student(folder: str | Path, *, attention: AttentionBackend = "auto") -> Student:
+    """Read an export folder with its decoder; the inverse of :func:`export_student`, in eval mode.
+
+    Raises:
+        UserError: The folder has no decoder, is damaged, or its parts do not fit together.
+    """
+    backbone = load_backbone(folder, attention=attention)
+    config = read_config(folder)["localign"]["decoder"]
+    if config is None:
+        raise UserError(f"{folder} holds a backbone without a decoder")
+    decoder_config = DecoderConfig(**config)
+    student = Student(Encoder(backbone, decoder_config.width), Decoder(decoder_config))
+    state = load_decoder_state(folder)
+    for prefix, module in ((_PROJECTION, student.encoder.head), (_DECODER, student.decoder)):
+        part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        load_strict(module, part, f"{folder} {prefix.rstrip('.')}")
+    return student.eval()

@@ -1,0 +1,76 @@
+"""Reconstruction losses as pure functions, one table for training and validation alike.
+
+Each gives a *sum over tokens* and the *number of tokens* it went over, so that a mean over any number of
+micro-batches and ranks divides by what was selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor
+
+LossName = Literal["mse", "cosine", "l1"]
+TokenSelection = Literal["all", "hidden", "visible"]
+LOSS_NAMES: tuple[str, ...] = get_args(LossName)
+TOKEN_SELECTIONS: tuple[str, ...] = get_args(TokenSelection)
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared error, mean over channels: ``(..., width)`` twice to ``(...)``. Equation 1 of the paper."""
+    return (prediction - target).square().mean(dim=-1)
+
+
+def cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """One minus the cosine of two vectors: ``(..., width)`` twice to ``(...)`` in 0..2."""
+    return 1 - F.cosine_similarity(prediction, target, dim=-1)
+
+
+def l1(prediction: Tensor, target: Tensor) -> Tensor:
+    """Absolute error, mean over channels: ``(..., width)`` twice to ``(...)``."""
+    return (prediction - target).abs().mean(dim=-1)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "cosine": cosine, "l1": l1}
+
+
+def select_tokens(keep_mask: Tensor, num_prefix_tokens: int, selection: TokenSelection) -> Tensor | None:
+    """Which tokens a loss goes over.
+
+    Prefix tokens are hidden at the decoder's input in every view, so they belong to ``hidden``.
+
+    Args:
+        keep_mask: bool ``(views, patches)``, True = visible.
+        num_prefix_tokens: How many tokens come before the patches.
+        selection: ``all``, ``hidden`` or ``visible``.
+
+    Returns:
+        bool ``(views, num_prefix_tokens + patches)``, or None for all.
+    """
+    if selection == "all":
+        return None
+    chosen = keep_mask if selection == "visible" else ~keep_mask
+    return F.pad(chosen, (num_prefix_tokens, 0), value=selection == "hidden")
+
+
+def reconstruction_loss(
+    prediction: Tensor, target: Tensor, name: LossName, selected: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss summed over tokens, in float32, and the number of tokens.
+
+    Args:
+        prediction: ``(views, tokens, width)``, or ``(views, width)``.
+        target: Same shape.
+        name: A key of :data:`LOSSES`.
+        selected: bool ``(views, tokens)``; None selects all.
+
+    Returns:
+        Two float32 scalars, sum and count; the count may be 0.
+    """
+    per_token = LOSSES[name](prediction.float(), target.float())
+    if selected is None:
+        return per_token.sum(), per_token.new_tensor(float(per_token.numel()))
+    weight = selected.to(per_token.dtype)
+    return (per_token * weight).sum(), weight.sum()

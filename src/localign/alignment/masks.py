@@ -1,0 +1,130 @@
+"""Keep-masks over patches (section 3.2 and Table 4 of the paper). True = visible, everywhere."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from localign import rng
+from localign.errors import UserError
+
+MaskKind = Literal["uniform", "bernoulli", "block"]
+MASK_KINDS: tuple[str, ...] = get_args(MaskKind)
+_BLOCK_ASPECT = 0.3
+_BLOCK_ATTEMPTS = 200
+
+
+@dataclass(frozen=True)
+class MaskSampler:
+    """Draws the masks of each image from the seed and the image's global position alone.
+
+    Raises:
+        UserError: Unknown kind, or a share outside (0, 1).
+    """
+
+    kind: MaskKind = "uniform"
+    """uniform: cardinality uniform in 0..n, then positions uniform; bernoulli: each patch kept with
+    probability ``keep_ratio``; block: rectangles are hidden until a share of ``1 - keep_ratio`` is covered."""
+    keep_ratio: float = 0.5
+    """Share of patches kept visible, for bernoulli and block; uniform ignores the default and refuses others."""
+    complement: bool = True
+    """Also use the mask's complement."""
+    all_visible: bool = True
+    """Also use the mask that hides nothing."""
+    block_min_patches: int = 16
+    """Smallest block, in patches."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in MASK_KINDS:
+            raise UserError(f"unknown mask kind {self.kind!r}; known: {', '.join(MASK_KINDS)}")
+        if not 0 < self.keep_ratio < 1:
+            raise UserError(f"the keep ratio must lie between 0 and 1, not {self.keep_ratio}")
+        if self.kind == "uniform" and self.keep_ratio != 0.5:
+            raise UserError("uniform masks draw their own cardinality; a keep ratio goes with bernoulli or block")
+        if self.block_min_patches < 1:
+            raise UserError(f"blocks need at least one patch, not {self.block_min_patches}")
+
+    @property
+    def masks_per_image(self) -> int:
+        """1, 2 or 3."""
+        return 1 + self.complement + self.all_visible
+
+    def check(self, grid: tuple[int, int]) -> None:
+        """Refuse a grid on which the masks do not fit.
+
+        Raises:
+            UserError: Blocks are larger than what is to be hidden.
+        """
+        if self.kind == "block":
+            hidden = round((1 - self.keep_ratio) * grid[0] * grid[1])
+            if self.block_min_patches > hidden:
+                raise UserError(
+                    f"blocks of at least {self.block_min_patches} patches do not fit: on a {grid[0]}x{grid[1]} "
+                    f"grid, keep ratio {self.keep_ratio} hides {hidden}"
+                )
+
+    def __call__(self, seed: int, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Draw masks.
+
+        Args:
+            seed: The run's seed.
+            positions: int64 ``(batch,)``, global positions in the stream of samples.
+            grid: Rows and columns of patches.
+
+        Returns:
+            bool ``(batch, masks_per_image, rows * columns)`` on the CPU, True = visible, in the order mask,
+            complement, all-visible.
+        """
+        self.check(grid)
+        drawn = _SAMPLERS[self.kind](self, seed, positions, grid)
+        masks = [drawn]
+        if self.complement:
+            masks.append(~drawn)
+        if self.all_visible:
+            masks.append(torch.ones_like(drawn))
+        return torch.stack(masks, dim=1)
+
+
+def _uniform(sampler: MaskSampler, seed: int, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    n = grid[0] * grid[1]
+    draws = rng.uniform(seed, "mask", positions, n + 1)
+    cardinality = (draws[:, :1] * (n + 1)).floor()
+    ranks = draws[:, 1:].argsort(dim=1, stable=True).argsort(dim=1)
+    return ranks < cardinality
+
+
+def _bernoulli(sampler: MaskSampler, seed: int, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    return rng.uniform(seed, "mask", positions, grid[0] * grid[1]) < sampler.keep_ratio
+
+
+def _block(sampler: MaskSampler, seed: int, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    masks = [_one_block_mask(sampler, rng.generator(seed, "mask", int(p)), grid) for p in positions]
+    return torch.from_numpy(np.stack(masks)).flatten(1)
+
+
+def _one_block_mask(sampler: MaskSampler, draw: np.random.Generator, grid: tuple[int, int]) -> np.ndarray:
+    rows, columns = grid
+    keep = np.ones(grid, dtype=bool)
+    target = round((1 - sampler.keep_ratio) * rows * columns)
+    log_aspect = math.log(_BLOCK_ASPECT)
+    for _ in range(_BLOCK_ATTEMPTS):
+        left = target - int((~keep).sum())
+        if left <= 0:
+            break
+        area = draw.uniform(sampler.block_min_patches, max(left, sampler.block_min_patches))
+        aspect = math.exp(draw.uniform(log_aspect, -log_aspect))
+        height = min(rows, max(1, round(math.sqrt(area * aspect))))
+        width = min(columns, max(1, round(math.sqrt(area / aspect))))
+        if height * width < sampler.block_min_patches:
+            continue
+        top, side = draw.integers(0, rows - height + 1), draw.integers(0, columns - width + 1)
+        keep[top : top + height, side : side + width] = False
+    return keep
+
+
+_SAMPLERS = {"uniform": _uniform, "bernoulli": _bernoulli, "block": _block}

@@ -1,0 +1,219 @@
+"""The student: the trainable copy as encoder, and the shallow decoder (section 3.2 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from localign.backbones import AttentionBackend, Backbone
+from localign.errors import UserError
+
+NORM_EPS = 1e-5
+"""eps of every LayerNorm that alignment creates."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What it takes to build a decoder again."""
+
+    width: int
+    """Channels of its tokens."""
+    output_width: int
+    """Channels of the teacher's tokens."""
+    num_heads: int
+    """Attention heads."""
+    num_tokens: int
+    """Prefix tokens plus patches."""
+    depth: int = 2
+    """Transformer blocks."""
+    qkv_bias: bool = True
+    """Bias of queries, keys and values."""
+    layer_scale: float | None = 1e-6
+    """Initial LayerScale of both branches, or None for none."""
+    activation: str = "GELU"
+    """Class name of the MLPs' activation."""
+
+
+class Encoder(nn.Module):
+    """A ViT on the whole image, then a linear head that starts at zero.
+
+    Args:
+        backbone: A copy that this module owns.
+        output_width: Channels of the decoder.
+    """
+
+    def __init__(self, backbone: Backbone, output_width: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.width, output_width)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``(batch, 3, height, width)`` to ``(batch, tokens, decoder width)``."""
+        return self.head(self.backbone.tokens(images))
+
+
+def prepare_backbone(backbone: Backbone) -> Backbone:
+    """Remove pooling and put a fresh LayerNorm where the final norm was, in place.
+
+    The norm before pooling is renewed, or the one after it where that is the only one; either way it then
+    applies to every token.
+    """
+    vit = backbone.vit
+    backbone.final_norm = "norm" if _has_weight(vit.norm) or not _has_weight(vit.fc_norm) else "fc_norm"
+    vit.reset_classifier(0, "")
+    setattr(vit, backbone.final_norm, nn.LayerNorm(backbone.width, eps=NORM_EPS))
+    return backbone
+
+
+def _has_weight(norm: nn.Module) -> bool:
+    return any(True for _ in norm.parameters())
+
+
+class Decoder(nn.Module):
+    """Position embedding, pre-norm blocks with ordinary attention, norm, linear."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = False
+        self.pos_embed = nn.Parameter(torch.randn(1, config.num_tokens, config.width) * 0.02)
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    dim=config.width,
+                    num_heads=config.num_heads,
+                    qkv_bias=config.qkv_bias,
+                    init_values=config.layer_scale,
+                    norm_layer=_layer_norm,
+                    act_layer=activation_class(config.activation),
+                )
+                for _ in range(config.depth)
+            )
+        )
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.head = nn.Linear(config.width, config.output_width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Masked embeddings ``(views, tokens, width)`` to reconstructions ``(views, tokens, output_width)``."""
+        x = tokens + self.pos_embed
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return self.head(self.norm(x))
+
+
+def _layer_norm(width: int, **kwargs: Any) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=NORM_EPS, **kwargs)
+
+
+def activation_class(name: str) -> Callable[..., nn.Module]:
+    """The activation of a class name, from torch or timm.
+
+    Raises:
+        UserError: Neither has it.
+    """
+    import timm.layers
+
+    found = getattr(nn, name, None) or getattr(timm.layers, name, None)
+    if found is None:
+        raise UserError(f"unknown activation {name!r}")
+    return found
+
+
+class Student(nn.Module):
+    """Encoder and decoder with the masking between them."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.encoder.backbone.num_prefix_tokens
+
+    def forward(self, images: Tensor, keep_mask: Tensor) -> Tensor:
+        """Reconstruct the teacher's tokens of every view from masked embeddings of the whole image.
+
+        Args:
+            images: Normalised, ``(batch, 3, height, width)``.
+            keep_mask: bool ``(batch, masks, patches)``, True = visible.
+
+        Returns:
+            ``(batch * masks, tokens, teacher width)``; the views of one image are neighbours.
+        """
+        return self.decode(self.encoder(images), keep_mask)
+
+    def decode(self, embeddings: Tensor, keep_mask: Tensor) -> Tensor:
+        """Mask embeddings ``(batch, tokens, width)``, prefix tokens always hidden, and decode each view."""
+        keep = F.pad(keep_mask, (self.num_prefix_tokens, 0), value=False)
+        masked = embeddings[:, None] * keep[..., None].to(embeddings.dtype)
+        return self.decoder(masked.flatten(0, 1))
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        """Recompute block activations in the backward pass instead of keeping them."""
+        self.encoder.backbone.vit.set_grad_checkpointing(enable)
+        self.decoder.grad_checkpointing = enable
+
+    def train_last_blocks(self, count: int) -> None:
+        """Freeze the encoder but for its last ``count`` blocks, final norm and head.
+
+        Raises:
+            UserError: The backbone has fewer blocks.
+        """
+        backbone = self.encoder.backbone
+        if not 0 < count <= backbone.depth:
+            raise UserError(f"--train-blocks {count} does not fit: {backbone.name} has {backbone.depth} blocks")
+        backbone.requires_grad_(False)
+        for block in backbone.vit.blocks[-count:]:
+            block.requires_grad_(True)
+        getattr(backbone.vit, backbone.final_norm).requires_grad_(True)
+
+
+def build_student(
+    backbone: Backbone,
+    *,
+    soft_cap: float | None,
+    attention: AttentionBackend = "auto",
+    decoder_depth: int = 2,
+    layer_scale: float | None = 1e-6,
+    teacher_width: int | None = None,
+) -> Student:
+    """A student for a pre-trained backbone, which itself stays as it is.
+
+    Args:
+        backbone: The pre-trained model; copied.
+        soft_cap: Bound of the encoder's attention logits, or None.
+        attention: Back-end of soft-capped attention.
+        decoder_depth: Blocks of the decoder.
+        layer_scale: Initial LayerScale of the decoder, or None.
+        teacher_width: Channels of the target; the backbone's own by default.
+    """
+    config = DecoderConfig(
+        width=backbone.width,
+        output_width=teacher_width or backbone.width,
+        num_heads=backbone.num_heads,
+        num_tokens=backbone.num_prefix_tokens + backbone.num_patches,
+        depth=decoder_depth,
+        qkv_bias=backbone.qkv_bias,
+        layer_scale=layer_scale,
+        activation=backbone.activation.__name__,
+    )
+    copy = prepare_backbone(backbone.copy(soft_cap=soft_cap, attention=attention))
+    return Student(Encoder(copy, config.width), Decoder(config))
+
+
+def decoder_config_dict(decoder: Decoder) -> dict[str, Any]:
+    """The decoder's configuration as JSON-able values."""
+    return asdict(decoder.config)

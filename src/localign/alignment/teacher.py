@@ -1,0 +1,92 @@
+"""The frozen teacher: what the pre-trained model makes of masked images."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from localign.backbones import Backbone
+from localign.errors import UserError
+
+TargetName = Literal["penultimate", "last", "cls"]
+TARGETS: tuple[str, ...] = get_args(TargetName)
+
+
+def mask_images(images: Tensor, keep_mask: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """Hide patches by setting their normalised pixels to 0, the mean colour.
+
+    Pixels right of and below the last full patch belong to no patch and are 0 in every view.
+
+    Args:
+        images: Normalised, ``(batch, 3, height, width)``.
+        keep_mask: bool ``(batch, masks, rows * columns)``, True = visible.
+        grid: Rows and columns of patches.
+        patch: Patch height and width, pixels.
+
+    Returns:
+        ``(batch * masks, 3, height, width)``; the views of one image are neighbours.
+    """
+    batch, masks, _ = keep_mask.shape
+    pixels = keep_mask.view(batch, masks, 1, *grid).to(images.dtype)
+    pixels = pixels.repeat_interleave(patch[0], dim=3).repeat_interleave(patch[1], dim=4)
+    below, right = images.shape[2] - pixels.shape[3], images.shape[3] - pixels.shape[4]
+    if below or right:
+        pixels = nn.functional.pad(pixels, (0, right, 0, below))
+    return (images[:, None] * pixels).flatten(0, 1)
+
+
+class Teacher(nn.Module):
+    """A frozen backbone and the layer that is to be reproduced.
+
+    Args:
+        backbone: The pre-trained model; set to eval mode, without gradients, never in a checkpoint.
+        target: ``penultimate``: tokens after the second-to-last block, then the final norm; ``last``: after
+            the last block, then the norm; ``cls``: the pooled output.
+
+    Raises:
+        UserError: ``cls`` on a backbone without exactly one prefix token, or too shallow a backbone.
+    """
+
+    scale: Tensor
+
+    def __init__(self, backbone: Backbone, target: TargetName = "penultimate") -> None:
+        super().__init__()
+        if target not in TARGETS:
+            raise UserError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
+        if target == "cls" and backbone.num_prefix_tokens != 1:
+            raise UserError(
+                f"target cls needs a backbone with exactly one prefix token; {backbone.name} has "
+                f"{backbone.num_prefix_tokens}"
+            )
+        if target == "penultimate" and backbone.depth < 2:
+            raise UserError(f"target penultimate needs two blocks; {backbone.name} has {backbone.depth}")
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.target = target
+        self.layer = -2 if target == "penultimate" else -1
+        self.register_buffer("scale", torch.ones((), device=next(backbone.parameters()).device))
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode whatever the loop asks for."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, keep_mask: Tensor) -> Tensor:
+        """Targets of every masked view, divided by the target scale.
+
+        Args:
+            images: Normalised, ``(batch, 3, height, width)``.
+            keep_mask: bool ``(batch, masks, patches)``, True = visible.
+
+        Returns:
+            ``(batch * masks, tokens, width)``, or ``(batch * masks, width)`` for target ``cls``.
+        """
+        views = mask_images(images, keep_mask, self.backbone.grid, self.backbone.patch_size)
+        return self.of_views(views) / self.scale
+
+    def of_views(self, views: Tensor) -> Tensor:
+        """Unscaled targets of already masked images ``(views, 3, height, width)``."""
+        if self.target == "cls":
+            return self.backbone.pooled(views)
+        return self.backbone.tokens(views, layer=self.layer)

@@ -1,0 +1,124 @@
+"""Recompute every quantity of a reference folder and report the largest error of each."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from localign.alignment.export import export_student, load_student
+from localign.alignment.losses import LossName, reconstruction_loss
+from localign.alignment.published import PUBLISHED_SOFT_CAP, read_published
+from localign.alignment.student import Student
+from localign.alignment.teacher import Teacher, mask_images
+from localign.backbones import Backbone
+from localign.backbones.create import build_vit
+from localign.backbones.weights import load_strict
+from localign.errors import UserError
+
+_ARCHITECTURE = "vit_base_patch16_224"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One recomputed quantity."""
+
+    variant: str
+    quantity: str
+    max_error: float
+    """Largest difference to the reference, each relative to ``max(1, |reference|)``."""
+    max_absolute: float
+    """Largest absolute difference."""
+
+
+def verify_reference(folder: str | Path) -> list[Comparison]:
+    """Compare our numbers with a folder of ``meta.json``, ``<variant>.safetensors`` and ``<variant>.pth.tar``.
+
+    Everything runs in float32 on the CPU.
+
+    Raises:
+        UserError: The folder is not laid out like that.
+    """
+    folder = Path(folder)
+    meta_file = folder / "meta.json"
+    if not meta_file.is_file():
+        raise UserError(f"{folder} is no reference folder: it has no meta.json")
+    meta = json.loads(meta_file.read_text())
+    results: list[Comparison] = []
+    with torch.no_grad():
+        for variant, facts in meta.items():
+            reference = load_file(folder / f"{variant}.safetensors")
+            backbone = _reference_backbone(variant, facts["vit"], reference)
+            computed = [*_plain(backbone, reference), *_student(backbone, reference, folder, variant)]
+            unchecked = {k for k in reference if not k.startswith(("backbone.", "images", "keep_masks"))}
+            for name, value in computed:
+                results.append(Comparison(variant, name, *_errors(value, reference[name.split(" ")[0]])))
+                unchecked.discard(name.split(" ")[0])
+            if unchecked:
+                raise UserError(f"{variant} holds quantities unknown here: {', '.join(sorted(unchecked))}")
+    return results
+
+
+def _errors(value: Tensor, reference: Tensor) -> tuple[float, float]:
+    if value.shape != reference.shape:
+        return float("inf"), float("inf")
+    difference = (value.double() - reference.double()).abs()
+    return float((difference / reference.double().abs().clamp(min=1)).max()), float(difference.max())
+
+
+def _reference_backbone(variant: str, vit_kwargs: dict[str, object], reference: dict[str, Tensor]) -> Backbone:
+    vit = build_vit(_ARCHITECTURE, vit_kwargs, pretrained=False)
+    weights = {k.removeprefix("backbone."): v for k, v in reference.items() if k.startswith("backbone.")}
+    load_strict(vit, weights, variant)
+    return Backbone(vit, name=variant, architecture=_ARCHITECTURE, model_kwargs=dict(vit_kwargs)).eval()
+
+
+def _plain(backbone: Backbone, reference: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    images, keep = reference["images"], _keep_masks(reference)
+    yield "tokens.plain", backbone.tokens(images)
+    for cap in (30, 1):
+        yield f"tokens.softcap{cap}", backbone.copy(soft_cap=float(cap)).tokens(images)
+    yield "teacher.skip0", Teacher(backbone, "last")(images, keep)
+    yield "teacher.skip1", Teacher(backbone, "penultimate")(images, keep)
+    views = mask_images(images, keep, backbone.grid, backbone.patch_size)
+    yield "teacher.skip2", backbone.tokens(views, layer=-3)
+    if "teacher.cls" in reference:
+        yield "teacher.cls", Teacher(backbone, "cls")(images, keep)
+
+
+def _keep_masks(reference: dict[str, Tensor]) -> Tensor:
+    images = reference["images"].shape[0]
+    return reference["keep_masks"].bool().view(images, -1, reference["keep_masks"].shape[-1])
+
+
+def _student(
+    backbone: Backbone, reference: dict[str, Tensor], folder: Path, variant: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The student read from the published file, then once more after a round trip through our export."""
+    student = read_published(folder / f"{variant}.pth.tar", backbone, soft_cap=PUBLISHED_SOFT_CAP)
+    yield from _student_quantities(student, backbone, reference, "")
+    with tempfile.TemporaryDirectory() as temporary:
+        export_student(student, temporary)
+        yield from _student_quantities(load_student(temporary), backbone, reference, " (exported)")
+
+
+def _student_quantities(
+    student: Student, backbone: Backbone, reference: dict[str, Tensor], note: str
+) -> Iterator[tuple[str, Tensor]]:
+    images, keep = reference["images"], _keep_masks(reference)
+    yield f"student.encoder{note}", student.encoder(images)
+    # Rounding in the encoder is amplified by the decoder, so the decoder is also judged by itself.
+    yield f"student.reconstruction (decoder alone){note}", student.decode(reference["student.encoder"], keep)
+    reconstruction = student(images, keep)
+    yield f"student.reconstruction{note}", reconstruction
+    target = Teacher(backbone, "penultimate")(images, keep)
+    names: tuple[LossName, LossName] = ("mse", "cosine")
+    for name in names:
+        total, count = reconstruction_loss(reconstruction, target, name)
+        yield f"student.{name}{note}", (total / count).reshape(reference[f"student.{name}"].shape)

@@ -1,0 +1,197 @@
+"""One vision transformer behind one small interface."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from localign.backbones.attention import AttentionBackend, apply_soft_cap
+from localign.errors import UserError
+
+FAMILIES = (VisionTransformer, Eva, Beit)
+FinalNorm = Literal["norm", "fc_norm", "none"]
+
+
+class Backbone(nn.Module):
+    """A timm ViT that gives token sequences of any layer.
+
+    Features come from timm's ``forward_intermediates``; the wrapped model's methods are never replaced.
+
+    Args:
+        vit: A timm VisionTransformer, Eva or Beit model, built with ``num_classes=0``.
+        name: How reports call it.
+        architecture: timm's registered name, from which it can be built again.
+        model_kwargs: The arguments given to timm beside the name.
+        mean, std: Pixel statistics per RGB channel, for pixels in 0..1.
+        soft_cap: Bound of the attention logits, or None for ordinary attention.
+        attention: Back-end of soft-capped attention.
+        final_norm: Which norm :meth:`tokens` applies to each token. The default is the ViT's ``norm``, which
+            is an identity where the model only normalises after pooling; ``"fc_norm"`` is what an aligned
+            model of that kind uses.
+    """
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        *,
+        name: str,
+        architecture: str,
+        model_kwargs: dict[str, Any] | None = None,
+        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        soft_cap: float | None = None,
+        attention: AttentionBackend = "auto",
+        final_norm: FinalNorm = "norm",
+    ) -> None:
+        super().__init__()
+        if not isinstance(vit, FAMILIES):
+            families = ", ".join(f.__name__ for f in FAMILIES)
+            raise UserError(f"{name} is a {type(vit).__name__}; localign takes timm's {families} models")
+        if vit.patch_embed.grid_size is None:
+            raise UserError(f"{name} has no fixed patch grid; give it an image size")
+        self.vit = vit
+        self.name = name
+        self.architecture = architecture
+        self.model_kwargs = dict(model_kwargs or {})
+        self.mean: tuple[float, ...] = tuple(float(m) for m in mean)
+        self.std: tuple[float, ...] = tuple(float(s) for s in std)
+        self.soft_cap = soft_cap
+        self.attention = attention
+        self.final_norm = final_norm
+        if soft_cap is not None:
+            apply_soft_cap(vit, soft_cap, attention)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Input height and width in pixels."""
+        height, width = self.vit.patch_embed.img_size
+        return int(height), int(width)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Patch height and width in pixels."""
+        height, width = self.vit.patch_embed.patch_size
+        return int(height), int(width)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches. Pixels right of or below the last full patch belong to none."""
+        rows, columns = self.vit.patch_embed.grid_size
+        return int(rows), int(columns)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class and register tokens, which come before the patches in every sequence."""
+        return int(self.vit.num_prefix_tokens)
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return int(self.vit.embed_dim)
+
+    @property
+    def depth(self) -> int:
+        return len(self.vit.blocks)
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.vit.blocks[0].attn.num_heads)
+
+    @property
+    def activation(self) -> type[nn.Module]:
+        """The class of the MLPs' activation (exact GELU, quick GELU, SiLU, ...)."""
+        return type(getattr(self.vit.blocks[0].mlp, "act", nn.GELU()))
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether queries (and values) have a bias; EVA and BEiT keep it outside of the linear layer."""
+        attn = self.vit.blocks[0].attn
+        if getattr(attn, "q_bias", None) is not None:
+            return True
+        projection = attn.qkv if attn.qkv is not None else attn.q_proj
+        return projection.bias is not None
+
+    def block_index(self, layer: int) -> int:
+        """The position 0..depth-1 of ``layer``, which may count from the end (-1 = last block).
+
+        Raises:
+            UserError: There is no such block.
+        """
+        index = layer if layer >= 0 else self.depth + layer
+        if not 0 <= index < self.depth:
+            raise UserError(f"{self.name} has {self.depth} blocks; there is no layer {layer}")
+        return index
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Pixels to the backbone's input range.
+
+        Args:
+            images: uint8 ``(batch, 3, height, width)``, 0..255.
+
+        Returns:
+            float32, same shape: ``(pixel / 255 - mean) / std``.
+        """
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+    def tokens(self, images: Tensor, layer: int = -1, norm: bool = True) -> Tensor:
+        """The token sequence after one block; later blocks are not run.
+
+        Args:
+            images: Normalised, ``(batch, 3, height, width)``.
+            layer: Block whose output is wanted, 0-based or counted from the end.
+            norm: Apply the final norm, also to the output of an earlier block.
+
+        Returns:
+            ``(batch, num_prefix_tokens + num_patches, width)``, prefix tokens first, patches in row order.
+        """
+        prefix = self.num_prefix_tokens
+        features = self.vit.forward_intermediates(
+            images,
+            indices=[self.block_index(layer)],
+            return_prefix_tokens=prefix > 0,
+            norm=False,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )[0]
+        tokens = torch.cat([features[1], features[0]], dim=1) if prefix else features
+        return self.normalise_tokens(tokens) if norm else tokens
+
+    def normalise_tokens(self, tokens: Tensor) -> Tensor:
+        """Apply the final norm to every token ``(..., width)``."""
+        if self.final_norm == "none":
+            return tokens
+        return self.vit.norm(tokens) if self.final_norm == "norm" else self.vit.fc_norm(tokens)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """The model's own pooled output, ``(batch, width)``, of normalised images."""
+        return self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Last-layer tokens after the final norm, of normalised images."""
+        return self.tokens(images)
+
+    def copy(self, *, soft_cap: float | None = None, attention: AttentionBackend | None = None) -> Backbone:
+        """A deep copy, with soft-capped attention where a cap is given."""
+        twin = copy.deepcopy(self)
+        twin.attention = attention or self.attention
+        if soft_cap is not None:
+            apply_soft_cap(twin.vit, soft_cap, twin.attention)
+            twin.soft_cap = soft_cap
+        return twin
+
+    def extra_repr(self) -> str:
+        rows, columns = self.grid
+        return f"{self.name}: {self.num_prefix_tokens} + {rows}x{columns} tokens of {self.width}"

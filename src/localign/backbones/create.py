@@ -1,0 +1,157 @@
+"""From a name to a backbone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from localign import rng
+from localign.backbones.attention import AttentionBackend
+from localign.backbones.backbone import Backbone
+from localign.backbones.catalogue import CATALOGUE
+from localign.backbones.export import CONFIG_FILE, load_backbone
+from localign.backbones.moco import read_moco_v3
+from localign.backbones.weights import load_strict, read_state_dict
+from localign.errors import UserError, near
+
+EMBEDDED = "scenes-vit"
+"""The small backbone inside the package, pre-trained on scenes with image-level supervision."""
+_REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
+# A backbone has no classifier, whatever file its weights come from.
+_CLASSIFIER = ("head.", "head_dist.", "fc.")
+
+
+def create_backbone(
+    name: str,
+    *,
+    weights: str = "pretrained",
+    image_size: int | tuple[int, int] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    attention: AttentionBackend = "auto",
+    seed: int = 0,
+) -> Backbone:
+    """Build a backbone.
+
+    Args:
+        name: A name of the catalogue, ``scenes-vit``, any timm name, ``hf-hub:...``, ``local-dir:...`` or a
+            folder written by ``localign export``.
+        weights: ``"pretrained"``, ``"none"`` (random, keyed by ``seed``), or a file: safetensors or torch
+            tensors under timm's names, or the authors' own format where timm converts it.
+        image_size: Input side, or (height, width), in pixels; the position embedding is resampled.
+        model_kwargs: Further arguments for timm's constructor, for example ``{"depth": 2}``.
+        attention: Back-end of soft-capped attention, where the backbone has it.
+        seed: Seed of random weights.
+
+    Returns:
+        The backbone in eval mode.
+
+    Raises:
+        UserError: Unknown name (with near ones), weights that do not fit or cannot be fetched.
+    """
+    kwargs = dict(model_kwargs or {})
+    if name == EMBEDDED:
+        return load_backbone(_embedded_path(), attention=attention)
+    if (Path(name) / CONFIG_FILE).is_file() and not name.startswith(_REMOTE):
+        if kwargs or image_size or weights != "pretrained":
+            raise UserError(f"{name} is an exported backbone: its weights, image size and arguments are fixed")
+        return load_backbone(Path(name), attention=attention)
+    entry = CATALOGUE.get(name)
+    architecture = entry.timm_name if entry else name
+    if image_size is None and entry:
+        image_size = entry.image_size
+    if image_size is not None:
+        kwargs["img_size"] = image_size
+    if not name.startswith(_REMOTE):
+        _check_timm_name(architecture)
+    if entry and entry.loader == "moco-v3" and weights == "pretrained":
+        raise UserError(
+            f"{name} has no weights in timm; give the authors' checkpoint file with --weights vit-b-300ep.pth.tar"
+        )
+    with rng.seeded_globals(seed, "backbone weights"):
+        vit = build_vit(architecture, kwargs, pretrained=weights == "pretrained")
+    if weights not in ("pretrained", "none"):
+        moco = entry is not None and entry.loader == "moco-v3"
+        _load_weight_file(vit, Path(weights), moco=moco)
+    return backbone_of(vit, name=name, architecture=architecture, model_kwargs=kwargs, attention=attention)
+
+
+def _embedded_path() -> Path:
+    path = Path(str(files("localign"))) / "assets" / EMBEDDED
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"this installation lacks the embedded backbone; make it with: localign pretrain --out {path}")
+    return path
+
+
+def backbone_of(
+    vit: nn.Module,
+    *,
+    name: str,
+    architecture: str,
+    model_kwargs: Mapping[str, Any],
+    attention: AttentionBackend = "auto",
+) -> Backbone:
+    """Wrap a timm model, taking its pixel statistics from its pre-trained configuration."""
+    cfg = vit.pretrained_cfg
+    return Backbone(
+        vit,
+        name=name,
+        architecture=architecture,
+        model_kwargs=dict(model_kwargs),
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        attention=attention,
+    ).eval()
+
+
+def build_vit(architecture: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
+    """A timm model without classifier.
+
+    Raises:
+        UserError: timm takes no such argument, or the weights cannot be fetched.
+    """
+    try:
+        return timm.create_model(architecture, pretrained=pretrained, num_classes=0, **kwargs)
+    except TypeError as error:
+        raise UserError(f"{architecture}: {error}") from error
+    except AssertionError as error:
+        raise UserError(f"{architecture} with {dict(kwargs)}: {error}") from error
+    except Exception as error:
+        if not pretrained:
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the weights of {architecture} cannot be fetched ({reason}); "
+            "give a file with --weights FILE, or --weights none for random ones"
+        ) from error
+
+
+def _check_timm_name(name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        known = [EMBEDDED, *CATALOGUE, *timm.list_models()]
+        raise UserError(f"unknown backbone {name!r}{near(name, known)}; `localign list backbones` shows all")
+    if tag and get_pretrained_cfg(name, allow_unregistered=False) is None:
+        tags = [n for n in timm.list_pretrained(f"{architecture}.*")]
+        raise UserError(f"{architecture} has no weights tagged {tag!r}; known: {', '.join(tags) or 'none'}")
+
+
+def _load_weight_file(vit: nn.Module, path: Path, *, moco: bool) -> None:
+    if moco:
+        load_strict(vit, read_moco_v3(path), path)
+        return
+    state = read_state_dict(path)
+    # timm knows the authors' own formats (OpenAI CLIP, DINOv2, ...) and resizes position embeddings.
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        try:
+            state = convert(state, vit)
+        except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"{path} does not fit {type(vit).__name__}: {error!r}") from error
+    load_strict(vit, state, path, ignore=_CLASSIFIER)

@@ -1,0 +1,201 @@
+"""An aligned (or any) backbone as a folder that others can load: tensors plus one JSON file.
+
+``model.safetensors`` holds the ViT under timm's names and ``config.json`` timm's own keys plus a section
+``localign`` with what timm has no word for: soft-cap, which norm follows, feature layer, provenance. The
+decoder of an alignment, where there is one, lies beside it as ``decoder.safetensors``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from localign._version import __version__
+from localign.backbones.attention import AttentionBackend
+from localign.backbones.backbone import Backbone
+from localign.backbones.weights import StateDict, load_strict
+from localign.errors import UserError
+from localign.files import replace_text, replacing
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+DECODER_FILE = "decoder.safetensors"
+FORMAT = 1
+
+
+def save_backbone(
+    backbone: Backbone,
+    folder: str | Path,
+    *,
+    decoder: StateDict | None = None,
+    decoder_config: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write an export folder; each file appears whole or not at all, the config last.
+
+    Args:
+        backbone: What to save.
+        folder: Made where missing.
+        decoder: Tensors of the alignment's decoder and of the projection before it.
+        decoder_config: What is needed to build that decoder again.
+        provenance: Free facts for the reader: base weights, run, seed, data.
+        dtype: Storage type; the weights' own by default.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: _stored(v, dtype) for k, v in backbone.vit.state_dict().items()}
+    _save_tensors(state, folder / WEIGHTS_FILE)
+    if decoder is not None:
+        _save_tensors({k: _stored(v, dtype) for k, v in decoder.items()}, folder / DECODER_FILE)
+    config = _config(backbone, state, decoder_config, provenance or {})
+    replace_text(folder / CONFIG_FILE, json.dumps(config, indent=1) + "\n")
+    return folder
+
+
+def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.to(dtype).contiguous() if dtype and tensor.is_floating_point() else tensor.contiguous()
+
+
+def _save_tensors(state: StateDict, path: Path) -> None:
+    with replacing(path) as temporary:
+        save_file(state, temporary)
+
+
+def _config(
+    backbone: Backbone, state: StateDict, decoder: dict[str, Any] | None, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    vit = backbone.vit
+    norm = vit.norm if backbone.final_norm == "norm" else getattr(vit, "fc_norm", None)
+    kwargs = {k: list(v) if isinstance(v, tuple) else v for k, v in backbone.model_kwargs.items()}
+    height, width = backbone.image_size
+    return {
+        # timm's keys, so that timm.create_model("local-dir:FOLDER") finds what it expects
+        "architecture": backbone.architecture.split(".")[0],
+        "num_classes": 0,
+        "num_features": backbone.width,
+        "global_pool": "avg" if backbone.final_norm == "fc_norm" else "",
+        "model_args": kwargs,
+        "pretrained_cfg": {
+            "input_size": [3, height, width],
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+            "num_classes": 0,
+            "fixed_input_size": True,
+        },
+        "localign": {
+            "format": FORMAT,
+            "version": __version__,
+            "name": backbone.name,
+            "soft_cap": backbone.soft_cap,
+            "final_norm": backbone.final_norm,
+            "norm_eps": getattr(norm, "eps", None),
+            "pooling": vit.global_pool or None,
+            "feature_layer": backbone.depth - 1,
+            "num_prefix_tokens": backbone.num_prefix_tokens,
+            "grid": list(backbone.grid),
+            "decoder": decoder,
+            "provenance": provenance,
+            "sha256": content_hash(state),
+        },
+    }
+
+
+def content_hash(state: StateDict) -> str:
+    """A hash over names, types, shapes and values of tensors, independent of the file they lie in."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The ``config.json`` of an export folder.
+
+    Raises:
+        UserError: Missing, not JSON, or not written by localign.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no exported backbone: it has no {CONFIG_FILE}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+    section = config.get("localign") if isinstance(config, dict) else None
+    if not isinstance(section, dict):
+        raise UserError(f"{path} was not written by localign; give timm folders as local-dir:{folder}")
+    if section.get("format") != FORMAT:
+        raise UserError(f"{path} has format {section.get('format')!r}; this version reads {FORMAT}")
+    return config
+
+
+def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -> Backbone:
+    """Read an export folder back; the inverse of :func:`save_backbone`.
+
+    Returns:
+        The backbone in eval mode, float32, soft-capped where it was.
+
+    Raises:
+        UserError: The folder is incomplete, or its tensors do not fit or are not the ones described.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    ours = config["localign"]
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is no complete export: it has no {WEIGHTS_FILE}")
+    vit = _empty_vit(config)
+    state = load_file(path)
+    if ours["sha256"] != content_hash(state):
+        raise UserError(f"{path} is damaged: its tensors are not those that {CONFIG_FILE} describes")
+    load_strict(vit, state, path)
+    cfg = config["pretrained_cfg"]
+    return Backbone(
+        vit,
+        name=ours["name"],
+        architecture=config["architecture"],
+        model_kwargs=config["model_args"],
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        soft_cap=ours["soft_cap"],
+        attention=attention,
+        final_norm=ours["final_norm"],
+    ).eval()
+
+
+def _empty_vit(config: dict[str, Any]) -> nn.Module:
+    ours = config["localign"]
+    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in config["model_args"].items()}
+    vit = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **kwargs)
+    if ours["pooling"] is None:
+        vit.reset_classifier(0, "")
+    name = ours["final_norm"]
+    if name != "none" and ours["norm_eps"] is not None:
+        getattr(vit, name).eps = ours["norm_eps"]
+    return vit
+
+
+def load_decoder_state(folder: str | Path) -> StateDict:
+    """The decoder's tensors of an export folder.
+
+    Raises:
+        UserError: The folder has none.
+    """
+    path = Path(folder) / DECODER_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds a backbone without a decoder")
+    return load_file(path)

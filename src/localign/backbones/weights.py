@@ -1,0 +1,118 @@
+"""Reading weight files that others wrote: strictly, and without running code from them."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from localign.errors import UserError
+
+StateDict = dict[str, Tensor]
+_WRAPPERS = ("module.", "_orig_mod.")
+_SECTIONS = ("state_dict_ema", "state_dict", "model_ema", "model", "teacher")
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The content of a ``.safetensors`` or torch file; ``argparse.Namespace`` is the one class let in.
+
+    Raises:
+        UserError: No such file, not a checkpoint, or a pickle that asks for code to be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weight file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} refused: {_unpickling_cause(error)}") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        raise UserError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def _unpickling_cause(error: Exception) -> str:
+    for line in str(error).splitlines():
+        if "Unsupported global" in line or "Unsupported class" in line:
+            name = line.split("GLOBAL", 1)[-1].split("was not")[0].split("`")[0].strip(" :")
+            return f"it holds a pickled object ({name}), and unpickling it could run code"
+    return "it is not a plain file of tensors, and unpickling it could run code"
+
+
+def read_state_dict(path: str | Path) -> StateDict:
+    """The tensors of a weight file, with wrapper prefixes (``module.``, ``_orig_mod.``) taken off.
+
+    Raises:
+        UserError: As :func:`read_file`, or there are no tensors in it.
+    """
+    return state_dict_of(read_file(path), path)
+
+
+def state_dict_of(content: Mapping[str, Any], path: str | Path) -> StateDict:
+    """Find the state dict in a file's content: the EMA weights where there are any, else the plain ones."""
+    for section in _SECTIONS:
+        if isinstance(content.get(section), Mapping):
+            content = content[section]
+            break
+    state = {unwrapped(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise UserError(f"{path} holds no tensors")
+    return state
+
+
+def unwrapped(key: str) -> str:
+    """A parameter name without the prefixes that DDP and torch.compile put before it."""
+    while key.startswith(_WRAPPERS):
+        key = key.split(".", 1)[1]
+    return key
+
+
+def load_strict(
+    module: nn.Module, state: Mapping[str, Tensor], source: str | Path, ignore: Iterable[str] = ()
+) -> None:
+    """Load ``state`` into ``module``; every tensor must be there with its shape, and none may be left over.
+
+    Args:
+        module: Takes the weights, in its own dtypes.
+        state: Tensor by parameter name.
+        source: Named in errors.
+        ignore: Name prefixes of tensors in ``state`` that the module is known not to have.
+
+    Raises:
+        UserError: Names the missing, extra and misshapen tensors.
+    """
+    ignored = tuple(ignore)
+    wanted = module.state_dict()
+    given = {k: v for k, v in state.items() if not (ignored and k.startswith(ignored) and k not in wanted)}
+    problems = []
+    if missing := [k for k in wanted if k not in given]:
+        problems.append(f"missing {_listed(missing)}")
+    if extra := [k for k in given if k not in wanted]:
+        problems.append(f"extra {_listed(extra)}")
+    shapes = [
+        f"{k} {tuple(given[k].shape)} for {tuple(v.shape)}"
+        for k, v in wanted.items()
+        if k in given and given[k].shape != v.shape
+    ]
+    if shapes:
+        problems.append(f"wrong shape {_listed(shapes)}")
+    if problems:
+        raise UserError(f"{source} does not fit: {'; '.join(problems)}")
+    module.load_state_dict(given, strict=True)
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    tail = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} ({', '.join(names[:most])}{tail})"
