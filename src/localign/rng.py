@@ -89,3 +89,8 @@ def seeded_globals(seed: int, purpose: str, *index: int) -> Iterator[None]:
         random.setstate(state[0])
         np.random.set_state(state[1])  # noqa: NPY002
         torch.random.set_rng_state(state[2])
+
+
+def mix_pairs(first: Tensor, second: Tensor) -> Tensor:
+    """A well-mixed int64 number for each pair of int64 numbers, for order-free digests."""
+    return _mix(_mix(first.to("cpu", torch.int64)) + second.to("cpu", torch.int64))

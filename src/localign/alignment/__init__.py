@@ -1,1 +1,7 @@
-"""The method: masks, targets (teacher), student (encoder and decoder), losses."""
+"""The method: masks, targets (teacher), student (encoder and decoder), losses; and its task."""
+
+from localign.alignment.config import AlignConfig
+from localign.alignment.export import export_student, load_student
+from localign.alignment.task import AlignTask
+
+__all__ = ["AlignConfig", "AlignTask", "export_student", "load_student"]

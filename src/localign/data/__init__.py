@@ -1,1 +1,1 @@
-
+"""Sources of images, transforms, and the stream of samples that can be continued anywhere."""

@@ -1,1 +1,7 @@
+"""The one training loop: distribution, precision, optimiser and schedule, checkpoint, logging."""
 
+from localign.engine.config import TrainConfig
+from localign.engine.loop import Outcome, train
+from localign.engine.task import BatchPlan, StepResult, Task
+
+__all__ = ["BatchPlan", "Outcome", "StepResult", "Task", "TrainConfig", "train"]

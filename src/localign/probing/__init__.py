@@ -1,1 +1,40 @@
+"""The probing benchmark: what a frozen backbone's tokens say about each patch, and about the image."""
 
+from localign.probing.heads import HEADS, INTERVENTIONS, TASKS, Geometry, build_head
+from localign.probing.labels import PatchLabels, image_union, patch_majority, patch_union, reduce_labels
+from localign.probing.metrics import MajorityCounts, MultiLabelCounts
+from localign.probing.segmentation import AttributeLabels, FolderSegmentation, LabelledSource
+from localign.probing.suite import (
+    HeadSpec,
+    ProbeConfig,
+    TrainedHeads,
+    evaluate_heads,
+    extract_features,
+    probe,
+    train_heads,
+)
+
+__all__ = [
+    "HEADS",
+    "INTERVENTIONS",
+    "TASKS",
+    "AttributeLabels",
+    "FolderSegmentation",
+    "Geometry",
+    "HeadSpec",
+    "LabelledSource",
+    "MajorityCounts",
+    "MultiLabelCounts",
+    "PatchLabels",
+    "ProbeConfig",
+    "TrainedHeads",
+    "build_head",
+    "evaluate_heads",
+    "extract_features",
+    "image_union",
+    "patch_majority",
+    "patch_union",
+    "probe",
+    "reduce_labels",
+    "train_heads",
+]

@@ -1,0 +1,188 @@
+"""MaskEmbed as a task of the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from localign import rng
+from localign.alignment.config import AlignConfig
+from localign.alignment.export import export_student
+from localign.alignment.losses import reconstruction_loss, select_tokens
+from localign.alignment.student import Student, build_student
+from localign.alignment.teacher import Teacher
+from localign.backbones import CATALOGUE, Backbone, create_backbone
+from localign.backbones.export import content_hash
+from localign.backbones.monitor import attention_logit_stats
+from localign.data.config import ImageData
+from localign.data.loader import Batch
+from localign.engine.distributed import World, choose_device
+from localign.engine.task import BatchPlan, StepResult, Task
+
+PUBLISHED_SOFT_CAP = 30.0
+MONITOR_IMAGES = 4
+DEFAULT_LR = 3e-4
+_SCALE_CHUNK = 32
+
+
+def resolve_soft_cap(config: AlignConfig, backbone: Backbone) -> float | None:
+    """The cap a run uses: as asked, or 30 where the catalogue says so or the family allows it."""
+    if config.soft_cap == "auto":
+        entry = CATALOGUE.get(config.backbone)
+        fits = entry.soft_cap if entry else type(backbone.vit.blocks[0].attn) is Attention
+        return PUBLISHED_SOFT_CAP if fits else None
+    return None if config.soft_cap in (None, "none") else float(config.soft_cap)
+
+
+def default_lr(config: AlignConfig) -> float:
+    """The learning rate of a run that names none."""
+    entry = CATALOGUE.get(config.backbone)
+    return entry.lr if entry else DEFAULT_LR
+
+
+class AlignTask(Task):
+    """Reproduce what the frozen teacher makes of masked images from masked embeddings of whole ones.
+
+    Args:
+        config: Backbone, masks, target, loss, data.
+        backbone: The pre-trained model; built from the config if not given.
+    """
+
+    def __init__(self, config: AlignConfig, backbone: Backbone | None = None) -> None:
+        self.config = config
+        self.seed = config.seed
+        self.device = torch.device("cpu")
+        choose_device(config.device)  # a misspelt device fails before the weights are read
+        backbone = backbone or create_backbone(
+            config.backbone,
+            weights=config.weights,
+            image_size=config.image_size,
+            model_kwargs=config.model_kwargs,
+            seed=config.seed,
+        )
+        self.masks = config.masks()
+        self.masks.check(backbone.grid)
+        self.data = ImageData(config, backbone.image_size)
+        self.soft_cap = resolve_soft_cap(config, backbone)
+        with rng.seeded_globals(config.seed, "student"):
+            self.student = build_student(
+                backbone,
+                soft_cap=self.soft_cap,
+                attention=config.attention,
+                decoder_depth=config.decoder_depth,
+                layer_scale=config.decoder_layer_scale,
+            )
+        if config.train_blocks is not None:
+            self.student.train_last_blocks(config.train_blocks)
+        self.teacher = Teacher(backbone, config.target)
+        self.teacher_hash = content_hash(backbone.vit.state_dict())
+
+    @property
+    def module(self) -> Student:
+        return self.student
+
+    def samples(self) -> int:
+        return len(self.data.source)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"data": self.data.source.fingerprint(), "starting weights": self.teacher_hash[:16]}
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self.teacher.to(device)
+
+    def batches(self, plan: BatchPlan) -> Iterator[Batch]:
+        return self.data.train_batches(plan)
+
+    def compile(self) -> None:
+        self.student.compile()
+        self.teacher.compile()
+
+    def set_grad_checkpointing(self) -> None:
+        self.student.set_grad_checkpointing(True)
+
+    @torch.no_grad()
+    def start(self, world: World, plan: BatchPlan) -> None:
+        """Estimate the target scale on the first training images, alike on every rank."""
+        if self.config.loss == "cosine":
+            return  # does not depend on the target's scale
+        count = self.config.scale_images
+        chunk = min(_SCALE_CHUNK, count)
+        steps = -(-count // chunk)
+        alone = BatchPlan(self.seed, chunk, chunk, 0, 1, 0, 0, steps, False)
+        sums = torch.zeros(3, dtype=torch.float64)
+        for batch in self.data.train_batches(alone):
+            images, keep = self.views(batch)
+            target = self.teacher(images, keep).double()
+            sums += torch.stack([target.sum(), target.square().sum(), target.new_tensor(target.numel())]).cpu()
+        mean = sums[0] / sums[2]
+        std = (sums[1] / sums[2] - mean.square()).clamp(min=0).sqrt()
+        self.teacher.scale.fill_(float(std) if std > 0 else 1.0)
+
+    def views(self, batch: Batch, purpose_seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Normalised images and keep-masks of a batch, on the device."""
+        seed = self.seed if purpose_seed is None else purpose_seed
+        images = batch.images.to(self.device)
+        if self.data.mixing is not None and purpose_seed is None:
+            images = self.data.mixing(images, batch.positions, self.seed)
+        keep = self.masks(seed, batch.positions, self.teacher.backbone.grid)
+        return self.teacher.backbone.normalise(images), keep.to(self.device)
+
+    def step(self, model: nn.Module, batch: Batch) -> StepResult:
+        images, keep = self.views(batch)
+        total, count = self._loss(model, images, keep)
+        return StepResult(total, count)
+
+    def _loss(self, model: nn.Module, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        target = self.teacher(images, keep)
+        prediction = model(images, keep)
+        if self.config.target == "cls":
+            return reconstruction_loss(prediction[:, 0], target, self.config.loss)
+        prefix = self.student.num_prefix_tokens
+        selected = select_tokens(keep.flatten(0, 1), prefix, self.config.loss_tokens)
+        return reconstruction_loss(prediction, target, self.config.loss, selected)
+
+    def validate(self, module: nn.Module, world: World) -> dict[str, float]:
+        """The training loss on held-out images under masks that are the same at every validation."""
+        if self.data.val_source is None:
+            return {}
+        sums = torch.zeros(2, device=self.device)
+        mask_seed = rng.key(self.seed, "validation masks") >> 1
+        micro = self.config.micro_batch or min(64, self.config.batch_size)
+        for batch in self.data.val_batches(world, micro):
+            images, keep = self.views(batch, purpose_seed=mask_seed)
+            sums += torch.stack(self._loss(module, images, keep)).to(sums)
+        sums = world.sum(sums)
+        return {"val_loss": float(sums[0] / sums[1].clamp(min=1))}
+
+    def monitor(self, batch: Batch) -> dict[str, float]:
+        images = self.teacher.backbone.normalise(batch.images[:MONITOR_IMAGES].to(self.device))
+        return attention_logit_stats(self.student.encoder.backbone, images)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"target_scale": float(self.teacher.scale)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.teacher.scale.fill_(state["target_scale"])
+
+    def summary(self) -> dict[str, Any]:
+        backbone = self.student.encoder.backbone
+        trainable = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
+        return {
+            "backbone": backbone.name,
+            "soft_cap": self.soft_cap,
+            "target_scale": float(self.teacher.scale),
+            "teacher_sha256": self.teacher_hash,
+            "parameters": sum(p.numel() for p in self.student.parameters()),
+            "trainable_parameters": trainable,
+        }
+
+    def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
+        assert isinstance(module, Student)
+        facts = {"method": "MaskEmbed", "target_scale": float(self.teacher.scale), "teacher_sha256": self.teacher_hash}
+        export_student(module, folder, provenance={**facts, **provenance})

@@ -1,0 +1,106 @@
+"""Which images a training command sees, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from localign.data.loader import Batch, EvalLoader, TrainLoader
+from localign.data.mixing import Mixing
+from localign.data.sources import ImageSource, open_source
+from localign.data.transforms import EvalTransform, TrainCrop, TrainTransform
+from localign.engine.distributed import World
+from localign.engine.task import BatchPlan
+from localign.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Options of the training images."""
+
+    data: str = "scenes"
+    """Training images: a folder (with or without class folders), a list of files (.txt), or scenes."""
+    val: str | None = None
+    """Validation images, likewise; default none (for scenes: scenes:val)."""
+    val_images: int = 2048
+    """Images per validation, at most."""
+    crop: TrainCrop | None = None
+    """published, rrc (random resized crop) or none; default published (for scenes: none)."""
+    hflip: float | None = None
+    """Probability of a horizontal flip; default 0.5 (for scenes: 0)."""
+    auto_augment: str | None = None
+    """RandAugment string, for example rand-m9-mstd0.5-inc1."""
+    mixup: float | None = None
+    """Mixup's alpha (images only)."""
+    cutmix: float | None = None
+    """CutMix's alpha (images only)."""
+    max_bad_share: float = 0.01
+    """Share of unreadable images at which the run stops."""
+
+    @property
+    def is_scenes(self) -> bool:
+        """Whether the training images are the embedded world."""
+        return self.data.partition(":")[0] == "scenes"
+
+
+class ImageData:
+    """The images of a run, opened: training stream and validation set.
+
+    Args:
+        config: See :class:`DataConfig`.
+        image_size: Rows and columns the backbone takes.
+
+    Raises:
+        UserError: A source does not exist or holds no images, or an option is out of range.
+    """
+
+    def __init__(self, config: DataConfig, image_size: tuple[int, int]) -> None:
+        self.config = config
+        scenes = config.is_scenes
+        crop: TrainCrop = config.crop or ("none" if scenes else "published")
+        hflip = config.hflip if config.hflip is not None else (0.0 if scenes else 0.5)
+        self.transform = TrainTransform(image_size, crop, config.auto_augment, hflip)
+        decode = self.transform.scaled_decode
+        self.source: ImageSource = open_source(config.data, image_size=image_size, scaled_decode=decode)
+        if config.crop == "none" and not scenes:
+            raise UserError("--crop none is for scenes, which have the right size; photographs need a crop")
+        val = config.val or ("scenes:val" if scenes else None)
+        self.val_source = open_source(val, image_size=image_size) if val else None
+        self.val_transform = EvalTransform(image_size)
+        mixes = config.mixup is not None or config.cutmix is not None
+        self.mixing = Mixing(config.mixup, config.cutmix) if mixes else None
+
+    def train_batches(self, plan: BatchPlan) -> Iterator[Batch]:
+        """This rank's micro-batches of the plan, in order."""
+        return iter(
+            TrainLoader(
+                self.source,
+                self.transform,
+                seed=plan.seed,
+                global_batch=plan.global_batch,
+                micro_batch=plan.micro_batch,
+                rank=plan.rank,
+                world_size=plan.world_size,
+                workers=plan.workers,
+                start_step=plan.start_step,
+                end_step=plan.end_step,
+                pin_memory=plan.pin_memory,
+                max_bad_share=self.config.max_bad_share,
+            )
+        )
+
+    def val_batches(self, world: World, batch: int) -> Iterator[Batch]:
+        """This rank's part of the validation images, in order; empty without any."""
+        if self.val_source is None:
+            return iter(())
+        return iter(
+            EvalLoader(
+                self.val_source,
+                self.val_transform,
+                batch=batch,
+                limit=self.config.val_images,
+                rank=world.rank,
+                world_size=world.size,
+                max_bad_share=self.config.max_bad_share,
+            )
+        )

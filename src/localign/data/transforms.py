@@ -1,0 +1,222 @@
+"""From a decoded image to a uint8 tensor; normalisation happens on the device.
+
+The published crop is timm's: resize keeping the aspect so that the image covers the target, with a random
+scale and aspect, then a centre crop that pads by reflection.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms import CenterCropOrPad, RandomResizedCropAndInterpolation, ResizeKeepRatio
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from localign import rng
+from localign.errors import UserError, near
+
+TrainCrop = Literal["published", "rrc", "none"]
+EvalMode = Literal["crop", "square"]
+Size = int | tuple[int, int]
+
+PUBLISHED_SCALE = (0.8, 1.0)
+PUBLISHED_ASPECT = (0.9, 1 / 0.9)
+_RAND_AUGMENT = re.compile(r"rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]|tweights|t3aw?))*")
+# A strip a few pixels high, resized until it covers the target, would fill the memory, and only its middle is
+# ever seen. Photographs never come near.
+_LONGEST_ASPECT = 16.0
+
+
+class TrainTransform:
+    """Crop, flip and augment, as a pure function of (image, seed, position).
+
+    Args:
+        size: Pixels, or (rows, columns).
+        crop: ``published`` (area 0.8..1 and aspect 0.9..1/0.9, each with probability 0.5, random
+            interpolation, centre crop with reflection), ``rrc`` (random resized crop, area 0.08..1) or
+            ``none`` (the image has the size already; where not it is resized without regard to its aspect).
+        auto_augment: A RandAugment string such as ``rand-m9-mstd0.5-inc1``, or None.
+        hflip: Probability of a horizontal flip.
+        fill: RGB for what RandAugment's geometry leaves empty.
+
+    Raises:
+        UserError: An option is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        crop: TrainCrop = "published",
+        auto_augment: str | None = None,
+        hflip: float = 0.5,
+        fill: tuple[int, int, int] = (124, 116, 104),
+    ) -> None:
+        self.size = _rows_columns(size)
+        self.crop = crop
+        if not 0.0 <= hflip <= 1.0:
+            raise UserError(f"the flip probability must lie in 0..1, not {hflip}")
+        self.hflip = hflip
+        self._crop = _train_crop(crop, self.size)
+        self._augment = _rand_augment(auto_augment, self.size, fill)
+
+    @property
+    def scaled_decode(self) -> bool:
+        """Whether images may be decoded at a fraction: not where the crop magnifies a part."""
+        return self.crop != "rrc"
+
+    def __call__(self, image: Image.Image, seed: int, position: int) -> Tensor:
+        """The sample at one global position.
+
+        Args:
+            image: RGB.
+            seed: The run's seed.
+            position: Global position in the stream of samples.
+
+        Returns:
+            uint8 ``(3, rows, columns)``.
+        """
+        with rng.seeded_globals(seed, "transform", position):
+            image = self._crop(_middle(image, self.size))
+            if torch.rand(()).item() < self.hflip:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            if self._augment is not None:
+                image = self._augment(image)
+        return to_tensor(image)
+
+
+class EvalTransform:
+    """The deterministic view for measurements.
+
+    Args:
+        size: Pixels, or (rows, columns).
+        mode: ``crop`` resizes keeping the aspect until the image covers the size, then crops the centre
+            (bicubic). ``square`` crops the largest centre piece of the target's aspect, then resizes it
+            (bilinear; label maps by nearest neighbour), as the probing benchmark does.
+
+    Raises:
+        UserError: The size or mode is unknown.
+    """
+
+    def __init__(self, size: Size, mode: EvalMode = "crop") -> None:
+        self.size = _rows_columns(size)
+        _check_choice("eval transform", mode, get_args(EvalMode))
+        self.mode = mode
+        self._resize = ResizeKeepRatio(self.size, interpolation="bicubic")
+        self._centre = CenterCropOrPad(list(self.size), padding_mode="reflect")
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB image -> uint8 ``(3, rows, columns)``."""
+        if self.mode == "crop":
+            return to_tensor(self._centre(self._resize(_middle(image, self.size))))
+        return to_tensor(self._square(image, InterpolationMode.BILINEAR))
+
+    def labels(self, labels: NDArray[np.integer]) -> Tensor:
+        """The label map of an image under the same view.
+
+        Args:
+            labels: Integers ``(H, W)``, of the image's own size.
+
+        Returns:
+            int64 ``(rows, columns)``.
+
+        Raises:
+            UserError: The mode is ``crop``, whose interpolation has no counterpart for labels.
+        """
+        if self.mode != "square":
+            raise UserError("label maps need the eval transform 'square'")
+        picture = Image.fromarray(np.ascontiguousarray(labels, dtype=np.int32))
+        resized = self._square(picture, InterpolationMode.NEAREST)
+        return torch.from_numpy(np.array(resized, dtype=np.int64))
+
+    def _square(self, image: Image.Image, interpolation: InterpolationMode) -> Image.Image:
+        rows, columns = self.size
+        scale = min(image.height / rows, image.width / columns)
+        piece = [max(1, round(rows * scale)), max(1, round(columns * scale))]
+        return F.resize(F.center_crop(image, piece), list(self.size), interpolation)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> contiguous uint8 ``(3, H, W)``."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8).transpose(2, 0, 1).copy())
+
+
+def _rows_columns(size: Size) -> tuple[int, int]:
+    rows, columns = (size, size) if isinstance(size, int) else size
+    if rows < 1 or columns < 1:
+        raise UserError(f"an image cannot have {rows} x {columns} pixels")
+    return rows, columns
+
+
+def _check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}{near(value, known)}")
+
+
+def _train_crop(crop: TrainCrop, size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
+    _check_choice("crop", crop, get_args(TrainCrop))
+    if crop == "rrc":
+        return RandomResizedCropAndInterpolation(size, interpolation="random")
+    if crop == "none":
+        return _Fit(size)
+    resize = ResizeKeepRatio(
+        size,
+        interpolation="random",
+        random_scale_prob=0.5,
+        random_scale_range=PUBLISHED_SCALE,
+        random_scale_area=True,
+        random_aspect_prob=0.5,
+        random_aspect_range=PUBLISHED_ASPECT,
+    )
+    return _Chain(resize, CenterCropOrPad(list(size), padding_mode="reflect"))
+
+
+class _Chain:
+    def __init__(self, *parts: Callable[[Image.Image], Image.Image]) -> None:
+        self.parts = parts
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        for part in self.parts:
+            image = part(image)
+        return image
+
+
+class _Fit:
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if (image.height, image.width) == self.size:
+            return image
+        return F.resize(image, list(self.size), InterpolationMode.BILINEAR)
+
+
+def _rand_augment(
+    config: str | None, size: tuple[int, int], fill: tuple[int, int, int]
+) -> Callable[[Image.Image], Image.Image] | None:
+    if config is None:
+        return None
+    if not _RAND_AUGMENT.fullmatch(config):  # timm passes over sections it does not know
+        raise UserError(f"unknown augmentation {config!r}; expected the like of 'rand-m9-mstd0.5-inc1'")
+    hparams = {"translate_const": int(min(size) * 0.45), "img_mean": fill}
+    try:
+        return rand_augment_transform(config, hparams)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(f"unknown augmentation {config!r}: {error}") from None
+
+
+def _middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image without the ends of an extreme strip; every other image as it is."""
+    rows, columns = size
+    scale = _LONGEST_ASPECT * min(image.height / rows, image.width / columns)
+    height, width = min(image.height, int(rows * scale)), min(image.width, int(columns * scale))
+    if (height, width) == (image.height, image.width):
+        return image
+    return F.center_crop(image, [max(1, height), max(1, width)])

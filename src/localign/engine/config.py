@@ -1,0 +1,97 @@
+"""What every training command shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from localign.errors import UserError
+
+Precision = Literal["auto", "fp32", "bf16"]
+Resume = Literal["no", "yes", "auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Options of the training loop."""
+
+    out: str = "runs/run"
+    """Run folder: config, log, results, checkpoints, export."""
+    seed: int = 0
+    """Seed of everything random."""
+    steps: int | None = None
+    """Optimizer steps; give this or epochs."""
+    epochs: float | None = None
+    """Passes over the training images; give this or steps."""
+    batch_size: int = 1024
+    """Images per optimizer step, over all ranks and micro-batches."""
+    micro_batch: int | None = None
+    """Images per rank and forward pass; default is the rank's whole share. Gradients accumulate."""
+    lr: float | None = None
+    """Peak learning rate; default is the backbone's published one, else 3e-4."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from a tenth of the peak."""
+    weight_decay: float = 0.01
+    """AdamW's, on matrices only: not on norms, biases, position embeddings or tokens."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decay rates."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip_grad: float | None = 1.0
+    """Largest gradient norm; null for no clipping."""
+    precision: Precision = "auto"
+    """auto: bf16 autocast on CUDA, fp32 elsewhere."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    ema: float | None = None
+    """Decay per step of an exponential moving average of the weights, which is then what is exported."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    workers: int = 2
+    """Image loading processes per rank; 0 loads in the main process."""
+    log_every: int = 10
+    """Steps between log lines."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one more is written at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; the best is kept besides."""
+    val_every: int | None = None
+    """Steps between validations; default only at the end."""
+    resume: Resume = "no"
+    """yes: continue the run in --out; auto: continue it if there is one; no: refuse to write into one."""
+    tensorboard: bool = False
+    """Also log to TensorBoard (needs the extra localign[tensorboard])."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (needs the extra localign[wandb])."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UserError("--steps and --epochs contradict each other; give one")
+        positive = ("steps", "epochs", "batch_size", "micro_batch", "lr", "clip_grad", "eps", "log_every",
+                    "checkpoint_every", "keep_checkpoints", "val_every")  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        for name in ("warmup_steps", "weight_decay", "workers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} cannot be negative, but is {getattr(self, name)}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise UserError(f"--min-lr-ratio must lie in 0..1, not {self.min_lr_ratio}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"--ema must lie between 0 and 1, not {self.ema}")
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise UserError(f"--warmup-steps {self.warmup_steps} leaves nothing of --steps {self.steps}")
+
+
+RESUMABLE: frozenset[str] = frozenset(
+    {
+        "out", "micro_batch", "device", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
+        "val_every", "resume", "tensorboard", "wandb", "compile", "grad_checkpointing", "attention", "config",
+    }
+)  # fmt: skip
+"""Fields that may differ when a run is continued: they change neither the samples nor the mathematics."""

@@ -1,0 +1,119 @@
+"""Processes. Every function is correct with one of them; nothing else in the package calls torch.distributed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from localign.errors import UserError
+
+T = TypeVar("T")
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over ranks; the input is not changed."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def gather(self, value: T) -> list[T]:
+        """Small Python objects of all ranks, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return any(self.gather(flag))
+
+    def replicate(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over ranks."""
+        if self.size == 1:
+            return module
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+
+    @contextmanager
+    def without_sync(self, module: nn.Module, skip: bool) -> Iterator[None]:
+        """Inside, gradients stay on their rank if ``skip``: for all but the last micro-batch of a step."""
+        if skip and isinstance(module, DistributedDataParallel):
+            with module.no_sync():
+                yield
+        else:
+            yield
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a name; ``auto`` prefers CUDA, then Apple's GPU, then the CPU.
+
+    Raises:
+        UserError: The name is none of torch's, or the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}; give auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"there is no device {name}: torch finds no CUDA GPU")
+        return device if device.index is not None else torch.device("cuda", local_rank)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("there is no device mps on this machine")
+    if device.type not in ("cpu", "cuda", "mps", "meta"):
+        raise UserError(f"device {name} is not supported; give auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+@contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """The process group of a ``torchrun`` launch, or a world of one. gloo on CPU, nccl on CUDA."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    ours = size > 1 and not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        yield World(rank, size, local_rank, chosen)
+    finally:
+        if ours:
+            dist.destroy_process_group()

@@ -1,0 +1,176 @@
+"""Where a run's numbers go: log.jsonl always, a progress bar on a terminal, TensorBoard and wandb if asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from localign.errors import UserError
+from localign.files import replace_text
+
+LOG_FILE = "log.jsonl"
+
+
+class Sink(Protocol):
+    """One place that log entries go to."""
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Take one entry; it has ``step`` and numbers."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+class JsonLines:
+    """``log.jsonl``: one object per line. A continued run first drops what came after its checkpoint."""
+
+    def __init__(self, folder: Path, resumed_at: int | None) -> None:
+        path = folder / LOG_FILE
+        if resumed_at is None:
+            path.unlink(missing_ok=True)
+        elif path.is_file():
+            kept = [json.dumps(e) for e in read_log(folder) if e["step"] <= resumed_at]
+            replace_text(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_log(folder: str | Path) -> list[dict[str, Any]]:
+    """The entries of a run's log; a last line that was cut off by a kill is left out."""
+    path = Path(folder) / LOG_FILE
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, beside the log."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("TensorBoard is not installed; pip install 'localign[tensorboard]'") from error
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, entry: dict[str, Any]) -> None:
+        for name, value in entry.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(name, value, entry["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A Weights & Biases run that continues under the same id."""
+
+    def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("wandb is not installed; pip install 'localign[wandb]'") from error
+        self._run = wandb.init(
+            project=project, dir=str(folder), config=config, id=folder.resolve().name, resume="allow"
+        )
+
+    def write(self, entry: dict[str, Any]) -> None:
+        values = {k: v for k, v in entry.items() if isinstance(v, (int, float))}
+        self._run.log(values, step=entry["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Bar:
+    """A progress bar on a terminal; elsewhere silent."""
+
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task(what, total=total, completed=done, numbers="")
+        self._progress.start()
+
+    def advance(self) -> None:
+        """One step further."""
+        self._progress.advance(self._task)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        shown = (
+            ("images/s", "images_per_second", "{:.0f}"),
+            ("loss", "loss", "{:.4f}"),
+            ("grad", "grad_norm", "{:.2f}"),
+            ("lr", "lr", "{:.1e}"),
+            ("data wait", "data_wait", "{:.0%}"),
+        )
+        numbers = "  ".join(f"{label} {form.format(entry[key])}" for label, key, form in shown if key in entry)
+        if numbers:
+            self._progress.update(self._task, numbers=numbers)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class Log:
+    """Fans entries out to sinks; without sinks (ranks other than the main one) it does nothing."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def write(self, step: int, **values: Any) -> None:
+        """Log values of one step."""
+        for sink in self._sinks:
+            sink.write({"step": step, **values})
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+def say(text: str) -> None:
+    """A line for the user on standard error, so that standard output stays parseable."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Stopwatch:
+    """Wall seconds of parts of the loop between two log lines."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval."""
+        self._start = time.perf_counter()
+        self.waited = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the interval began."""
+        return time.perf_counter() - self._start

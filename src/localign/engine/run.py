@@ -1,0 +1,140 @@
+"""The run folder: resolved config, what it may be continued with, results."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from dataclasses import asdict, is_dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+
+from localign._version import __version__
+from localign.engine.config import RESUMABLE, Resume
+from localign.errors import UserError
+from localign.files import replace_text
+
+CONFIG_FILE, RESULTS_FILE = "config.yaml", "results.json"
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as YAML-able values."""
+    values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
+    return json.loads(json.dumps(values, default=str))
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and time, for the file beside a result."""
+    return {
+        "localign": __version__,
+        "commit": _git_commit(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of a source checkout; None for an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def save_config(folder: Path, command: str, config: Any) -> None:
+    """Write the resolved config with versions and seed."""
+    content = {"command": command, "config": plain(config), "versions": provenance()}
+    replace_text(folder / CONFIG_FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The saved config of a run folder.
+
+    Raises:
+        UserError: There is none, or it is not what localign writes.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no run folder: it has no {CONFIG_FILE}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise UserError(f"{path} was not written by localign")
+    return content
+
+
+def check_same_config(folder: Path, command: str, config: Any) -> None:
+    """Refuse to continue a run under a config that would make it another run.
+
+    Raises:
+        UserError: Names the fields that differ, with both values.
+    """
+    saved = read_config(folder)
+    if saved.get("command") != command:
+        raise UserError(f"{folder} is a run of `localign {saved.get('command')}`, not of `localign {command}`")
+    old, new = saved["config"], plain(config)
+    fields = [f for f in sorted({*old, *new}) if f not in RESUMABLE and old.get(f) != new.get(f)]
+    if fields:
+        listed = "; ".join(f"{f}: {old.get(f)!r} there, {new.get(f)!r} now" for f in fields)
+        raise UserError(f"cannot resume {folder} with another config: {listed}")
+
+
+def check_same_fingerprint(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:
+    """Refuse to continue on other data or from other starting weights.
+
+    Raises:
+        UserError: Names what changed.
+    """
+    changed = [f for f in sorted({*old, *new}) if old.get(f) != new.get(f)]
+    if changed:
+        raise UserError(f"cannot resume {folder}: changed since it began: {', '.join(changed)}")
+
+
+def choose_start(folder: Path, resume: Resume, steps: list[int]) -> int | None:
+    """The step to continue from, or None for a fresh run.
+
+    Raises:
+        UserError: There is nothing to resume, or a run that would be overwritten.
+    """
+    started = (folder / CONFIG_FILE).is_file()
+    if resume == "yes" and not started:
+        raise UserError(f"nothing to resume in {folder}: it holds no run")
+    if resume == "no" and started:
+        at = f"step {steps[-1]}" if steps else "its beginning"
+        raise UserError(f"{folder} already holds a run (at {at}); continue it with --resume, or give another --out")
+    return steps[-1] if steps and resume != "no" else None
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> Path:
+    """Write ``results.json``."""
+    path = folder / RESULTS_FILE
+    replace_text(path, json.dumps(results, indent=1, allow_nan=True) + "\n")
+    return path
+
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """The ``results.json`` of a run.
+
+    Raises:
+        UserError: There is none, or it is no JSON.
+    """
+    path = Path(folder) / RESULTS_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no {RESULTS_FILE}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error

@@ -1,0 +1,114 @@
+"""What a method is to the loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localign.engine.distributed import World
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which part of the stream of samples this rank is to see."""
+
+    seed: int
+    global_batch: int
+    """Samples per step over all ranks."""
+    micro_batch: int
+    """Samples per forward pass of this rank."""
+    rank: int
+    world_size: int
+    workers: int
+    start_step: int
+    end_step: int
+    pin_memory: bool
+
+
+@dataclass
+class StepResult:
+    """A loss as a sum and what it went over, so that means do not depend on ranks and micro-batches."""
+
+    loss_sum: Tensor
+    """Scalar with gradient: the loss summed over its terms (tokens, samples, ...)."""
+    weight: Tensor
+    """Scalar: how many terms."""
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Further things to log: name -> (sum, count), detached."""
+
+
+class Task(ABC):
+    """The method: what is trained and how a batch becomes a loss. The loop owns everything else."""
+
+    seed: int
+    device: torch.device
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """What is trained, averaged (EMA), and saved in checkpoints. Frozen helpers stay outside of it."""
+
+    @abstractmethod
+    def samples(self) -> int:
+        """Training samples in one epoch."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """What a continued run must agree on beside its config, by name: data, starting weights."""
+
+    @abstractmethod
+    def batches(self, plan: BatchPlan) -> Iterator[Any]:
+        """This rank's micro-batches, in order; each has ``images``, ``positions``, ``indices``, ``bad``."""
+
+    @abstractmethod
+    def step(self, model: nn.Module, batch: Any) -> StepResult:
+        """One micro-batch.
+
+        Args:
+            model: :attr:`module`, perhaps compiled and replicated; call it instead of the bare module.
+            batch: On the task's device.
+        """
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to the device."""
+        self.device = device
+        self.module.to(device)
+
+    def start(self, world: World, plan: BatchPlan) -> None:
+        """Prepare a fresh run (not a continued one) before step 0, the same on every rank."""
+
+    def validate(self, module: nn.Module, world: World) -> dict[str, float]:
+        """Metrics on held-out data, the same on every rank; ``val_loss`` decides which checkpoint is best."""
+        return {}
+
+    def monitor(self, batch: Any) -> dict[str, float]:
+        """Cheap extra readings for a log line, on the main rank only."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state beside the module's weights."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take :meth:`state_dict` back."""
+
+    def compile(self) -> None:
+        """Compile what is worth compiling, in place."""
+        self.module.compile()
+
+    def set_grad_checkpointing(self) -> None:
+        """Recompute activations in the backward pass."""
+        raise NotImplementedError(f"{type(self).__name__} has no gradient checkpointing")
+
+    def summary(self) -> dict[str, Any]:
+        """What ``results.json`` says about the method."""
+        return {}
+
+    def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
+        """Write the trained model where others can load it."""
