@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,9 @@ class AlignTask(Task):
             sums += torch.stack(self._loss(module, images, keep)).to(sums)
         sums = world.sum(sums)
         return {"val_loss": float(sums[0] / sums[1].clamp(min=1))}
+
+    def check_skipped(self, images: Mapping[str, str]) -> None:
+        self.data.check_skipped(images)
 
     def monitor(self, batch: Batch) -> dict[str, float]:
         images = self.teacher.backbone.normalise(batch.images[:MONITOR_IMAGES].to(self.device))

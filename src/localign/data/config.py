@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from localign.data.loader import Batch, EvalLoader, TrainLoader
+from localign.data.loader import BadImages, Batch, EvalLoader, TrainLoader
 from localign.data.mixing import Mixing
 from localign.data.sources import ImageSource, open_source
 from localign.data.transforms import EvalTransform, TrainCrop, TrainTransform
@@ -88,6 +88,10 @@ class ImageData:
                 max_bad_share=self.config.max_bad_share,
             )
         )
+
+    def check_skipped(self, images: Mapping[str, str]) -> None:
+        """Refuse to go on where more than the allowed share of the training images is unreadable."""
+        BadImages(len(self.source), self.config.max_bad_share).add(tuple(images.items()))
 
     def val_batches(self, world: World, batch: int) -> Iterator[Batch]:
         """This rank's part of the validation images, in order; empty without any."""

@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -160,7 +162,7 @@ def say(text: str) -> None:
 
 
 class Stopwatch:
-    """Wall seconds of parts of the loop between two log lines."""
+    """Wall seconds between two log lines, and how much of them went into waiting for data."""
 
     def __init__(self) -> None:
         self.restart()
@@ -172,5 +174,23 @@ class Stopwatch:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the interval began."""
+        """Seconds since the interval began, pauses left out."""
         return time.perf_counter() - self._start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - before
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens inside counts as waiting for data."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - before

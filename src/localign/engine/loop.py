@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from localign.engine.guards import NonFiniteGuard
 from localign.engine.log import Bar, JsonLines, Log, Sink, Stopwatch, TensorBoard, WandB, say
 from localign.engine.optim import build_optimizer, learning_rate
 from localign.engine.task import BatchPlan, Task
+from localign.errors import UserError
 
 _INT64 = 1 << 63
 
@@ -108,10 +108,12 @@ class Loop:
                 self._bar.advance()
             if self.step % config.log_every == 0 or self.step == self.steps:
                 self._log_step(totals, clock, rate, taken)
-            if config.val_every and self.step % config.val_every == 0 and self.step < self.steps:
-                self._validate(clock)
-            if self.step % config.checkpoint_every == 0 and self.step < self.steps:
-                self._save(clock)
+            # Neither validation nor saving is training time; the last of both comes with the results.
+            with clock.paused():
+                if config.val_every and self.step % config.val_every == 0 and self.step < self.steps:
+                    self._validate()
+                if self.step % config.checkpoint_every == 0 and self.step < self.steps:
+                    self._save(self.seconds + clock.elapsed)
 
     def _step(self, batches: Iterator[Any], totals: _Totals, clock: Stopwatch) -> Any:
         """One optimizer step over this rank's micro-batches; returns the last of them."""
@@ -121,9 +123,8 @@ class Loop:
         sums = torch.zeros(2, device=self.world.device)
         seen: list[Any] = []
         for number in range(count):
-            waited = time.perf_counter()
-            batch = to_device(next(batches), self.world.device)
-            clock.waited += time.perf_counter() - waited
+            with clock.waiting():
+                batch = to_device(next(batches), self.world.device)
             self._note(batch)
             seen.append(batch)
             with self.world.without_sync(self.model, skip=number < count - 1):
@@ -144,6 +145,7 @@ class Loop:
             self.guard.passed()
             totals.add_step(sums, grad_norm)
         else:
+            totals.steps_seen += 1
             say(f"step {self.step}: loss {float(loss)}, gradient norm {float(grad_norm)}; skipped")
             self.guard.skip(self.step, seen, float(loss), float(grad_norm))
         return seen[-1]
@@ -204,12 +206,13 @@ class Loop:
         if self.world.is_main:
             entry |= self.task.monitor(batch)
         self.log.write(self.step, **entry)
+        self.task.check_skipped(self._gather_bad())
         totals.reset()
         clock.restart()
 
     @torch.no_grad()
-    def _validate(self, clock: Stopwatch) -> dict[str, float]:
-        before = clock.elapsed
+    def _validate(self) -> dict[str, float]:
+        """Held-out metrics; the lowest ``val_loss`` so far marks the best checkpoint."""
         module = self.ema.module if self.ema is not None else self.task.module
         module.eval()
         with self._autocast():
@@ -220,10 +223,9 @@ class Loop:
             value = metrics.get("val_loss", math.inf)
             if value < self.best and math.isfinite(value):
                 self.best = value
-                self._save(clock)
+                self._save()
                 if self.world.is_main:
                     self.checkpoints.mark_best(self.step, value)
-        clock._start += clock.elapsed - before  # validation is not training time
         return metrics
 
     # -- folders and checkpoints -----------------------------------------------------------------------
@@ -260,12 +262,12 @@ class Loop:
             sinks.append(WandB(self.folder, self.config.wandb, runs.plain(self.config)))
         self.log = Log(sinks)
 
-    def _save(self, clock: Stopwatch | None = None) -> None:
-        bad: dict[str, str] = {}
-        for part in self.world.gather(self.bad):
-            bad |= part
-        digest = self._global_digest()
-        seconds = self.seconds + (clock.elapsed if clock else 0.0)
+    def _gather_bad(self) -> dict[str, str]:
+        """The unreadable images that any rank has met."""
+        return {name: reason for part in self.world.gather(self.bad) for name, reason in part.items()}
+
+    def _save(self, seconds: float | None = None) -> None:
+        bad, digest = self._gather_bad(), self._global_digest()
         if self.world.is_main:
             state = {
                 "config": runs.plain(self.config),
@@ -274,7 +276,7 @@ class Loop:
                 "guard": self.guard.state_dict(),
                 "digest": f"{digest:016x}",
                 "bad_images": bad,
-                "seconds": seconds,
+                "seconds": self.seconds if seconds is None else seconds,
                 "best": self.best if math.isfinite(self.best) else None,
             }
             ema = self.ema.module if self.ema is not None else None
@@ -300,10 +302,9 @@ class Loop:
         self.best = loaded.state["best"] if loaded.state["best"] is not None else math.inf
 
     def _finish(self) -> Outcome:
-        metrics = self._validate(Stopwatch())
+        metrics = self._validate()
         self._save()
-        for part in self.world.gather(self.bad):
-            self.bad |= part
+        self.bad = self._gather_bad()
         results = {
             "command": self.command,
             "config": runs.plain(self.config),
@@ -384,8 +385,6 @@ def batch_shares(config: TrainConfig, ranks: int) -> tuple[int, int]:
     Raises:
         UserError: The batch does not divide.
     """
-    from localign.errors import UserError
-
     per_rank, rest = divmod(config.batch_size, ranks)
     micro = config.micro_batch or per_rank
     if rest or not per_rank or per_rank % micro:

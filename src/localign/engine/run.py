@@ -33,7 +33,7 @@ def provenance() -> dict[str, Any]:
     return {
         "localign": __version__,
         "commit": _git_commit(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "timm": timm.__version__,
         "python": platform.python_version(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,13 @@ class Task(ABC):
     def validate(self, module: nn.Module, world: World) -> dict[str, float]:
         """Metrics on held-out data, the same on every rank; ``val_loss`` decides which checkpoint is best."""
         return {}
+
+    def check_skipped(self, images: Mapping[str, str]) -> None:
+        """Judge the unreadable images (name -> reason) that all ranks have met so far.
+
+        Raises:
+            UserError: There are too many.
+        """
 
     def monitor(self, batch: Any) -> dict[str, float]:
         """Cheap extra readings for a log line, on the main rank only."""

@@ -4,15 +4,8 @@ from localign.probing.heads import HEADS, INTERVENTIONS, TASKS, Geometry, build_
 from localign.probing.labels import PatchLabels, image_union, patch_majority, patch_union, reduce_labels
 from localign.probing.metrics import MajorityCounts, MultiLabelCounts
 from localign.probing.segmentation import AttributeLabels, FolderSegmentation, LabelledSource
-from localign.probing.suite import (
-    HeadSpec,
-    ProbeConfig,
-    TrainedHeads,
-    evaluate_heads,
-    extract_features,
-    probe,
-    train_heads,
-)
+from localign.probing.suite import evaluate_heads, extract_features, probe
+from localign.probing.training import HeadSpec, ProbeConfig, TrainedHeads, train_heads
 
 __all__ = [
     "HEADS",

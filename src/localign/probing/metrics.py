@@ -78,7 +78,7 @@ class MultiLabelCounts(_Sums):
 
     def _update_sizes(self, hits: Tensor, positives: Tensor, patch_targets: Tensor) -> None:
         patches = patch_targets.shape[1]
-        covered = patch_targets.sum(dim=1)  # (B, C)
+        covered = patch_targets.bool().sum(dim=1)  # (B, C)
         # In integers: a share of exactly 2/10 falls into bin 1, whatever float division makes of it.
         bins = torch.div(covered * SIZE_BINS - 1, patches, rounding_mode="floor").clamp_(min=0).view(-1)
         known = covered > 0  # an image may hold "unlabeled" without any patch that counts as such
