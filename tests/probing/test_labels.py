@@ -114,7 +114,7 @@ def test_codes_may_stand_for_several_classes() -> None:
 
 @pytest.mark.parametrize("bad", [-1, 4])
 def test_codes_outside_the_table_are_refused(bad: int) -> None:
-    with pytest.raises(ValueError, match="outside 0..3"):
+    with pytest.raises(ValueError, match=r"outside 0\.\.3"):
         patch_union(torch.full((1, 4, 4), bad), 2, 4)
 
 

@@ -91,13 +91,14 @@ def test_coloured_or_broken_label_maps_and_images_are_named(folder: Path) -> Non
     with pytest.raises(UserError, match=r"a\.png has 3 channels"):
         open_folder(folder).load_labelled(0)
     (folder / "masks" / "a.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"cannot read the label map .*a\.png"):
+    with pytest.raises(UserError, match=r"cannot read the label map .*a\.png: not a PNG image"):
         open_folder(folder).load_labelled(0)
+
+
+def test_an_unreadable_image_ends_the_probing_by_name(folder: Path) -> None:
     (folder / "images" / "b.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"unreadable image: b\.jpg: empty file"):
-        list(
-            labelled_batches(FolderSegmentation(folder / "images", folder / "masks", TABLE), (4, 4), batch=1)
-        )[1:]
+        list(labelled_batches(open_folder(folder), (4, 4), batch=1))
 
 
 def test_folders_and_tables_that_are_not_there(folder: Path) -> None:

@@ -178,7 +178,7 @@ def test_features_that_do_not_fit_the_cache_are_refused() -> None:
     backbone = FakeBackbone()
     backbone.weight.data *= 1e6
     batch = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8), torch.zeros(1, 8, 8, dtype=torch.int64)
-    with pytest.raises(RunFailure, match="not finite in torch.float16"):
+    with pytest.raises(RunFailure, match=r"not finite in torch\.float16"):
         extract_features(backbone, [batch], classes=4)
 
 

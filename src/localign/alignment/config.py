@@ -1,14 +1,13 @@
 """Options of `localign align`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
-from localign.alignment.losses import LossName, TokenSelection
+from localign.alignment.losses import LOSS_NAMES, TOKEN_SELECTIONS, LossName, TokenSelection
 from localign.alignment.masks import MaskKind, MaskSampler
-from localign.alignment.teacher import TargetName
+from localign.alignment.teacher import TARGETS, TargetName
 from localign.backbones import AttentionBackend
+from localign.backbones.attention import BACKENDS
 from localign.data.config import DataConfig
 from localign.engine.config import TrainConfig
 from localign.errors import UserError
@@ -58,10 +57,16 @@ class AlignConfig(DataConfig, TrainConfig):
         self.masks()
         if self.scale_images < 1 or self.decoder_depth < 1:
             raise UserError("--scale-images and --decoder-depth must be at least 1")
-        if self.loss_tokens == "visible" and self.target == "cls":
+        choices = {"target": TARGETS, "loss": LOSS_NAMES, "loss_tokens": TOKEN_SELECTIONS, "attention": BACKENDS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"--{name.replace('_', '-')} takes {', '.join(known)}, not {getattr(self, name)!r}"
+                )
+        if self.loss_tokens != "all" and self.target == "cls":
             raise UserError("--target cls has no patch tokens to select; use --loss-tokens all")
-        if self.loss_tokens == "hidden" and self.target == "cls":
-            raise UserError("--target cls has no patch tokens to select; use --loss-tokens all")
+        if self.decoder_layer_scale is not None and not self.decoder_layer_scale > 0:
+            raise UserError(f"--decoder-layer-scale must be above 0, or null for none, not {self.decoder_layer_scale}")
         if isinstance(self.soft_cap, str) and self.soft_cap not in ("auto", "none"):
             raise UserError(f"--soft-cap takes a number, auto or none, not {self.soft_cap!r}")
 

@@ -16,7 +16,7 @@ from localign.errors import UserError
 MaskKind = Literal["uniform", "bernoulli", "block"]
 MASK_KINDS: tuple[str, ...] = get_args(MaskKind)
 _BLOCK_ASPECT = 0.3
-_BLOCK_ATTEMPTS = 200
+_BLOCK_ATTEMPTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class MaskSampler:
 
     kind: MaskKind = "uniform"
     """uniform: cardinality uniform in 0..n, then positions uniform; bernoulli: each patch kept with
-    probability ``keep_ratio``; block: rectangles are hidden until a share of ``1 - keep_ratio`` is covered."""
+    probability ``keep_ratio``; block: rectangles are hidden until at least a share of ``1 - keep_ratio`` is
+    covered, which the last one exceeds by less than ``block_min_patches`` or so."""
     keep_ratio: float = 0.5
     """Share of patches kept visible, for bernoulli and block; uniform ignores the default and refuses others."""
     complement: bool = True
@@ -58,7 +59,7 @@ class MaskSampler:
         """Refuse a grid on which the masks do not fit.
 
         Raises:
-            UserError: Blocks are larger than what is to be hidden.
+            UserError: Blocks are larger than what is to be hidden, or than the grid is wide.
         """
         if self.kind == "block":
             hidden = round((1 - self.keep_ratio) * grid[0] * grid[1])
@@ -66,6 +67,10 @@ class MaskSampler:
                 raise UserError(
                     f"blocks of at least {self.block_min_patches} patches do not fit: on a {grid[0]}x{grid[1]} "
                     f"grid, keep ratio {self.keep_ratio} hides {hidden}"
+                )
+            if not _smallest_block_fits(self.block_min_patches, grid):
+                raise UserError(
+                    f"blocks of {self.block_min_patches} patches do not fit: a {grid[0]}x{grid[1]} grid is too narrow"
                 )
 
     def __call__(self, seed: int, positions: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -111,20 +116,29 @@ def _one_block_mask(sampler: MaskSampler, draw: np.random.Generator, grid: tuple
     rows, columns = grid
     keep = np.ones(grid, dtype=bool)
     target = round((1 - sampler.keep_ratio) * rows * columns)
-    log_aspect = math.log(_BLOCK_ASPECT)
+    log_aspect = abs(math.log(_BLOCK_ASPECT))
     for _ in range(_BLOCK_ATTEMPTS):
         left = target - int((~keep).sum())
         if left <= 0:
-            break
+            return keep
         area = draw.uniform(sampler.block_min_patches, max(left, sampler.block_min_patches))
-        aspect = math.exp(draw.uniform(log_aspect, -log_aspect))
-        height = min(rows, max(1, round(math.sqrt(area * aspect))))
-        width = min(columns, max(1, round(math.sqrt(area / aspect))))
+        height, width = _block_sides(area, math.exp(draw.uniform(-log_aspect, log_aspect)), grid)
         if height * width < sampler.block_min_patches:
             continue
         top, side = draw.integers(0, rows - height + 1), draw.integers(0, columns - width + 1)
         keep[top : top + height, side : side + width] = False
-    return keep
+    raise UserError(f"blocks do not cover {target} patches of a {rows}x{columns} grid; use a larger keep ratio")
+
+
+def _block_sides(area: float, aspect: float, grid: tuple[int, int]) -> tuple[int, int]:
+    height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    return min(grid[0], max(1, height)), min(grid[1], max(1, width))
+
+
+def _smallest_block_fits(patches: int, grid: tuple[int, int]) -> bool:
+    """Whether some aspect gives a block of ``patches``: else the last gap could never be covered."""
+    aspects = np.geomspace(_BLOCK_ASPECT, 1 / _BLOCK_ASPECT, 101)
+    return any(math.prod(_block_sides(patches, float(aspect), grid)) >= patches for aspect in aspects)
 
 
 _SAMPLERS = {"uniform": _uniform, "bernoulli": _bernoulli, "block": _block}

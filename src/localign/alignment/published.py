@@ -40,7 +40,7 @@ def read_published(path: str | Path, backbone: Backbone, *, soft_cap: float | No
         raise UserError(f"{path} is no published alignment checkpoint: it lacks encoder.* or decoder.* tensors")
     args = content.get("args")
     heads = getattr(args, "decoder_num_heads", None) if isinstance(args, argparse.Namespace) else None
-    vit = prepare_backbone(backbone.copy(soft_cap=soft_cap))
+    vit = prepare_backbone(backbone.copy(soft_cap=soft_cap)).requires_grad_(True)
     student = Student(
         Encoder(vit, _width(decoder, path)),
         Decoder(_decoder_config(decoder, backbone, int(heads or backbone.num_heads), path)),

@@ -69,6 +69,8 @@ def prepare_backbone(backbone: Backbone) -> Backbone:
     """
     vit = backbone.vit
     backbone.final_norm = "norm" if _has_weight(vit.norm) or not _has_weight(vit.fc_norm) else "fc_norm"
+    if getattr(vit, "attn_pool", None) is not None:
+        backbone.model_kwargs["global_pool"] = ""  # built again, it has no attention pooling to fill
     vit.reset_classifier(0, "")
     setattr(vit, backbone.final_norm, nn.LayerNorm(backbone.width, eps=NORM_EPS))
     return backbone
@@ -199,7 +201,14 @@ def build_student(
         decoder_depth: Blocks of the decoder.
         layer_scale: Initial LayerScale of the decoder, or None.
         teacher_width: Channels of the target; the backbone's own by default.
+
+    Raises:
+        UserError: The backbone's attention is soft-capped and no cap is given, or cannot be soft-capped.
     """
+    if soft_cap is None and backbone.soft_cap is not None:
+        raise UserError(
+            f"{backbone.name} has soft-capped attention ({backbone.soft_cap:g}), which --soft-cap none cannot undo"
+        )
     config = DecoderConfig(
         width=backbone.width,
         output_width=teacher_width or backbone.width,
@@ -210,7 +219,7 @@ def build_student(
         layer_scale=layer_scale,
         activation=backbone.activation.__name__,
     )
-    copy = prepare_backbone(backbone.copy(soft_cap=soft_cap, attention=attention))
+    copy = prepare_backbone(backbone.copy(soft_cap=soft_cap, attention=attention)).requires_grad_(True)
     return Student(Encoder(copy, config.width), Decoder(config))
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 
 from localign import rng
 from localign.alignment.config import AlignConfig
 from localign.alignment.export import export_student
 from localign.alignment.losses import reconstruction_loss, select_tokens
-from localign.alignment.student import Student, build_student
+from localign.alignment.setup import fresh_student, starting_backbone
+from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher
-from localign.backbones import CATALOGUE, Backbone, create_backbone
+from localign.backbones import Backbone
 from localign.backbones.export import content_hash
 from localign.backbones.monitor import attention_logit_stats
 from localign.data.config import ImageData
@@ -24,25 +24,8 @@ from localign.data.loader import Batch
 from localign.engine.distributed import World, choose_device
 from localign.engine.task import BatchPlan, StepResult, Task
 
-PUBLISHED_SOFT_CAP = 30.0
 MONITOR_IMAGES = 4
-DEFAULT_LR = 3e-4
 _SCALE_CHUNK = 32
-
-
-def resolve_soft_cap(config: AlignConfig, backbone: Backbone) -> float | None:
-    """The cap a run uses: as asked, or 30 where the catalogue says so or the family allows it."""
-    if config.soft_cap == "auto":
-        entry = CATALOGUE.get(config.backbone)
-        fits = entry.soft_cap if entry else type(backbone.vit.blocks[0].attn) is Attention
-        return PUBLISHED_SOFT_CAP if fits else None
-    return None if config.soft_cap in (None, "none") else float(config.soft_cap)
-
-
-def default_lr(config: AlignConfig) -> float:
-    """The learning rate of a run that names none."""
-    entry = CATALOGUE.get(config.backbone)
-    return entry.lr if entry else DEFAULT_LR
 
 
 class AlignTask(Task):
@@ -58,27 +41,11 @@ class AlignTask(Task):
         self.seed = config.seed
         self.device = torch.device("cpu")
         choose_device(config.device)  # a misspelt device fails before the weights are read
-        backbone = backbone or create_backbone(
-            config.backbone,
-            weights=config.weights,
-            image_size=config.image_size,
-            model_kwargs=config.model_kwargs,
-            seed=config.seed,
-        )
+        backbone = backbone or starting_backbone(config)
         self.masks = config.masks()
         self.masks.check(backbone.grid)
         self.data = ImageData(config, backbone.image_size)
-        self.soft_cap = resolve_soft_cap(config, backbone)
-        with rng.seeded_globals(config.seed, "student"):
-            self.student = build_student(
-                backbone,
-                soft_cap=self.soft_cap,
-                attention=config.attention,
-                decoder_depth=config.decoder_depth,
-                layer_scale=config.decoder_layer_scale,
-            )
-        if config.train_blocks is not None:
-            self.student.train_last_blocks(config.train_blocks)
+        self.student = fresh_student(config, backbone)
         self.teacher = Teacher(backbone, config.target)
         self.teacher_hash = content_hash(backbone.vit.state_dict())
 
@@ -112,13 +79,14 @@ class AlignTask(Task):
         if self.config.loss == "cosine":
             return  # does not depend on the target's scale
         count = self.config.scale_images
-        chunk = min(_SCALE_CHUNK, count)
-        steps = -(-count // chunk)
-        alone = BatchPlan(self.seed, chunk, chunk, 0, 1, 0, 0, steps, False)
+        steps = -(-count // _SCALE_CHUNK)
+        alone = BatchPlan(self.seed, _SCALE_CHUNK, _SCALE_CHUNK, 0, 1, 0, 0, steps, False)
+        self.teacher.scale.fill_(1.0)
         sums = torch.zeros(3, dtype=torch.float64)
-        for batch in self.data.train_batches(alone):
+        for number, batch in enumerate(self.data.train_batches(alone)):
             images, keep = self.views(batch)
-            target = self.teacher(images, keep).double()
+            left = count - number * _SCALE_CHUNK
+            target = self.teacher(images[:left], keep[:left]).double()
             sums += torch.stack([target.sum(), target.square().sum(), target.new_tensor(target.numel())]).cpu()
         mean = sums[0] / sums[2]
         std = (sums[1] / sums[2] - mean.square()).clamp(min=0).sqrt()
@@ -178,7 +146,7 @@ class AlignTask(Task):
         trainable = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
         return {
             "backbone": backbone.name,
-            "soft_cap": self.soft_cap,
+            "soft_cap": backbone.soft_cap,
             "target_scale": float(self.teacher.scale),
             "teacher_sha256": self.teacher_hash,
             "parameters": sum(p.numel() for p in self.student.parameters()),

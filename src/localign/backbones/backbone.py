@@ -53,8 +53,7 @@ class Backbone(nn.Module):
         if not isinstance(vit, FAMILIES):
             families = ", ".join(f.__name__ for f in FAMILIES)
             raise UserError(f"{name} is a {type(vit).__name__}; localign takes timm's {families} models")
-        if vit.patch_embed.grid_size is None:
-            raise UserError(f"{name} has no fixed patch grid; give it an image size")
+        _check_structure(vit, name)
         self.vit = vit
         self.name = name
         self.architecture = architecture
@@ -184,14 +183,25 @@ class Backbone(nn.Module):
         return self.tokens(images)
 
     def copy(self, *, soft_cap: float | None = None, attention: AttentionBackend | None = None) -> Backbone:
-        """A deep copy, with soft-capped attention where a cap is given."""
+        """A deep copy, with soft-capped attention where a cap is given; without one, the cap stays as it is."""
         twin = copy.deepcopy(self)
         twin.attention = attention or self.attention
-        if soft_cap is not None:
-            apply_soft_cap(twin.vit, soft_cap, twin.attention)
-            twin.soft_cap = soft_cap
+        twin.soft_cap = self.soft_cap if soft_cap is None else soft_cap
+        if twin.soft_cap is not None:
+            apply_soft_cap(twin.vit, twin.soft_cap, twin.attention)
         return twin
 
     def extra_repr(self) -> str:
         rows, columns = self.grid
         return f"{self.name}: {self.num_prefix_tokens} + {rows}x{columns} tokens of {self.width}"
+
+
+def _check_structure(vit: nn.Module, name: str) -> None:
+    grid = vit.patch_embed.grid_size
+    if grid is None:
+        raise UserError(f"{name} has no fixed patch grid; give it an image size")
+    for pixels, patch, count in zip(vit.patch_embed.img_size, vit.patch_embed.patch_size, grid, strict=True):
+        if pixels // patch != count:  # a convolutional stem, whose patches are not squares of the image
+            raise UserError(f"{name} does not cut the image into {patch}-pixel patches; hybrids are not supported")
+    if not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in vit.blocks):
+        raise UserError(f"{name} has parallel blocks ({type(vit.blocks[0]).__name__}), which are not supported")

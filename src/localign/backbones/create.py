@@ -56,12 +56,11 @@ def create_backbone(
         UserError: Unknown name (with near ones), weights that do not fit or cannot be fetched.
     """
     kwargs = dict(model_kwargs or {})
-    if name == EMBEDDED:
-        return load_backbone(_embedded_path(), attention=attention)
-    if (Path(name) / CONFIG_FILE).is_file() and not name.startswith(_REMOTE):
+    exported = (Path(name) / CONFIG_FILE).is_file() and not name.startswith(_REMOTE)
+    if name == EMBEDDED or exported:
         if kwargs or image_size or weights != "pretrained":
             raise UserError(f"{name} is an exported backbone: its weights, image size and arguments are fixed")
-        return load_backbone(Path(name), attention=attention)
+        return load_backbone(_embedded_path() if name == EMBEDDED else Path(name), attention=attention)
     entry = CATALOGUE.get(name)
     architecture = entry.timm_name if entry else name
     if image_size is None and entry:
@@ -79,7 +78,15 @@ def create_backbone(
     if weights not in ("pretrained", "none"):
         moco = entry is not None and entry.loader == "moco-v3"
         _load_weight_file(vit, Path(weights), moco=moco)
+    if name.startswith(_REMOTE):  # the folder may move: keep what the model can be built from without it
+        architecture = vit.pretrained_cfg["architecture"]
+        kwargs = {**_saved_arguments(vit), **kwargs, "img_size": vit.patch_embed.img_size}
     return backbone_of(vit, name=name, architecture=architecture, model_kwargs=kwargs, attention=attention)
+
+
+def _saved_arguments(vit: nn.Module) -> dict[str, Any]:
+    """The constructor's arguments that came with a remote model's configuration."""
+    return dict(getattr(vit, "pretrained_model_args", {}))
 
 
 def _embedded_path() -> Path:
@@ -123,9 +130,11 @@ def build_vit(architecture: str, kwargs: Mapping[str, Any], *, pretrained: bool)
     except AssertionError as error:
         raise UserError(f"{architecture} with {dict(kwargs)}: {error}") from error
     except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if architecture.startswith(_REMOTE):
+            raise UserError(f"{architecture} cannot be fetched or built: {reason}") from error
         if not pretrained:
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"the weights of {architecture} cannot be fetched ({reason}); "
             "give a file with --weights FILE, or --weights none for random ones"
@@ -143,10 +152,7 @@ def _check_timm_name(name: str) -> None:
 
 
 def _load_weight_file(vit: nn.Module, path: Path, *, moco: bool) -> None:
-    if moco:
-        load_strict(vit, read_moco_v3(path), path)
-        return
-    state = read_state_dict(path)
+    state = read_moco_v3(path) if moco else read_state_dict(path)
     # timm knows the authors' own formats (OpenAI CLIP, DINOv2, ...) and resizes position embeddings.
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     if convert is not None:

@@ -14,13 +14,13 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from localign._version import __version__
 from localign.backbones.attention import AttentionBackend
 from localign.backbones.backbone import Backbone
-from localign.backbones.weights import StateDict, load_strict
+from localign.backbones.weights import StateDict, load_strict, read_file
 from localign.errors import UserError
 from localign.files import replace_text, replacing
 
@@ -57,8 +57,12 @@ def save_backbone(
     state = {k: _stored(v, dtype) for k, v in backbone.vit.state_dict().items()}
     _save_tensors(state, folder / WEIGHTS_FILE)
     if decoder is not None:
-        _save_tensors({k: _stored(v, dtype) for k, v in decoder.items()}, folder / DECODER_FILE)
+        decoder = {k: _stored(v, dtype) for k, v in decoder.items()}
+        _save_tensors(decoder, folder / DECODER_FILE)
+    else:
+        (folder / DECODER_FILE).unlink(missing_ok=True)  # of an export that was here before
     config = _config(backbone, state, decoder_config, provenance or {})
+    config["localign"]["decoder_sha256"] = content_hash(decoder) if decoder is not None else None
     replace_text(folder / CONFIG_FILE, json.dumps(config, indent=1) + "\n")
     return folder
 
@@ -100,6 +104,7 @@ def _config(
             "name": backbone.name,
             "soft_cap": backbone.soft_cap,
             "final_norm": backbone.final_norm,
+            "norm": type(norm).__name__,
             "norm_eps": getattr(norm, "eps", None),
             "pooling": vit.global_pool or None,
             "feature_layer": backbone.depth - 1,
@@ -158,10 +163,11 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise UserError(f"{folder} is no complete export: it has no {WEIGHTS_FILE}")
-    vit = _empty_vit(config)
-    state = load_file(path)
-    if ours["sha256"] != content_hash(state):
-        raise UserError(f"{path} is damaged: its tensors are not those that {CONFIG_FILE} describes")
+    state = _read_tensors(path, ours.get("sha256"))
+    try:
+        vit = _empty_vit(config)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        raise UserError(f"{folder / CONFIG_FILE} describes no model that can be built: {error!r}") from error
     load_strict(vit, state, path)
     cfg = config["pretrained_cfg"]
     return Backbone(
@@ -184,18 +190,28 @@ def _empty_vit(config: dict[str, Any]) -> nn.Module:
     if ours["pooling"] is None:
         vit.reset_classifier(0, "")
     name = ours["final_norm"]
-    if name != "none" and ours["norm_eps"] is not None:
-        getattr(vit, name).eps = ours["norm_eps"]
+    if name != "none":
+        if ours.get("norm") == "LayerNorm" and not isinstance(getattr(vit, name), nn.LayerNorm):
+            setattr(vit, name, nn.LayerNorm(vit.embed_dim))  # alignment renewed a norm of another kind
+        if ours["norm_eps"] is not None:
+            getattr(vit, name).eps = ours["norm_eps"]
     return vit
+
+
+def _read_tensors(path: Path, expected_hash: str | None) -> StateDict:
+    state = read_file(path)
+    if expected_hash != content_hash(state):
+        raise UserError(f"{path} is damaged: its tensors are not those that {CONFIG_FILE} describes")
+    return state
 
 
 def load_decoder_state(folder: str | Path) -> StateDict:
     """The decoder's tensors of an export folder.
 
     Raises:
-        UserError: The folder has none.
+        UserError: The folder has none, or not the one it describes.
     """
     path = Path(folder) / DECODER_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds a backbone without a decoder")
-    return load_file(path)
+    return _read_tensors(path, read_config(folder)["localign"].get("decoder_sha256"))

@@ -1,7 +1,5 @@
 """Which images a training command sees, and how."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 

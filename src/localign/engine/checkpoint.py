@@ -94,12 +94,6 @@ class Checkpoints:
             if step != best:
                 shutil.rmtree(self.path(step), ignore_errors=True)
 
-    def remove_leftovers(self) -> None:
-        """Delete what a killed run left half-written."""
-        if self.folder.is_dir():
-            for path in self.folder.glob(".*.tmp"):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
     def load(self, step: int) -> Loaded:
         """Read a checkpoint.
 
@@ -114,6 +108,13 @@ class Checkpoints:
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"checkpoint {path} is damaged: {str(error).splitlines()[0]}") from error
         return Loaded(step, model, optimizer, ema, state)
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Delete what a killed run left half-written right inside the folders, where they exist."""
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,15 +142,18 @@ def load_optimizer_tensors(
         UserError: State is missing for a trainable parameter, or left over.
     """
     left = dict(tensors)
+    kinds = {k.split(".", 1)[0] for k in tensors}
     for name, parameter in module.named_parameters():
         found = {k.removesuffix(f".{name}"): v for k, v in tensors.items() if k.split(".", 1)[1] == name}
         for kind in found:
             del left[f"{kind}.{name}"]
-        if parameter.requires_grad and tensors and not found:
-            raise UserError(f"{source} lacks the optimizer state of {name}")
+        if parameter.requires_grad and kinds - found.keys():
+            lacking = ", ".join(sorted(kinds - found.keys()))
+            raise UserError(f"{source} lacks the optimizer state of {name}: {lacking}")
         if found:
             # The step counter belongs where a fused optimizer reads it; moments beside their parameter.
-            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in found.items()}
+            # A copy: what safetensors gives may be the file itself, mapped into memory.
+            optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in found.items()}
     if left:
         raise UserError(f"{source} has optimizer state of unknown parameters: {', '.join(sorted(left)[:4])}")
 

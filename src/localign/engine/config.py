@@ -1,6 +1,8 @@
-"""What every training command shares."""
+"""What every training command shares.
 
-from __future__ import annotations
+The modules of config classes keep their annotations as types (no postponed evaluation): the command line is
+made from them.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +10,7 @@ from typing import Literal
 from localign.errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
-Resume = Literal["no", "yes", "auto"]
+Resume = Literal["never", "must", "auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,8 @@ class TrainConfig:
     """Optimizer steps; give this or epochs."""
     epochs: float | None = None
     """Passes over the training images; give this or steps."""
-    batch_size: int = 1024
-    """Images per optimizer step, over all ranks and micro-batches."""
+    batch_size: int = 0
+    """Images per optimizer step, over all ranks and micro-batches; 0: 1024, on a CPU alone 8 (for trying)."""
     micro_batch: int | None = None
     """Images per rank and forward pass; default is the rank's whole share. Gradients accumulate."""
     lr: float | None = None
@@ -61,8 +63,9 @@ class TrainConfig:
     """Newest checkpoints to keep; the best is kept besides."""
     val_every: int | None = None
     """Steps between validations; default only at the end."""
-    resume: Resume = "no"
-    """yes: continue the run in --out; auto: continue it if there is one; no: refuse to write into one."""
+    resume: Resume = "never"
+    """must (or --resume alone): continue the run in --out; auto: continue it if there is one; never: refuse
+    to write into one."""
     tensorboard: bool = False
     """Also log to TensorBoard (needs the extra localign[tensorboard])."""
     wandb: str | None = None
@@ -71,13 +74,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("--steps and --epochs contradict each other; give one")
-        positive = ("steps", "epochs", "batch_size", "micro_batch", "lr", "clip_grad", "eps", "log_every",
+        positive = ("steps", "epochs", "micro_batch", "lr", "clip_grad", "eps", "log_every",
                     "checkpoint_every", "keep_checkpoints", "val_every")  # fmt: skip
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-        for name in ("warmup_steps", "weight_decay", "workers"):
+        for name in ("batch_size", "warmup_steps", "weight_decay", "workers"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} cannot be negative, but is {getattr(self, name)}")
         if not 0 <= self.min_lr_ratio <= 1:
@@ -95,3 +98,36 @@ RESUMABLE: frozenset[str] = frozenset(
     }
 )  # fmt: skip
 """Fields that may differ when a run is continued: they change neither the samples nor the mathematics."""
+
+
+def total_steps(config: TrainConfig, samples: int) -> int:
+    """Optimizer steps of a run.
+
+    Args:
+        config: Has steps or epochs; one epoch without either.
+        samples: Training images.
+
+    Raises:
+        UserError: The warm-up is as long as the run.
+    """
+    steps = config.steps
+    if steps is None:
+        steps = max(1, round((config.epochs or 1.0) * samples / config.batch_size))
+    if config.warmup_steps >= steps:
+        raise UserError(f"--warmup-steps {config.warmup_steps} leaves nothing of the run's {steps} steps")
+    return steps
+
+
+def batch_shares(config: TrainConfig, ranks: int) -> tuple[int, int]:
+    """Images per rank and step, and per forward pass.
+
+    Raises:
+        UserError: The batch does not divide.
+    """
+    per_rank, rest = divmod(config.batch_size, ranks)
+    micro = config.micro_batch or per_rank
+    if rest or not per_rank or per_rank % micro:
+        raise UserError(
+            f"batch size {config.batch_size} does not divide into {ranks} ranks times micro-batches of {micro}"
+        )
+    return per_rank, micro

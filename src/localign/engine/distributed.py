@@ -93,10 +93,12 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"there is no device {name}: torch finds no CUDA GPU")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UserError(f"there is no device {name}: torch finds {torch.cuda.device_count()} CUDA GPUs")
         return device if device.index is not None else torch.device("cuda", local_rank)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("there is no device mps on this machine")
-    if device.type not in ("cpu", "cuda", "mps", "meta"):
+    if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device {name} is not supported; give auto, cpu, cuda, cuda:N or mps")
     return device
 

@@ -66,12 +66,13 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
 class TensorBoard:
     """Scalars for TensorBoard, beside the log."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError("TensorBoard is not installed; pip install 'localign[tensorboard]'") from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        purge = None if resumed_at is None else resumed_at + 1
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def write(self, entry: dict[str, Any]) -> None:
         for name, value in entry.items():
@@ -123,6 +124,10 @@ class Bar:
     def advance(self) -> None:
         """One step further."""
         self._progress.advance(self._task)
+
+    def at(self, done: int, total: int) -> None:
+        """So far, of how much."""
+        self._progress.update(self._task, completed=done, total=total)
 
     def write(self, entry: dict[str, Any]) -> None:
         shown = (

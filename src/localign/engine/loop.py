@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,22 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from localign import rng
 from localign.engine import run as runs
-from localign.engine.checkpoint import Checkpoints, load_module, load_optimizer_tensors
-from localign.engine.config import TrainConfig
+from localign.engine.checkpoint import (
+    EMA_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    Checkpoints,
+    load_module,
+    load_optimizer_tensors,
+    remove_leftovers,
+)
+from localign.engine.config import TrainConfig, batch_shares, total_steps
 from localign.engine.distributed import World, world
 from localign.engine.guards import NonFiniteGuard
 from localign.engine.log import Bar, JsonLines, Log, Sink, Stopwatch, TensorBoard, WandB, say
 from localign.engine.optim import build_optimizer, learning_rate
 from localign.engine.task import BatchPlan, Task
-from localign.errors import UserError
-
-_INT64 = 1 << 63
+from localign.engine.totals import Totals
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Outcome:
 
     folder: Path
     results: dict[str, Any]
+    is_main: bool = True
+    """Whether this process is the one that writes files and speaks."""
 
 
 def train(task: Task, config: TrainConfig, command: str) -> Outcome:
@@ -69,8 +77,11 @@ class Loop:
         self.step = 0
         self.digest = 0
         self.bad: dict[str, str] = {}
+        self.named: set[str] = set()  # the bad images that are in the log
         self.seconds = 0.0
-        self.best = math.inf
+        self.best: dict[str, Any] | None = None
+        self.validation: dict[str, Any] = {}  # the latest: step and metrics
+        self.saved_at: int | None = None
 
     # -- the run, top to bottom ------------------------------------------------------------------------
 
@@ -91,17 +102,21 @@ class Loop:
             task.compile()
         self.model = self.world.replicate(task.module)
         self._open_log(resumed_at)
-        self._train()
+        # Dropout and the like draw from torch's generator; it is keyed by the step, and the caller's is kept.
+        cuda = [self.world.device] if self.world.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda):
+            self._train()
         return self._finish()
 
     def _train(self) -> None:
         config, clock = self.config, Stopwatch()
         batches = self.task.batches(self._plan(start=self.step))
-        totals = _Totals(self.world.device)
+        totals = Totals(self.world.device)
         while self.step < self.steps:
             rate = learning_rate(self.step, self.steps, config)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
+            torch.manual_seed(rng.key(config.seed, "step", self.step, self.world.rank) >> 1)
             taken = self._step(batches, totals, clock)
             self.step += 1
             if self._bar is not None:
@@ -109,19 +124,21 @@ class Loop:
             if self.step % config.log_every == 0 or self.step == self.steps:
                 self._log_step(totals, clock, rate, taken)
             # Neither validation nor saving is training time; the last of both comes with the results.
+            spent = self.seconds + clock.elapsed
             with clock.paused():
                 if config.val_every and self.step % config.val_every == 0 and self.step < self.steps:
-                    self._validate()
+                    self._validate(spent)
                 if self.step % config.checkpoint_every == 0 and self.step < self.steps:
-                    self._save(self.seconds + clock.elapsed)
+                    self._save(spent)
 
-    def _step(self, batches: Iterator[Any], totals: _Totals, clock: Stopwatch) -> Any:
+    def _step(self, batches: Iterator[Any], totals: Totals, clock: Stopwatch) -> Any:
         """One optimizer step over this rank's micro-batches; returns the last of them."""
         module, count = self.task.module, self.per_rank // self.micro_batch
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(2, device=self.world.device)
         seen: list[Any] = []
+        metrics: list[dict[str, tuple[Tensor, Tensor]]] = []
         for number in range(count):
             with clock.waiting():
                 batch = to_device(next(batches), self.world.device)
@@ -133,7 +150,7 @@ class Loop:
                 # Gradients of sums: dividing by what all ranks and micro-batches went over comes last.
                 result.loss_sum.backward()
             sums += torch.stack([result.loss_sum.detach(), result.weight.detach()]).to(sums)
-            totals.add(result.metrics)
+            metrics.append(result.metrics)
         sums = self.world.sum(sums)
         grad_norm = self._scale_and_clip(module, sums[1])
         loss = sums[0] / sums[1].clamp(min=1)
@@ -144,10 +161,14 @@ class Loop:
                 self.ema.update_parameters(module)
             self.guard.passed()
             totals.add_step(sums, grad_norm)
+            for values in metrics:
+                totals.add(values)
         else:
             totals.steps_seen += 1
-            say(f"step {self.step}: loss {float(loss)}, gradient norm {float(grad_norm)}; skipped")
-            self.guard.skip(self.step, seen, float(loss), float(grad_norm))
+            number = self.step + 1  # as the log counts
+            if self.world.is_main:
+                say(f"step {number}: loss {float(loss)}, gradient norm {float(grad_norm)}; skipped")
+            self.guard.skip(number, seen, float(loss), float(grad_norm))
         return seen[-1]
 
     def _scale_and_clip(self, module: nn.Module, weight: Tensor) -> Tensor:
@@ -187,13 +208,12 @@ class Loop:
             if name not in self.bad:
                 self.bad[name] = reason
                 say(f"skipped unreadable image {name}: {reason}")
-                self.log.write(self.step, skipped_image=name, reason=reason)
 
     def _global_digest(self) -> int:
         """The digest over the samples of all ranks."""
         return sum(self.world.gather(self.digest)) % (1 << 64)
 
-    def _log_step(self, totals: _Totals, clock: Stopwatch, rate: float, batch: Any) -> None:
+    def _log_step(self, totals: Totals, clock: Stopwatch, rate: float, batch: Any) -> None:
         elapsed = max(clock.elapsed, 1e-9)
         self.seconds += elapsed
         entry = totals.means(self.world)
@@ -211,22 +231,26 @@ class Loop:
         clock.restart()
 
     @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, seconds: float) -> dict[str, float]:
         """Held-out metrics; the lowest ``val_loss`` so far marks the best checkpoint."""
         module = self.ema.module if self.ema is not None else self.task.module
         module.eval()
         with self._autocast():
             metrics = self.task.validate(module, self.world)
         module.train()
+        self.validation = {"step": self.step, "metrics": metrics}
         if metrics:
             self.log.write(self.step, **metrics)
             value = metrics.get("val_loss", math.inf)
-            if value < self.best and math.isfinite(value):
-                self.best = value
-                self._save()
-                if self.world.is_main:
-                    self.checkpoints.mark_best(self.step, value)
+            if math.isfinite(value) and (self.best is None or value < self.best["val_loss"]):
+                self.best = {"step": self.step, "val_loss": value}
+                self._save(seconds)
+                self._mark_best()
         return metrics
+
+    def _mark_best(self) -> None:
+        if self.world.is_main and self.best is not None and self.checkpoints.best() != self.best:
+            self.checkpoints.mark_best(**self.best)
 
     # -- folders and checkpoints -----------------------------------------------------------------------
 
@@ -237,12 +261,12 @@ class Loop:
         if self.world.is_main:
             try:
                 resumed_at = runs.choose_start(self.folder, self.config.resume, self.checkpoints.steps())
-                if self.config.resume != "no" and (self.folder / runs.CONFIG_FILE).is_file():
+                if self.config.resume != "never" and (self.folder / runs.CONFIG_FILE).is_file():
                     runs.check_same_config(self.folder, self.command, self.config)
                 else:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     runs.save_config(self.folder, self.command, self.config)
-                self.checkpoints.remove_leftovers()
+                remove_leftovers(self.folder, self.checkpoints.folder, self.guard.folder)
             except Exception as error:
                 problem = error
         problem, resumed_at = self.world.gather((problem, resumed_at))[0]
@@ -257,16 +281,22 @@ class Loop:
         self._bar = Bar(self.command, self.steps, self.step)
         sinks: list[Sink] = [JsonLines(self.folder, resumed_at), self._bar]
         if self.config.tensorboard:
-            sinks.append(TensorBoard(self.folder))
+            sinks.append(TensorBoard(self.folder, resumed_at))
         if self.config.wandb:
             sinks.append(WandB(self.folder, self.config.wandb, runs.plain(self.config)))
         self.log = Log(sinks)
 
     def _gather_bad(self) -> dict[str, str]:
-        """The unreadable images that any rank has met."""
-        return {name: reason for part in self.world.gather(self.bad) for name, reason in part.items()}
+        """The unreadable images that any rank has met; those not in the log yet are named there."""
+        bad = {name: reason for part in self.world.gather(self.bad) for name, reason in part.items()}
+        for name in (n for n in bad if n not in self.named):
+            self.log.write(self.step, skipped_image=name, reason=bad[name])
+        self.named |= bad.keys()
+        return bad
 
-    def _save(self, seconds: float | None = None) -> None:
+    def _save(self, seconds: float) -> None:
+        if self.saved_at == self.step:
+            return  # writing it again would be a moment without it
         bad, digest = self._gather_bad(), self._global_digest()
         if self.world.is_main:
             state = {
@@ -276,34 +306,40 @@ class Loop:
                 "guard": self.guard.state_dict(),
                 "digest": f"{digest:016x}",
                 "bad_images": bad,
-                "seconds": self.seconds if seconds is None else seconds,
-                "best": self.best if math.isfinite(self.best) else None,
+                "seconds": seconds,
+                "best": self.best,
+                "validation": self.validation,
             }
             ema = self.ema.module if self.ema is not None else None
             self.checkpoints.save(self.step, self.task.module, self.optimizer, state, ema)
+        self.saved_at = self.step
         self.world.barrier()
 
     def _restore(self, step: int) -> None:
         loaded = self.checkpoints.load(step)
         source = self.checkpoints.path(step)
         runs.check_same_fingerprint(self.folder, loaded.state["fingerprint"], self.task.fingerprint())
-        load_module(self.task.module, loaded.model, source)
-        load_optimizer_tensors(self.task.module, self.optimizer, loaded.optimizer, source)
-        if self.ema is not None and loaded.ema is not None:
-            load_module(self.ema.module, loaded.ema, source)
-            self.ema.n_averaged.fill_(max(1, step))
+        load_module(self.task.module, loaded.model, source / MODEL_FILE)
+        load_optimizer_tensors(self.task.module, self.optimizer, loaded.optimizer, source / OPTIMIZER_FILE)
         self.task.load_state_dict(loaded.state["task"])
         self.guard.load_state_dict(loaded.state["guard"])
-        self.step = loaded.step
+        if self.ema is not None:
+            load_module(self.ema.module, loaded.ema or {}, source / EMA_FILE)
+            self.ema.n_averaged.fill_(step - len(self.guard.skipped))
+        self.step = self.saved_at = loaded.step
         # The whole digest is on one rank; the sum over ranks is what counts.
         self.digest = int(loaded.state["digest"], 16) if self.world.is_main else 0
         self.bad = dict(loaded.state["bad_images"])
+        self.named = set(self.bad)
         self.seconds = float(loaded.state["seconds"])
-        self.best = loaded.state["best"] if loaded.state["best"] is not None else math.inf
+        self.best, self.validation = loaded.state["best"], loaded.state["validation"]
+        self._mark_best()  # a kill may have come between saving and marking
 
     def _finish(self) -> Outcome:
-        metrics = self._validate()
-        self._save()
+        # A run that was killed after its last checkpoint has validated already, and logged it.
+        done = self.validation.get("step") == self.step
+        metrics = self.validation["metrics"] if done else self._validate(self.seconds)
+        self._save(self.seconds)
         self.bad = self._gather_bad()
         results = {
             "command": self.command,
@@ -318,7 +354,7 @@ class Loop:
             "skipped_images": {"count": len(self.bad), "share": len(self.bad) / self.task.samples(), "images": self.bad},
             "skipped_steps": self.guard.skipped,
             "final": metrics,
-            "best": self.checkpoints.best() if self.world.is_main else None,
+            "best": self.best,
             **self.task.summary(),
         }  # fmt: skip
         if self.world.is_main:
@@ -327,71 +363,7 @@ class Loop:
             self.task.export(module, self.folder / "export", facts)
             runs.write_results(self.folder, results)
         self.world.barrier()
-        return Outcome(self.folder, results)
-
-
-class _Totals:
-    """Sums since the last log line, kept on the device so that a step does not wait for the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.reset()
-
-    def reset(self) -> None:
-        self.steps_seen = 0
-        self._loss = torch.zeros(2, device=self.device)
-        self._grad_norm = torch.zeros((), device=self.device)
-        self._grad_steps = 0
-        self._metrics: dict[str, Tensor] = {}
-
-    def add(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
-        for name, (total, count) in metrics.items():
-            pair = torch.stack([total.float(), count.float()]).to(self.device)
-            self._metrics[name] = self._metrics.get(name, torch.zeros_like(pair)) + pair
-
-    def add_step(self, sums: Tensor, grad_norm: Tensor) -> None:
-        self.steps_seen += 1
-        self._grad_steps += 1
-        self._loss += sums
-        self._grad_norm += grad_norm
-
-    def means(self, here: World) -> dict[str, Any]:
-        """Means over steps, ranks and micro-batches."""
-        values: dict[str, Any] = {}
-        if self._grad_steps:
-            values["loss"] = float(self._loss[0] / self._loss[1].clamp(min=1))
-            values["grad_norm"] = float(self._grad_norm / self._grad_steps)
-        for name, pair in sorted(self._metrics.items()):
-            total, count = here.sum(pair).tolist()
-            values[name] = total / count if count else None
-        return values
-
-
-def total_steps(config: TrainConfig, samples: int) -> int:
-    """Optimizer steps of a run.
-
-    Args:
-        config: Has steps or epochs; one epoch without either.
-        samples: Training images.
-    """
-    if config.steps is not None:
-        return config.steps
-    return max(1, round((config.epochs or 1.0) * samples / config.batch_size))
-
-
-def batch_shares(config: TrainConfig, ranks: int) -> tuple[int, int]:
-    """Images per rank and step, and per forward pass.
-
-    Raises:
-        UserError: The batch does not divide.
-    """
-    per_rank, rest = divmod(config.batch_size, ranks)
-    micro = config.micro_batch or per_rank
-    if rest or not per_rank or per_rank % micro:
-        raise UserError(
-            f"batch size {config.batch_size} does not divide into {ranks} ranks times micro-batches of {micro}"
-        )
-    return per_rank, micro
+        return Outcome(self.folder, results, self.world.is_main)
 
 
 def sample_digest(batch: Any) -> int:
@@ -409,9 +381,3 @@ def _average(module: nn.Module, decay: float | None) -> AveragedModel | None:
     if decay is None:
         return None
     return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
-
-
-def with_defaults(config: TrainConfig, **values: Any) -> TrainConfig:
-    """The config with values filled in where it has None."""
-    missing = {k: v for k, v in values.items() if getattr(config, k) is None}
-    return replace(config, **missing)

@@ -110,12 +110,12 @@ def choose_start(folder: Path, resume: Resume, steps: list[int]) -> int | None:
         UserError: There is nothing to resume, or a run that would be overwritten.
     """
     started = (folder / CONFIG_FILE).is_file()
-    if resume == "yes" and not started:
+    if resume == "must" and not started:
         raise UserError(f"nothing to resume in {folder}: it holds no run")
-    if resume == "no" and started:
+    if resume == "never" and started:
         at = f"step {steps[-1]}" if steps else "its beginning"
         raise UserError(f"{folder} already holds a run (at {at}); continue it with --resume, or give another --out")
-    return steps[-1] if steps and resume != "no" else None
+    return steps[-1] if steps and resume != "never" else None
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> Path:

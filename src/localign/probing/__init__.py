@@ -4,7 +4,7 @@ from localign.probing.heads import HEADS, INTERVENTIONS, TASKS, Geometry, build_
 from localign.probing.labels import PatchLabels, image_union, patch_majority, patch_union, reduce_labels
 from localign.probing.metrics import MajorityCounts, MultiLabelCounts
 from localign.probing.segmentation import AttributeLabels, FolderSegmentation, LabelledSource
-from localign.probing.suite import evaluate_heads, extract_features, probe
+from localign.probing.suite import evaluate_heads, extract_features, probe, probe_heads
 from localign.probing.training import HeadSpec, ProbeConfig, TrainedHeads, train_heads
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "patch_majority",
     "patch_union",
     "probe",
+    "probe_heads",
     "reduce_labels",
     "train_heads",
 ]

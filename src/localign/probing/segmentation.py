@@ -138,10 +138,12 @@ class FolderSegmentation:
         image = self.load(index)
         path = self.masks_dir / f"{Path(self._images[index]).stem}.png"
         try:
-            with Image.open(path) as mask:
+            with Image.open(path, formats=["PNG"]) as mask:
                 labels = np.asarray(mask)
         except Exception as error:  # decoders raise anything on corrupt files
-            raise UserError(f"cannot read the label map {path}: {type(error).__name__}: {error}") from None
+            unknown = isinstance(error, Image.UnidentifiedImageError)
+            reason = "not a PNG image" if unknown else f"{type(error).__name__}: {error}"
+            raise UserError(f"cannot read the label map {path}: {reason}") from None
         if labels.ndim != 2:
             raise UserError(f"the label map {path} has {labels.shape[-1]} channels; it must have one")
         if labels.shape != (image.height, image.width):
@@ -250,6 +252,7 @@ def labelled_batches(
     except UserError as error:
         # From a worker the message arrives wrapped in a traceback; its last line is the one we wrote.
         last = str(error).strip().rpartition("\n")[2]
+        error.__traceback__ = None  # it would keep the loader alive, whose workers then end late
         raise UserError(last.partition("UserError: ")[2] or last) from None
 
 

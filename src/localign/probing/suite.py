@@ -142,6 +142,19 @@ def probe(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
+    """The result of :func:`probe_heads` without the heads."""
+    return probe_heads(backbone, train_source, val_sources, config, device=device, progress=progress)[0]
+
+
+def probe_heads(
+    backbone: Backbone,
+    train_source: LabelledSource,
+    val_sources: LabelledSource | Mapping[str, LabelledSource],
+    config: ProbeConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], TrainedHeads]:
     """Train heads on one labelled source and judge them on others.
 
     Args:
@@ -155,7 +168,7 @@ def probe(
 
     Returns:
         JSON-able: ``config``, ``backbone``, ``classes``, ``train`` (images, steps, curve), ``results``
-        (``{source: {head: {task: metrics}}}``), ``sources`` and ``seconds`` per stage.
+        (``{source: {head: {task: metrics}}}``), ``sources`` and ``seconds`` per stage. And the heads.
 
     Raises:
         UserError: sources with different classes, or unreadable data.
@@ -203,7 +216,7 @@ def probe(
     clock.append(time.monotonic())
     steps, warmup = config.resolved(len(features))
     described = {"train": train_source, **sources}
-    return {
+    outcome = {
         "config": {**asdict(config), "steps": steps, "warmup_steps": warmup},
         "backbone": backbone.name,
         "classes": list(train_source.classes),
@@ -215,3 +228,4 @@ def probe(
         "results": results,
         "seconds": dict(zip(("features", "training", "evaluation"), np.diff(clock).tolist(), strict=True)),
     }
+    return outcome, trained

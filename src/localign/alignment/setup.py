@@ -1,0 +1,109 @@
+"""From the options of an alignment to its backbone and student; and back from the folder of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from timm.layers import Attention
+
+from localign import rng
+from localign.alignment.config import AlignConfig
+from localign.alignment.published import PUBLISHED_SOFT_CAP
+from localign.alignment.student import Student, build_student
+from localign.backbones import CATALOGUE, EMBEDDED, Backbone, create_backbone
+from localign.backbones.export import CONFIG_FILE
+from localign.backbones.weights import load_strict
+from localign.engine.checkpoint import Checkpoints
+from localign.engine.run import read_config as read_run_config
+from localign.errors import UserError
+
+DEFAULT_LR = 3e-4
+
+
+def starting_backbone(config: AlignConfig, weights: str | None = None) -> Backbone:
+    """The backbone that an alignment starts from.
+
+    Args:
+        config: Names it.
+        weights: Replaces the config's own, for those who need the architecture alone.
+    """
+    return create_backbone(
+        config.backbone,
+        weights=weights or config.weights,
+        image_size=config.image_size,
+        model_kwargs=config.model_kwargs,
+        seed=config.seed,
+    )
+
+
+def resolve_soft_cap(soft_cap: float | str | None, backbone: Backbone) -> float | None:
+    """A cap as asked for; ``auto`` is 30 where the catalogue says so or, outside of it, the family allows it."""
+    if soft_cap == "auto":
+        entry = CATALOGUE.get(backbone.name)
+        fits = entry.soft_cap if entry else type(backbone.vit.blocks[0].attn) is Attention
+        return PUBLISHED_SOFT_CAP if fits else backbone.soft_cap
+    return None if soft_cap in (None, "none") else float(soft_cap)
+
+
+def default_lr(config: AlignConfig) -> float:
+    """The learning rate of a run that names none."""
+    entry = CATALOGUE.get(config.backbone)
+    return entry.lr if entry else DEFAULT_LR
+
+
+def fresh_student(config: AlignConfig, backbone: Backbone) -> Student:
+    """The student at step 0, a function of the config's seed."""
+    with rng.seeded_globals(config.seed, "student"):
+        student = build_student(
+            backbone,
+            soft_cap=resolve_soft_cap(config.soft_cap, backbone),
+            attention=config.attention,
+            decoder_depth=config.decoder_depth,
+            layer_scale=config.decoder_layer_scale,
+        )
+    if config.train_blocks is not None:
+        student.train_last_blocks(config.train_blocks)
+    return student
+
+
+def student_of_run(folder: str | Path, checkpoint: str = "last") -> tuple[Student, dict[str, Any]]:
+    """The student of an alignment run's checkpoint, without its data.
+
+    Args:
+        folder: A run folder of `localign align`.
+        checkpoint: ``last``, ``best`` (lowest validation loss), or a step.
+
+    Returns:
+        The student in eval mode, with averaged weights where the run kept them, and facts about the run.
+
+    Raises:
+        UserError: No such run or checkpoint, or it is damaged.
+    """
+    folder = Path(folder)
+    saved = read_run_config(folder)
+    if saved["command"] != "align":
+        raise UserError(f"{folder} is a run of `localign {saved['command']}`, not of `localign align`")
+    config = AlignConfig(**{**saved["config"], "betas": tuple(saved["config"]["betas"])})
+    checkpoints = Checkpoints(folder / "checkpoints")
+    step = _checkpoint_step(checkpoints, checkpoint, folder)
+    loaded = checkpoints.load(step)
+    # The architecture is wanted, not the starting weights: nothing is fetched for what comes out of a name.
+    local = config.backbone == EMBEDDED or (Path(config.backbone) / CONFIG_FILE).is_file()
+    student = fresh_student(config, starting_backbone(config, weights=None if local else "none"))
+    load_strict(student, loaded.ema or loaded.model, checkpoints.path(step))
+    facts = {"run": saved["config"], "steps": step, **loaded.state["task"]}
+    return student.eval(), facts
+
+
+def _checkpoint_step(checkpoints: Checkpoints, wanted: str, folder: Path) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(f"{folder} has no checkpoint yet")
+    best = (checkpoints.best() or {}).get("step")
+    if wanted == "best" and best is None:
+        raise UserError(f"{folder} has no best checkpoint: it was not validated")
+    step = steps[-1] if wanted == "last" else best if wanted == "best" else wanted
+    if str(step) not in {str(s) for s in steps}:
+        raise UserError(f"{folder} has no checkpoint {wanted!r}; there are last, best and {', '.join(map(str, steps))}")
+    return int(step)

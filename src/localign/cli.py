@@ -1,0 +1,214 @@
+"""The command line: a config class becomes options, errors become one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from localign import commands
+from localign._version import __version__
+from localign.errors import RunFailure, UserError, near
+
+EXIT_OK, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command."""
+
+    config: Callable[[], type]
+    """Gives the config class; late, so that --help of one command does not import the others."""
+    run: Callable[[Any], int | None]
+    """Takes the config; returns an exit code, None for 0."""
+    help: str
+    positional: tuple[str, ...] = ()
+    """Fields that may be given without their option's name, in order."""
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(commands.demo_config, commands.demo, "align the embedded backbone, probe before and after, report"),
+    "align": Command(commands.align_config, commands.align, "locality alignment of a backbone"),
+    "pretrain": Command(commands.pretrain_config, commands.pretrain, "make the embedded backbone"),
+    "probe": Command(
+        commands.probe_config, commands.probe, "what backbones know about patches and images", ("backbone",)
+    ),
+    "export": Command(commands.export_config, commands.export, "write a backbone for use elsewhere", ("source",)),
+    "import": Command(
+        commands.import_config, commands.import_, "convert a published checkpoint (.pth.tar)", ("file",)
+    ),
+    "list": Command(commands.list_config, commands.list_, "what there is: backbones", ("what",)),
+    "report": Command(commands.report_config, commands.report, "write report.html of a run again", ("run",)),
+    "verify-reference": Command(
+        commands.verify_config, commands.verify_reference, "recompute a folder of reference numbers", ("folder",)
+    ),
+}
+
+
+class Parser(ArgumentParser):
+    """Options are written with hyphens; an error is one line that names them."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        raise UserError(_one_line(message, [_hyphens(o) for o in known]))
+
+    def format_help(self) -> str:
+        return re.sub(r"--[a-z_]+", lambda m: _hyphens(m.group()), super().format_help())
+
+
+def _hyphens(option: str) -> str:
+    return option.replace("_", "-")
+
+
+def _one_line(message: str, known: Sequence[str]) -> str:
+    """jsonargparse's messages, which can span many lines, as one."""
+    if unknown := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
+        option = _hyphens(unknown.group(1).split("=")[0])
+        return f"unknown option {option}{near(option, known)}"
+    if unknown := re.search(r"Option '([^']+)' is not accepted", message):
+        name = unknown.group(1)
+        return f"unknown key {name!r} in the config file{near('--' + _hyphens(name), known)}"
+    if key := re.search(r'[Pp]arser key "([^"]+)"', message):
+        value = re.search(r"(?:Given value|Got value): (.*)", message)
+        kinds = re.search(r"Subtypes: (.*)", message) or re.search(r"Expected an? (.*?)(?:\. Got value|$)", message)
+        expected = _kinds(kinds.group(1)) if kinds else "something else"
+        given = f"not {value.group(1).strip()!r}" if value else "which it did not get"
+        return f"{_hyphens('--' + key.group(1))} takes {expected}, {given}"
+    return " ".join(message.split())
+
+
+def _kinds(text: str) -> str:
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).strip("[]").replace("NoneType", "null")
+    return text.replace("typing.Literal", "one of ").replace("'", "").replace("one of [", "one of [").strip(" .")
+
+
+def build_parser(name: str) -> Parser:
+    """The parser of one command."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    command = COMMANDS[name]
+    positional = "".join(f" [{field.upper()}]" for field in command.positional)
+    parser = Parser(
+        prog=f"localign {name}",
+        usage=f"localign {name}{positional} [--config FILE] [--option value ...]",
+        description=(command.config().__doc__ or command.help).strip().splitlines()[0],
+    )
+    parser.add_argument("--config", action="config", help="YAML file of the options below; options given here win.")
+    parser.add_class_arguments(command.config(), as_group=False)
+    return parser
+
+
+def parse(name: str, argv: Sequence[str]) -> Any:
+    """The config object of a command line.
+
+    Raises:
+        UserError: Unknown, misspelt, mistyped or contradictory options.
+    """
+    command = COMMANDS[name]
+    parser = build_parser(name)
+    values = vars(parser.parse_args(normalise(argv, command)))
+    fields = {f.name for f in dataclasses.fields(command.config())}
+    return command.config()(**{k: v for k, v in values.items() if k in fields})
+
+
+def normalise(argv: Sequence[str], command: Command) -> list[str]:
+    """Users' spelling to the parser's: positionals named, hyphens to underscores, bare flags given a value.
+
+    ``--model-kwargs depth=2 img_size=96`` becomes one JSON object.
+    """
+    fields = {f.name: f for f in dataclasses.fields(command.config())}
+    positional = list(command.positional)
+    out: list[str] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            if token == "-h":
+                out.append(token)
+            elif positional:
+                out += [f"--{positional.pop(0)}", token]
+            else:
+                raise UserError(f"unexpected argument {token!r}")
+            continue
+        option, equals, value = token.partition("=")
+        name = option[2:].replace("-", "_")
+        field = fields.get(name.split(".")[0])
+        values = [value] if equals else []
+        while not equals and rest and not rest[0].startswith("--") and (not values or _is_mapping(field)):
+            values.append(rest.pop(0))
+        if _is_mapping(field) and "." not in name:
+            values = [_as_json(option, values)]
+        elif not values and field is not None:
+            values = [_bare(option, field)]
+        out += [f"--{name}={values[0]}"] if values else [f"--{name}"]
+    return out
+
+
+def _is_mapping(field: dataclasses.Field[Any] | None) -> bool:
+    return field is not None and "dict" in str(field.type)
+
+
+def _as_json(option: str, values: list[str]) -> str:
+    import yaml
+
+    if len(values) == 1 and values[0].startswith("{"):
+        return values[0]
+    pairs = [part.partition("=") for value in values for part in value.split(",") if part]
+    if not pairs or any(not equals or not key for key, equals, _ in pairs):
+        raise UserError(f"{option} takes name=value pairs, for example depth=2")
+    return json.dumps({key: yaml.safe_load(value) for key, _, value in pairs})
+
+
+def _bare(option: str, field: dataclasses.Field[Any]) -> str:
+    if field.type is bool:
+        return "true"
+    if field.name == "resume":
+        return "must"
+    raise UserError(f"{option} needs a value")
+
+
+def usage() -> str:
+    """What `localign --help` prints."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"localign {__version__}: locality alignment for vision transformers",
+            "",
+            "usage: localign COMMAND [options]       localign COMMAND --help",
+            "",
+            *lines,
+            "",
+            "Several GPUs: torchrun --nproc-per-node N -m localign COMMAND ...",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns its exit code: 0, 1 (failure) or 2 (bad use or bad input)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return EXIT_OK if arguments else EXIT_BAD_INPUT
+    if arguments[0] in ("-V", "--version"):
+        print(__version__)
+        return EXIT_OK
+    try:
+        name = arguments[0]
+        if name not in COMMANDS:
+            raise UserError(f"unknown command {name!r}{near(name, COMMANDS)}; `localign --help` lists them")
+        return COMMANDS[name].run(parse(name, arguments[1:])) or EXIT_OK
+    except UserError as error:
+        print(f"localign: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except RunFailure as error:
+        print(f"localign: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        print("localign: interrupted; continue with --resume", file=sys.stderr)
+        return EXIT_FAILURE

@@ -1,0 +1,197 @@
+"""What each sub-command does: from a config object to a result on disk and a few lines on the screen.
+
+Heavy imports wait until a command runs, so that --help and error lines come at once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localign.errors import UserError
+
+if TYPE_CHECKING:
+    from localign.alignment.config import AlignConfig
+    from localign.demo import DemoConfig
+    from localign.options import ExportConfig, ImportConfig, ListConfig, ReportConfig, VerifyConfig
+    from localign.pretraining import PretrainConfig
+    from localign.probe import ProbeCommandConfig
+
+
+def demo_config() -> type:
+    from localign.demo import DemoConfig
+
+    return DemoConfig
+
+
+def align_config() -> type:
+    from localign.alignment.config import AlignConfig
+
+    return AlignConfig
+
+
+def pretrain_config() -> type:
+    from localign.pretraining import PretrainConfig
+
+    return PretrainConfig
+
+
+def probe_config() -> type:
+    from localign.probe import ProbeCommandConfig
+
+    return ProbeCommandConfig
+
+
+def export_config() -> type:
+    from localign.options import ExportConfig
+
+    return ExportConfig
+
+
+def import_config() -> type:
+    from localign.options import ImportConfig
+
+    return ImportConfig
+
+
+def list_config() -> type:
+    from localign.options import ListConfig
+
+    return ListConfig
+
+
+def report_config() -> type:
+    from localign.options import ReportConfig
+
+    return ReportConfig
+
+
+def verify_config() -> type:
+    from localign.options import VerifyConfig
+
+    return VerifyConfig
+
+
+def demo(config: DemoConfig) -> None:
+    from localign.demo import run_demo
+
+    run_demo(config)
+
+
+def align(config: AlignConfig) -> None:
+    from localign.alignment import AlignTask
+    from localign.api import resolve_align
+    from localign.engine import train
+    from localign.report import build_report
+
+    config = resolve_align(config)
+    outcome = train(AlignTask(config), config, "align")
+    if outcome.is_main:
+        _say_trained(outcome.folder, outcome.results)
+        print(f"report     {build_report(outcome.folder)}")
+
+
+def pretrain(config: PretrainConfig) -> None:
+    from localign.engine import train
+    from localign.pretraining import PretrainTask
+
+    outcome = train(PretrainTask(config), config, "pretrain")
+    if outcome.is_main:
+        _say_trained(outcome.folder, outcome.results)
+
+
+def _say_trained(folder: Path, results: dict[str, Any]) -> None:
+    rate = results["images_per_second"]
+    print(f"trained    {results['steps']} steps, {results['images']} images, {rate:.1f} images/s")
+    if results["final"]:
+        print("validation " + ", ".join(f"{k} {v:.4f}" for k, v in results["final"].items()))
+    skipped = results["skipped_images"]
+    if skipped["count"]:
+        names = ", ".join(list(skipped["images"])[:5]) + (", ..." if skipped["count"] > 5 else "")
+        print(f"skipped    {skipped['count']} unreadable images ({skipped['share']:.2%}): {names}")
+    print(f"results    {folder / 'results.json'}")
+    print(f"export     {folder / 'export'}")
+
+
+def probe(config: ProbeCommandConfig) -> None:
+    from localign.probe import run_probe
+
+    run_probe(config)
+
+
+def export(config: ExportConfig) -> None:
+    from localign.alignment.export import export_student
+    from localign.alignment.setup import student_of_run
+    from localign.backbones import create_backbone, save_backbone
+    from localign.engine.run import provenance
+
+    source = Path(config.source)
+    if (source / "checkpoints").is_dir():
+        if config.model_kwargs or config.image_size or config.weights != "pretrained":
+            raise UserError(f"{source} is a run: its weights, image size and arguments are fixed")
+        student, facts = student_of_run(source, config.checkpoint)
+        folder = export_student(student, config.out, decoder=config.decoder, provenance={**facts, **provenance()})
+    else:
+        backbone = create_backbone(
+            config.source, weights=config.weights, image_size=config.image_size, model_kwargs=config.model_kwargs
+        )
+        folder = save_backbone(backbone, config.out, provenance={"source": config.source, **provenance()})
+    print(f"export     {folder}")
+
+
+def import_(config: ImportConfig) -> None:
+    from localign.alignment.export import export_student
+    from localign.alignment.published import read_published
+    from localign.alignment.setup import resolve_soft_cap
+    from localign.backbones import create_backbone
+
+    backbone = create_backbone(
+        config.backbone, weights="none", image_size=config.image_size, model_kwargs=config.model_kwargs
+    )
+    student = read_published(config.file, backbone, soft_cap=resolve_soft_cap(config.soft_cap, backbone))
+    facts = {"method": "MaskEmbed", "source": Path(config.file).name, "backbone": config.backbone}
+    folder = export_student(student, config.out, decoder=config.decoder, provenance=facts)
+    print(f"imported   {config.file} -> {folder}")
+
+
+def list_(config: ListConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from localign.backbones import CATALOGUE, EMBEDDED
+
+    table = Table(title="backbones", caption="any other timm name, hf-hub:..., local-dir:... or export folder works too")
+    for column in ("name", "timm weights", "image", "lr", "soft-cap", "published on"):
+        table.add_column(column, overflow="fold")
+    table.add_row(EMBEDDED, "inside the package", "48", "1e-3", "yes", "scenes")
+    for name, e in CATALOGUE.items():
+        weights = e.timm_name if e.loader == "timm" else f"{e.timm_name} + the authors' file"
+        cap = "yes" if e.soft_cap else "no"
+        table.add_row(name, weights, str(e.image_size), f"{e.lr:g}", cap, f"{e.data}, {e.epochs} epochs")
+    Console().print(table)
+
+
+def report(config: ReportConfig) -> None:
+    from localign.report import build_report
+
+    print(f"report     {build_report(Path(config.run))}")
+
+
+def verify_reference(config: VerifyConfig) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from localign.alignment.verify import verify_reference as verify
+
+    table = Table(caption="error: largest difference over max(1, root mean square of the reference)")
+    for column in ("variant", "quantity", "error", "absolute"):
+        table.add_column(column)
+    results = verify(config.folder)
+    for row in results:
+        style = None if row.max_error <= config.tol else "bold red"
+        table.add_row(row.variant, row.quantity, f"{row.max_error:.1e}", f"{row.max_absolute:.1e}", style=style)
+    Console().print(table)
+    worst = max(results, key=lambda r: r.max_error)
+    print(json.dumps({"quantities": len(results), "largest_error": worst.max_error, "of": worst.quantity, "tol": config.tol}))
+    return 0 if worst.max_error <= config.tol else 1

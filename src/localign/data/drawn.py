@@ -1,0 +1,49 @@
+"""Scenes drawn once and kept in memory: for runs that see each of them many times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from localign.data.scenes import SceneConfig, SceneSource, draw_batch, pair_presence
+
+
+class DrawnScenes(SceneSource):
+    """A :class:`SceneSource` whose scenes are drawn when it is built (7 KB each at 48 px, labels and all).
+
+    Args:
+        config: The world.
+        split: One of the scenes' splits.
+        length: How many scenes.
+        seed: The world's seed.
+
+    Attributes:
+        images: uint8 ``(length, H, W, 3)``.
+        labels: uint8 ``(length, H, W)``, pixel codes.
+    """
+
+    def __init__(
+        self, config: SceneConfig | None = None, split: str = "train", length: int = 20_000, seed: int = 0
+    ) -> None:
+        super().__init__(config, split, length, seed)
+        self.images, self.labels = draw_batch(self.config, seed, range(length), split)
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[self._within(index)])
+
+    def load_labelled(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+        return self.load(index), self.labels[self._within(index)]
+
+    def pair_presence(self) -> NDArray[np.bool_]:
+        """Which shape-colour pairs each scene shows: bool ``(length, pairs)``."""
+        return pair_presence(self.config, self.labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Loader workers that are spawned, not forked, draw again rather than receive the arrays."""
+        return {"config": self.config, "split": self.split, "length": self.length, "seed": self.seed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]

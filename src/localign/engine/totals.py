@@ -1,0 +1,50 @@
+"""What a log line averages over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localign.engine.distributed import World
+
+
+class Totals:
+    """Sums since the last log line, kept on the device so that a step does not wait for the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new interval."""
+        self.steps_seen = 0
+        self._loss = torch.zeros(2, device=self.device)
+        self._grad_norm = torch.zeros((), device=self.device)
+        self._grad_steps = 0
+        self._metrics: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Add this rank's metrics: name -> (sum, count)."""
+        for name, (total, count) in metrics.items():
+            pair = torch.stack([total.float(), count.float()]).to(self.device)
+            self._metrics[name] = self._metrics.get(name, torch.zeros_like(pair)) + pair
+
+    def add_step(self, sums: Tensor, grad_norm: Tensor) -> None:
+        """Count a step that was taken, with its loss (sum, weight) over all ranks."""
+        self.steps_seen += 1
+        self._grad_steps += 1
+        self._loss += sums
+        self._grad_norm += grad_norm
+
+    def means(self, here: World) -> dict[str, Any]:
+        """Means over steps, ranks and micro-batches."""
+        values: dict[str, Any] = {}
+        if self._grad_steps:
+            values["loss"] = float(self._loss[0] / self._loss[1].clamp(min=1))
+            values["grad_norm"] = float(self._grad_norm / self._grad_steps)
+        for name, pair in sorted(self._metrics.items()):
+            total, count = here.sum(pair).tolist()
+            values[name] = total / count if count else None
+        return values

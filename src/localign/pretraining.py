@@ -1,0 +1,169 @@
+"""The embedded backbone: a small ViT that learns from image-level labels of scenes what there is, not where."""
+
+# Annotations stay types here: the command line is made from this module's config class.
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localign import rng
+from localign.alignment.teacher import mask_images
+from localign.backbones import Backbone, save_backbone
+from localign.backbones.create import EMBEDDED, build_vit
+from localign.data.drawn import DrawnScenes
+from localign.data.loader import Batch, TrainLoader
+from localign.data.scenes import SceneConfig
+from localign.data.transforms import TrainTransform
+from localign.engine import BatchPlan, StepResult, Task, TrainConfig
+from localign.engine.distributed import World
+from localign.errors import UserError
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainConfig):
+    """Pre-training of the embedded backbone on scenes, with labels of whole images only."""
+
+    out: str = "runs/pretrain"
+    """Run folder."""
+    steps: int | None = 3000
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Scenes per optimizer step."""
+    lr: float | None = 1e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.02
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.05
+    """AdamW's."""
+    workers: int = 1
+    """Loader processes."""
+    scenes: int = 60_000
+    """Scenes to train on."""
+    val_scenes: int = 2000
+    """Scenes to validate on."""
+    patch_size: int = 8
+    """Patch side, pixels."""
+    width: int = 96
+    """Channels of a token."""
+    depth: int = 6
+    """Transformer blocks."""
+    num_heads: int = 3
+    """Attention heads."""
+    hidden_images: float = 0.5
+    """Share of images of which a uniformly random number of patches is hidden, as the teacher will see them."""
+    most_hidden: float = 0.5
+    """Largest share of patches hidden in such an image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.hidden_images <= 1 or not 0 <= self.most_hidden <= 1:
+            raise UserError("--hidden-images and --most-hidden are shares in 0..1")
+
+
+class Classifier(nn.Module):
+    """A backbone whose pooled output predicts which shape-colour pairs an image shows."""
+
+    def __init__(self, backbone: Backbone, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images to logits ``(batch, pairs)``."""
+        return self.head(self.backbone.pooled(images))
+
+
+class PretrainTask(Task):
+    """Binary cross-entropy over shape-colour pairs, read from the class token."""
+
+    def __init__(self, config: PretrainConfig, world: SceneConfig | None = None) -> None:
+        self.config = config
+        self.seed = config.seed
+        self.device = torch.device("cpu")
+        self.scene_config = world or SceneConfig()
+        kwargs = {
+            "img_size": self.scene_config.image_size,
+            "patch_size": config.patch_size,
+            "embed_dim": config.width,
+            "depth": config.depth,
+            "num_heads": config.num_heads,
+        }
+        with rng.seeded_globals(config.seed, "pretrain weights"):
+            vit = build_vit(ARCHITECTURE, kwargs, pretrained=False)
+            backbone = Backbone(vit, name=EMBEDDED, architecture=ARCHITECTURE, model_kwargs=kwargs)
+            self.model = Classifier(backbone, len(self.scene_config.classes) - 1)
+        self.source = DrawnScenes(self.scene_config, "pretrain", config.scenes)
+        self.pairs = torch.from_numpy(self.source.pair_presence()).float()
+
+    @property
+    def module(self) -> Classifier:
+        return self.model
+
+    def samples(self) -> int:
+        return len(self.source)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"data": self.source.fingerprint()}
+
+    def batches(self, plan: BatchPlan) -> Iterator[Batch]:
+        loader = TrainLoader(
+            self.source,
+            TrainTransform(self.scene_config.image_size, crop="none", hflip=0.5),
+            seed=plan.seed,
+            global_batch=plan.global_batch,
+            micro_batch=plan.micro_batch,
+            rank=plan.rank,
+            world_size=plan.world_size,
+            workers=plan.workers,
+            start_step=plan.start_step,
+            end_step=plan.end_step,
+        )
+        return iter(loader)
+
+    def step(self, model: nn.Module, batch: Batch) -> StepResult:
+        images = self._hide(self.model.backbone.normalise(batch.images), batch.positions)
+        targets = self.pairs[batch.indices].to(self.device)
+        loss = F.binary_cross_entropy_with_logits(model(images).float(), targets, reduction="sum")
+        return StepResult(loss, torch.tensor(float(targets.numel()), device=self.device))
+
+    def _hide(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Hide patches of some images, so that the teacher's views of masked ones will mean something."""
+        if not self.config.hidden_images or not self.config.most_hidden:
+            return images
+        backbone = self.model.backbone
+        draws = rng.uniform(self.seed, "hide patches", positions, 2 + backbone.num_patches)
+        share = draws[:, :1] * self.config.most_hidden * (draws[:, 1:2] < self.config.hidden_images)
+        keep = (draws[:, 2:] >= share)[:, None].to(images.device)
+        return mask_images(images, keep, backbone.grid, backbone.patch_size)
+
+    @torch.no_grad()
+    def validate(self, module: nn.Module, world: World) -> dict[str, float]:
+        """Loss and macro recall at threshold 0.5 over the pairs, on scenes of another split."""
+        val = DrawnScenes(self.scene_config, "val", self.config.val_scenes)
+        truth = torch.from_numpy(val.pair_presence())
+        logits = []
+        for begin in range(0, len(val), 250):
+            images = torch.from_numpy(val.images[begin : begin + 250]).permute(0, 3, 1, 2).to(self.device)
+            logits.append(module(self.model.backbone.normalise(images)).float().cpu())
+        scores = torch.cat(logits)
+        hit = ((scores > 0) & truth).sum(0) / truth.sum(0).clamp(min=1)
+        loss = F.binary_cross_entropy_with_logits(scores, truth.float())
+        return {"val_loss": float(loss), "val_recall": float(hit.mean())}
+
+    def summary(self) -> dict[str, Any]:
+        return {"backbone": EMBEDDED, "parameters": sum(p.numel() for p in self.model.backbone.parameters())}
+
+    def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
+        assert isinstance(module, Classifier)
+        facts = {"method": "image-level pre-training on scenes", **provenance}
+        # Half precision halves what the package carries; it is what everyone starts from, so nothing drifts.
+        save_backbone(module.backbone, folder, provenance=facts, dtype=torch.float16)

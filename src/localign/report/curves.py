@@ -1,0 +1,154 @@
+"""Line plots: how alignment and the probing heads trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from localign.report.style import ALIGNED, BASELINE, ERROR, MODELS, MUTED, new_figure, styled
+
+Log = Sequence[Mapping[str, Any]]
+_MARK_BELOW = 25
+"""Curves with fewer points than this show them."""
+
+
+def series(log: Log, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and values of one logged quantity, entries without a finite value left out."""
+    pairs = [(e["step"], e[name]) for e in log if isinstance(e.get(name), (int, float)) and "step" in e]
+    pairs = [(s, v) for s, v in pairs if math.isfinite(v)]
+    steps, values = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+
+
+@styled
+def training_figure(log: Log, soft_cap: float | None = None) -> Figure | None:
+    """Loss, gradient norm, learning rate and largest attention logit over the steps, as far as logged.
+
+    Args:
+        log: Entries of ``log.jsonl``.
+        soft_cap: Bound of the attention logits, drawn as a line; None for none.
+
+    Returns:
+        None where there is nothing to draw.
+    """
+    panels = [
+        ("reconstruction loss", (("loss", "training", BASELINE), ("val_loss", "validation", ALIGNED))),
+        ("gradient norm", (("grad_norm", "before clipping", ALIGNED),)),
+        ("learning rate", (("lr", "", ALIGNED),)),
+        ("largest attention logit", (("attention_logit_max", "before the soft-cap", ALIGNED),)),
+    ]
+    shown = [(t, lines) for t, lines in panels if any(len(series(log, name)[0]) for name, _, _ in lines)]
+    if not shown:
+        return None
+    columns = min(2, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = new_figure(4.6 * columns, 2.5 * rows)
+    axes = list(np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flat)
+    for ax, (title, lines) in zip(axes, shown, strict=False):
+        for name, label, colour in lines:
+            steps, values = series(log, name)
+            if len(steps):
+                many = name == "loss" and len(steps) >= _MARK_BELOW
+                ax.plot(steps, values, color=colour, label=label, alpha=0.85, **_mark(len(steps), line=not many))
+        _finish(ax, title, "step")
+        if title == "largest attention logit" and soft_cap:
+            ax.axhline(soft_cap, color=ERROR, linewidth=1, linestyle=(0, (4, 3)), label=f"soft-cap {soft_cap:g}")
+        if title in ("reconstruction loss", "gradient norm") and _spread(ax) > 30:
+            ax.set_yscale("log")
+        if any(line.get_label() for line in ax.lines if not str(line.get_label()).startswith("_")):
+            ax.legend(loc="best")
+    for ax in axes[len(shown) :]:
+        ax.set_axis_off()
+    return figure
+
+
+@styled
+def heads_figure(curves: Mapping[str, Sequence[Log]]) -> Figure | None:
+    """Loss of every probing head over its training, baseline beside aligned.
+
+    Args:
+        curves: Per model (``baseline``, ``aligned``), one curve per seed: entries with ``step`` and
+            ``{head: {task: {"train": loss, "validation": loss}}}``.
+
+    Returns:
+        One panel per task and head; lines are means over seeds, bands their range. None without curves.
+    """
+    shown = _heads(curves)
+    if not shown:
+        return None
+    tasks = list(dict.fromkeys(task for task, _ in shown))
+    heads = list(dict.fromkeys(head for _, head in shown))
+    figure = new_figure(max(4.6, 3.6 * len(heads)), 0.5 + 2.3 * len(tasks))
+    grid = figure.subplots(len(tasks), len(heads), squeeze=False)
+    for row, task in enumerate(tasks):
+        for column, head in enumerate(heads):
+            ax = grid[row, column]
+            if (task, head) not in shown:
+                ax.set_axis_off()
+                continue
+            for model, runs in curves.items():
+                _draw_head(ax, runs, head, task, model)
+            _finish(ax, f"{task} task, {head} head", "step" if row == len(tasks) - 1 else "")
+            if column == 0:
+                ax.set_ylabel("loss")
+    labels: dict[str, Any] = {}
+    for ax in grid.flat:
+        handles, names = ax.get_legend_handles_labels()
+        labels.update(zip(names, handles, strict=True))
+    figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=min(4, len(labels)))
+    return figure
+
+
+def _heads(curves: Mapping[str, Sequence[Log]]) -> list[tuple[str, str]]:
+    found: dict[tuple[str, str], None] = {}
+    for runs in curves.values():
+        for log in runs:
+            for entry in log:
+                for head, tasks in entry.items():
+                    if isinstance(tasks, Mapping):
+                        found.update(dict.fromkeys((task, head) for task in tasks))
+    order = {"local": 0, "global": 1}
+    return sorted(found, key=lambda key: order.get(key[0], 2))
+
+
+def _draw_head(ax: Axes, runs: Sequence[Log], head: str, task: str, model: str) -> None:
+    colour = MODELS.get(model, MUTED)
+    for split, dash in (("train", (0, (4, 2))), ("validation", "solid")):
+        flat = [[{"step": e["step"], "loss": e.get(head, {}).get(task, {}).get(split)} for e in log] for log in runs]
+        lines = [series(log, "loss") for log in flat]
+        lines = [line for line in lines if len(line[0])]
+        if not lines:
+            continue
+        shortest = min(len(steps) for steps, _ in lines)
+        steps = lines[0][0][:shortest]
+        values = np.stack([v[:shortest] for _, v in lines])
+        mark = _mark(shortest) if split == "validation" else {}
+        ax.plot(steps, values.mean(0), color=colour, linestyle=dash, label=f"{model}, {split}", **mark)
+        if len(values) > 1 and split == "validation":
+            ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
+
+
+def _mark(points: int, line: bool = True) -> dict[str, Any]:
+    style: dict[str, Any] = {"marker": "o", "markersize": 3} if points < _MARK_BELOW else {}
+    return style if line else {"linewidth": 1.0}
+
+
+def _spread(ax: Axes) -> float:
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in ax.lines])
+    return float(values.max() / values.min()) if len(values) and values.min() > 0 else 1.0
+
+
+def _finish(ax: Axes, title: str, xlabel: str) -> None:
+    ax.set_title(title, loc="left")
+    ax.set_xlabel(xlabel)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    low, high = ax.get_ylim()
+    if 0 < low < 0.35 * high:
+        ax.set_ylim(bottom=0)

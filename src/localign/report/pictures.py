@@ -1,0 +1,241 @@
+"""Pictures of patches: predictions, feature maps, reconstructions. Arrays in, figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PatchCollection
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from numpy.typing import NDArray
+
+from localign.report.classmarks import OTHER_FILL, ClassMark, class_marks
+from localign.report.style import ERROR, INK, MUTED, RULE, new_figure, styled
+
+Arrays = Mapping[str, NDArray[Any]]
+THRESHOLD = 0.5
+MAX_IMAGES = 6
+VIEW_NAMES = ("mask", "complement", "all visible")
+_CELL = 0.84
+"""Side of a drawn patch; the gap around it is where the outline of a wrong one lies."""
+
+
+def wrong_patches(probability: NDArray[np.floating], truth: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Patches whose set of classes above 0.5 is not the true set: ``(..., n, C)`` twice to ``(..., n)``."""
+    return np.asarray(((probability > THRESHOLD) != truth).any(-1))
+
+
+def component_colours(
+    scores: NDArray[np.floating], reference: NDArray[np.floating] | None = None
+) -> NDArray[np.float64]:
+    """Three component scores as red, green and blue.
+
+    Args:
+        scores: ``(..., 3)``.
+        reference: Scores ``(..., 3)`` that set the scale, these by default: its 1st percentile becomes 0, its
+            99th 1, each component by itself.
+
+    Returns:
+        float64, same shape, in 0..1.
+    """
+    flat = (scores if reference is None else reference).astype(np.float64).reshape(-1, 3)
+    low, high = np.percentile(flat, [1, 99], axis=0)
+    return np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
+
+
+# -- per-patch predictions -------------------------------------------------------------------------------
+
+
+@styled
+def predictions_figure(arrays: Arrays) -> Figure:
+    """Image, truth, and what a local-task head makes of the baseline's and of the aligned tokens.
+
+    Args:
+        arrays: ``images``, ``truth``, ``class_names``, ``grid`` and the two ``probability_...`` of
+            :func:`localign.report.gather.gather_pictures`.
+    """
+    count = min(MAX_IMAGES, len(arrays["images"]))
+    truth = arrays["truth"][:count]
+    sides = {name: arrays[f"probability_{name}"][:count].astype(np.float64) for name in ("baseline", "aligned")}
+    seen = truth.sum((0, 1)) + sum((p > THRESHOLD).sum((0, 1)) for p in sides.values())
+    marks = class_marks([str(n) for n in arrays["class_names"]], np.asarray(seen, dtype=np.float64))
+    rows, columns = (int(v) for v in arrays["grid"])
+    titles = ("image", "truth", "predicted: baseline", "predicted: aligned")
+    side = 2.35
+    figure = new_figure(side * 4 + 0.2, (side * rows / columns + 0.28) * count + 0.95)
+    axes = figure.subplots(count, 4, squeeze=False)
+    for i in range(count):
+        _show(axes[i, 0], arrays["images"][i].transpose(1, 2, 0))
+        _draw_patches(axes[i, 1], truth[i].astype(np.float64), None, (rows, columns), marks, side)
+        for ax, probability in zip(axes[i, 2:], sides.values(), strict=True):
+            wrong = wrong_patches(probability[i], truth[i])
+            _draw_patches(ax, probability[i], wrong, (rows, columns), marks, side)
+            _below(ax, f"{int(wrong.sum())} of {len(wrong)} patches wrong")
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title)
+    handles = _legend(marks)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), columnspacing=1.4)
+    return figure
+
+
+def _draw_patches(
+    ax: Axes,
+    probability: NDArray[np.float64],
+    wrong: NDArray[np.bool_] | None,
+    grid: tuple[int, int],
+    marks: Sequence[ClassMark],
+    inches: float,
+) -> None:
+    """One cell per patch: stripes of the fills, and the signs, of its classes above the threshold."""
+    rows, columns = grid
+    boxes, faces = [], []
+    signs: dict[int, list[tuple[float, float, float, float]]] = {}
+    for patch in range(rows * columns):
+        y, x = divmod(patch, columns)
+        chosen = [c for c in np.argsort(-probability[patch], kind="stable") if probability[patch, c] > THRESHOLD]
+        filled = sorted((c for c in chosen if marks[c].fill), key=int)
+        for k, c in enumerate(filled):
+            width = _CELL / len(filled)
+            boxes.append(Rectangle((x - _CELL / 2 + k * width, y - _CELL / 2), width, _CELL))
+            faces.append(to_rgba(str(marks[c].fill), _opacity(probability[patch, c])))
+        signed = sorted((c for c in chosen if marks[c].sign is not None), key=int)[:3]
+        for k, c in enumerate(signed):
+            shift = (k - (len(signed) - 1) / 2) * _CELL / len(signed)
+            size = 0.5 if len(signed) == 1 else 0.72 / len(signed)
+            signs.setdefault(int(c), []).append((x + shift, y, size, _opacity(probability[patch, c])))
+    ax.add_collection(PatchCollection(boxes, facecolors=faces, edgecolors="none"))
+    cell = inches * 72 * 0.94 / columns
+    for c, places in signs.items():
+        xs, ys, sizes, alphas = (np.asarray(v) for v in zip(*places, strict=True))
+        ink = [to_rgba(INK, a) for a in alphas]
+        ax.scatter(xs, ys, s=(sizes * cell) ** 2, marker=marks[c].sign, c=ink, edgecolors="white", linewidths=0.4)
+    if wrong is not None:
+        outlines = [Rectangle((p % columns - 0.46, p // columns - 0.46), 0.92, 0.92) for p in np.flatnonzero(wrong)]
+        thin = float(np.clip(cell * 0.09, 0.5, 1.2))
+        ax.add_collection(PatchCollection(outlines, facecolors="none", edgecolors=ERROR, linewidths=thin))
+    _bare(ax, frame=True)
+    ax.set_xlim(-0.56, columns - 0.44)
+    ax.set_ylim(rows - 0.44, -0.56)
+    ax.set_aspect("equal")
+
+
+def _opacity(probability: float) -> float:
+    """Sure is solid; at the threshold a quarter is left."""
+    return 0.25 + 0.75 * float(np.clip((probability - THRESHOLD) / (1 - THRESHOLD), 0, 1))
+
+
+def _legend(marks: Sequence[ClassMark]) -> list[Patch | Line2D]:
+    handles: list[Patch | Line2D] = []
+    for mark in marks:
+        if not mark.in_legend:
+            continue
+        label = mark.name if len(mark.name) <= 22 else mark.name[:21] + "…"
+        if mark.sign is None:
+            edge = RULE if mark.fill == "#FFFFFF" else "none"
+            handles.append(Patch(facecolor=mark.fill, edgecolor=edge, label=label))
+        else:
+            colour = mark.fill or INK
+            handles.append(
+                Line2D([], [], linestyle="none", marker=mark.sign, color=colour, label=label, markersize=6)
+            )
+    if any(m.fill == OTHER_FILL for m in marks):
+        handles.append(Patch(facecolor=OTHER_FILL, label="other classes"))
+    handles.append(Patch(facecolor="none", edgecolor=ERROR, label="set of classes differs from truth"))
+    return handles
+
+
+# -- feature maps ----------------------------------------------------------------------------------------
+
+
+@styled
+def features_figure(arrays: Arrays) -> Figure:
+    """The image, and its patch tokens coloured by their first three principal components.
+
+    Args:
+        arrays: ``images``, ``grid`` and ``pca_...`` with ``..._share`` of ``baseline`` and ``aligned``.
+    """
+    count = min(MAX_IMAGES, len(arrays["images"]))
+    grid = tuple(int(v) for v in arrays["grid"])
+    figure = new_figure(1.62 * count + 0.35, 3 * 1.62 * grid[0] / grid[1] + 0.5)
+    axes = figure.subplots(3, count, squeeze=False)
+    for i in range(count):
+        _show(axes[0, i], arrays["images"][i].transpose(1, 2, 0))
+    axes[0, 0].set_ylabel("image")
+    for row, name in enumerate(("baseline", "aligned"), start=1):
+        colours = component_colours(arrays[f"pca_{name}"])
+        for i in range(count):
+            _show(axes[row, i], colours[i].reshape(*grid, 3))
+        share = float(np.sum(arrays[f"pca_{name}_share"]))
+        axes[row, 0].set_ylabel(f"{name}\n({share:.0%} of variance)")
+    return figure
+
+
+# -- reconstructions -------------------------------------------------------------------------------------
+
+
+@styled
+def reconstructions_figure(arrays: Arrays) -> Figure:
+    """What the teacher sees of each view, its tokens, and the student's reconstruction of them.
+
+    Args:
+        arrays: ``images``, ``grid``, ``patch_size``, ``mean_colour``, ``keep_masks``, ``target``,
+            ``reconstruction`` and ``view_error``.
+    """
+    masks = int(arrays["keep_masks"].shape[1])
+    count = min(3 if masks > 1 else MAX_IMAGES, len(arrays["images"]))
+    grid = tuple(int(v) for v in arrays["grid"])
+    target = component_colours(arrays["target"])
+    guess = component_colours(arrays["reconstruction"], arrays["target"])
+    side = 1.36
+    height = (3 * side * grid[0] / grid[1] + 0.34) * count + 0.3
+    figure = new_figure(side * masks * 2.1 * 0.5 * 1.25 + 1.0, height)
+    axes = figure.subplots(3 * count, masks, squeeze=False)
+    for i in range(count):
+        for view in range(masks):
+            seen, wanted, made = axes[3 * i : 3 * i + 3, view]
+            _draw_view(seen, arrays, i, view)
+            _show(wanted, target[i, view].reshape(*grid, 3))
+            _show(made, guess[i, view].reshape(*grid, 3))
+            _below(made, f"error {float(arrays['view_error'][i, view]):.2f}")
+    return figure
+
+
+def _draw_view(ax: Axes, arrays: Arrays, image: int, view: int) -> None:
+    """The image with hidden patches in the mean colour, and strokes that tell them from a grey ground."""
+    pixels = arrays["images"][image].transpose(1, 2, 0) / 255.0
+    rows, columns = (int(v) for v in arrays["grid"])
+    height, width = (int(v) for v in arrays["patch_size"])
+    keep = arrays["keep_masks"][image, view].reshape(rows, columns)
+    shown = np.zeros(pixels.shape[:2], dtype=bool)
+    shown[: rows * height, : columns * width] = keep.repeat(height, 0).repeat(width, 1)
+    _show(ax, np.where(shown[..., None], pixels, arrays["mean_colour"]))
+    strokes = []
+    for y, x in np.argwhere(~keep):
+        left, top = x * width - 0.5, y * height - 0.5
+        strokes.append([(left + 0.2 * width, top + 0.8 * height), (left + 0.8 * width, top + 0.2 * height)])
+    ax.add_collection(LineCollection(strokes, colors="white", linewidths=0.6, alpha=0.8))
+
+
+# -- axes ------------------------------------------------------------------------------------------------
+
+
+def _show(ax: Axes, picture: NDArray[Any]) -> None:
+    ax.imshow(picture, interpolation="nearest")
+    _bare(ax)
+
+
+def _bare(ax: Axes, frame: bool = False) -> None:
+    ax.grid(visible=False)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(frame)
+
+
+def _below(ax: Axes, text: str) -> None:
+    ax.set_xlabel(text, fontsize=8, color=MUTED, labelpad=3)

@@ -1,0 +1,291 @@
+"""From results to rows, and from rows to Markdown, HTML and the terminal."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+T_QUANTILES = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+    2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
+)  # fmt: skip
+"""97.5 % quantiles of Student's t for 1..30 degrees of freedom."""
+_Z = 1.959964
+
+TASK_NAMES = {"local": "local (per patch)", "global": "global (per image)", "majority": "majority label of a patch"}
+_TASK_ORDER = ("local", "global", "majority")
+_HEAD_ORDER = ("transformer", "mlp", "linear")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure before and after, over seeds; shares in 0..1. None where it was not measured."""
+
+    baseline: float | None
+    aligned: float | None
+    difference: float | None
+    """Mean over seeds of aligned minus baseline."""
+    half_width: float | None
+    """Half the 95 % t-interval of the difference, paired over seeds; None for fewer than two seeds."""
+    seeds: int
+    """Pairs behind the difference."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Macro recall of one head on one task."""
+
+    source: str
+    task: str
+    head: str
+    recall: Difference
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """Recall of one class."""
+
+    name: str
+    positives: int
+    """Patches (local) or images (global) with the class."""
+    recall: Difference
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of text."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    texts: int = 1
+    """How many columns are words, left-aligned; the rest are numbers."""
+
+
+# -- statistics ------------------------------------------------------------------------------------------
+
+
+def t_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t: a table up to 30 degrees of freedom, then its expansion in 1/n.
+
+    Raises:
+        ValueError: fewer than one degree of freedom.
+    """
+    if degrees < 1:
+        raise ValueError(f"Student's t needs at least one degree of freedom, not {degrees}")
+    if degrees <= len(T_QUANTILES):
+        return T_QUANTILES[degrees - 1]
+    first = (_Z**3 + _Z) / (4 * degrees)
+    return _Z + first + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * degrees**2)
+
+
+def paired(baseline: Sequence[float | None], aligned: Sequence[float | None]) -> Difference:
+    """Means and the paired difference with its 95 % t-interval.
+
+    Args:
+        baseline: One value per seed; a single one is held against every seed of the other side.
+        aligned: The same.
+
+    Returns:
+        The difference is taken over seeds for which both values exist.
+    """
+    count = max(len(baseline), len(aligned))
+    before, after = _repeated(baseline, count), _repeated(aligned, count)
+    pairs = [(b, a) for b, a in zip(before, after, strict=False) if _known(b) and _known(a)]
+    means = [_mean([v for v in values if _known(v)]) for values in (baseline, aligned)]
+    if not pairs:
+        return Difference(means[0], means[1], None, None, 0)
+    differences = [float(a) - float(b) for b, a in pairs if a is not None and b is not None]
+    mean = sum(differences) / len(differences)
+    half = None
+    if len(differences) > 1:
+        variance = sum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
+        half = t_quantile(len(differences) - 1) * math.sqrt(variance / len(differences))
+    return Difference(_mean([p[0] for p in pairs]), _mean([p[1] for p in pairs]), mean, half, len(differences))
+
+
+def _repeated(values: Sequence[float | None], count: int) -> list[float | None]:
+    return list(values) * count if len(values) == 1 else list(values)
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    numbers = [v for v in values if v is not None]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+# -- rows ------------------------------------------------------------------------------------------------
+
+
+def probe_runs(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The probing results of each model, one per seed: of a demo, or of a lone probing run."""
+    runs = results.get("probe")
+    if isinstance(runs, Mapping):
+        listed = {name: value if isinstance(value, list) else [value] for name, value in runs.items()}
+        return {name: [r for r in value if isinstance(r, dict)] for name, value in listed.items() if value}
+    if isinstance(results.get("results"), Mapping) and "train" in results:
+        return {"baseline": [dict(results)]}
+    return {}
+
+
+def before_after(results: Mapping[str, Any]) -> list[Row]:
+    """Macro recall of every source, task and head, before and after alignment, paired over seeds.
+
+    The interval is mean +- t * s / sqrt(n) with n - 1 degrees of freedom, s the standard deviation of the
+    per-seed differences; t comes from :func:`t_quantile`.
+    """
+    runs = probe_runs(results)
+    rows = []
+    for source, task, head in _measured(runs):
+        values = {name: [_metric(r, source, head, task, "macro_recall") for r in runs.get(name, [])] for name in SIDES}
+        rows.append(Row(source, task, head, paired(values["baseline"], values["aligned"])))
+    return rows
+
+
+SIDES = ("baseline", "aligned")
+
+
+def _measured(runs: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, str, str]]:
+    """(source, task, head) of everything measured: local before global, transformer before linear."""
+    found: dict[tuple[str, str, str], None] = {}
+    for name in SIDES:
+        for run in runs.get(name, []):
+            for source, heads in run.get("results", {}).items():
+                for head, tasks in heads.items():
+                    found.update(dict.fromkeys((source, task, head) for task in tasks))
+    sources = list(dict.fromkeys(s for s, _, _ in found))
+    return sorted(found, key=lambda k: (sources.index(k[0]), _rank(k[1], _TASK_ORDER), _rank(k[2], _HEAD_ORDER)))
+
+
+def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
+    return (order.index(name) if name in order else len(order), name)
+
+
+def _metric(run: Mapping[str, Any], source: str, head: str, task: str, name: str) -> Any:
+    return run.get("results", {}).get(source, {}).get(head, {}).get(task, {}).get(name)
+
+
+def class_names(results: Mapping[str, Any]) -> list[str]:
+    """Names by class id."""
+    runs = [r for side in probe_runs(results).values() for r in side]
+    found = results.get("classes") or next((r["classes"] for r in runs if r.get("classes")), [])
+    return [str(name) for name in found]
+
+
+def per_class(results: Mapping[str, Any], row: Row) -> list[ClassRow]:
+    """Recall per class behind one row; classes without positives are left out."""
+    runs = probe_runs(results)
+    columns, positives = {}, []
+    for name in SIDES:
+        cells = [r.get("results", {}).get(row.source, {}).get(row.head, {}).get(row.task, {}) for r in runs.get(name, [])]
+        columns[name] = [c.get("class_recall") or [] for c in cells]
+        positives = positives or next((c["class_positives"] for c in cells if c.get("class_positives")), [])
+    rows = []
+    for i, name in enumerate(_padded(class_names(results), len(positives))):
+        recall = paired(*([v[i] if i < len(v) else None for v in columns[side]] for side in SIDES))
+        if i < len(positives) and positives[i]:
+            rows.append(ClassRow(name, int(positives[i]), recall))
+    return rows
+
+
+def _padded(names: list[str], count: int) -> list[str]:
+    return names[:count] + [f"class {i}" for i in range(len(names), count)]
+
+
+# -- text ------------------------------------------------------------------------------------------------
+
+
+def percent(value: float | None) -> str:
+    """A share as percent with one decimal, or a dash."""
+    return f"{100 * value:.1f}" if _known(value) and value is not None else "–"
+
+
+def signed(difference: Difference) -> str:
+    """``+3.2 ± 1.1`` in points, without the interval where there is none."""
+    if difference.difference is None or not math.isfinite(difference.difference):
+        return "–"
+    text = f"{100 * difference.difference:+.1f}".replace("-", "\u2212")
+    return text if difference.half_width is None else f"{text} ± {100 * difference.half_width:.1f}"
+
+
+def recall_grid(rows: Sequence[Row]) -> Grid:
+    """The before/after table; recall in percent, differences in points."""
+    several = len({r.source for r in rows}) > 1
+    both = any(r.recall.aligned is not None for r in rows)
+    header = ["macro recall, %", "head", *(["baseline", "aligned", "difference"] if both else ["recall"])]
+    body = []
+    for row in rows:
+        task = TASK_NAMES.get(row.task, row.task) + (f", {row.source}" if several else "")
+        numbers = [percent(row.recall.baseline)]
+        if both:
+            numbers += [percent(row.recall.aligned), signed(row.recall)]
+        body.append((task, row.head, *numbers))
+    return Grid(tuple(header), tuple(body), texts=2)
+
+
+def class_grid(rows: Sequence[ClassRow], unit: str) -> Grid:
+    """The per-class table; ``unit`` is what positives count, "patches" or "images"."""
+    both = any(r.recall.aligned is not None for r in rows)
+    header = ("class", unit, *(("baseline", "aligned", "difference") if both else ("recall",)))
+    body = []
+    for row in rows:
+        numbers = [percent(row.recall.baseline)]
+        if both:
+            numbers += [percent(row.recall.aligned), signed(row.recall)]
+        body.append((row.name, f"{row.positives:,}", *numbers))
+    return Grid(header, tuple(body))
+
+
+def interval_sentence(rows: Sequence[Row]) -> str:
+    """What the numbers behind the plus-minus sign are."""
+    counts = {r.recall.seeds for r in rows if r.recall.difference is not None}
+    if not counts:
+        return "One model only: there is nothing to compare."
+    if max(counts) < 2:
+        return "One seed: no interval can be given."
+    low, high = min(counts), max(counts)
+    seeds = f"{high}" if low == high else f"{low} to {high}"
+    return f"± is half the 95 % t-interval of the difference, paired over {seeds} seeds."
+
+
+def to_markdown(grid: Grid) -> str:
+    """A Markdown table."""
+    rule = ["---"] * grid.texts + ["---:"] * (len(grid.header) - grid.texts)
+    lines = [grid.header, rule, *grid.rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def to_html(grid: Grid) -> str:
+    """An HTML table."""
+
+    def line(cells: Sequence[str], tag: str, classes: Iterable[str]) -> str:
+        marks = [f' class="{html.escape(c)}"' if c else "" for c in classes]
+        scope = ' scope="col"' if tag == "th" else ""
+        return "<tr>" + "".join(
+            f"<{tag}{scope}{mark}>{html.escape(cell)}</{tag}>" for cell, mark in zip(cells, marks, strict=True)
+        ) + "</tr>"  # fmt: skip
+
+    plain = ["word"] * grid.texts + [""] * (len(grid.header) - grid.texts)
+    head = line(grid.header, "th", plain)
+    body = "\n".join(line(row, "td", plain) for row in grid.rows)
+    return f'<div class="scroll"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def to_terminal(results: Mapping[str, Any], title: str = "Probing") -> Table:
+    """The before/after table for `rich`."""
+    rows = before_after(results)
+    grid = recall_grid(rows)
+    table = Table(title=title, caption=interval_sentence(rows))
+    for i, name in enumerate(grid.header):
+        table.add_column(name, justify="left" if i < grid.texts else "right", no_wrap=i >= grid.texts)
+    for row in grid.rows:
+        table.add_row(*row)
+    return table

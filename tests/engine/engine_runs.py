@@ -1,0 +1,158 @@
+"""Tiny alignments for the tests of the training loop, in this process or in ones of their own.
+
+As a program it takes the options of a run as one JSON object: `python engine_runs.py '{"out": ...}'`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from localign.alignment import AlignConfig, AlignTask
+from localign.data.loader import Batch
+from localign.engine import Outcome, StepResult, train
+from localign.engine.log import read_log
+
+COMMAND = "align"
+TINY_VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+def make_images(folder: Path, count: int, seed: int = 0, truncated: tuple[int, ...] = ()) -> Path:
+    """Smooth random PNG files; those named by number in ``truncated`` lack their second half."""
+    draw = np.random.default_rng(seed)
+    for i in range(count):
+        path = folder / f"{i:04d}.png"
+        small = Image.fromarray(draw.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        small.resize((24, 24), Image.Resampling.BICUBIC).save(path)
+        if i in truncated:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return folder
+
+
+def tiny(out: Path, data: Path, **options: Any) -> AlignConfig:
+    """The options of a run of some hundredths of a second per step."""
+    values: dict[str, Any] = {
+        "backbone": "vit_tiny_patch16_224", "weights": "none", "model_kwargs": TINY_VIT, "data": str(data),
+        "out": str(out), "steps": 8, "batch_size": 8, "lr": 1e-3, "scale_images": 16, "workers": 0,
+        "log_every": 1, "checkpoint_every": 2, "device": "cpu", "decoder_layer_scale": 0.1, "warmup_steps": 2,
+    }  # fmt: skip
+    return AlignConfig(**{**values, **options})
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a run from outside."""
+
+
+class Meddled(AlignTask):
+    """An alignment to which things happen.
+
+    Args:
+        config: As for AlignTask.
+        stop_before: Raise :class:`Stopped` instead of taking this step, counted from 0 over the whole run.
+        poison: Steps whose loss is made NaN.
+        sleep: Seconds added to each step.
+    """
+
+    def __init__(
+        self, config: AlignConfig, stop_before: int | None = None, poison: tuple[int, ...] = (), sleep: float = 0.0
+    ) -> None:
+        super().__init__(config)
+        self.stop_before, self.poison, self.sleep = stop_before, poison, sleep
+
+    def step(self, model: nn.Module, batch: Batch) -> StepResult:
+        number = int(batch.positions[0]) // self.config.batch_size
+        if number == self.stop_before:
+            raise Stopped
+        time.sleep(self.sleep)
+        result = super().step(model, batch)
+        if number in self.poison:
+            result.loss_sum = result.loss_sum * float("nan")
+        return result
+
+
+def run(config: AlignConfig, **meddling: Any) -> Outcome:
+    """Train in this process."""
+    return train(Meddled(config, **meddling), config, COMMAND)
+
+
+def run_until(config: AlignConfig, step: int) -> None:
+    """Train in this process until the run is ended from outside before ``step``."""
+    try:
+        run(config, stop_before=step)
+    except Stopped:
+        return
+    raise AssertionError(f"the run was over before step {step}")
+
+
+def launch(ranks: int, config: dict[str, Any], **meddling: Any) -> subprocess.Popen[bytes]:
+    """Start a run in processes of its own: plainly for one rank, else by torchrun."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    content = json.dumps({"config": config, "meddling": meddling})
+    return subprocess.Popen(
+        [*command, __file__, content], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def run_ranks(ranks: int, config: dict[str, Any], **meddling: Any) -> None:
+    """Run to the end in processes of its own.
+
+    Raises:
+        AssertionError: It failed; with its output.
+    """
+    process = launch(ranks, config, **meddling)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()
+
+
+def weights(folder: Path, step: int, file: str = "model.safetensors") -> dict[str, Tensor]:
+    """Tensors of a checkpoint."""
+    return load_file(folder / "checkpoints" / f"step-{step:07d}" / file)
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are bitwise equal."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference of two sets of tensors."""
+    assert a.keys() == b.keys()
+    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
+
+
+def logged(folder: Path, field: str) -> dict[int, Any]:
+    """A field of the log by step; a step that was logged twice fails."""
+    found = [(e["step"], e[field]) for e in read_log(folder) if field in e]
+    assert len(dict(found)) == len(found), f"{field} was logged twice for a step"
+    return dict(found)
+
+
+def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    """The function, noting that it was called."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    options = json.loads(sys.argv[1])
+    run(AlignConfig(**options["config"]), **options["meddling"])
