@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import sys
+from argparse import HelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -58,8 +59,9 @@ class Parser(ArgumentParser):
         known = [option for action in self._actions for option in action.option_strings]
         raise UserError(_one_line(message, [_hyphens(o) for o in known]))
 
-    def format_help(self) -> str:
-        return re.sub(r"--[a-z_]+", lambda m: _hyphens(m.group()), super().format_help())
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        text = super().format_help() if formatter is None else super().format_help(formatter)
+        return re.sub(r"--[a-z_]+", lambda m: _hyphens(m.group()), text)
 
 
 def _hyphens(option: str) -> str:

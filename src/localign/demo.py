@@ -18,6 +18,7 @@ from rich.console import Console
 from localign import rng
 from localign.alignment import AlignConfig, AlignTask, load_student
 from localign.backbones import EMBEDDED, Backbone, create_backbone
+from localign.data.scenes import SceneConfig
 from localign.engine import run as runs
 from localign.engine import train
 from localign.engine.distributed import choose_device
@@ -25,11 +26,11 @@ from localign.engine.log import Stopwatch, say
 from localign.errors import UserError
 from localign.files import replace_text, replacing
 from localign.probe import labelled_scenes, probe_with_bar
-from localign.probing import LabelledSource, ProbeConfig
-from localign.report import before_after_table, build_report, gather_pictures
+from localign.probing import AttributeLabels, HeadSpec, LabelledSource, ProbeConfig, reduce_labels
+from localign.report import PICTURES_FILE, before_after, build_report, gather_pictures, to_terminal
 
 PICTURES = 6
-PICTURES_FILE = "pictures.npz"
+SHOWN_HEAD = HeadSpec("transformer", "local")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +132,13 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "versions": runs.provenance(),
         "timings": timings,
         "seeds": seeds,
-        "world": asdict(test.source.config) if hasattr(test, "source") else {},
+        "world": asdict(SceneConfig()),
         "classes": list(test.classes),
         "probe": probes,
         "notes": _notes(config, probes),
     }
     path = runs.write_results(folder, results)
-    Console().print(before_after_table(results))
+    Console().print(to_terminal(before_after(results), title="Probing before and after alignment"))
     print(f"results    {path}")
     print(f"report     {build_report(folder)}")
     return results
@@ -167,16 +168,16 @@ def _probed(
     seed: int,
     name: str,
     backbone: Backbone,
-    heads_train: LabelledSource,
-    validation: LabelledSource,
-    test: LabelledSource,
+    heads_train: AttributeLabels,
+    validation: AttributeLabels,
+    test: AttributeLabels,
 ) -> tuple[dict[str, Any], Any]:
     """One backbone's result, and the heads; a result already on disk is taken as it is, without heads."""
     path = Path(config.out) / f"probe-seed{seed}-{name}.json"
     first = seed == config.seed
     if path.is_file() and not (first and not (Path(config.out) / PICTURES_FILE).is_file()):
         return json.loads(path.read_text()), None
-    sources = {"val": validation, "test": test}
+    sources: dict[str, LabelledSource] = {"val": validation, "test": test}
     device = str(choose_device(config.device))
     result, trained = probe_with_bar(backbone, heads_train, sources, config.probe_config(seed), device)
     replace_text(path, json.dumps(result))
@@ -184,28 +185,30 @@ def _probed(
 
 
 def _save_pictures(
-    folder: Path, config: DemoConfig, seed: int, baseline: Backbone, kept: dict[str, Any], test: LabelledSource
+    folder: Path, config: DemoConfig, seed: int, baseline: Backbone, kept: dict[str, Any], test: AttributeLabels
 ) -> None:
     align_config = config.align_config(seed)
     student = load_student(Path(align_config.out) / "export")
     task = AlignTask(align_config, baseline)
     images, maps = zip(*(test.load_labelled(i) for i in range(PICTURES)), strict=True)
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+    table = torch.from_numpy(test.attributes)
+    labels = reduce_labels(torch.from_numpy(np.stack(maps)), baseline.patch_size, len(test.classes), table)
     keep = align_config.masks()(rng.key(seed, "pictures") >> 1, torch.arange(PICTURES), baseline.grid)
     task.teacher.scale.fill_(runs.read_results(align_config.out)["target_scale"])
     arrays = gather_pictures(
         baseline=baseline.cpu(),
         aligned_student=student,
         teacher=task.teacher.cpu(),
-        heads_before=kept["baseline"],
-        heads_after=kept["aligned"],
+        heads_before=kept["baseline"].heads[SHOWN_HEAD],
+        heads_after=kept["aligned"].heads[SHOWN_HEAD],
         images=pixels,
-        labels=np.stack(maps),
-        source=test,
+        truth=labels.patch,
+        class_names=test.classes,
         keep_masks=keep,
     )
     with replacing(folder / PICTURES_FILE) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def _notes(config: DemoConfig, probes: dict[str, list[dict[str, Any]]]) -> list[str]:

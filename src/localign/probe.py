@@ -71,7 +71,7 @@ class ProbeCommandConfig:
         )
 
 
-def labelled_scenes(split: str, length: int) -> LabelledSource:
+def labelled_scenes(split: str, length: int) -> AttributeLabels:
     """Scenes with attribute labels: each shape, each colour, ground."""
     scenes = DrawnScenes(split=split, length=length)
     return AttributeLabels(scenes, scenes.config.attributes, scenes.config.attribute_table())
@@ -93,7 +93,7 @@ def probe_backbones(config: ProbeCommandConfig) -> list[Backbone]:
     """The backbones a command line names; options for names do not go with folders."""
     loaded = []
     for name in config.backbone.split(","):
-        options = {
+        options: dict[str, Any] = {
             k: v
             for k, v in (
                 ("weights", config.weights if config.weights != "pretrained" else None),

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,24 +60,34 @@ class Meddled(AlignTask):
     Args:
         config: As for AlignTask.
         stop_before: Raise :class:`Stopped` instead of taking this step, counted from 0 over the whole run.
-        poison: Steps whose loss is made NaN.
+        poison: Steps whose loss is made NaN, in the step's first micro-batch on the first rank alone.
+        poison_gradient: Steps whose gradient is made NaN where their loss is not, likewise.
         sleep: Seconds added to each step.
     """
 
     def __init__(
-        self, config: AlignConfig, stop_before: int | None = None, poison: tuple[int, ...] = (), sleep: float = 0.0
+        self,
+        config: AlignConfig,
+        stop_before: int | None = None,
+        poison: tuple[int, ...] = (),
+        poison_gradient: tuple[int, ...] = (),
+        sleep: float = 0.0,
     ) -> None:
         super().__init__(config)
-        self.stop_before, self.poison, self.sleep = stop_before, poison, sleep
+        self.stop_before, self.sleep = stop_before, sleep
+        self.poison, self.poison_gradient = poison, poison_gradient
 
     def step(self, model: nn.Module, batch: Batch) -> StepResult:
-        number = int(batch.positions[0]) // self.config.batch_size
+        number, within = divmod(int(batch.positions[0]), self.config.batch_size)
         if number == self.stop_before:
             raise Stopped
         time.sleep(self.sleep)
         result = super().step(model, batch)
-        if number in self.poison:
+        if number in self.poison and within == 0:
             result.loss_sum = result.loss_sum * float("nan")
+        if number in self.poison_gradient and within == 0:
+            weight = self.student.decoder.head.weight[0, 0]
+            result.loss_sum = result.loss_sum + (weight * 0).sqrt()  # its derivative is 0 times infinity
         return result
 
 
@@ -87,10 +96,10 @@ def run(config: AlignConfig, **meddling: Any) -> Outcome:
     return train(Meddled(config, **meddling), config, COMMAND)
 
 
-def run_until(config: AlignConfig, step: int) -> None:
+def run_until(config: AlignConfig, step: int, **meddling: Any) -> None:
     """Train in this process until the run is ended from outside before ``step``."""
     try:
-        run(config, stop_before=step)
+        run(config, stop_before=step, **meddling)
     except Stopped:
         return
     raise AssertionError(f"the run was over before step {step}")
@@ -140,16 +149,6 @@ def logged(folder: Path, field: str) -> dict[int, Any]:
     found = [(e["step"], e[field]) for e in read_log(folder) if field in e]
     assert len(dict(found)) == len(found), f"{field} was logged twice for a step"
     return dict(found)
-
-
-def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
-    """The function, noting that it was called."""
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return function(*args, **kwargs)
-
-    return wrapped
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def _checkpoint_step(checkpoints: Checkpoints, wanted: str, folder: Path) -> int
     best = (checkpoints.best() or {}).get("step")
     if wanted == "best" and best is None:
         raise UserError(f"{folder} has no best checkpoint: it was not validated")
-    step = steps[-1] if wanted == "last" else best if wanted == "best" else wanted
-    if str(step) not in {str(s) for s in steps}:
+    step = {"last": str(steps[-1]), "best": str(best)}.get(wanted, wanted)
+    if step not in map(str, steps):
         raise UserError(f"{folder} has no checkpoint {wanted!r}; there are last, best and {', '.join(map(str, steps))}")
     return int(step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,7 +94,7 @@ class Decoder(nn.Module):
                     num_heads=config.num_heads,
                     qkv_bias=config.qkv_bias,
                     init_values=config.layer_scale,
-                    norm_layer=_layer_norm,
+                    norm_layer=DecoderNorm,
                     act_layer=activation_class(config.activation),
                 )
                 for _ in range(config.depth)
@@ -115,11 +114,14 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
 
-def _layer_norm(width: int, **kwargs: Any) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=NORM_EPS, **kwargs)
+class DecoderNorm(nn.LayerNorm):
+    """LayerNorm with alignment's eps, whatever torch's or timm's default is."""
+
+    def __init__(self, width: int, **kwargs: Any) -> None:
+        super().__init__(width, eps=NORM_EPS, **kwargs)
 
 
-def activation_class(name: str) -> Callable[..., nn.Module]:
+def activation_class(name: str) -> type[nn.Module]:
     """The activation of a class name, from torch or timm.
 
     Raises:

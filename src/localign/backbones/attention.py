@@ -5,7 +5,7 @@ paper, "Training instability"). Three back-ends compute the same thing:
 
 ``eager``  plain tensor operations; any device, any dtype, exportable. The reference.
 ``flex``   FlexAttention with the cap as a score modification; on CUDA a fused kernel that never holds the
-           ``tokens x tokens`` matrix. Elsewhere it runs un-fused and serves to test the mathematics.
+           ``tokens x tokens`` matrix. On the CPU it runs un-fused, without gradients.
 ``auto``   ``flex`` on CUDA, ``eager`` elsewhere.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ AttentionBackend = Literal["auto", "eager", "flex"]
 BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
 
 
-def soft_cap(logits: Tensor, cap: float) -> Tensor:
+def soft_cap(logits: Tensor, cap: float | Tensor) -> Tensor:
     """Bound attention logits smoothly to (-cap, cap); any shape, same dtype."""
     return cap * torch.tanh(logits / cap)
 
@@ -56,19 +56,27 @@ def attention_flex(query: Tensor, key: Tensor, value: Tensor, cap: float) -> Ten
 
     Zero columns are appended up to :func:`padded_head_dim`: they change neither logits nor the first
     ``head_dim`` columns of the output, and the scale stays that of the true head dimension.
+
+    Raises:
+        UserError: Gradients are wanted on the CPU.
     """
+    if query.device.type == "cpu" and query.requires_grad:
+        raise UserError("attention back-end flex has no gradients on the CPU; use eager or auto")
     head_dim = query.shape[-1]
     pad = padded_head_dim(head_dim) - head_dim
     if pad:
         query, key, value = (F.pad(x, (0, pad)) for x in (query, key, value))
 
-    def score_mod(score: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
-        return soft_cap(score, cap)
-
     # Under torch.compile the outer graph takes FlexAttention in; only outside of it is it compiled alone.
     fused = query.is_cuda and not torch.compiler.is_compiling()
-    kernel = _compiled_flex() if fused else flex_attention
-    out = kernel(query, key, value, score_mod=score_mod, scale=head_dim**-0.5)
+    # Un-fused, a second cap in one process would be traced as a symbolic float, which torch does not lower.
+    bound = cap if query.is_cuda else query.new_tensor(cap)
+
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
+        return soft_cap(score, bound)
+
+    kernel: Any = _compiled_flex() if fused else flex_attention
+    out: Tensor = kernel(query, key, value, score_mod=score_mod, scale=head_dim**-0.5)
     return out[..., :head_dim] if pad else out
 
 
@@ -128,7 +136,7 @@ class SoftCapAttention(nn.Module):
         return f"cap={self.cap}, backend={self.backend!r}, num_heads={self.num_heads}"
 
 
-def apply_soft_cap(vit: nn.Module, cap: float, backend: AttentionBackend = "auto") -> None:
+def apply_soft_cap(vit: Any, cap: float, backend: AttentionBackend = "auto") -> None:
     """Replace, in place, the attention of every block of a timm VisionTransformer by the soft-capped one.
 
     Raises:

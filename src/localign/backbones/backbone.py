@@ -36,6 +36,9 @@ class Backbone(nn.Module):
             model of that kind uses.
     """
 
+    vit: Any
+    """The timm model; untyped, since torch's modules have no declared attributes."""
+
     def __init__(
         self,
         vit: nn.Module,
@@ -109,7 +112,8 @@ class Backbone(nn.Module):
     @property
     def activation(self) -> type[nn.Module]:
         """The class of the MLPs' activation (exact GELU, quick GELU, SiLU, ...)."""
-        return type(getattr(self.vit.blocks[0].mlp, "act", nn.GELU()))
+        found: nn.Module = getattr(self.vit.blocks[0].mlp, "act", nn.GELU())
+        return type(found)
 
     @property
     def qkv_bias(self) -> bool:
@@ -196,7 +200,7 @@ class Backbone(nn.Module):
         return f"{self.name}: {self.num_prefix_tokens} + {rows}x{columns} tokens of {self.width}"
 
 
-def _check_structure(vit: nn.Module, name: str) -> None:
+def _check_structure(vit: Any, name: str) -> None:
     grid = vit.patch_embed.grid_size
     if grid is None:
         raise UserError(f"{name} has no fixed patch grid; give it an image size")

@@ -97,7 +97,7 @@ def _embedded_path() -> Path:
 
 
 def backbone_of(
-    vit: nn.Module,
+    vit: Any,
     *,
     name: str,
     architecture: str,
@@ -117,7 +117,7 @@ def backbone_of(
     ).eval()
 
 
-def build_vit(architecture: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
+def build_vit(architecture: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> Any:
     """A timm model without classifier.
 
     Raises:
@@ -146,9 +146,12 @@ def _check_timm_name(name: str) -> None:
     if not timm.is_model(architecture):
         known = [EMBEDDED, *CATALOGUE, *timm.list_models()]
         raise UserError(f"unknown backbone {name!r}{near(name, known)}; `localign list backbones` shows all")
-    if tag and get_pretrained_cfg(name, allow_unregistered=False) is None:
-        tags = [n for n in timm.list_pretrained(f"{architecture}.*")]
-        raise UserError(f"{architecture} has no weights tagged {tag!r}; known: {', '.join(tags) or 'none'}")
+    if tag:
+        try:
+            get_pretrained_cfg(name, allow_unregistered=False)
+        except RuntimeError as error:
+            tags = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
+            raise UserError(f"{architecture} has no weights tagged {tag!r}; known: {tags}") from error
 
 
 def _load_weight_file(vit: nn.Module, path: Path, *, moco: bool) -> None:

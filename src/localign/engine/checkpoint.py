@@ -78,9 +78,9 @@ class Checkpoints:
         self._prune()
         return path
 
-    def mark_best(self, step: int, value: float) -> None:
+    def mark_best(self, step: int, val_loss: float) -> None:
         """Note which checkpoint had the lowest validation loss."""
-        replace_text(self.folder / BEST_FILE, json.dumps({"step": step, "val_loss": value}) + "\n")
+        replace_text(self.folder / BEST_FILE, json.dumps({"step": step, "val_loss": val_loss}) + "\n")
         self._prune()
 
     def best(self) -> dict[str, Any] | None:

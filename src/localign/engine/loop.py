@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from localign.engine.checkpoint import (
 from localign.engine.config import TrainConfig, batch_shares, total_steps
 from localign.engine.distributed import World, world
 from localign.engine.guards import NonFiniteGuard
+from localign.engine.lock import lock
 from localign.engine.log import Bar, JsonLines, Log, Sink, Stopwatch, TensorBoard, WandB, say
 from localign.engine.optim import build_optimizer, learning_rate
 from localign.engine.task import BatchPlan, Task
@@ -60,7 +61,7 @@ def train(task: Task, config: TrainConfig, command: str) -> Outcome:
         try:
             return loop.run()
         finally:
-            loop.log.close()
+            loop.close()
 
 
 class Loop:
@@ -69,8 +70,8 @@ class Loop:
     def __init__(self, task: Task, config: TrainConfig, command: str, here: World) -> None:
         self.task, self.config, self.command, self.world = task, config, command, here
         self.folder = Path(config.out)
-        self.steps = total_steps(config, task.samples())
         self.per_rank, self.micro_batch = batch_shares(config, here.size)
+        self.steps = total_steps(config, task.samples())
         self.log = Log([])
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
         self.guard = NonFiniteGuard(self.folder, here.rank)
@@ -82,6 +83,13 @@ class Loop:
         self.best: dict[str, Any] | None = None
         self.validation: dict[str, Any] = {}  # the latest: step and metrics
         self.saved_at: int | None = None
+        self._lock: TextIO | None = None
+
+    def close(self) -> None:
+        """Let go of the log and the folder."""
+        self.log.close()
+        if self._lock is not None:
+            self._lock.close()
 
     # -- the run, top to bottom ------------------------------------------------------------------------
 
@@ -261,10 +269,11 @@ class Loop:
         if self.world.is_main:
             try:
                 resumed_at = runs.choose_start(self.folder, self.config.resume, self.checkpoints.steps())
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = lock(self.folder)
                 if self.config.resume != "never" and (self.folder / runs.CONFIG_FILE).is_file():
                     runs.check_same_config(self.folder, self.command, self.config)
                 else:
-                    self.folder.mkdir(parents=True, exist_ok=True)
                     runs.save_config(self.folder, self.command, self.config)
                 remove_leftovers(self.folder, self.checkpoints.folder, self.guard.folder)
             except Exception as error:

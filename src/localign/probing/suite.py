@@ -27,6 +27,7 @@ from localign.probing.training import (
     HeadSpec,
     ProbeConfig,
     Progress,
+    TrainedHeads,
     train_heads,
     uses_bfloat16,
 )

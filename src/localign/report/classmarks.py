@@ -1,8 +1,9 @@
 """How classes look in a patch: a fill, a sign, or both.
 
-The words of a class name decide: a colour's word gives its fill, a shape's word its sign, so that a patch that
-holds "red" and "circle" is a red cell with a disc. Class 0 is pale grey. Other classes get fills of the
-categorical palette in the order of how often they occur, and grey once the palette is used up.
+Where every class but the first is made of words for colours and shapes, these decide: a colour's word gives
+the fill, a shape's word the sign, so that a patch that holds "red" and "circle" is a red cell with a disc.
+Otherwise classes get fills of the categorical palette, the most frequent first, and grey once it is used up.
+Class 0 is pale grey.
 """
 
 from __future__ import annotations
@@ -55,27 +56,22 @@ def class_marks(names: Sequence[str], frequency: NDArray[np.floating]) -> list[C
         names: C class names; the first is "ground" or "unlabeled".
         frequency: ``(C,)``, how much of the pictures each class takes; classes at 0 stay out of the legend.
     """
-    palette = iter(CATEGORICAL)
-    given: dict[int, str] = {}
-    for i in np.argsort(-frequency, kind="stable"):
-        fill, sign = _by_words(names[i])
-        if i and fill is None and sign is None and frequency[i] > 0:
-            given[int(i)] = next(palette, OTHER_FILL)
-    marks = []
-    for i, name in enumerate(names):
-        fill, sign = _by_words(name)
-        if i == 0:
-            fill, sign = GROUND_FILL, None
-        elif fill is None and sign is None:
-            fill = given.get(i, OTHER_FILL)
-        marks.append(ClassMark(name, fill, sign, in_legend=frequency[i] > 0 and fill != OTHER_FILL))
+    marks = [ClassMark(names[0], GROUND_FILL, None, bool(frequency[0] > 0))]
+    words = [_by_words(name) for name in names[1:]]
+    if all(found is not None for found in words):
+        looks = [found for found in words if found is not None]
+    else:
+        palette = dict(zip(np.argsort(-frequency[1:], kind="stable").tolist(), CATEGORICAL, strict=False))
+        looks = [(palette.get(i, OTHER_FILL), None) for i in range(len(names) - 1)]
+    for name, (fill, sign), often in zip(names[1:], looks, frequency[1:], strict=True):
+        marks.append(ClassMark(name, fill, sign, in_legend=bool(often > 0) and fill != OTHER_FILL))
     return marks
 
 
-def _by_words(name: str) -> tuple[str | None, str | Path | None]:
+def _by_words(name: str) -> tuple[str | None, str | Path | None] | None:
+    """Fill and sign of a name made of nothing but words for colours and shapes; else None."""
     words = name.lower().replace("-", " ").replace("_", " ").split()
+    if not words or not all(w in NAMED_COLOURS or w in SIGNS for w in words):
+        return None
     fill = next((NAMED_COLOURS[w] for w in words if w in NAMED_COLOURS), None)
-    sign = next((SIGNS[w] for w in words if w in SIGNS), None)
-    known = sum(w in NAMED_COLOURS or w in SIGNS for w in words)
-    # "orange" in "orange juice" is no colour.
-    return (fill, sign) if known == len(words) else (None, None)
+    return fill, next((SIGNS[w] for w in words if w in SIGNS), None)

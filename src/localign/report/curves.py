@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from localign.report.style import ALIGNED, BASELINE, ERROR, MODELS, MUTED, new_figure, styled
+from localign.report.style import ALIGNED, BASELINE, CATEGORICAL, ERROR, MODELS, new_figure, styled
 
 Log = Sequence[Mapping[str, Any]]
+_WIDTH = 10.6
+"""Of a figure as wide as the page, inches."""
 _MARK_BELOW = 25
 """Curves with fewer points than this show them."""
 
@@ -49,17 +51,19 @@ def training_figure(log: Log, soft_cap: float | None = None) -> Figure | None:
         return None
     columns = min(2, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure = new_figure(4.6 * columns, 2.5 * rows)
+    figure = new_figure(_WIDTH / 2 * columns, 2.7 * rows)
     axes = list(np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flat)
     for ax, (title, lines) in zip(axes, shown, strict=False):
         for name, label, colour in lines:
             steps, values = series(log, name)
             if len(steps):
                 many = name == "loss" and len(steps) >= _MARK_BELOW
-                ax.plot(steps, values, color=colour, label=label, alpha=0.85, **_mark(len(steps), line=not many))
+                ax.plot(
+                    steps, values, color=colour, label=label, alpha=0.85, **_mark(len(steps), line=not many)
+                )
         _finish(ax, title, "step")
         if title == "largest attention logit" and soft_cap:
-            ax.axhline(soft_cap, color=ERROR, linewidth=1, linestyle=(0, (4, 3)), label=f"soft-cap {soft_cap:g}")
+            _draw_cap(ax, soft_cap)
         if title in ("reconstruction loss", "gradient norm") and _spread(ax) > 30:
             ax.set_yscale("log")
         if any(line.get_label() for line in ax.lines if not str(line.get_label()).startswith("_")):
@@ -71,10 +75,10 @@ def training_figure(log: Log, soft_cap: float | None = None) -> Figure | None:
 
 @styled
 def heads_figure(curves: Mapping[str, Sequence[Log]]) -> Figure | None:
-    """Loss of every probing head over its training, baseline beside aligned.
+    """Loss of every probing head over its training, all models in one panel.
 
     Args:
-        curves: Per model (``baseline``, ``aligned``), one curve per seed: entries with ``step`` and
+        curves: Per model, one curve per seed: entries with ``step`` and
             ``{head: {task: {"train": loss, "validation": loss}}}``.
 
     Returns:
@@ -85,7 +89,7 @@ def heads_figure(curves: Mapping[str, Sequence[Log]]) -> Figure | None:
         return None
     tasks = list(dict.fromkeys(task for task, _ in shown))
     heads = list(dict.fromkeys(head for _, head in shown))
-    figure = new_figure(max(4.6, 3.6 * len(heads)), 0.5 + 2.3 * len(tasks))
+    figure = new_figure(_WIDTH if len(heads) > 1 else _WIDTH / 2, 0.5 + 2.6 * len(tasks))
     grid = figure.subplots(len(tasks), len(heads), squeeze=False)
     for row, task in enumerate(tasks):
         for column, head in enumerate(heads):
@@ -93,8 +97,9 @@ def heads_figure(curves: Mapping[str, Sequence[Log]]) -> Figure | None:
             if (task, head) not in shown:
                 ax.set_axis_off()
                 continue
-            for model, runs in curves.items():
-                _draw_head(ax, runs, head, task, model)
+            for i, (model, runs) in enumerate(curves.items()):
+                colour = MODELS.get(model, CATEGORICAL[i % len(CATEGORICAL)])
+                _draw_head(ax, runs, head, task, model, colour)
             _finish(ax, f"{task} task, {head} head", "step" if row == len(tasks) - 1 else "")
             if column == 0:
                 ax.set_ylabel("loss")
@@ -118,10 +123,12 @@ def _heads(curves: Mapping[str, Sequence[Log]]) -> list[tuple[str, str]]:
     return sorted(found, key=lambda key: order.get(key[0], 2))
 
 
-def _draw_head(ax: Axes, runs: Sequence[Log], head: str, task: str, model: str) -> None:
-    colour = MODELS.get(model, MUTED)
+def _draw_head(ax: Axes, runs: Sequence[Log], head: str, task: str, model: str, colour: str) -> None:
     for split, dash in (("train", (0, (4, 2))), ("validation", "solid")):
-        flat = [[{"step": e["step"], "loss": e.get(head, {}).get(task, {}).get(split)} for e in log] for log in runs]
+        flat = [
+            [{"step": e["step"], "loss": e.get(head, {}).get(task, {}).get(split)} for e in log]
+            for log in runs
+        ]
         lines = [series(log, "loss") for log in flat]
         lines = [line for line in lines if len(line[0])]
         if not lines:
@@ -133,6 +140,14 @@ def _draw_head(ax: Axes, runs: Sequence[Log], head: str, task: str, model: str) 
         ax.plot(steps, values.mean(0), color=colour, linestyle=dash, label=f"{model}, {split}", **mark)
         if len(values) > 1 and split == "validation":
             ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
+
+
+def _draw_cap(ax: Axes, soft_cap: float) -> None:
+    """The bound as a line; where all logits stay far below, only words, as the curve would be flat."""
+    if ax.get_ylim()[1] < soft_cap / 3:
+        ax.plot([], [], " ", label=f"(soft-cap {soft_cap:g}, above this axis)")
+        return
+    ax.axhline(soft_cap, color=ERROR, linewidth=1, linestyle=(0, (4, 3)), label=f"soft-cap {soft_cap:g}")
 
 
 def _mark(points: int, line: bool = True) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from localign.report.style import ERROR, INK, MUTED, RULE, new_figure, styled
 
 Arrays = Mapping[str, NDArray[Any]]
 THRESHOLD = 0.5
-MAX_IMAGES = 6
+MAX_IMAGES, MAX_RECONSTRUCTED = 6, 4
 VIEW_NAMES = ("mask", "complement", "all visible")
 _CELL = 0.84
 """Side of a drawn patch; the gap around it is where the outline of a wrong one lies."""
@@ -61,7 +61,9 @@ def predictions_figure(arrays: Arrays) -> Figure:
     """
     count = min(MAX_IMAGES, len(arrays["images"]))
     truth = arrays["truth"][:count]
-    sides = {name: arrays[f"probability_{name}"][:count].astype(np.float64) for name in ("baseline", "aligned")}
+    sides = {
+        name: arrays[f"probability_{name}"][:count].astype(np.float64) for name in ("baseline", "aligned")
+    }
     seen = truth.sum((0, 1)) + sum((p > THRESHOLD).sum((0, 1)) for p in sides.values())
     marks = class_marks([str(n) for n in arrays["class_names"]], np.asarray(seen, dtype=np.float64))
     rows, columns = (int(v) for v in arrays["grid"])
@@ -79,7 +81,8 @@ def predictions_figure(arrays: Arrays) -> Figure:
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title)
     handles = _legend(marks)
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), columnspacing=1.4)
+    columns = _legend_columns([str(h.get_label()) for h in handles], figure.get_figwidth())
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.4)
     return figure
 
 
@@ -97,7 +100,9 @@ def _draw_patches(
     signs: dict[int, list[tuple[float, float, float, float]]] = {}
     for patch in range(rows * columns):
         y, x = divmod(patch, columns)
-        chosen = [c for c in np.argsort(-probability[patch], kind="stable") if probability[patch, c] > THRESHOLD]
+        chosen = [
+            c for c in np.argsort(-probability[patch], kind="stable") if probability[patch, c] > THRESHOLD
+        ]
         filled = sorted((c for c in chosen if marks[c].fill), key=int)
         for k, c in enumerate(filled):
             width = _CELL / len(filled)
@@ -113,9 +118,13 @@ def _draw_patches(
     for c, places in signs.items():
         xs, ys, sizes, alphas = (np.asarray(v) for v in zip(*places, strict=True))
         ink = [to_rgba(INK, a) for a in alphas]
-        ax.scatter(xs, ys, s=(sizes * cell) ** 2, marker=marks[c].sign, c=ink, edgecolors="white", linewidths=0.4)
+        ax.scatter(
+            xs, ys, s=(sizes * cell) ** 2, marker=marks[c].sign, c=ink, edgecolors="white", linewidths=0.4
+        )
     if wrong is not None:
-        outlines = [Rectangle((p % columns - 0.46, p // columns - 0.46), 0.92, 0.92) for p in np.flatnonzero(wrong)]
+        outlines = [
+            Rectangle((p % columns - 0.46, p // columns - 0.46), 0.92, 0.92) for p in np.flatnonzero(wrong)
+        ]
         thin = float(np.clip(cell * 0.09, 0.5, 1.2))
         ax.add_collection(PatchCollection(outlines, facecolors="none", edgecolors=ERROR, linewidths=thin))
     _bare(ax, frame=True)
@@ -147,6 +156,15 @@ def _legend(marks: Sequence[ClassMark]) -> list[Patch | Line2D]:
         handles.append(Patch(facecolor=OTHER_FILL, label="other classes"))
     handles.append(Patch(facecolor="none", edgecolor=ERROR, label="set of classes differs from truth"))
     return handles
+
+
+def _legend_columns(labels: Sequence[str], inches: float) -> int:
+    """As many columns as fit beside each other, each as wide as its longest label."""
+    for count in range(min(7, len(labels)), 1, -1):
+        columns = np.array_split(np.asarray([len(label) for label in labels]), count)
+        if sum(0.075 * column.max() + 0.5 for column in columns) <= inches:
+            return count
+    return 1
 
 
 # -- feature maps ----------------------------------------------------------------------------------------
@@ -187,22 +205,29 @@ def reconstructions_figure(arrays: Arrays) -> Figure:
             ``reconstruction`` and ``view_error``.
     """
     masks = int(arrays["keep_masks"].shape[1])
-    count = min(3 if masks > 1 else MAX_IMAGES, len(arrays["images"]))
+    count = min(MAX_RECONSTRUCTED, len(arrays["images"]))
     grid = tuple(int(v) for v in arrays["grid"])
     target = component_colours(arrays["target"])
     guess = component_colours(arrays["reconstruction"], arrays["target"])
-    side = 1.36
-    height = (3 * side * grid[0] / grid[1] + 0.34) * count + 0.3
-    figure = new_figure(side * masks * 2.1 * 0.5 * 1.25 + 1.0, height)
-    axes = figure.subplots(3 * count, masks, squeeze=False)
-    for i in range(count):
-        for view in range(masks):
-            seen, wanted, made = axes[3 * i : 3 * i + 3, view]
-            _draw_view(seen, arrays, i, view)
-            _show(wanted, target[i, view].reshape(*grid, 3))
-            _show(made, guess[i, view].reshape(*grid, 3))
-            _below(made, f"error {float(arrays['view_error'][i, view]):.2f}")
+    side = 1.14
+    figure = new_figure(3 * side * masks, (side * grid[0] / grid[1] + 0.24) * count + 0.55)
+    groups = figure.subfigures(1, masks, squeeze=False, wspace=0.03)[0]
+    for view, group in enumerate(groups):
+        group.suptitle(_view_name(view, masks), fontsize=10, fontweight="bold")
+        axes = group.subplots(count, 3, squeeze=False)
+        for ax, title in zip(axes[0], ("teacher sees", "its tokens", "student"), strict=True):
+            ax.set_title(title, fontsize=8.5)
+        for i in range(count):
+            _draw_view(axes[i, 0], arrays, i, view)
+            _show(axes[i, 1], target[i, view].reshape(*grid, 3))
+            _show(axes[i, 2], guess[i, view].reshape(*grid, 3))
+            _below(axes[i, 0], f"{float(arrays['keep_masks'][i, view].mean()):.0%} visible")
+            _below(axes[i, 2], f"error {float(arrays['view_error'][i, view]):.2f}")
     return figure
+
+
+def _view_name(view: int, masks: int) -> str:
+    return VIEW_NAMES[view] if masks == len(VIEW_NAMES) else f"view {view + 1}"
 
 
 def _draw_view(ax: Axes, arrays: Arrays, image: int, view: int) -> None:

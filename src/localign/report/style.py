@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -33,7 +33,7 @@ NAMED_COLOURS = {
 """For classes that are colours: the palette's nearest, since a plain red and green look alike to some."""
 MODELS = {"baseline": BASELINE, "aligned": ALIGNED}
 
-_RC = {
+_RC: dict[Any, Any] = {
     "figure.facecolor": PAPER,
     "savefig.facecolor": PAPER,
     "font.family": "sans-serif",
@@ -79,7 +79,9 @@ def styled(function: Callable[P, T]) -> Callable[P, T]:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of a size in inches; it belongs to no window and to no global list."""
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained", h_pad=0.06, w_pad=0.05)
+    return figure
 
 
 @styled

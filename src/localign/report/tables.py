@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,11 @@ T_QUANTILES = (
 """97.5 % quantiles of Student's t for 1..30 degrees of freedom."""
 _Z = 1.959964
 
-TASK_NAMES = {"local": "local (per patch)", "global": "global (per image)", "majority": "majority label of a patch"}
+TASK_NAMES = {
+    "local": "local (per patch)",
+    "global": "global (per image)",
+    "majority": "majority label of a patch",
+}
 _TASK_ORDER = ("local", "global", "majority")
 _HEAD_ORDER = ("transformer", "mlp", "linear")
 
@@ -106,7 +110,9 @@ def paired(baseline: Sequence[float | None], aligned: Sequence[float | None]) ->
     if len(differences) > 1:
         variance = sum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
         half = t_quantile(len(differences) - 1) * math.sqrt(variance / len(differences))
-    return Difference(_mean([p[0] for p in pairs]), _mean([p[1] for p in pairs]), mean, half, len(differences))
+    return Difference(
+        _mean([p[0] for p in pairs]), _mean([p[1] for p in pairs]), mean, half, len(differences)
+    )
 
 
 def _repeated(values: Sequence[float | None], count: int) -> list[float | None]:
@@ -126,14 +132,17 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def probe_runs(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The probing results of each model, one per seed: of a demo, or of a lone probing run."""
+    """The probing results of each model, one per seed.
+
+    Of a demo, the models are ``baseline`` and ``aligned``; of a probing run, they go by their names.
+    """
+    if isinstance(results.get("probes"), list):
+        named = [r for r in results["probes"] if isinstance(r, dict)]
+        return {str(r.get("name") or r.get("backbone") or i): [r] for i, r in enumerate(named, start=1)}
     runs = results.get("probe")
-    if isinstance(runs, Mapping):
-        listed = {name: value if isinstance(value, list) else [value] for name, value in runs.items()}
-        return {name: [r for r in value if isinstance(r, dict)] for name, value in listed.items() if value}
-    if isinstance(results.get("results"), Mapping) and "train" in results:
-        return {"baseline": [dict(results)]}
-    return {}
+    if not isinstance(runs, Mapping):
+        return {}
+    return {name: [r for r in side if isinstance(r, dict)] for name, side in runs.items() if side}
 
 
 def before_after(results: Mapping[str, Any]) -> list[Row]:
@@ -142,10 +151,13 @@ def before_after(results: Mapping[str, Any]) -> list[Row]:
     The interval is mean +- t * s / sqrt(n) with n - 1 degrees of freedom, s the standard deviation of the
     per-seed differences; t comes from :func:`t_quantile`.
     """
-    runs = probe_runs(results)
+    runs = {name: side for name, side in probe_runs(results).items() if name in SIDES}
     rows = []
     for source, task, head in _measured(runs):
-        values = {name: [_metric(r, source, head, task, "macro_recall") for r in runs.get(name, [])] for name in SIDES}
+        values = {
+            name: [_metric(r, source, head, task, "macro_recall") for r in runs.get(name, [])]
+            for name in SIDES
+        }
         rows.append(Row(source, task, head, paired(values["baseline"], values["aligned"])))
     return rows
 
@@ -153,16 +165,18 @@ def before_after(results: Mapping[str, Any]) -> list[Row]:
 SIDES = ("baseline", "aligned")
 
 
-def _measured(runs: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, str, str]]:
+def _measured(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, str]]:
     """(source, task, head) of everything measured: local before global, transformer before linear."""
     found: dict[tuple[str, str, str], None] = {}
-    for name in SIDES:
-        for run in runs.get(name, []):
+    for side in runs.values():
+        for run in side:
             for source, heads in run.get("results", {}).items():
                 for head, tasks in heads.items():
                     found.update(dict.fromkeys((source, task, head) for task in tasks))
     sources = list(dict.fromkeys(s for s, _, _ in found))
-    return sorted(found, key=lambda k: (sources.index(k[0]), _rank(k[1], _TASK_ORDER), _rank(k[2], _HEAD_ORDER)))
+    return sorted(
+        found, key=lambda k: (sources.index(k[0]), _rank(k[1], _TASK_ORDER), _rank(k[2], _HEAD_ORDER))
+    )
 
 
 def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
@@ -176,16 +190,20 @@ def _metric(run: Mapping[str, Any], source: str, head: str, task: str, name: str
 def class_names(results: Mapping[str, Any]) -> list[str]:
     """Names by class id."""
     runs = [r for side in probe_runs(results).values() for r in side]
-    found = results.get("classes") or next((r["classes"] for r in runs if r.get("classes")), [])
+    found: list[Any] = results.get("classes") or next((r["classes"] for r in runs if r.get("classes")), [])
     return [str(name) for name in found]
 
 
 def per_class(results: Mapping[str, Any], row: Row) -> list[ClassRow]:
     """Recall per class behind one row; classes without positives are left out."""
     runs = probe_runs(results)
-    columns, positives = {}, []
+    columns: dict[str, list[list[float | None]]] = {}
+    positives: list[int] = []
     for name in SIDES:
-        cells = [r.get("results", {}).get(row.source, {}).get(row.head, {}).get(row.task, {}) for r in runs.get(name, [])]
+        cells = [
+            r.get("results", {}).get(row.source, {}).get(row.head, {}).get(row.task, {})
+            for r in runs.get(name, [])
+        ]
         columns[name] = [c.get("class_recall") or [] for c in cells]
         positives = positives or next((c["class_positives"] for c in cells if c.get("class_positives")), [])
     rows = []
@@ -244,6 +262,21 @@ def class_grid(rows: Sequence[ClassRow], unit: str) -> Grid:
     return Grid(header, tuple(body))
 
 
+def models_grid(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Grid:
+    """Macro recall of any models side by side, in percent, means over seeds."""
+    measured = _measured(runs)
+    several = len({source for source, _, _ in measured}) > 1
+    body = []
+    for source, task, head in measured:
+        means = [
+            paired([_metric(r, source, head, task, "macro_recall") for r in side], [])
+            for side in runs.values()
+        ]
+        name = TASK_NAMES.get(task, task) + (f", {source}" if several else "")
+        body.append((name, head, *(percent(m.baseline) for m in means)))
+    return Grid(("macro recall, %", "head", *runs), tuple(body), texts=2)
+
+
 def interval_sentence(rows: Sequence[Row]) -> str:
     """What the numbers behind the plus-minus sign are."""
     counts = {r.recall.seeds for r in rows if r.recall.difference is not None}
@@ -260,28 +293,30 @@ def to_markdown(grid: Grid) -> str:
     """A Markdown table."""
     rule = ["---"] * grid.texts + ["---:"] * (len(grid.header) - grid.texts)
     lines = [grid.header, rule, *grid.rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    return (
+        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        + "\n"
+    )
 
 
 def to_html(grid: Grid) -> str:
     """An HTML table."""
 
-    def line(cells: Sequence[str], tag: str, classes: Iterable[str]) -> str:
-        marks = [f' class="{html.escape(c)}"' if c else "" for c in classes]
-        scope = ' scope="col"' if tag == "th" else ""
-        return "<tr>" + "".join(
-            f"<{tag}{scope}{mark}>{html.escape(cell)}</{tag}>" for cell, mark in zip(cells, marks, strict=True)
-        ) + "</tr>"  # fmt: skip
+    def line(cells: Sequence[str], tag: str) -> str:
+        opening = f'{tag} scope="col"' if tag == "th" else tag
+        parts = []
+        for i, cell in enumerate(cells):
+            mark = ' class="word"' if i < grid.texts else ""
+            parts.append(f"<{opening}{mark}>{html.escape(cell)}</{tag}>")
+        return f"<tr>{''.join(parts)}</tr>"
 
-    plain = ["word"] * grid.texts + [""] * (len(grid.header) - grid.texts)
-    head = line(grid.header, "th", plain)
-    body = "\n".join(line(row, "td", plain) for row in grid.rows)
+    head = line(grid.header, "th")
+    body = "\n".join(line(row, "td") for row in grid.rows)
     return f'<div class="scroll"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
-def to_terminal(results: Mapping[str, Any], title: str = "Probing") -> Table:
+def to_terminal(rows: Sequence[Row], title: str = "Probing") -> Table:
     """The before/after table for `rich`."""
-    rows = before_after(results)
     grid = recall_grid(rows)
     table = Table(title=title, caption=interval_sentence(rows))
     for i, name in enumerate(grid.header):

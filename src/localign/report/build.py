@@ -1,0 +1,307 @@
+"""``report.html`` from a run folder, with whatever the folder holds."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from localign.engine.log import LOG_FILE, read_log
+from localign.engine.run import CONFIG_FILE, RESULTS_FILE, read_config, read_results
+from localign.errors import UserError
+from localign.files import replace_text
+from localign.report import captions, html, tables
+from localign.report.curves import heads_figure, training_figure
+from localign.report.gather import PICTURES_FILE
+from localign.report.pictures import features_figure, predictions_figure, reconstructions_figure
+from localign.report.style import data_uri, png, svg
+
+REPORT_FILE = "report.html"
+_FOLD_ABOVE = 40
+"""Tables with more classes than this start folded."""
+_TILES = 8
+_FACTS = (
+    "seeds", "world", "backbone", "soft_cap", "target_scale", "parameters", "trainable_parameters",
+    "world_size", "final", "best", "skipped_steps", "samples_digest", "teacher_sha256",
+)  # fmt: skip
+_PREDICTIONS = ("truth", "class_names", "probability_baseline", "probability_aligned")
+_FEATURES = ("pca_baseline", "pca_aligned", "pca_baseline_share", "pca_aligned_share")
+_RECONSTRUCTIONS = ("keep_masks", "target", "reconstruction", "view_error", "mean_colour", "patch_size")
+_COMMON = ("images", "grid")
+
+
+@dataclass
+class Run:
+    """What a folder holds, and what it lacks."""
+
+    folder: Path
+    results: dict[str, Any]
+    log: list[dict[str, Any]]
+    alignment: dict[str, Any]
+    """Results of the alignment run whose log is shown: the run itself, or the first of a demo."""
+    alignment_name: str
+    arrays: dict[str, NDArray[Any]]
+    missing: list[str] = field(default_factory=list)
+
+
+def build_report(run_folder: str | Path) -> Path:
+    """Write ``report.html`` into a run folder.
+
+    Parts that the folder lacks are named on the page rather than being an error.
+
+    Args:
+        run_folder: A folder of ``localign demo``, ``align`` or ``probe``: ``results.json``, ``log.jsonl``,
+            ``align-seed<k>/`` and ``pictures.npz``, any of them.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        UserError: the folder holds no run, or its results are no JSON.
+    """
+    run = read_run(Path(run_folder))
+    body = [
+        _head(run),
+        _recall(run),
+        _pictures(run),
+        _training(run),
+        _heads(run),
+        _classes(run),
+        _notes(run),
+        _record(run),
+    ]
+    path = run.folder / REPORT_FILE
+    replace_text(
+        path, html.page(f"localign {run.results.get('command', 'run')}: {run.folder.resolve().name}", body)
+    )
+    return path
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder; see :func:`build_report`."""
+    missing: list[str] = []
+    results: dict[str, Any] = {}
+    if (folder / RESULTS_FILE).is_file():
+        results = read_results(folder)
+        if not isinstance(results, dict):
+            raise UserError(f"{folder / RESULTS_FILE} was not written by localign")
+    elif (folder / CONFIG_FILE).is_file():
+        results = read_config(folder)
+        missing.append(f"{RESULTS_FILE}: the run has not finished, or it failed")
+    else:
+        raise UserError(f"{folder} is no run folder: it has neither {RESULTS_FILE} nor {CONFIG_FILE}")
+    inner = folder if (folder / LOG_FILE).is_file() else _first_alignment(folder)
+    log = read_log(inner) if inner else []
+    if not log and results.get("command") != "probe":
+        missing.append(f"{LOG_FILE}: no curves of training")
+    alignment = results if inner == folder else {}
+    if inner and inner != folder and (inner / RESULTS_FILE).is_file():
+        alignment = read_results(inner)
+    arrays = {} if results.get("command") == "probe" else _read_pictures(folder, missing)
+    name = "" if inner in (None, folder) else str(inner.name if inner else "")
+    return Run(folder, results, log, alignment, name, arrays, missing)
+
+
+def _first_alignment(folder: Path) -> Path | None:
+    def seed(path: Path) -> int:
+        digits = path.name.removeprefix("align-seed")
+        return int(digits) if digits.isdigit() else 1 << 30
+
+    found = sorted((p for p in folder.glob("align-seed*") if p.is_dir()), key=seed)
+    return found[0] if found else None
+
+
+def _read_pictures(folder: Path, missing: list[str]) -> dict[str, NDArray[Any]]:
+    path = folder / PICTURES_FILE
+    if not path.is_file():
+        missing.append(f"{PICTURES_FILE}: no pictures")
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        missing.append(f"{PICTURES_FILE} cannot be read ({error}): no pictures")
+        return {}
+
+
+# -- parts of the page -----------------------------------------------------------------------------------
+
+
+def _head(run: Run) -> str:
+    rows = tables.before_after(run.results)
+    command = run.results.get("command", "run")
+    entries = [_tile(r) for r in _main_rows(rows)][:_TILES] if rows else _alignment_tiles(run)
+    title = f"<h1>localign {html.text(command)}: {html.text(run.folder.resolve().name)}</h1>"
+    return title + html.paragraph(headline(run.results, rows, run.log), "lead") + html.tiles(entries)
+
+
+def headline(
+    results: Mapping[str, Any], rows: Sequence[tables.Row], log: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """One or two sentences: what changed, by how much, and whether that is more than chance."""
+    shown = [r for r in _main_rows(rows) if r.head == rows[0].head] if rows else []
+    told = [_sentence(r) for r in shown]
+    if told:
+        return " ".join(told)
+    losses = [e["loss"] for e in log if isinstance(e.get("loss"), (int, float))]
+    final = (results.get("final") or {}).get("val_loss")
+    parts = []
+    if losses:
+        parts.append(
+            f"Training loss went from {losses[0]:.4g} to {losses[-1]:.4g} over {log[-1]['step']:,} steps."
+        )
+    if isinstance(final, (int, float)):
+        parts.append(f"The loss on held-out images is {final:.4g} at the end.")
+    if not parts and (runs := tables.probe_runs(results)):
+        parts.append(f"Recall of heads on the frozen features of {', '.join(runs)}.")
+    return " ".join(parts) or "A run without results yet."
+
+
+def _sentence(row: tables.Row) -> str:
+    recall = row.recall
+    where = f"{row.task} macro recall ({row.head} head)"
+    if recall.difference is None:
+        return f"{where[0].upper()}{where[1:]} is {tables.percent(recall.baseline)}\u00a0%."
+    points = f"{abs(100 * recall.difference):.1f} points"
+    change = f"{'rose' if recall.difference >= 0 else 'fell'} by {points}"
+    numbers = f"from {tables.percent(recall.baseline)}\u00a0% to {tables.percent(recall.aligned)}\u00a0%"
+    chance = "one seed, so chance is not ruled out"
+    if recall.half_width is not None:
+        chance = f"95\u00a0% interval ±\u00a0{100 * recall.half_width:.1f}, {recall.seeds} seeds"
+        if abs(recall.difference) <= recall.half_width:
+            chance += ": it includes no change"
+    return f"{where[0].upper()}{where[1:]} {change}, {numbers} ({chance})."
+
+
+def _main_rows(rows: Sequence[tables.Row]) -> list[tables.Row]:
+    """Rows of the first source, for local and global recall."""
+    return [r for r in rows if r.source == rows[0].source and r.task in ("local", "global")]
+
+
+def _tile(row: tables.Row) -> html.Tile:
+    recall, title = row.recall, f"{row.task} recall, {row.head}"
+    if recall.difference is None:
+        return html.Tile(title, f"{tables.percent(recall.baseline)} %", "macro recall")
+    value = f"{tables.percent(recall.baseline)} → {tables.percent(recall.aligned)} %"
+    return html.Tile(title, value, f"{tables.signed(recall)} points")
+
+
+def _alignment_tiles(run: Run) -> list[html.Tile]:
+    known = (
+        ("steps", "steps", "{:,}", "optimizer steps"),
+        ("images", "images", "{:,}", "samples seen"),
+        ("images_per_second", "images per second", "{:,.0f}", "mean over training"),
+        ("seconds", "training time", "{:,.0f} s", "validation and saving left out"),
+    )
+    return [
+        html.Tile(title, form.format(run.results[key]), remark)
+        for key, title, form, remark in known
+        if isinstance(run.results.get(key), (int, float))
+    ]
+
+
+def _recall(run: Run) -> str:
+    rows = tables.before_after(run.results)
+    if not rows:
+        runs = tables.probe_runs(run.results)
+        table = tables.to_html(tables.models_grid(runs)) if runs else ""
+        return html.section("Recall", table, html.paragraph(captions.RECALL, "muted") if runs else "")
+    both = any(r.recall.aligned is not None for r in rows)
+    return html.section(
+        "Before and after" if both else "Recall",
+        tables.to_html(tables.recall_grid(rows)),
+        html.paragraph(f"{captions.RECALL} {tables.interval_sentence(rows)}", "muted"),
+    )
+
+
+def _pictures(run: Run) -> str:
+    if not run.arrays:
+        return ""
+    names = [str(n) for n in run.arrays.get("class_names", ())]
+    loss = str((run.alignment.get("config") or {}).get("loss", "mse"))
+    parts = (
+        ("predictions per patch", _PREDICTIONS, predictions_figure, captions.predictions(names)),
+        ("maps of patch features", _FEATURES, features_figure, captions.FEATURES),
+        ("reconstructions", _RECONSTRUCTIONS, reconstructions_figure, captions.reconstructions(loss)),
+    )
+    return html.section("Pictures", *(_picture(run, *part) for part in parts))
+
+
+def _picture(
+    run: Run,
+    what: str,
+    needed: Sequence[str],
+    draw: Callable[[Mapping[str, NDArray[Any]]], Figure],
+    words: captions.Words,
+) -> str:
+    lacking = [n for n in (*_COMMON, *needed) if n not in run.arrays]
+    if lacking:
+        run.missing.append(f"{what}: {PICTURES_FILE} has no {', '.join(lacking)}")
+        return ""
+    return html.figure(data_uri(png(draw(run.arrays)), "image/png"), *words)
+
+
+def _training(run: Run) -> str:
+    cap = run.alignment.get("soft_cap")
+    drawn = training_figure(run.log, float(cap) if isinstance(cap, (int, float)) else None)
+    if drawn is None:
+        return ""
+    uri = data_uri(svg(drawn), "image/svg+xml")
+    return html.section("Alignment", html.figure(uri, *captions.training(run.alignment_name)))
+
+
+def _heads(run: Run) -> str:
+    runs = tables.probe_runs(run.results)
+    curves = {name: [r.get("train", {}).get("curve") or [] for r in side] for name, side in runs.items()}
+    drawn = heads_figure(curves)
+    if drawn is None:
+        return ""
+    uri = data_uri(svg(drawn), "image/svg+xml")
+    return html.section("Did the heads converge?", html.figure(uri, *captions.HEADS))
+
+
+def _classes(run: Run) -> str:
+    rows = tables.before_after(run.results)
+    parts = []
+    for task, unit in (("local", "patches"), ("global", "images"), ("majority", "patches")):
+        row = next((r for r in rows if r.task == task), None)
+        classes = tables.per_class(run.results, row) if row else []
+        if row and classes:
+            title = f"{tables.TASK_NAMES[task]}, {row.head} head, {len(classes)} classes: recall in %"
+            grid = tables.to_html(tables.class_grid(classes, unit))
+            parts.append(html.folded(title, grid, is_open=task == "local" and len(classes) <= _FOLD_ABOVE))
+    return html.section("Class by class", *parts)
+
+
+def _notes(run: Run) -> str:
+    notes = [str(n) for n in run.results.get("notes") or []]
+    missing = [html.paragraph("Not in this report:"), html.bullets(run.missing)] if run.missing else []
+    return html.section("Notes", html.bullets(notes), *missing)
+
+
+def _record(run: Run) -> str:
+    results = run.results
+    timings = {
+        k: f"{v:.1f} s" if isinstance(v, (int, float)) else v
+        for k, v in (results.get("timings") or {}).items()
+    }
+    facts = {k: results[k] for k in _FACTS if results.get(k) is not None}
+    parts = (
+        ("Timings", timings, True),
+        ("Facts", facts, False),
+        ("Configuration", results.get("config") or {}, False),
+        (f"Configuration of {run.alignment_name}", _inner_config(run), False),
+        ("Versions", results.get("versions") or {}, True),
+    )
+    folded = (html.folded(title, html.facts(values), is_open) for title, values, is_open in parts if values)
+    return html.section("Record", *folded)
+
+
+def _inner_config(run: Run) -> dict[str, Any]:
+    return dict(run.alignment.get("config") or {}) if run.alignment_name else {}

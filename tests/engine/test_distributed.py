@@ -1,0 +1,72 @@
+"""Every distributed function is right with one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from localign.engine.distributed import World, choose_device, world
+from localign.errors import UserError
+
+
+def test_a_world_of_one() -> None:
+    with world("cpu") as here:
+        assert here == World(0, 1, 0, torch.device("cpu"))
+        assert here.is_main
+        here.barrier()
+        values = torch.tensor([1.0, 2.0])
+        assert torch.equal(here.sum(values), values)
+        assert here.gather({"a": 1}) == [{"a": 1}]
+        assert here.any(True)
+        assert not here.any(False)
+        module = nn.Linear(2, 2)
+        assert here.replicate(module) is module
+        with here.without_sync(module, skip=True):
+            module(torch.ones(1, 2)).sum().backward()
+        assert module.weight.grad is not None
+    assert not torch.distributed.is_initialized()
+
+
+def test_ranks_other_than_the_first_are_not_main() -> None:
+    assert not World(1, 2, 1, torch.device("cpu")).is_main
+
+
+def test_a_group_of_one_torchrun_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with world("cpu") as here:
+        assert here.size == 1
+    assert not torch.distributed.is_initialized()
+
+
+def test_devices() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta", "xpu"])
+def test_device_names_that_are_none(name: str) -> None:
+    with pytest.raises(UserError, match="give auto, cpu, cuda, cuda:N or mps") as caught:
+        choose_device(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="no device cuda:1: torch finds no CUDA GPU"):
+        choose_device("cuda:1")
+    with pytest.raises(UserError, match="no device mps"):
+        choose_device("mps")
+
+
+def test_one_gpu_per_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert choose_device("auto", 2) == torch.device("cuda", 2)
+    assert choose_device("cuda", 3) == torch.device("cuda", 3)
+    assert choose_device("cuda:1", 3) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="no device cuda:4: torch finds 4 CUDA GPUs"):
+        choose_device("cuda:4")

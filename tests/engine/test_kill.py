@@ -1,0 +1,161 @@
+"""The acceptance test of the loop: ten times kill -9 at random instants, across ranks and loader workers.
+
+After each kill the run is continued, until the last part is let go to its end. What was trained must be what
+an uninterrupted run trains.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import furthest, launch, logged, run, run_ranks, same_bits, tiny, weights
+
+from localign.alignment import AlignConfig
+from localign.engine.log import LOG_FILE, read_log
+
+STEPS = 60
+SLEEP = 0.03
+"""Seconds added to each step, so that kills land inside the run."""
+TOLERANCE = 1e-5
+FILES = ("model.safetensors", "ema.safetensors")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds a run's processes through /proc"),
+]
+
+
+def options(out: Path, images: Path, val: Path, workers: int = 0) -> dict[str, Any]:
+    # Adam turns a gradient that is zero but for rounding (attention's key biases have one) into a step as
+    # large as any; an eps above the rounding leaves only the sums over ranks to compare.
+    config = tiny(
+        out, images, steps=STEPS, val=str(val), val_every=20, ema=0.9, eps=1e-5, log_every=1,
+        checkpoint_every=2, resume="auto", workers=workers,
+    )  # fmt: skip
+    return asdict(config)
+
+
+def family(process: int) -> list[int]:
+    """A process and all that descend from it, parents first."""
+    found = [process]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            with suppress(OSError):  # it ended while we looked
+                found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """kill -9 for launcher, ranks and loader workers; torchrun puts its ranks into groups of their own."""
+    for pid in family(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def last_step(folder: Path) -> int:
+    return max((e["step"] for e in read_log(folder)), default=0) if (folder / LOG_FILE).is_file() else 0
+
+
+def kill_during(ranks: int, config: dict[str, Any], draw: random.Random, early: bool) -> int:
+    """Start or continue a run and kill it at a random instant; returns the last step in its log.
+
+    Args:
+        ranks: Processes of the run.
+        config: Its options.
+        draw: Decides the instant.
+        early: At any time after the launch, loading included, and not only once steps are taken.
+    """
+    out = Path(config["out"])
+    process = launch(ranks, config, sleep=SLEEP)
+    if early:
+        time.sleep(draw.uniform(0.0, 6.0))
+    else:
+        began = last_step(out)
+        deadline = time.monotonic() + 60
+        while last_step(out) in (0, began) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.0, 0.5))
+    alive = process.poll() is None
+    kill_all(process)
+    assert alive, "the run ended before it could be killed"
+    return last_step(out)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, images: Path, val: Path) -> Path:
+    """The run on one rank that nothing happens to."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run_ranks(1, options(out, images, val))
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_on_two(tmp_path_factory: pytest.TempPathFactory, images: Path, val: Path) -> Path:
+    """The run on two ranks that nothing happens to."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run_ranks(2, options(out, images, val))
+    return out
+
+
+def killed_run(out: Path, images: Path, val: Path, parts: list[tuple[int, int]], seed: int) -> None:
+    """A run in parts of (ranks, workers), each but the last killed."""
+    draw = random.Random(seed)
+    for number, (ranks, workers) in enumerate(parts[:-1]):
+        step = kill_during(ranks, options(out, images, val, workers), draw, early=number == 1)
+        assert step < STEPS, "the run came to its end before it could be killed; make its steps slower"
+    ranks, workers = parts[-1]
+    run_ranks(ranks, options(out, images, val, workers))
+
+
+def check_log(out: Path, expected: Path) -> None:
+    """Every step once, and the same samples in it."""
+    assert sorted(logged(out, "samples")) == list(range(1, STEPS + 1))
+    assert logged(out, "samples") == logged(expected, "samples")
+    assert sorted(logged(out, "val_loss")) == [20, 40, 60]
+    assert not list(out.rglob(".*.tmp"))
+
+
+def test_four_kills_on_one_rank(tmp_path: Path, images: Path, val: Path, uninterrupted: Path) -> None:
+    killed_run(tmp_path, images, val, [(1, 0), (1, 2), (1, 2), (1, 0), (1, 2)], seed=1)
+    check_log(tmp_path, uninterrupted)
+    for file in FILES:
+        assert same_bits(weights(tmp_path, STEPS, file), weights(uninterrupted, STEPS, file)), file
+    for field in ("loss", "val_loss"):
+        assert logged(tmp_path, field) == logged(uninterrupted, field)
+
+
+def test_two_kills_on_two_ranks(
+    tmp_path: Path, images: Path, val: Path, uninterrupted: Path, uninterrupted_on_two: Path
+) -> None:
+    killed_run(tmp_path, images, val, [(2, 2), (2, 0), (2, 2)], seed=2)
+    check_log(tmp_path, uninterrupted)
+    for file in FILES:
+        assert same_bits(weights(tmp_path, STEPS, file), weights(uninterrupted_on_two, STEPS, file)), file
+        assert furthest(weights(tmp_path, STEPS, file), weights(uninterrupted, STEPS, file)) < TOLERANCE, file
+
+
+def test_four_kills_with_ranks_that_change(
+    tmp_path: Path, images: Path, val: Path, uninterrupted: Path
+) -> None:
+    killed_run(tmp_path, images, val, [(1, 2), (2, 0), (1, 0), (2, 2), (1, 0)], seed=3)
+    check_log(tmp_path, uninterrupted)
+    for file in FILES:
+        assert furthest(weights(tmp_path, STEPS, file), weights(uninterrupted, STEPS, file)) < TOLERANCE, file
+    assert logged(tmp_path, "loss") == pytest.approx(logged(uninterrupted, "loss"), abs=TOLERANCE)
+
+
+def test_an_uninterrupted_run_is_the_same_here_and_there(
+    tmp_path: Path, images: Path, val: Path, uninterrupted: Path
+) -> None:
+    run(AlignConfig(**options(tmp_path, images, val)))
+    assert same_bits(weights(tmp_path, STEPS), weights(uninterrupted, STEPS))

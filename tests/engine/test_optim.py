@@ -1,0 +1,150 @@
+"""What is decayed, how fast it learns, and how a batch is shared out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from engine_runs import Meddled, logged, run, tiny, weights
+from torch import nn
+
+from localign.engine.config import TrainConfig, batch_shares, total_steps
+from localign.engine.distributed import World
+from localign.engine.optim import build_optimizer, decays, learning_rate
+from localign.engine.task import BatchPlan
+from localign.errors import UserError
+
+
+def decayed(module: nn.Module) -> set[str]:
+    """Names in the group that weight decay applies to."""
+    optimizer = build_optimizer(module, TrainConfig(weight_decay=0.1))
+    names = {id(p): n for n, p in module.named_parameters()}
+    groups = {g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups}
+    assert groups[0.1] | groups[0.0] == set(names.values())
+    assert not groups[0.1] & groups[0.0]
+    return groups[0.1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vit_tiny_patch16_224", {"init_values": 1e-5}),
+        ("vit_tiny_patch16_224", {"reg_tokens": 4}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("beit_base_patch16_224", {}),
+        ("eva02_tiny_patch14_224", {}),
+    ],
+)
+def test_only_matrices_decay(name: str, kwargs: dict[str, object]) -> None:
+    module = timm.create_model(name, num_classes=0, embed_dim=24, depth=1, num_heads=2, **kwargs)
+    names = decayed(module)
+    assert any(n.endswith("qkv.weight") or n.endswith("q_proj.weight") for n in names)
+    for parameter, _ in module.named_parameters():
+        kinds = ("bias", "norm", "gamma", "pos_embed", "token", "bias_table")
+        if any(kind in parameter for kind in kinds):
+            assert parameter not in names, parameter
+
+
+def test_the_students_groups(tmp_path: Path, images: Path) -> None:
+    names = decayed(Meddled(tiny(tmp_path, images)).module)
+    assert {
+        "encoder.head.weight",
+        "decoder.head.weight",
+        "encoder.backbone.vit.patch_embed.proj.weight",
+    } <= names
+    assert not {n for n in names if "pos_embed" in n or "token" in n or "gamma" in n or "norm" in n}
+
+
+def test_frozen_parameters_are_in_no_group(tmp_path: Path, images: Path) -> None:
+    module = Meddled(tiny(tmp_path, images, train_blocks=1)).module
+    optimizer = build_optimizer(module, TrainConfig())
+    held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    assert held == {id(p) for p in module.parameters() if p.requires_grad}
+    assert len(held) < len(list(module.parameters()))
+
+
+def test_vectors_never_decay() -> None:
+    assert decays("a.weight", nn.Linear(2, 2).weight)
+    assert not decays("a.weight", nn.LayerNorm(2).weight)
+
+
+def test_the_schedule() -> None:
+    config = TrainConfig(steps=100, lr=2.0, warmup_steps=10, min_lr_ratio=0.25)
+    rates = [learning_rate(s, 100, config) for s in range(101)]
+    assert rates[0] == pytest.approx(0.2), "warm-up begins at a tenth"
+    assert rates[5] == pytest.approx(2.0 * 0.55), "and is linear"
+    assert rates[10] == pytest.approx(2.0), "the peak follows the last warm-up step"
+    assert rates[55] == pytest.approx(2.0 * (0.25 + 0.75 / 2)), "the cosine's middle"
+    assert rates[100] == pytest.approx(0.5), "the share of the peak at the end"
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[40] == pytest.approx(2.0 * (0.25 + 0.75 * (1 + math.cos(math.pi / 3)) / 2))
+
+
+def test_no_warm_up() -> None:
+    assert learning_rate(0, 10, TrainConfig(steps=10, lr=1.0)) == 1.0
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3, 1e3])
+def test_the_gradient_is_that_of_the_mean_and_is_clipped(
+    tmp_path: Path, images: Path, clip: float | None
+) -> None:
+    config = tiny(tmp_path, images, clip_grad=clip, checkpoint_every=1, keep_checkpoints=9, steps=3)
+    run(config)
+    task = Meddled(config)
+    plan = BatchPlan(config.seed, 8, 8, 0, 1, 0, 0, 1, False)
+    task.start(World(0, 1, 0, torch.device("cpu")), plan)
+    result = task.step(task.module.train(), next(iter(task.batches(plan))))
+    mean = result.loss_sum / result.weight
+    mean.backward()
+    norm = float(nn.utils.get_total_norm([p.grad for p in task.module.parameters() if p.grad is not None]))
+    assert logged(tmp_path, "loss")[1] == pytest.approx(float(mean), rel=1e-5)
+    assert logged(tmp_path, "grad_norm")[1] == pytest.approx(norm, rel=1e-4)
+    # After one step the first moment is (1 - beta) times the gradient that AdamW was given.
+    moments = weights(tmp_path, 1, "optimizer.safetensors")
+    given = nn.utils.get_total_norm([v for k, v in moments.items() if k.startswith("exp_avg.")]) / (
+        1 - config.betas[0]
+    )
+    assert float(given) == pytest.approx(min(norm, clip or norm), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "shares"),
+    [(8, None, 1, (8, 8)), (8, None, 2, (4, 4)), (8, 2, 2, (4, 2)), (6, 3, 1, (6, 3))],
+)
+def test_shares_of_a_batch(batch: int, micro: int | None, ranks: int, shares: tuple[int, int]) -> None:
+    assert batch_shares(TrainConfig(batch_size=batch, micro_batch=micro), ranks) == shares
+
+
+@pytest.mark.parametrize(("batch", "micro", "ranks"), [(9, None, 2), (1, None, 2), (8, 3, 1), (8, 8, 2)])
+def test_batches_that_do_not_divide(batch: int, micro: int | None, ranks: int) -> None:
+    with pytest.raises(UserError, match=f"batch size {batch} does not divide into {ranks} ranks"):
+        batch_shares(TrainConfig(batch_size=batch, micro_batch=micro), ranks)
+
+
+def test_the_length_of_a_run() -> None:
+    assert total_steps(TrainConfig(steps=7), 100) == 7
+    assert total_steps(TrainConfig(epochs=2, batch_size=10), 100) == 20
+    assert total_steps(TrainConfig(epochs=0.001, batch_size=10), 100) == 1
+    assert total_steps(TrainConfig(batch_size=10), 100) == 10
+    with pytest.raises(UserError, match="--warmup-steps 20 leaves nothing of the run's 20 steps"):
+        total_steps(TrainConfig(epochs=2, batch_size=10, warmup_steps=20), 100)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 1, "epochs": 1.0}, "--steps and --epochs contradict"),
+        ({"log_every": 0}, "--log-every must be above 0"),
+        ({"keep_checkpoints": 0}, "--keep-checkpoints must be above 0"),
+        ({"workers": -1}, "--workers cannot be negative"),
+        ({"min_lr_ratio": 1.5}, "--min-lr-ratio must lie in"),
+        ({"ema": 1.0}, "--ema must lie between"),
+        ({"steps": 5, "warmup_steps": 5}, "--warmup-steps 5 leaves nothing"),
+    ],
+)
+def test_options_that_contradict(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**options)  # type: ignore[arg-type]

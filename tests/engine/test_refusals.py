@@ -1,0 +1,124 @@
+"""What a continued run must agree on, and what it says when it does not."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from engine_runs import COMMAND, Meddled, make_images, run, run_until, tiny
+from safetensors.torch import load_file, save_file
+
+from localign.alignment import AlignConfig
+from localign.engine import train
+from localign.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory, images: Path) -> AlignConfig:
+    """A run with checkpoints at 2 and 4; tests copy it."""
+    config = tiny(tmp_path_factory.mktemp("begun") / "run", images, ema=0.9)
+    run_until(config, 5)
+    return config
+
+
+@pytest.fixture
+def resumed(begun: AlignConfig, tmp_path: Path) -> AlignConfig:
+    shutil.copytree(begun.out, tmp_path / "run")
+    return replace(begun, out=str(tmp_path / "run"), resume="must")
+
+
+def refusal(config: AlignConfig) -> str:
+    """The line that a run is refused with."""
+    with pytest.raises(UserError) as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_fields_that_differ_are_named_with_both_values(resumed: AlignConfig) -> None:
+    line = refusal(replace(resumed, lr=0.5, seed=3))
+    assert "lr: 0.001 there, 0.5 now" in line
+    assert "seed: 0 there, 3 now" in line
+    assert "workers" not in refusal(replace(resumed, lr=0.5, workers=1))
+
+
+@pytest.mark.parametrize("field", ["steps", "batch_size", "loss", "mask", "ema", "precision"])
+def test_what_shapes_the_result_may_not_change(resumed: AlignConfig, field: str) -> None:
+    other = {"steps": 9, "batch_size": 4, "loss": "l1", "mask": "bernoulli", "ema": None, "precision": "bf16"}
+    assert f"{field}: " in refusal(replace(resumed, **{field: other[field]}))  # type: ignore[arg-type]
+
+
+def test_how_it_is_computed_may_change(resumed: AlignConfig) -> None:
+    changed = replace(resumed, workers=1, micro_batch=4, checkpoint_every=3, log_every=5, keep_checkpoints=1)
+    assert run(changed).results["steps"] == 8
+
+
+def test_other_images_are_refused(resumed: AlignConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    make_images(folder, 20)
+    assert "data: " in refusal(replace(resumed, data=str(folder)))  # another folder is another config
+
+
+def test_a_folder_that_has_changed_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    make_images(folder, 20)
+    config = tiny(tmp_path / "run", folder)
+    run_until(config, 3)
+    (folder / "0007.png").rename(folder / "moved.png")
+    assert refusal(replace(config, resume="must")).endswith("changed since it began: data")
+
+
+def test_other_starting_weights_are_refused(resumed: AlignConfig) -> None:
+    task = Meddled(resumed)
+    task.teacher_hash = Meddled(replace(resumed, seed=99)).teacher_hash
+    with pytest.raises(UserError, match=r"changed since it began: starting weights$"):
+        train(task, resumed, COMMAND)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])
+def test_tensors_that_are_missing_or_extra_are_named(resumed: AlignConfig, file: str) -> None:
+    path = Path(resumed.out) / "checkpoints" / "step-0000004" / file
+    tensors = load_file(path)
+    tensors["decoder.surplus"] = tensors.pop("decoder.norm.weight")
+    save_file(tensors, path)
+    line = refusal(resumed)
+    assert "missing 1 (decoder.norm.weight)" in line
+    assert "extra 1 (decoder.surplus)" in line
+    assert file in line
+
+
+def test_an_average_that_is_gone_is_not_begun_anew(resumed: AlignConfig) -> None:
+    (Path(resumed.out) / "checkpoints" / "step-0000004" / "ema.safetensors").unlink()
+    assert "ema.safetensors does not fit: missing" in refusal(resumed)
+
+
+def test_a_truncated_checkpoint_is_named(resumed: AlignConfig) -> None:
+    path = Path(resumed.out) / "checkpoints" / "step-0000004" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "step-0000004 is damaged" in refusal(resumed)
+
+
+def test_a_run_is_not_overwritten(resumed: AlignConfig) -> None:
+    before = sorted(p.name for p in Path(resumed.out).rglob("*"))
+    assert "already holds a run (at step 4)" in refusal(replace(resumed, resume="never"))
+    assert sorted(p.name for p in Path(resumed.out).rglob("*")) == before
+
+
+def test_nothing_to_resume(tmp_path: Path, images: Path) -> None:
+    assert "nothing to resume" in refusal(tiny(tmp_path / "none", images, resume="must"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_another_commands_run(resumed: AlignConfig) -> None:
+    with pytest.raises(UserError, match="is a run of `localign align`, not of `localign pretrain`"):
+        train(Meddled(resumed), resumed, "pretrain")
+
+
+@pytest.mark.parametrize("text", ["a: [", "7", "config: 3\n"])
+def test_a_config_that_is_none(resumed: AlignConfig, text: str) -> None:
+    (Path(resumed.out) / "config.yaml").write_text(text)
+    assert "config.yaml" in refusal(resumed)
