@@ -83,11 +83,14 @@ def align(config: AlignConfig) -> None:
     from localign.alignment import AlignTask
     from localign.api import resolve_align
     from localign.engine import train
+    from localign.pictures import example_images, save_pictures
     from localign.report import build_report
 
     config = resolve_align(config)
-    outcome = train(AlignTask(config), config, "align")
+    task = AlignTask(config)
+    outcome = train(task, config, "align")
     if outcome.is_main:
+        save_pictures(outcome.folder, task, example_images(task))
         _say_trained(outcome.folder, outcome.results)
         print(f"report     {build_report(outcome.folder)}")
 

@@ -15,21 +15,21 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from localign import rng
 from localign.alignment import AlignConfig, AlignTask, load_student
 from localign.backbones import EMBEDDED, Backbone, create_backbone
 from localign.data.scenes import SceneConfig
+from localign.data.transforms import to_tensor
 from localign.engine import run as runs
 from localign.engine import train
 from localign.engine.distributed import choose_device
 from localign.engine.log import Stopwatch, say
 from localign.errors import UserError
-from localign.files import replace_text, replacing
+from localign.files import replace_text
+from localign.pictures import PICTURES, save_pictures
 from localign.probe import labelled_scenes, probe_with_bar
 from localign.probing import AttributeLabels, HeadSpec, LabelledSource, ProbeConfig, reduce_labels
-from localign.report import PICTURES_FILE, before_after, build_report, gather_pictures, to_terminal
+from localign.report import PICTURES_FILE, before_after, build_report, to_terminal
 
-PICTURES = 6
 SHOWN_HEAD = HeadSpec("transformer", "local")
 
 
@@ -188,27 +188,21 @@ def _save_pictures(
     folder: Path, config: DemoConfig, seed: int, baseline: Backbone, kept: dict[str, Any], test: AttributeLabels
 ) -> None:
     align_config = config.align_config(seed)
-    student = load_student(Path(align_config.out) / "export")
-    task = AlignTask(align_config, baseline)
+    task = AlignTask(align_config, baseline.cpu())
+    task.student = load_student(Path(align_config.out) / "export")
+    task.load_state_dict(runs.read_results(align_config.out))
     images, maps = zip(*(test.load_labelled(i) for i in range(PICTURES)), strict=True)
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
     table = torch.from_numpy(test.attributes)
     labels = reduce_labels(torch.from_numpy(np.stack(maps)), baseline.patch_size, len(test.classes), table)
-    keep = align_config.masks()(rng.key(seed, "pictures") >> 1, torch.arange(PICTURES), baseline.grid)
-    task.teacher.scale.fill_(runs.read_results(align_config.out)["target_scale"])
-    arrays = gather_pictures(
-        baseline=baseline.cpu(),
-        aligned_student=student,
-        teacher=task.teacher.cpu(),
+    save_pictures(
+        folder,
+        task,
+        torch.stack([to_tensor(image) for image in images]),
         heads_before=kept["baseline"].heads[SHOWN_HEAD],
         heads_after=kept["aligned"].heads[SHOWN_HEAD],
-        images=pixels,
         truth=labels.patch,
         class_names=test.classes,
-        keep_masks=keep,
     )
-    with replacing(folder / PICTURES_FILE) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def _notes(config: DemoConfig, probes: dict[str, list[dict[str, Any]]]) -> list[str]:

@@ -100,7 +100,7 @@ def test_the_gradient_is_that_of_the_mean_and_is_clipped(
     mean = result.loss_sum / result.weight
     mean.backward()
     norm = float(nn.utils.get_total_norm([p.grad for p in task.module.parameters() if p.grad is not None]))
-    assert logged(tmp_path, "loss")[1] == pytest.approx(float(mean), rel=1e-5)
+    assert logged(tmp_path, "loss")[1] == pytest.approx(mean.item(), rel=1e-5)
     assert logged(tmp_path, "grad_norm")[1] == pytest.approx(norm, rel=1e-4)
     # After one step the first moment is (1 - beta) times the gradient that AdamW was given.
     moments = weights(tmp_path, 1, "optimizer.safetensors")

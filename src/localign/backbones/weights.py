@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy._core.multiarray import scalar as numpy_scalar
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,6 +19,15 @@ from localign.errors import UserError
 
 StateDict = dict[str, Tensor]
 _WRAPPERS = ("module.", "_orig_mod.")
+_PLAIN_CLASSES: list[Any] = [
+    argparse.Namespace,
+    # numpy numbers, as training scripts leave them beside the tensors; under their old name too
+    numpy_scalar,
+    (numpy_scalar, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "bool")),
+]
+"""What a file of tensors may hold besides: data without behaviour."""
 _SECTIONS = ("state_dict_ema", "state_dict", "model_ema", "model", "teacher")
 
 
@@ -32,7 +43,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN_CLASSES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} refused: {_unpickling_cause(error)}") from error
