@@ -18,6 +18,7 @@ PUBLISHED_BATCH = 1024
 CPU_BATCH = 8
 """Enough to see an alignment run on a laptop."""
 
+
 def load(
     path_or_name: str | Path, *, decoder: bool = False, attention: AttentionBackend = "auto", **kwargs: Any
 ) -> Backbone | Student:

@@ -34,20 +34,27 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command(commands.demo_config, commands.demo, "align the embedded backbone, probe before and after, report"),
+    "demo": Command(
+        commands.demo_config, commands.demo, "align the embedded backbone, probe before and after, report"
+    ),
     "align": Command(commands.align_config, commands.align, "locality alignment of a backbone"),
     "pretrain": Command(commands.pretrain_config, commands.pretrain, "make the embedded backbone"),
     "probe": Command(
         commands.probe_config, commands.probe, "what backbones know about patches and images", ("backbone",)
     ),
-    "export": Command(commands.export_config, commands.export, "write a backbone for use elsewhere", ("source",)),
+    "export": Command(
+        commands.export_config, commands.export, "write a backbone for use elsewhere", ("source",)
+    ),
     "import": Command(
         commands.import_config, commands.import_, "convert a published checkpoint (.pth.tar)", ("file",)
     ),
     "list": Command(commands.list_config, commands.list_, "what there is: backbones", ("what",)),
     "report": Command(commands.report_config, commands.report, "write report.html of a run again", ("run",)),
     "verify-reference": Command(
-        commands.verify_config, commands.verify_reference, "recompute a folder of reference numbers", ("folder",)
+        commands.verify_config,
+        commands.verify_reference,
+        "recompute a folder of reference numbers",
+        ("folder",),
     ),
 }
 
@@ -78,7 +85,9 @@ def _one_line(message: str, known: Sequence[str]) -> str:
         return f"unknown key {name!r} in the config file{near('--' + _hyphens(name), known)}"
     if key := re.search(r'[Pp]arser key "([^"]+)"', message):
         value = re.search(r"(?:Given value|Got value): (.*)", message)
-        kinds = re.search(r"Subtypes: (.*)", message) or re.search(r"Expected an? (.*?)(?:\. Got value|$)", message)
+        kinds = re.search(r"Subtypes: (.*)", message) or re.search(
+            r"Expected an? (.*?)(?:\. Got value|$)", message
+        )
         expected = _kinds(kinds.group(1)) if kinds else "something else"
         given = f"not {value.group(1).strip()!r}" if value else "which it did not get"
         return f"{_hyphens('--' + key.group(1))} takes {expected}, {given}"
@@ -87,7 +96,9 @@ def _one_line(message: str, known: Sequence[str]) -> str:
 
 def _kinds(text: str) -> str:
     text = re.sub(r"<class '(\w+)'>", r"\1", text).strip("[]").replace("NoneType", "null")
-    return text.replace("typing.Literal", "one of ").replace("'", "").replace("one of [", "one of [").strip(" .")
+    return (
+        text.replace("typing.Literal", "one of ").replace("'", "").replace("one of [", "one of [").strip(" .")
+    )
 
 
 def build_parser(name: str) -> Parser:
@@ -100,7 +111,9 @@ def build_parser(name: str) -> Parser:
         usage=f"localign {name}{positional} [--config FILE] [--option value ...]",
         description=(command.config().__doc__ or command.help).strip().splitlines()[0],
     )
-    parser.add_argument("--config", action="config", help="YAML file of the options below; options given here win.")
+    parser.add_argument(
+        "--config", action="config", help="YAML file of the options below; options given here win."
+    )
     parser.add_class_arguments(command.config(), as_group=False)
     return parser
 

@@ -134,10 +134,15 @@ def export(config: ExportConfig) -> None:
         if config.model_kwargs or config.image_size or config.weights != "pretrained":
             raise UserError(f"{source} is a run: its weights, image size and arguments are fixed")
         student, facts = student_of_run(source, config.checkpoint)
-        folder = export_student(student, config.out, decoder=config.decoder, provenance={**facts, **provenance()})
+        folder = export_student(
+            student, config.out, decoder=config.decoder, provenance={**facts, **provenance()}
+        )
     else:
         backbone = create_backbone(
-            config.source, weights=config.weights, image_size=config.image_size, model_kwargs=config.model_kwargs
+            config.source,
+            weights=config.weights,
+            image_size=config.image_size,
+            model_kwargs=config.model_kwargs,
         )
         folder = save_backbone(backbone, config.out, provenance={"source": config.source, **provenance()})
     print(f"export     {folder}")
@@ -164,7 +169,9 @@ def list_(config: ListConfig) -> None:
 
     from localign.backbones import CATALOGUE, EMBEDDED
 
-    table = Table(title="backbones", caption="any other timm name, hf-hub:..., local-dir:... or export folder works too")
+    table = Table(
+        title="backbones", caption="any other timm name, hf-hub:..., local-dir:... or export folder works too"
+    )
     for column in ("name", "timm weights", "image", "lr", "soft-cap", "published on"):
         table.add_column(column, overflow="fold")
     table.add_row(EMBEDDED, "inside the package", "48", "1e-3", "yes", "scenes")
@@ -193,8 +200,19 @@ def verify_reference(config: VerifyConfig) -> int:
     results = verify(config.folder)
     for row in results:
         style = None if row.max_error <= config.tol else "bold red"
-        table.add_row(row.variant, row.quantity, f"{row.max_error:.1e}", f"{row.max_absolute:.1e}", style=style)
+        table.add_row(
+            row.variant, row.quantity, f"{row.max_error:.1e}", f"{row.max_absolute:.1e}", style=style
+        )
     Console().print(table)
     worst = max(results, key=lambda r: r.max_error)
-    print(json.dumps({"quantities": len(results), "largest_error": worst.max_error, "of": worst.quantity, "tol": config.tol}))
+    print(
+        json.dumps(
+            {
+                "quantities": len(results),
+                "largest_error": worst.max_error,
+                "of": worst.quantity,
+                "tol": config.tol,
+            }
+        )
+    )
     return 0 if worst.max_error <= config.tol else 1

@@ -185,7 +185,12 @@ def _probed(
 
 
 def _save_pictures(
-    folder: Path, config: DemoConfig, seed: int, baseline: Backbone, kept: dict[str, Any], test: AttributeLabels
+    folder: Path,
+    config: DemoConfig,
+    seed: int,
+    baseline: Backbone,
+    kept: dict[str, Any],
+    test: AttributeLabels,
 ) -> None:
     align_config = config.align_config(seed)
     task = AlignTask(align_config, baseline.cpu())

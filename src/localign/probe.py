@@ -103,7 +103,9 @@ def probe_backbones(config: ProbeCommandConfig) -> list[Backbone]:
             if v is not None
         }
         if Path(name).is_dir() and options:
-            raise UserError(f"{name} is an exported backbone; --{next(iter(options)).replace('_', '-')} is for names")
+            raise UserError(
+                f"{name} is an exported backbone; --{next(iter(options)).replace('_', '-')} is for names"
+            )
         backbone = load(name, **options)
         assert isinstance(backbone, Backbone)
         loaded.append(backbone)

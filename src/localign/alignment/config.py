@@ -57,7 +57,12 @@ class AlignConfig(DataConfig, TrainConfig):
         self.masks()
         if self.scale_images < 1 or self.decoder_depth < 1:
             raise UserError("--scale-images and --decoder-depth must be at least 1")
-        choices = {"target": TARGETS, "loss": LOSS_NAMES, "loss_tokens": TOKEN_SELECTIONS, "attention": BACKENDS}
+        choices = {
+            "target": TARGETS,
+            "loss": LOSS_NAMES,
+            "loss_tokens": TOKEN_SELECTIONS,
+            "attention": BACKENDS,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(
@@ -66,7 +71,9 @@ class AlignConfig(DataConfig, TrainConfig):
         if self.loss_tokens != "all" and self.target == "cls":
             raise UserError("--target cls has no patch tokens to select; use --loss-tokens all")
         if self.decoder_layer_scale is not None and not self.decoder_layer_scale > 0:
-            raise UserError(f"--decoder-layer-scale must be above 0, or null for none, not {self.decoder_layer_scale}")
+            raise UserError(
+                f"--decoder-layer-scale must be above 0, or null for none, not {self.decoder_layer_scale}"
+            )
         if isinstance(self.soft_cap, str) and self.soft_cap not in ("auto", "none"):
             raise UserError(f"--soft-cap takes a number, auto or none, not {self.soft_cap!r}")
 

@@ -46,7 +46,9 @@ class MaskSampler:
         if not 0 < self.keep_ratio < 1:
             raise UserError(f"the keep ratio must lie between 0 and 1, not {self.keep_ratio}")
         if self.kind == "uniform" and self.keep_ratio != 0.5:
-            raise UserError("uniform masks draw their own cardinality; a keep ratio goes with bernoulli or block")
+            raise UserError(
+                "uniform masks draw their own cardinality; a keep ratio goes with bernoulli or block"
+            )
         if self.block_min_patches < 1:
             raise UserError(f"blocks need at least one patch, not {self.block_min_patches}")
 
@@ -127,7 +129,9 @@ def _one_block_mask(sampler: MaskSampler, draw: np.random.Generator, grid: tuple
             continue
         top, side = draw.integers(0, rows - height + 1), draw.integers(0, columns - width + 1)
         keep[top : top + height, side : side + width] = False
-    raise UserError(f"blocks do not cover {target} patches of a {rows}x{columns} grid; use a larger keep ratio")
+    raise UserError(
+        f"blocks do not cover {target} patches of a {rows}x{columns} grid; use a larger keep ratio"
+    )
 
 
 def _block_sides(area: float, aspect: float, grid: tuple[int, int]) -> tuple[int, int]:

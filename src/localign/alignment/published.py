@@ -37,7 +37,9 @@ def read_published(path: str | Path, backbone: Backbone, *, soft_cap: float | No
     encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     decoder = {k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")}
     if not encoder or not decoder:
-        raise UserError(f"{path} is no published alignment checkpoint: it lacks encoder.* or decoder.* tensors")
+        raise UserError(
+            f"{path} is no published alignment checkpoint: it lacks encoder.* or decoder.* tensors"
+        )
     args = content.get("args")
     heads = getattr(args, "decoder_num_heads", None) if isinstance(args, argparse.Namespace) else None
     vit = prepare_backbone(backbone.copy(soft_cap=soft_cap)).requires_grad_(True)
@@ -46,7 +48,9 @@ def read_published(path: str | Path, backbone: Backbone, *, soft_cap: float | No
         Decoder(_decoder_config(decoder, backbone, int(heads or backbone.num_heads), path)),
     )
     head = {k: encoder.pop(k) for k in ("head.weight", "head.bias") if k in encoder}
-    load_strict(student.encoder.head, {k.removeprefix("head."): v for k, v in head.items()}, f"{path} encoder.head")
+    load_strict(
+        student.encoder.head, {k.removeprefix("head."): v for k, v in head.items()}, f"{path} encoder.head"
+    )
     load_strict(vit.vit, fold_layer_scale(encoder, vit.vit), f"{path} encoder")
     load_strict(student.decoder, decoder, f"{path} decoder")
     return student.eval()

@@ -105,5 +105,7 @@ def _checkpoint_step(checkpoints: Checkpoints, wanted: str, folder: Path) -> int
         raise UserError(f"{folder} has no best checkpoint: it was not validated")
     step = {"last": str(steps[-1]), "best": str(best)}.get(wanted, wanted)
     if step not in map(str, steps):
-        raise UserError(f"{folder} has no checkpoint {wanted!r}; there are last, best and {', '.join(map(str, steps))}")
+        raise UserError(
+            f"{folder} has no checkpoint {wanted!r}; there are last, best and {', '.join(map(str, steps))}"
+        )
     return int(step)

@@ -178,7 +178,9 @@ class Student(nn.Module):
         """
         backbone = self.encoder.backbone
         if not 0 < count <= backbone.depth:
-            raise UserError(f"--train-blocks {count} does not fit: {backbone.name} has {backbone.depth} blocks")
+            raise UserError(
+                f"--train-blocks {count} does not fit: {backbone.name} has {backbone.depth} blocks"
+            )
         backbone.requires_grad_(False)
         for block in backbone.vit.blocks[-count:]:
             block.requires_grad_(True)

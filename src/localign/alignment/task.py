@@ -87,7 +87,9 @@ class AlignTask(Task):
             images, keep = self.views(batch)
             left = count - number * _SCALE_CHUNK
             target = self.teacher(images[:left], keep[:left]).double()
-            sums += torch.stack([target.sum(), target.square().sum(), target.new_tensor(target.numel())]).cpu()
+            sums += torch.stack(
+                [target.sum(), target.square().sum(), target.new_tensor(target.numel())]
+            ).cpu()
         mean = sums[0] / sums[2]
         std = (sums[1] / sums[2] - mean.square()).clamp(min=0).sqrt()
         self.teacher.scale.fill_(float(std) if std > 0 else 1.0)
@@ -155,5 +157,9 @@ class AlignTask(Task):
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
         assert isinstance(module, Student)
-        facts = {"method": "MaskEmbed", "target_scale": float(self.teacher.scale), "teacher_sha256": self.teacher_hash}
+        facts = {
+            "method": "MaskEmbed",
+            "target_scale": float(self.teacher.scale),
+            "teacher_sha256": self.teacher_hash,
+        }
         export_student(module, folder, provenance={**facts, **provenance})

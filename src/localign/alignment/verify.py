@@ -80,7 +80,9 @@ def _errors(value: Tensor, reference: Tensor) -> tuple[float, float]:
     return largest / max(1.0, rms), largest
 
 
-def _reference_backbone(variant: str, vit_kwargs: dict[str, object], reference: dict[str, Tensor]) -> Backbone:
+def _reference_backbone(
+    variant: str, vit_kwargs: dict[str, object], reference: dict[str, Tensor]
+) -> Backbone:
     vit = build_vit(_ARCHITECTURE, vit_kwargs, pretrained=False)
     weights = {k.removeprefix("backbone."): v for k, v in reference.items() if k.startswith("backbone.")}
     load_strict(vit, weights, variant)

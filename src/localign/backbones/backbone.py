@@ -206,6 +206,10 @@ def _check_structure(vit: Any, name: str) -> None:
         raise UserError(f"{name} has no fixed patch grid; give it an image size")
     for pixels, patch, count in zip(vit.patch_embed.img_size, vit.patch_embed.patch_size, grid, strict=True):
         if pixels // patch != count:  # a convolutional stem, whose patches are not squares of the image
-            raise UserError(f"{name} does not cut the image into {patch}-pixel patches; hybrids are not supported")
+            raise UserError(
+                f"{name} does not cut the image into {patch}-pixel patches; hybrids are not supported"
+            )
     if not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in vit.blocks):
-        raise UserError(f"{name} has parallel blocks ({type(vit.blocks[0]).__name__}), which are not supported")
+        raise UserError(
+            f"{name} has parallel blocks ({type(vit.blocks[0]).__name__}), which are not supported"
+        )

@@ -59,7 +59,9 @@ def create_backbone(
     exported = (Path(name) / CONFIG_FILE).is_file() and not name.startswith(_REMOTE)
     if name == EMBEDDED or exported:
         if kwargs or image_size or weights != "pretrained":
-            raise UserError(f"{name} is an exported backbone: its weights, image size and arguments are fixed")
+            raise UserError(
+                f"{name} is an exported backbone: its weights, image size and arguments are fixed"
+            )
         return load_backbone(_embedded_path() if name == EMBEDDED else Path(name), attention=attention)
     entry = CATALOGUE.get(name)
     architecture = entry.timm_name if entry else name
@@ -92,7 +94,9 @@ def _saved_arguments(vit: nn.Module) -> dict[str, Any]:
 def _embedded_path() -> Path:
     path = Path(str(files("localign"))) / "assets" / EMBEDDED
     if not (path / CONFIG_FILE).is_file():
-        raise UserError(f"this installation lacks the embedded backbone; make it with: localign pretrain --out {path}")
+        raise UserError(
+            f"this installation lacks the embedded backbone; make it with: localign pretrain --out {path}"
+        )
     return path
 
 

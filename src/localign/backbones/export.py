@@ -185,7 +185,9 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
 
 def _empty_vit(config: dict[str, Any]) -> Any:
     ours = config["localign"]
-    kwargs: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["model_args"].items()}
+    kwargs: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in config["model_args"].items()
+    }
     vit: Any = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **kwargs)
     if ours["pooling"] is None:
         vit.reset_classifier(0, "")

@@ -63,7 +63,9 @@ def _logits(attn: Any, x: Tensor) -> Tensor:
 @contextmanager
 def _watching(backbone: Backbone, look: Any) -> Iterator[None]:
     known = (SoftCapAttention, Attention)
-    handles = [b.attn.register_forward_pre_hook(look) for b in backbone.vit.blocks if isinstance(b.attn, known)]
+    handles = [
+        b.attn.register_forward_pre_hook(look) for b in backbone.vit.blocks if isinstance(b.attn, known)
+    ]
     try:
         yield
     finally:

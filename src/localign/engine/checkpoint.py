@@ -19,7 +19,10 @@ from localign.backbones.weights import load_strict
 from localign.errors import UserError
 from localign.files import replace_text, replacing_folder
 
-STATE_FILE, MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "state.json", "model.safetensors", "optimizer.safetensors", "ema.safetensors"  # fmt: skip
+STATE_FILE = "state.json"
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+EMA_FILE = "ema.safetensors"
 BEST_FILE = "best.json"
 _STEP_FOLDER = re.compile(r"step-(\d+)$")
 

@@ -82,7 +82,9 @@ class TrainConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
         for name in ("batch_size", "warmup_steps", "weight_decay", "workers"):
             if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} cannot be negative, but is {getattr(self, name)}")
+                raise UserError(
+                    f"--{name.replace('_', '-')} cannot be negative, but is {getattr(self, name)}"
+                )
         if not 0 <= self.min_lr_ratio <= 1:
             raise UserError(f"--min-lr-ratio must lie in 0..1, not {self.min_lr_ratio}")
         if self.ema is not None and not 0 < self.ema < 1:

@@ -49,7 +49,9 @@ class NonFiniteGuard:
                 "indices": batch.indices.cpu(),
             }
             facts = {"step": step, "rank": self.rank, "loss": str(loss), "grad_norm": str(grad_norm)}
-            with replacing(self.folder / f"step-{step:07d}-rank-{self.rank}-batch-{number}.safetensors") as path:
+            with replacing(
+                self.folder / f"step-{step:07d}-rank-{self.rank}-batch-{number}.safetensors"
+            ) as path:
                 save_file(tensors, path, metadata={"localign": json.dumps(facts)})
         if self.in_a_row >= MOST_IN_A_ROW:
             raise RunFailure(

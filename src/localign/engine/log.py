@@ -137,7 +137,9 @@ class Bar:
             ("lr", "lr", "{:.1e}"),
             ("data wait", "data_wait", "{:.0%}"),
         )
-        numbers = "  ".join(f"{label} {form.format(entry[key])}" for label, key, form in shown if key in entry)
+        numbers = "  ".join(
+            f"{label} {form.format(entry[key])}" for label, key, form in shown if key in entry
+        )
         if numbers:
             self._progress.update(self._task, numbers=numbers)
 

@@ -360,7 +360,11 @@ class Loop:
             "images_per_second": self.step * self.config.batch_size / self.seconds if self.seconds else None,
             "world_size": self.world.size,
             "samples_digest": f"{self._global_digest():016x}",
-            "skipped_images": {"count": len(self.bad), "share": len(self.bad) / self.task.samples(), "images": self.bad},
+            "skipped_images": {
+                "count": len(self.bad),
+                "share": len(self.bad) / self.task.samples(),
+                "images": self.bad,
+            },
             "skipped_steps": self.guard.skipped,
             "final": metrics,
             "best": self.best,
@@ -368,7 +372,12 @@ class Loop:
         }  # fmt: skip
         if self.world.is_main:
             module = self.ema.module if self.ema is not None else self.task.module
-            facts = {"command": self.command, "run": runs.plain(self.config), "steps": self.step, **runs.provenance()}
+            facts = {
+                "command": self.command,
+                "run": runs.plain(self.config),
+                "steps": self.step,
+                **runs.provenance(),
+            }
             self.task.export(module, self.folder / "export", facts)
             runs.write_results(self.folder, results)
         self.world.barrier()

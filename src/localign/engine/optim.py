@@ -9,7 +9,14 @@ from torch import nn
 
 from localign.engine.config import TrainConfig
 
-_UNDECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token", "relative_position_bias_table")
+_UNDECAYED = (
+    "pos_embed",
+    "cls_token",
+    "reg_token",
+    "dist_token",
+    "mask_token",
+    "relative_position_bias_table",
+)
 _WARMUP_FROM = 0.1
 
 

@@ -84,7 +84,9 @@ def check_same_config(folder: Path, command: str, config: Any) -> None:
     """
     saved = read_config(folder)
     if saved.get("command") != command:
-        raise UserError(f"{folder} is a run of `localign {saved.get('command')}`, not of `localign {command}`")
+        raise UserError(
+            f"{folder} is a run of `localign {saved.get('command')}`, not of `localign {command}`"
+        )
     old, new = saved["config"], plain(config)
     fields = [f for f in sorted({*old, *new}) if f not in RESUMABLE and old.get(f) != new.get(f)]
     if fields:
@@ -114,7 +116,9 @@ def choose_start(folder: Path, resume: Resume, steps: list[int]) -> int | None:
         raise UserError(f"nothing to resume in {folder}: it holds no run")
     if resume == "never" and started:
         at = f"step {steps[-1]}" if steps else "its beginning"
-        raise UserError(f"{folder} already holds a run (at {at}); continue it with --resume, or give another --out")
+        raise UserError(
+            f"{folder} already holds a run (at {at}); continue it with --resume, or give another --out"
+        )
     return steps[-1] if steps and resume != "never" else None
 
 
