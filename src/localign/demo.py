@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from localign.alignment import AlignConfig, AlignTask, load_student
+from localign.alignment.teacher import TargetName
 from localign.backbones import EMBEDDED, Backbone, create_backbone
 from localign.data.scenes import SceneConfig
 from localign.data.transforms import to_tensor
@@ -43,17 +44,21 @@ class DemoConfig:
     """Repetitions, each with another seed of alignment and heads; intervals need several."""
     seed: int = 0
     """The first seed."""
-    steps: int = 600
+    steps: int = 1000
     """Alignment steps."""
     batch_size: int = 64
     """Scenes per alignment step."""
     lr: float = 1e-3
     """Peak learning rate of the alignment."""
-    probe_steps: int = 1500
+    target: TargetName = "last"
+    """What the teacher gives; on a six-block ViT the last layer is what holds semantics."""
+    decoder_layer_scale: float | None = 0.1
+    """Initial LayerScale of the decoder; the published 1e-6 is for runs a hundred times longer."""
+    probe_steps: int = 2000
     """Steps of the heads."""
-    probe_batch: int = 64
+    probe_batch: int = 32
     """Scenes per step of the heads."""
-    train_scenes: int = 8000
+    train_scenes: int = 6000
     """Scenes to train heads on."""
     test_scenes: int = 4000
     """Scenes to measure on."""
@@ -78,6 +83,8 @@ class DemoConfig:
             steps=self.steps,
             batch_size=self.batch_size,
             lr=self.lr,
+            target=self.target,
+            decoder_layer_scale=self.decoder_layer_scale,
             workers=self.workers,
             device=self.device,
             checkpoint_every=100,

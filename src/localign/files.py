@@ -18,6 +18,13 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
+def readable(file: Path) -> None:
+    """Give a file the permissions that new files have here; safetensors makes them for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write to the yielded temporary file; at the end it is flushed and takes the place of ``path``."""
@@ -25,6 +32,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        readable(temporary)
         fsync_path(temporary)
         os.replace(temporary, path)
         fsync_path(path.parent)
@@ -52,6 +60,8 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
+            if file.is_file():
+                readable(file)
             fsync_path(file)
         fsync_path(temporary)
         if path.exists():

@@ -41,7 +41,7 @@ class ProbeCommandConfig:
     """Images per step."""
     lr: float = 1e-3
     """Peak learning rate, falling to a tenth."""
-    train_scenes: int = 8000
+    train_scenes: int = 6000
     """Of scenes: images to train heads on."""
     test_scenes: int = 4000
     """Of scenes: images to measure on."""

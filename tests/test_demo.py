@@ -1,0 +1,115 @@
+"""The demo, the probe command and the pre-training, small: they run the real code path from end to end."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import localign
+from localign.backbones import load_backbone
+from localign.cli import main
+from localign.data.drawn import DrawnScenes
+from localign.data.scenes import SceneConfig, SceneSource
+
+SMALL = (
+    "--steps 4 --batch-size 8 --probe-steps 6 --probe-batch 8 --train-scenes 32 --test-scenes 24 "
+    "--workers 0 --device cpu"
+)
+COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco-sample"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "run"
+    assert main(shlex.split(f"demo --out {out} --seeds 2 {SMALL}")) == 0
+    return out
+
+
+def test_the_embedded_backbone_is_the_one_of_the_default_world() -> None:
+    backbone = localign.load("scenes-vit")
+    size = SceneConfig().image_size
+    assert backbone.image_size == (size, size)
+    folder = Path(localign.__file__).parent / "assets" / "scenes-vit"
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= 3 * 2**20
+
+
+def test_the_demo_compares_both_backbones_on_every_seed(demo: Path) -> None:
+    results = json.loads((demo / "results.json").read_text())
+    assert results["seeds"] == [0, 1]
+    for name in ("baseline", "aligned"):
+        assert len(results["probe"][name]) == 2
+        for seed, probe in enumerate(results["probe"][name]):
+            assert probe["config"]["seed"] == seed
+            assert set(probe["results"]) == {"val", "test"}
+            assert set(probe["results"]["test"]) == {"transformer", "linear"}
+    heads = [p["config"] for p in results["probe"]["baseline"]], [p["config"] for p in results["probe"]["aligned"]]
+    assert heads[0] == heads[1]  # the same recipe for both
+    assert (demo / "report.html").stat().st_size > 10_000
+
+
+def test_an_unchanged_demo_costs_no_training(demo: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in demo.rglob("*.safetensors")}
+    results = json.loads((demo / "results.json").read_text())
+    assert main(shlex.split(f"demo --out {demo} --seeds 2 {SMALL}")) == 0
+    assert {p: p.stat().st_mtime_ns for p in demo.rglob("*.safetensors")} == before
+    assert json.loads((demo / "results.json").read_text())["probe"] == results["probe"]
+
+
+def test_a_demo_with_other_settings_is_refused(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split(f"demo --out {demo} --seeds 2 {SMALL} --lr 0.5")) == 2
+    assert "lr: 0.001 there, 0.5 now" in capsys.readouterr().err
+
+
+def test_scenes_drawn_once_are_the_scenes(tmp_path: Path) -> None:
+    drawn, source = DrawnScenes(split="val", length=5), SceneSource(split="val", length=5)
+    for index in range(5):
+        assert np.array_equal(np.asarray(drawn.load(index)), np.asarray(source.load(index)))
+        assert np.array_equal(drawn.load_labelled(index)[1], source.load_labelled(index)[1])
+    assert drawn.fingerprint() == source.fingerprint()
+    assert drawn.pair_presence().sum() == sum(len(source.scene(i).objects) for i in range(5))
+
+
+def test_pretraining_exports_a_backbone_that_aligns(tmp_path: Path) -> None:
+    small = "--steps 3 --batch-size 8 --warmup-steps 1 --scenes 16 --val-scenes 16 --workers 0 --width 24 --depth 2"
+    assert main(shlex.split(f"pretrain --out {tmp_path / 'pre'} {small}")) == 0
+    backbone = load_backbone(tmp_path / "pre" / "export")
+    assert (backbone.width, backbone.depth, backbone.num_prefix_tokens) == (24, 2, 1)
+    assert "val_recall" in json.loads((tmp_path / "pre" / "results.json").read_text())["final"]
+    outcome = localign.align(
+        str(tmp_path / "pre" / "export"), steps=2, batch_size=4, workers=0, val_images=8, scale_images=8,
+        out=str(tmp_path / "run"),
+    )  # fmt: skip
+    assert outcome.results["steps"] == 2
+
+
+@pytest.mark.skipif(not COCO.is_dir(), reason="../shared/data/coco-sample is not there")
+def test_probing_real_photographs_with_label_maps(tmp_path: Path) -> None:
+    kwargs = "img_size=32 patch_size=8 embed_dim=24 depth=1 num_heads=2"
+    command = (
+        f"probe vit_tiny_patch16_224 --weights none --model-kwargs {kwargs} --data {COCO} --steps 3 --batch-size 8 "
+        f"--heads [linear] --out {tmp_path / 'probe'}"
+    )
+    assert main(shlex.split(command)) == 0
+    probe = json.loads((tmp_path / "probe" / "results.json").read_text())["probes"][0]
+    assert 0 <= probe["results"]["test"]["linear"]["local"]["macro_recall"] <= 1
+
+
+def test_probing_needs_images_and_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    assert main(["probe", "scenes-vit", "--data", str(tmp_path)]) == 2
+    assert "it needs images/, masks/ and classes.json" in capsys.readouterr().err
+
+
+def test_features_of_a_photograph(tmp_path: Path) -> None:
+    Image.fromarray(np.full((50, 60, 3), 90, np.uint8)).save(tmp_path / "a.jpg")
+    backbone = localign.load("scenes-vit")
+    image = Image.open(tmp_path / "a.jpg").resize(backbone.image_size[::-1])
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
+    tokens = backbone.tokens(backbone.normalise(pixels))
+    assert tokens.shape == (1, backbone.num_prefix_tokens + backbone.num_patches, backbone.width)
