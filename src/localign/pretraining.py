@@ -32,7 +32,7 @@ class PretrainConfig(TrainConfig):
 
     out: str = "runs/pretrain"
     """Run folder."""
-    steps: int | None = 2000
+    steps: int | None = 2500
     """Optimizer steps."""
     batch_size: int = 128
     """Scenes per optimizer step."""
@@ -46,7 +46,7 @@ class PretrainConfig(TrainConfig):
     """AdamW's."""
     workers: int = 1
     """Loader processes."""
-    scenes: int = 30_000
+    scenes: int = 40_000
     """Scenes to train on."""
     val_scenes: int = 1000
     """Scenes to validate on."""
@@ -58,7 +58,7 @@ class PretrainConfig(TrainConfig):
     """Transformer blocks."""
     num_heads: int = 3
     """Attention heads."""
-    hidden_images: float = 0.25
+    hidden_images: float = 0.0
     """Share of images of which a uniformly random number of patches is hidden, as the teacher will see them."""
     most_hidden: float = 0.5
     """Largest share of patches hidden in such an image."""

@@ -62,11 +62,11 @@ class SceneConfig:
     """Side of the square image, pixels."""
     min_objects: int = 1
     """Fewest objects asked for per scene, at least 1."""
-    max_objects: int = 3
+    max_objects: int = 4
     """Most objects per scene; a scene holds fewer where there is no free place left."""
-    min_object_size: int = 12
+    min_object_size: int = 10
     """Smallest side of an object's box, pixels."""
-    max_object_size: int = 20
+    max_object_size: int = 16
     """Largest side of an object's box, pixels, at most ``image_size``."""
     shapes: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross")
     """Shapes objects may have, keys of ``SHAPES``."""
