@@ -95,10 +95,11 @@ def _one_line(message: str, known: Sequence[str]) -> str:
 
 
 def _kinds(text: str) -> str:
-    text = re.sub(r"<class '(\w+)'>", r"\1", text).strip("[]").replace("NoneType", "null")
-    return (
-        text.replace("typing.Literal", "one of ").replace("'", "").replace("one of [", "one of [").strip(" .")
-    )
+    """jsonargparse's list of types as a user would put it: "int, null", "one of [a, b]"."""
+    if text.startswith("["):
+        text = text[1:-1]
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("NoneType", "null")
+    return text.replace("typing.Literal", "one of ").replace("'", "").strip(" .")
 
 
 def build_parser(name: str) -> Parser:

@@ -6,6 +6,7 @@ Heavy imports wait until a command runs, so that --help and error lines come at 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,18 +169,20 @@ def list_(config: ListConfig) -> None:
     from rich.table import Table
 
     from localign.backbones import CATALOGUE, EMBEDDED
+    from localign.data.scenes import SceneConfig
 
     table = Table(
         title="backbones", caption="any other timm name, hf-hub:..., local-dir:... or export folder works too"
     )
     for column in ("name", "timm weights", "image", "lr", "soft-cap", "published on"):
-        table.add_column(column, overflow="fold")
-    table.add_row(EMBEDDED, "inside the package", "48", "1e-3", "yes", "scenes")
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    table.add_row(EMBEDDED, "inside the package", str(SceneConfig().image_size), "1e-3", "yes", "scenes")
     for name, e in CATALOGUE.items():
         weights = e.timm_name if e.loader == "timm" else f"{e.timm_name} + the authors' file"
         cap = "yes" if e.soft_cap else "no"
         table.add_row(name, weights, str(e.image_size), f"{e.lr:g}", cap, f"{e.data}, {e.epochs} epochs")
-    Console().print(table)
+    # Names are for copying: a pipe gets them unfolded.
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def report(config: ReportConfig) -> None:
