@@ -48,8 +48,8 @@ def test_the_demo_compares_both_backbones_on_every_seed(demo: Path) -> None:
             assert probe["config"]["seed"] == seed
             assert set(probe["results"]) == {"val", "test"}
             assert set(probe["results"]["test"]) == {"transformer", "linear"}
-    heads = [p["config"] for p in results["probe"]["baseline"]], [p["config"] for p in results["probe"]["aligned"]]
-    assert heads[0] == heads[1]  # the same recipe for both
+    baseline, aligned = ([p["config"] for p in results["probe"][name]] for name in ("baseline", "aligned"))
+    assert baseline == aligned  # the same recipe for both
     assert (demo / "report.html").stat().st_size > 10_000
 
 
