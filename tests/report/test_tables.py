@@ -130,3 +130,15 @@ def test_the_terminal_shows_the_same_numbers(results: dict[str, Any]) -> None:
     stream = io.StringIO()
     Console(width=120, file=stream).print(to_terminal(before_after(results)))
     assert "+10.0 ± 5.0" in stream.getvalue()
+
+
+def test_the_test_set_comes_before_the_validation_set() -> None:
+    def probe(recall: float) -> dict[str, object]:
+        metrics = {"transformer": {"local": {"macro_recall": recall}}}
+        return {
+            "results": {"val": metrics, "test": {"transformer": {"local": {"macro_recall": recall + 0.1}}}}
+        }
+
+    rows = before_after({"probe": {"baseline": [probe(0.5)], "aligned": [probe(0.6)]}})
+    assert [row.source for row in rows] == ["test", "val"]
+    assert rows[0].recall.baseline == pytest.approx(0.6)

@@ -166,14 +166,15 @@ SIDES = ("baseline", "aligned")
 
 
 def _measured(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, str]]:
-    """(source, task, head) of everything measured: local before global, transformer before linear."""
+    """(source, task, head) of everything measured: test, local and transformer first."""
     found: dict[tuple[str, str, str], None] = {}
     for side in runs.values():
         for run in side:
             for source, heads in run.get("results", {}).items():
                 for head, tasks in heads.items():
                     found.update(dict.fromkeys((source, task, head) for task in tasks))
-    sources = list(dict.fromkeys(s for s, _, _ in found))
+    # What is reported comes first; a validation set, with which settings may have been chosen, after it.
+    sources = sorted(dict.fromkeys(s for s, _, _ in found), key=lambda s: s != "test")
     return sorted(
         found, key=lambda k: (sources.index(k[0]), _rank(k[1], _TASK_ORDER), _rank(k[2], _HEAD_ORDER))
     )
