@@ -200,7 +200,8 @@ def _save_pictures(
     test: AttributeLabels,
 ) -> None:
     align_config = config.align_config(seed)
-    task = AlignTask(align_config, baseline.cpu())
+    # A copy: the baseline itself stays on its device for the seeds that follow.
+    task = AlignTask(align_config, baseline.copy().cpu())
     task.student = load_student(Path(align_config.out) / "export")
     task.load_state_dict(runs.read_results(align_config.out))
     images, maps = zip(*(test.load_labelled(i) for i in range(PICTURES)), strict=True)
@@ -210,8 +211,8 @@ def _save_pictures(
         folder,
         task,
         torch.stack([to_tensor(image) for image in images]),
-        heads_before=kept["baseline"].heads[SHOWN_HEAD],
-        heads_after=kept["aligned"].heads[SHOWN_HEAD],
+        heads_before=kept["baseline"].heads[SHOWN_HEAD].cpu(),
+        heads_after=kept["aligned"].heads[SHOWN_HEAD].cpu(),
         truth=labels.patch,
         class_names=test.classes,
     )

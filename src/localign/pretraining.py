@@ -15,8 +15,9 @@ from localign import rng
 from localign.alignment.teacher import mask_images
 from localign.backbones import Backbone, save_backbone
 from localign.backbones.create import EMBEDDED, build_vit
+from localign.data.config import planned_batches
 from localign.data.drawn import DrawnScenes
-from localign.data.loader import Batch, TrainLoader
+from localign.data.loader import Batch
 from localign.data.scenes import SceneConfig
 from localign.data.transforms import TrainTransform
 from localign.engine import BatchPlan, StepResult, Task, TrainConfig
@@ -115,19 +116,8 @@ class PretrainTask(Task):
         return {"data": self.source.fingerprint()}
 
     def batches(self, plan: BatchPlan) -> Iterator[Batch]:
-        loader = TrainLoader(
-            self.source,
-            TrainTransform(self.scene_config.image_size, crop="none", hflip=0.5),
-            seed=plan.seed,
-            global_batch=plan.global_batch,
-            micro_batch=plan.micro_batch,
-            rank=plan.rank,
-            world_size=plan.world_size,
-            workers=plan.workers,
-            start_step=plan.start_step,
-            end_step=plan.end_step,
-        )
-        return iter(loader)
+        transform = TrainTransform(self.scene_config.image_size, crop="none", hflip=0.5)
+        return planned_batches(self.source, transform, plan)
 
     def step(self, model: nn.Module, batch: Batch) -> StepResult:
         images = self._hide(self.model.backbone.normalise(batch.images), batch.positions)

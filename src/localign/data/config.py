@@ -41,6 +41,28 @@ class DataConfig:
         return self.data.partition(":")[0] == "scenes"
 
 
+def planned_batches(
+    source: ImageSource, transform: TrainTransform, plan: BatchPlan, max_bad_share: float = 0.01
+) -> Iterator[Batch]:
+    """The micro-batches of one rank's plan, in order."""
+    return iter(
+        TrainLoader(
+            source,
+            transform,
+            seed=plan.seed,
+            global_batch=plan.global_batch,
+            micro_batch=plan.micro_batch,
+            rank=plan.rank,
+            world_size=plan.world_size,
+            workers=plan.workers,
+            start_step=plan.start_step,
+            end_step=plan.end_step,
+            pin_memory=plan.pin_memory,
+            max_bad_share=max_bad_share,
+        )
+    )
+
+
 class ImageData:
     """The images of a run, opened: training stream and validation set.
 
@@ -70,22 +92,7 @@ class ImageData:
 
     def train_batches(self, plan: BatchPlan) -> Iterator[Batch]:
         """This rank's micro-batches of the plan, in order."""
-        return iter(
-            TrainLoader(
-                self.source,
-                self.transform,
-                seed=plan.seed,
-                global_batch=plan.global_batch,
-                micro_batch=plan.micro_batch,
-                rank=plan.rank,
-                world_size=plan.world_size,
-                workers=plan.workers,
-                start_step=plan.start_step,
-                end_step=plan.end_step,
-                pin_memory=plan.pin_memory,
-                max_bad_share=self.config.max_bad_share,
-            )
-        )
+        return planned_batches(self.source, self.transform, plan, self.config.max_bad_share)
 
     def check_skipped(self, images: Mapping[str, str]) -> None:
         """Refuse to go on where more than the allowed share of the training images is unreadable."""
