@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from localign import rng
 from localign.alignment import AlignTask
+from localign.alignment.objectives import MaskEmbed
 from localign.data.sources import UnreadableImage
 from localign.files import replacing
 from localign.report import PICTURES_FILE, gather_pictures
@@ -46,7 +47,7 @@ def save_pictures(
     truth: Tensor | None = None,
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """Write ``pictures.npz``: feature maps, masked views and reconstructions, and predictions where given.
+    """Write ``pictures.npz``: feature maps, and masked views, reconstructions and predictions where there are any.
 
     Args:
         folder: The run folder.
@@ -57,7 +58,9 @@ def save_pictures(
         class_names: Of the classes.
     """
     baseline = task.teacher.backbone
-    keep = task.masks(rng.key(task.seed, "pictures") >> 1, torch.arange(len(images)), baseline.grid)
+    keep = None  # only MaskEmbed reconstructs the teacher's tokens from embeddings of the whole image
+    if isinstance(task.objective, MaskEmbed):
+        keep = task.objective.draw(rng.key(task.seed, "pictures") >> 1, torch.arange(len(images)))
     arrays = gather_pictures(
         baseline=baseline,
         aligned_student=task.student,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from localign.alignment.masks import MaskKind, MaskSampler, _one_block_mask
+from localign.alignment.shapley import coalitions, kernel_probabilities
 from localign.errors import UserError
 
 GRID = (8, 10)
@@ -17,6 +18,7 @@ KINDS: list[tuple[MaskKind, float]] = [
     ("uniform", 0.5),
     *(("bernoulli", k) for k in (0.25, 0.5, 0.75)),
     *(("block", k) for k in (0.25, 0.5, 0.75)),
+    ("shapley", 0.5),
 ]
 
 
@@ -75,6 +77,20 @@ def test_uniform_positions_are_uniform_whatever_the_cardinality() -> None:
         assert counts.sum() == counts[subsets].sum()
         chi_square = ((counts[subsets] - expected) ** 2 / expected).sum()
         assert chi_square < len(subsets) - 1 + 5 * (2 * len(subsets)) ** 0.5
+
+
+def test_shapley_masks_are_drawn_as_likely_as_the_kernel_says() -> None:
+    draws = 40000
+    codes = (draw("shapley", count=draws, grid=(1, 4)) * 2 ** torch.arange(4)).sum(1)
+    expected = draws * kernel_probabilities(4)
+    counts = torch.bincount(codes, minlength=16)
+    assert counts[[0, 15]].sum() == 0
+    chi_square = ((counts - expected)[1:15] ** 2 / expected[1:15]).sum()
+    assert chi_square < 34.5  # 13 degrees of freedom, one in a thousand
+    sizes = coalitions(4).sum(1)
+    assert kernel_probabilities(4)[sizes == 1].sum() / kernel_probabilities(4)[
+        sizes == 2
+    ].sum() == pytest.approx(4 / 3)
 
 
 @pytest.mark.parametrize("keep", [0.25, 0.5, 0.75])
@@ -139,6 +155,9 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
         MaskSampler("block", 0.5)(0, torch.arange(1), (1, 64))
     MaskSampler("block", 0.5).check((6, 6))
     MaskSampler("uniform").check((1, 1))
+    with pytest.raises(UserError, match="two or more"):
+        MaskSampler("shapley").check((1, 1))
+    MaskSampler("shapley").check((1, 2))
 
 
 @pytest.mark.parametrize(
@@ -148,6 +167,7 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
         ({"kind": "bernoulli", "keep_ratio": 0.0}, "between 0 and 1"),
         ({"kind": "bernoulli", "keep_ratio": 1.0}, "between 0 and 1"),
         ({"kind": "uniform", "keep_ratio": 0.25}, "own cardinality"),
+        ({"kind": "shapley", "keep_ratio": 0.25}, "own cardinality"),
         ({"kind": "block", "block_min_patches": 0}, "at least one patch"),
     ],
 )

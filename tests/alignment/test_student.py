@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from localign.alignment import export_student, load_student
 from localign.alignment.student import Decoder, Student, activation_class, build_student
-from localign.backbones import Backbone, create_backbone
+from localign.backbones import Backbone, create_backbone, load_backbone
 from localign.errors import UserError
 
 SMALL: dict[str, Any] = {"depth": 3, "embed_dim": 48, "num_heads": 3}
@@ -228,6 +228,32 @@ def test_an_export_without_decoder_is_no_student(tmp_path: Path) -> None:
     (tmp_path / "decoder.safetensors").unlink()
     with pytest.raises(UserError, match="without a decoder"):
         load_student(tmp_path)
+
+
+@torch.no_grad()
+def test_a_student_without_a_decoder_gives_its_embeddings(tmp_path: Path) -> None:
+    backbone = backbone_of()
+    images, keep = sample(backbone)
+    student = student_of(backbone, decoder=False)
+    assert student.decoder is None
+    assert torch.equal(student(images), torch.zeros(2, 5, 48))
+    with pytest.raises(ValueError, match="no decoder"):
+        student(images, keep)
+    student.set_grad_checkpointing(True)
+    export_student(student, tmp_path)
+    assert not (tmp_path / "decoder.safetensors").exists()
+    with pytest.raises(UserError, match="without a decoder"):
+        load_student(tmp_path)
+    ours, theirs = student.encoder.backbone.eval(), load_backbone(tmp_path)
+    assert torch.equal(ours.tokens(images), theirs.tokens(images))
+
+
+@torch.no_grad()
+def test_a_head_may_start_as_the_identity() -> None:
+    backbone = backbone_of()
+    student = student_of(backbone, decoder=False, head="identity")
+    images, _ = sample(backbone)
+    torch.testing.assert_close(student(images), student.encoder.backbone.tokens(images))
 
 
 def test_an_unknown_activation_is_named() -> None:

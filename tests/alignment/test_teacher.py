@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from localign.alignment.student import prepare_backbone
 from localign.alignment.teacher import Teacher, mask_images
 from localign.backbones import Backbone, create_backbone
 from localign.errors import UserError
@@ -108,6 +109,44 @@ def test_cls_is_the_pooled_output_and_needs_one_prefix_token() -> None:
     for name, size in (("vit_so400m_patch14_siglip_384", 28), ("vit_small_patch14_reg4_dinov2", 28)):
         with pytest.raises(UserError, match="exactly one prefix token"):
             Teacher(build(name, size), "cls")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vit_tiny_patch16_224", 32),
+        ("vit_so400m_patch14_siglip_384", 28),  # attention pooling, no class token
+        ("vit_small_patch14_reg4_dinov2", 28),
+        ("beit_base_patch16_224", 32),  # average pooling
+        ("eva02_base_patch16_clip_224", 32),
+    ],
+)
+def test_pooled_is_the_backbones_own_pooled_output(name: str, size: int) -> None:
+    backbone = build(name, size)
+    images, keep = sample(backbone)
+    targets = Teacher(backbone, "pooled")(images, keep)
+    views = mask_images(images, keep, backbone.grid, backbone.patch_size)
+    with torch.no_grad():
+        assert torch.equal(
+            targets, backbone.vit(views)
+        )  # built without a classifier, so this is the pooled output
+    assert targets.shape == (6, 48)
+
+
+@pytest.mark.parametrize("target", ["cls", "pooled"])
+def test_an_aligned_backbone_has_no_pooled_output(target: Any) -> None:
+    aligned = prepare_backbone(build())
+    with pytest.raises(UserError, match="needs a pooled output"):
+        Teacher(aligned, target)
+    Teacher(aligned, "last")
+
+
+def test_without_keep_masks_the_images_are_the_views() -> None:
+    backbone = build()
+    images, _ = sample(backbone)
+    everything = torch.ones(2, 1, backbone.num_patches, dtype=torch.bool)
+    teacher = Teacher(backbone)
+    assert torch.equal(teacher(images), teacher(images, everything))
 
 
 def test_the_teacher_stays_in_eval_mode_without_gradients() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student, decoder_config_dict
+from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student
 from localign.backbones import AttentionBackend, load_backbone, save_backbone
 from localign.backbones.export import load_decoder_state, read_config
 from localign.backbones.weights import load_strict
@@ -19,21 +20,24 @@ def export_student(
 ) -> Path:
     """Write the aligned backbone and, unless told otherwise, its decoder with the projection before it.
 
+    Of a student without a decoder only the backbone is written: its head served training alone.
+
     Args:
         student: Trained; not changed.
         folder: Made where missing.
-        decoder: Also write ``decoder.safetensors``.
+        decoder: Also write ``decoder.safetensors``, where there is a decoder.
         provenance: Facts for the reader of ``config.json``.
     """
-    tensors = None
-    if decoder:
+    tensors, config = None, None
+    if decoder and student.decoder is not None:
         tensors = {_PROJECTION + k: v for k, v in student.encoder.head.state_dict().items()}
         tensors |= {_DECODER + k: v for k, v in student.decoder.state_dict().items()}
+        config = asdict(student.decoder.config)
     return save_backbone(
         student.encoder.backbone,
         folder,
         decoder=tensors,
-        decoder_config=decoder_config_dict(student.decoder) if decoder else None,
+        decoder_config=config,
         provenance=provenance,
     )
 
@@ -49,9 +53,9 @@ def load_student(folder: str | Path, *, attention: AttentionBackend = "auto") ->
     if config is None:
         raise UserError(f"{folder} holds a backbone without a decoder")
     decoder_config = DecoderConfig(**config)
-    student = Student(Encoder(backbone, decoder_config.width), Decoder(decoder_config))
+    encoder, decoder = Encoder(backbone, decoder_config.width), Decoder(decoder_config)
     state = load_decoder_state(folder)
-    for prefix, module in ((_PROJECTION, student.encoder.head), (_DECODER, student.decoder)):
+    for prefix, module in ((_PROJECTION, encoder.head), (_DECODER, decoder)):
         part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         load_strict(module, part, f"{folder} {prefix.rstrip('.')}")
-    return student.eval()
+    return Student(encoder, decoder).eval()

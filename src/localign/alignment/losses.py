@@ -64,7 +64,7 @@ def reconstruction_loss(
         prediction: ``(views, tokens, width)``, or ``(views, width)``.
         target: Same shape.
         name: A key of :data:`LOSSES`.
-        selected: bool ``(views, tokens)``; None selects all.
+        selected: bool ``(views, tokens)``, or ``(views,)``; None selects all.
 
     Returns:
         Two float32 scalars, sum and count; the count may be 0.

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from localign import rng
+from localign.alignment.shapley import kernel_cardinalities
 from localign.errors import UserError
 
-MaskKind = Literal["uniform", "bernoulli", "block"]
+MaskKind = Literal["uniform", "bernoulli", "block", "shapley"]
 MASK_KINDS: tuple[str, ...] = get_args(MaskKind)
 _BLOCK_ASPECT = 0.3
 _BLOCK_ATTEMPTS = 10_000
@@ -30,9 +31,10 @@ class MaskSampler:
     kind: MaskKind = "uniform"
     """uniform: cardinality uniform in 0..n, then positions uniform; bernoulli: each patch kept with
     probability ``keep_ratio``; block: rectangles are hidden until at least a share of ``1 - keep_ratio`` is
-    covered, which the last one exceeds by less than ``block_min_patches`` or so."""
+    covered, which the last one exceeds by less than ``block_min_patches`` or so; shapley: cardinality k in
+    1..n-1 with probability proportional to 1 / (k (n - k)), then positions uniform."""
     keep_ratio: float = 0.5
-    """Share of patches kept visible, for bernoulli and block; uniform ignores the default and refuses others."""
+    """Share of patches kept visible, for bernoulli and block; the others ignore the default and refuse the rest."""
     complement: bool = True
     """Also use the mask's complement."""
     all_visible: bool = True
@@ -45,9 +47,9 @@ class MaskSampler:
             raise UserError(f"unknown mask kind {self.kind!r}; known: {', '.join(MASK_KINDS)}")
         if not 0 < self.keep_ratio < 1:
             raise UserError(f"the keep ratio must lie between 0 and 1, not {self.keep_ratio}")
-        if self.kind == "uniform" and self.keep_ratio != 0.5:
+        if self.kind in ("uniform", "shapley") and self.keep_ratio != 0.5:
             raise UserError(
-                "uniform masks draw their own cardinality; a keep ratio goes with bernoulli or block"
+                f"{self.kind} masks draw their own cardinality; a keep ratio goes with bernoulli or block"
             )
         if self.block_min_patches < 1:
             raise UserError(f"blocks need at least one patch, not {self.block_min_patches}")
@@ -61,8 +63,13 @@ class MaskSampler:
         """Refuse a grid on which the masks do not fit.
 
         Raises:
-            UserError: Blocks are larger than what is to be hidden, or than the grid is wide.
+            UserError: Blocks are larger than what is to be hidden, or than the grid is wide; or shapley masks
+                have no second patch.
         """
+        if self.kind == "shapley" and grid[0] * grid[1] < 2:
+            raise UserError(
+                "shapley masks keep some patches and hide others: they need a grid of two or more"
+            )
         if self.kind == "block":
             hidden = round((1 - self.keep_ratio) * grid[0] * grid[1])
             if self.block_min_patches > hidden:
@@ -100,8 +107,19 @@ class MaskSampler:
 def _uniform(sampler: MaskSampler, seed: int, positions: Tensor, grid: tuple[int, int]) -> Tensor:
     n = grid[0] * grid[1]
     draws = rng.uniform(seed, "mask", positions, n + 1)
-    cardinality = (draws[:, :1] * (n + 1)).floor()
-    ranks = draws[:, 1:].argsort(dim=1, stable=True).argsort(dim=1)
+    return _keep_at_random(draws[:, 1:], (draws[:, :1] * (n + 1)).floor())
+
+
+def _shapley(sampler: MaskSampler, seed: int, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    n = grid[0] * grid[1]
+    draws = rng.uniform(seed, "mask", positions, n + 1)
+    cardinality = torch.searchsorted(kernel_cardinalities(n).cumsum(0), draws[:, :1].contiguous(), right=True)
+    return _keep_at_random(draws[:, 1:], cardinality.clamp(max=n - 1))
+
+
+def _keep_at_random(draws: Tensor, cardinality: Tensor) -> Tensor:
+    """Masks that keep the ``cardinality`` (``(batch, 1)``) patches with the smallest draws."""
+    ranks = draws.argsort(dim=1, stable=True).argsort(dim=1)
     return ranks < cardinality
 
 
@@ -145,4 +163,4 @@ def _smallest_block_fits(patches: int, grid: tuple[int, int]) -> bool:
     return any(math.prod(_block_sides(patches, float(aspect), grid)) >= patches for aspect in aspects)
 
 
-_SAMPLERS = {"uniform": _uniform, "bernoulli": _bernoulli, "block": _block}
+_SAMPLERS = {"uniform": _uniform, "bernoulli": _bernoulli, "block": _block, "shapley": _shapley}

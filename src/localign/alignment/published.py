@@ -43,17 +43,15 @@ def read_published(path: str | Path, backbone: Backbone, *, soft_cap: float | No
     args = content.get("args")
     heads = getattr(args, "decoder_num_heads", None) if isinstance(args, argparse.Namespace) else None
     vit = prepare_backbone(backbone.copy(soft_cap=soft_cap)).requires_grad_(True)
-    student = Student(
-        Encoder(vit, _width(decoder, path)),
-        Decoder(_decoder_config(decoder, backbone, int(heads or backbone.num_heads), path)),
-    )
+    our_encoder = Encoder(vit, _width(decoder, path))
+    our_decoder = Decoder(_decoder_config(decoder, backbone, int(heads or backbone.num_heads), path))
     head = {k: encoder.pop(k) for k in ("head.weight", "head.bias") if k in encoder}
     load_strict(
-        student.encoder.head, {k.removeprefix("head."): v for k, v in head.items()}, f"{path} encoder.head"
+        our_encoder.head, {k.removeprefix("head."): v for k, v in head.items()}, f"{path} encoder.head"
     )
     load_strict(vit.vit, fold_layer_scale(encoder, vit.vit), f"{path} encoder")
-    load_strict(student.decoder, decoder, f"{path} decoder")
-    return student.eval()
+    load_strict(our_decoder, decoder, f"{path} decoder")
+    return Student(our_encoder, our_decoder).eval()
 
 
 def _width(decoder: StateDict, path: str | Path) -> int:

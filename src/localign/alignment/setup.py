@@ -54,13 +54,17 @@ def default_lr(config: AlignConfig) -> float:
 
 def fresh_student(config: AlignConfig, backbone: Backbone) -> Student:
     """The student at step 0, a function of the config's seed."""
+    decodes = config.decoder == "transformer"
     with rng.seeded_globals(config.seed, "student"):
         student = build_student(
             backbone,
             soft_cap=resolve_soft_cap(config.soft_cap, backbone),
             attention=config.attention,
+            decoder=decodes,
             decoder_depth=config.decoder_depth,
             layer_scale=config.decoder_layer_scale,
+            # What a head at zero gives has no direction, and the cosine no slope that could be used.
+            head="identity" if config.loss == "cosine" and not decodes else "zero",
         )
     if config.train_blocks is not None:
         student.train_last_blocks(config.train_blocks)

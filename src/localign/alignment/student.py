@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from localign.backbones import AttentionBackend, Backbone
 from localign.errors import UserError
 
+HeadStart = Literal["zero", "identity"]
 NORM_EPS = 1e-5
 """eps of every LayerNorm that alignment creates."""
 
@@ -41,22 +42,23 @@ class DecoderConfig:
 
 
 class Encoder(nn.Module):
-    """A ViT on the whole image, then a linear head that starts at zero.
+    """A ViT on the whole image, then a linear head.
 
     Args:
         backbone: A copy that this module owns.
-        output_width: Channels of the decoder.
+        output_width: Channels of the decoder or, without one, of the target.
+        head: What the head starts as.
     """
 
-    def __init__(self, backbone: Backbone, output_width: int) -> None:
+    def __init__(self, backbone: Backbone, output_width: int, head: HeadStart = "zero") -> None:
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(backbone.width, output_width)
-        nn.init.zeros_(self.head.weight)
+        (nn.init.zeros_ if head == "zero" else nn.init.eye_)(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(batch, 3, height, width)`` to ``(batch, tokens, decoder width)``."""
+        """Normalised images ``(batch, 3, height, width)`` to ``(batch, tokens, output width)``."""
         return self.head(self.backbone.tokens(images))
 
 
@@ -136,9 +138,9 @@ def activation_class(name: str) -> type[nn.Module]:
 
 
 class Student(nn.Module):
-    """Encoder and decoder with the masking between them."""
+    """Encoder and decoder with the masking between them; or the encoder alone."""
 
-    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+    def __init__(self, encoder: Encoder, decoder: Decoder | None) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
@@ -147,20 +149,24 @@ class Student(nn.Module):
     def num_prefix_tokens(self) -> int:
         return self.encoder.backbone.num_prefix_tokens
 
-    def forward(self, images: Tensor, keep_mask: Tensor) -> Tensor:
+    def forward(self, images: Tensor, keep_mask: Tensor | None = None) -> Tensor:
         """Reconstruct the teacher's tokens of every view from masked embeddings of the whole image.
 
         Args:
             images: Normalised, ``(batch, 3, height, width)``.
-            keep_mask: bool ``(batch, masks, patches)``, True = visible.
+            keep_mask: bool ``(batch, masks, patches)``, True = visible; for the decoder, which needs it.
 
         Returns:
-            ``(batch * masks, tokens, teacher width)``; the views of one image are neighbours.
+            ``(batch * masks, tokens, teacher width)``; the views of one image are neighbours. Without a
+            keep-mask the embeddings themselves: ``(batch, tokens, width)``.
         """
-        return self.decode(self.encoder(images), keep_mask)
+        embeddings = self.encoder(images)
+        return embeddings if keep_mask is None else self.decode(embeddings, keep_mask)
 
     def decode(self, embeddings: Tensor, keep_mask: Tensor) -> Tensor:
         """Mask embeddings ``(batch, tokens, width)``, prefix tokens always hidden, and decode each view."""
+        if self.decoder is None:
+            raise ValueError("this student has no decoder")
         keep = F.pad(keep_mask, (self.num_prefix_tokens, 0), value=False)
         masked = embeddings[:, None] * keep[..., None].to(embeddings.dtype)
         return self.decoder(masked.flatten(0, 1))
@@ -168,7 +174,8 @@ class Student(nn.Module):
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute block activations in the backward pass instead of keeping them."""
         self.encoder.backbone.vit.set_grad_checkpointing(enable)
-        self.decoder.grad_checkpointing = enable
+        if self.decoder is not None:
+            self.decoder.grad_checkpointing = enable
 
     def train_last_blocks(self, count: int) -> None:
         """Freeze the encoder but for its last ``count`` blocks, final norm and head.
@@ -192,8 +199,10 @@ def build_student(
     *,
     soft_cap: float | None,
     attention: AttentionBackend = "auto",
+    decoder: bool = True,
     decoder_depth: int = 2,
     layer_scale: float | None = 1e-6,
+    head: HeadStart = "zero",
     teacher_width: int | None = None,
 ) -> Student:
     """A student for a pre-trained backbone, which itself stays as it is.
@@ -202,8 +211,10 @@ def build_student(
         backbone: The pre-trained model; copied.
         soft_cap: Bound of the encoder's attention logits, or None.
         attention: Back-end of soft-capped attention.
+        decoder: Whether there is one; without it the encoder's head gives the target's channels.
         decoder_depth: Blocks of the decoder.
         layer_scale: Initial LayerScale of the decoder, or None.
+        head: What the encoder's linear head starts as.
         teacher_width: Channels of the target; the backbone's own by default.
 
     Raises:
@@ -224,9 +235,6 @@ def build_student(
         activation=backbone.activation.__name__,
     )
     copy = prepare_backbone(backbone.copy(soft_cap=soft_cap, attention=attention)).requires_grad_(True)
-    return Student(Encoder(copy, config.width), Decoder(config))
-
-
-def decoder_config_dict(decoder: Decoder) -> dict[str, Any]:
-    """The decoder's configuration as JSON-able values."""
-    return asdict(decoder.config)
+    if not decoder:
+        return Student(Encoder(copy, config.output_width, head), None)
+    return Student(Encoder(copy, config.width, head), Decoder(config))

@@ -1,4 +1,4 @@
-"""MaskEmbed as a task of the training loop."""
+"""Locality alignment as a task of the training loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from localign import rng
 from localign.alignment.config import AlignConfig
 from localign.alignment.export import export_student
-from localign.alignment.losses import reconstruction_loss, select_tokens
+from localign.alignment.objectives import OBJECTIVES
 from localign.alignment.setup import fresh_student, starting_backbone
 from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher
@@ -29,10 +29,10 @@ _SCALE_CHUNK = 32
 
 
 class AlignTask(Task):
-    """Reproduce what the frozen teacher makes of masked images from masked embeddings of whole ones.
+    """Reproduce what the frozen teacher makes of parts of images; the objective says how.
 
     Args:
-        config: Backbone, masks, target, loss, data.
+        config: Backbone, objective, masks, target, loss, data.
         backbone: The pre-trained model; built from the config if not given.
     """
 
@@ -42,11 +42,11 @@ class AlignTask(Task):
         self.device = torch.device("cpu")
         choose_device(config.device)  # a misspelt device fails before the weights are read
         backbone = backbone or starting_backbone(config)
-        self.masks = config.masks()
-        self.masks.check(backbone.grid)
+        assert config.target is not None  # AlignConfig has filled it in
+        self.teacher = Teacher(backbone, config.target)
+        self.objective = OBJECTIVES[config.objective](config, self.teacher)
         self.data = ImageData(config, backbone.image_size)
         self.student = fresh_student(config, backbone)
-        self.teacher = Teacher(backbone, config.target)
         self.teacher_hash = content_hash(backbone.vit.state_dict())
 
     @property
@@ -84,9 +84,9 @@ class AlignTask(Task):
         self.teacher.scale.fill_(1.0)
         sums = torch.zeros(3, dtype=torch.float64)
         for number, batch in enumerate(self.data.train_batches(alone)):
-            images, keep = self.views(batch)
+            images, views = self.views(batch)
             left = count - number * _SCALE_CHUNK
-            target = self.teacher(images[:left], keep[:left]).double()
+            target = self.objective.target(images[:left], views[:left]).double()
             sums += torch.stack(
                 [target.sum(), target.square().sum(), target.new_tensor(target.numel())]
             ).cpu()
@@ -95,38 +95,31 @@ class AlignTask(Task):
         self.teacher.scale.fill_(float(std) if std > 0 else 1.0)
 
     def views(self, batch: Batch, purpose_seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Normalised images and keep-masks of a batch, on the device."""
+        """Normalised images of a batch and the objective's views of them, on the device."""
         seed = self.seed if purpose_seed is None else purpose_seed
         images = batch.images.to(self.device)
         if self.data.mixing is not None and purpose_seed is None:
             images = self.data.mixing(images, batch.positions, self.seed)
-        keep = self.masks(seed, batch.positions, self.teacher.backbone.grid)
-        return self.teacher.backbone.normalise(images), keep.to(self.device)
+        views = self.objective.draw(seed, batch.positions)
+        return self.teacher.backbone.normalise(images), views.to(self.device)
 
     def step(self, model: nn.Module, batch: Batch) -> StepResult:
-        images, keep = self.views(batch)
-        total, count = self._loss(model, images, keep)
-        return StepResult(total, count)
+        return StepResult(*self._loss(model, *self.views(batch)))
 
-    def _loss(self, model: nn.Module, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        target = self.teacher(images, keep)
-        prediction = model(images, keep)
-        if self.config.target == "cls":
-            return reconstruction_loss(prediction[:, 0], target, self.config.loss)
-        prefix = self.student.num_prefix_tokens
-        selected = select_tokens(keep.flatten(0, 1), prefix, self.config.loss_tokens)
-        return reconstruction_loss(prediction, target, self.config.loss, selected)
+    def _loss(self, model: nn.Module, images: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+        target = self.objective.target(images, views)
+        return self.objective.loss(self.objective.predict(model, images, views), target, views)
 
     def validate(self, module: nn.Module, world: World) -> dict[str, float]:
-        """The training loss on held-out images under masks that are the same at every validation."""
+        """The training loss on held-out images, of views that are the same at every validation."""
         if self.data.val_source is None:
             return {}
         sums = torch.zeros(2, device=self.device)
-        mask_seed = rng.key(self.seed, "validation masks") >> 1
+        views_seed = rng.key(self.seed, "validation masks") >> 1
         micro = self.config.micro_batch or min(64, self.config.batch_size)
         for batch in self.data.val_batches(world, micro):
-            images, keep = self.views(batch, purpose_seed=mask_seed)
-            sums += torch.stack(self._loss(module, images, keep)).to(sums)
+            images, views = self.views(batch, purpose_seed=views_seed)
+            sums += torch.stack(self._loss(module, images, views)).to(sums)
         sums = world.sum(sums)
         return {"val_loss": float(sums[0] / sums[1].clamp(min=1))}
 
@@ -158,7 +151,7 @@ class AlignTask(Task):
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
         assert isinstance(module, Student)
         facts = {
-            "method": "MaskEmbed",
+            "method": self.objective.method,
             "target_scale": float(self.teacher.scale),
             "teacher_sha256": self.teacher_hash,
         }

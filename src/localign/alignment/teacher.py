@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from localign.backbones import Backbone
 from localign.errors import UserError
 
-TargetName = Literal["penultimate", "last", "cls"]
+TargetName = Literal["penultimate", "last", "cls", "pooled"]
 TARGETS: tuple[str, ...] = get_args(TargetName)
 
 
@@ -43,10 +43,13 @@ class Teacher(nn.Module):
     Args:
         backbone: The pre-trained model; set to eval mode, without gradients, never in a checkpoint.
         target: ``penultimate``: tokens after the second-to-last block, then the final norm; ``last``: after
-            the last block, then the norm; ``cls``: the pooled output.
+            the last block, then the norm; ``cls``: the pooled output of a backbone whose only prefix token is
+            the class token; ``pooled``: the pooled output, by whatever pooling (class token, average,
+            attention).
 
     Raises:
-        UserError: ``cls`` on a backbone without exactly one prefix token, or too shallow a backbone.
+        UserError: ``cls`` on a backbone without exactly one prefix token, a pooled target on one that does not
+            pool, or too shallow a backbone.
     """
 
     scale: Tensor
@@ -58,7 +61,11 @@ class Teacher(nn.Module):
         if target == "cls" and backbone.num_prefix_tokens != 1:
             raise UserError(
                 f"target cls needs a backbone with exactly one prefix token; {backbone.name} has "
-                f"{backbone.num_prefix_tokens}"
+                f"{backbone.num_prefix_tokens} (see target pooled)"
+            )
+        if target in ("cls", "pooled") and not backbone.vit.global_pool:
+            raise UserError(
+                f"target {target} needs a pooled output; {backbone.name} has no pooling (any more)"
             )
         if target == "penultimate" and backbone.depth < 2:
             raise UserError(f"target penultimate needs two blocks; {backbone.name} has {backbone.depth}")
@@ -72,21 +79,22 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, keep_mask: Tensor) -> Tensor:
+    def forward(self, images: Tensor, keep_mask: Tensor | None = None) -> Tensor:
         """Targets of every masked view, divided by the target scale.
 
         Args:
             images: Normalised, ``(batch, 3, height, width)``.
-            keep_mask: bool ``(batch, masks, patches)``, True = visible.
+            keep_mask: bool ``(batch, masks, patches)``, True = visible; None: the images are the views.
 
         Returns:
-            ``(batch * masks, tokens, width)``, or ``(batch * masks, width)`` for target ``cls``.
+            ``(batch * masks, tokens, width)``, or ``(batch * masks, width)`` for ``cls`` and ``pooled``.
         """
-        views = mask_images(images, keep_mask, self.backbone.grid, self.backbone.patch_size)
-        return self.of_views(views) / self.scale
+        if keep_mask is not None:
+            images = mask_images(images, keep_mask, self.backbone.grid, self.backbone.patch_size)
+        return self.of_views(images) / self.scale
 
     def of_views(self, views: Tensor) -> Tensor:
-        """Unscaled targets of already masked images ``(views, 3, height, width)``."""
-        if self.target == "cls":
+        """Unscaled targets of images ``(views, 3, height, width)`` that are masked or cropped already."""
+        if self.target in ("cls", "pooled"):
             return self.backbone.pooled(views)
         return self.backbone.tokens(views, layer=self.layer)

@@ -1,0 +1,101 @@
+"""CLIPSelf (appendix B.3 of the paper): averaged features in a window reproduce the teacher's view of the crop."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localign import rng
+from localign.alignment.objectives.base import Objective, visible_mean
+
+SMALLEST_SHARE = 3 / 14
+"""Share of a side that a crop has at least: 3 of the 14 patches of ViT-B/16 at 224 pixels."""
+
+
+class CLIPSelf(Objective):
+    """One crop per image, aligned with the patch grid, enlarged for the teacher.
+
+    The student sees the whole image. Without a decoder, its patch embeddings are averaged in the window; with
+    one, those outside of the window are hidden and the decoder's first token is the answer, as in MaskEmbed.
+    """
+
+    method = "CLIPSelf"
+    targets = ("cls", "pooled")
+    losses = ("cosine", "mse", "l1")
+    decoders = ("none", "transformer")
+    masked = False
+
+    def draw(self, seed: int, positions: Tensor) -> Tensor:
+        """Windows, see :func:`draw_windows`."""
+        return draw_windows(seed, positions, self.grid)
+
+    def target(self, images: Tensor, views: Tensor) -> Tensor:
+        """``(batch, width)``."""
+        return self.teacher(crop_windows(images, views, self.grid, self.patch_size))
+
+    def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:
+        """``(batch, width)``."""
+        inside = window_masks(views, self.grid)
+        if self.decodes:
+            return model(images, inside)[:, 0]
+        return visible_mean(model(images)[:, self.num_prefix_tokens :], inside)
+
+
+def smallest_side(patches: int) -> int:
+    """The fewest patches of a crop along a side of ``patches``: 3/14 of it, rounded, and 1 at least."""
+    return max(1, round(SMALLEST_SHARE * patches))
+
+
+def draw_windows(seed: int, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """One window per image: height and width uniform and independent, then the place uniform.
+
+    Args:
+        seed: The run's seed.
+        positions: int64 ``(batch,)``, global positions in the stream of samples.
+        grid: Rows and columns of patches.
+
+    Returns:
+        int64 ``(batch, 4)`` on the CPU, in patches: top, left, height, width; sides from
+        :func:`smallest_side` to the whole side.
+    """
+    draws = rng.uniform(seed, "crop", positions, 4)
+    whole = torch.tensor(grid)
+    least = torch.tensor([smallest_side(side) for side in grid])
+    sides = least + (draws[:, :2] * (whole - least + 1)).long()
+    corners = (draws[:, 2:] * (whole - sides + 1)).long()
+    return torch.cat([corners, sides], dim=1)
+
+
+def window_masks(windows: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Windows ``(batch, 4)`` as keep-masks: bool ``(batch, 1, rows * columns)``, True inside."""
+    top, left, height, width = windows[:, :, None].unbind(1)
+    rows, columns = (torch.arange(side, device=windows.device) for side in grid)
+    in_rows = (rows >= top) & (rows < top + height)
+    in_columns = (columns >= left) & (columns < left + width)
+    return (in_rows[:, :, None] & in_columns[:, None, :]).flatten(1)[:, None]
+
+
+def crop_windows(images: Tensor, windows: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """Cut windows out and enlarge each to the whole grid, bilinearly; nothing shrinks that could alias.
+
+    Pixels right of and below the last full patch are 0, as in masked views.
+
+    Args:
+        images: Normalised, ``(batch, 3, height, width)``.
+        windows: int64 ``(batch, 4)``, see :func:`draw_windows`.
+        grid: Rows and columns of patches.
+        patch: Patch height and width, pixels.
+
+    Returns:
+        The images' shape.
+    """
+    full = grid[0] * patch[0], grid[1] * patch[1]
+    crops = []
+    for image, (top, left, height, width) in zip(images, windows.tolist(), strict=True):
+        rows = slice(top * patch[0], (top + height) * patch[0])
+        columns = slice(left * patch[1], (left + width) * patch[1])
+        cut = image[None, :, rows, columns]
+        crops.append(F.interpolate(cut, size=full, mode="bilinear"))
+    below, right = images.shape[2] - full[0], images.shape[3] - full[1]
+    return F.pad(torch.cat(crops), (0, right, 0, below))

@@ -1,0 +1,20 @@
+"""MaskEmbed (section 3.2 of the paper): a decoder reconstructs masked views from masked embeddings."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from localign.alignment.objectives.base import MaskedObjective
+
+
+class MaskEmbed(MaskedObjective):
+    """The teacher sees masked images, the decoder equally masked embeddings of whole ones (eq. 1)."""
+
+    method = "MaskEmbed"
+    targets = ("penultimate", "last", "cls")
+    decoders = ("transformer",)
+
+    def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:
+        """``(batch * masks, tokens, width)``, or the first of the tokens for target ``cls``."""
+        prediction = model(images, views)
+        return prediction[:, 0] if self.teacher.target == "cls" else prediction
