@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from localign.data.mixing import CutMix, Mixing, Mixup
+from localign.data.mixing import CutMix, Mixing, Mixup, mix_labels
 from localign.errors import UserError
 
 
@@ -73,3 +73,19 @@ def test_what_cannot_be_paired_is_refused() -> None:
         Mixing()
     with pytest.raises(UserError, match="positive"):
         CutMix(0.0)
+
+
+@pytest.mark.parametrize("mixing", ALL)
+def test_labels_are_mixed_in_the_shares_of_the_images(mixing: Mixing) -> None:
+    """Where an image is its label in every pixel, the mixed image's mean is the mixed label."""
+    labels = torch.arange(64).float()
+    batch = labels[:, None, None, None].expand(-1, 1, 20, 20).clone()
+    positions = torch.arange(64)
+    mixed, share = mixing.mix(batch, positions, 3)
+    assert torch.equal(mixed, mixing(batch, positions, 3))
+    assert torch.equal(share[::2], share[1::2])
+    assert bool(((share > 0) & (share < 1)).any())
+    targets = torch.stack([labels, 1 - labels], 1)
+    means = mixed.mean((1, 2, 3))
+    torch.testing.assert_close(mix_labels(targets, share), torch.stack([means, 1 - means], 1))
+    assert torch.equal(mix_labels(targets, torch.ones(64)), targets)

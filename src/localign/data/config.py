@@ -20,8 +20,8 @@ class DataConfig:
     """Training images: a folder (with or without class folders), a list of files (.txt), or scenes."""
     val: str | None = None
     """Validation images, likewise; default none (for scenes: scenes:val)."""
-    val_images: int = 2048
-    """Images per validation, at most."""
+    val_images: int | None = 2048
+    """Images per validation, at most; null for all."""
     crop: TrainCrop | None = None
     """published, rrc (random resized crop) or none; default published (for scenes: none)."""
     hflip: float | None = None

@@ -1,4 +1,4 @@
-"""Mixup and CutMix of images alone: the alignment has no labels to mix.
+"""Mixup and CutMix of images, and of labels where there are some: the alignment has none to mix.
 
 The partner of the sample at global position p is its neighbour p ^ 1, and what is drawn for the pair is keyed
 by p // 2. Pairs never cross a micro-batch, so a sample is mixed alike on any number of ranks.
@@ -52,6 +52,15 @@ class Mixing:
         Raises:
             UserError: The micro-batch does not consist of whole pairs.
         """
+        return self.mix(images, positions, seed)[0]
+
+    def mix(self, images: Tensor, positions: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """As calling it, with what each sample kept of itself.
+
+        Returns:
+            The mixed images; and float32 ``(batch,)`` on their device, the share in 0..1 of each sample's own
+            image, after CutMix's box was clipped. The rest is its neighbour's; see :func:`mix_labels`.
+        """
         places = positions.tolist()
         first, second = places[::2], places[1::2]
         if len(first) != len(second) or any(p % 2 or q != p + 1 for p, q in zip(first, second, strict=True)):
@@ -67,7 +76,8 @@ class Mixing:
         exact = pairs if images.is_floating_point() else pairs.float()
         mixed = torch.where(own == 1, exact, own * exact + (1 - own) * exact.flip(1))
         mixed = mixed if images.is_floating_point() else mixed.round()
-        return mixed.to(images.dtype).reshape(images.shape)
+        share = own.mean(dim=(1, 2, 3, 4)).repeat_interleave(2)
+        return mixed.to(images.dtype).reshape(images.shape), share
 
     def _draw(self, seed: int, pair: int, height: int, width: int) -> tuple[float, tuple[int, int, int, int]]:
         """(Mixup's weight of the own image, CutMix's box as top, left, bottom, right); one is void."""
@@ -93,6 +103,17 @@ def Mixup(alpha: float) -> Mixing:
 def CutMix(alpha: float) -> Mixing:
     """CutMix alone (Yun et al., 2019); the paper's ablation takes alpha 1.0."""
     return Mixing(cutmix=alpha)
+
+
+def mix_labels(targets: Tensor, own_share: Tensor) -> Tensor:
+    """Targets mixed in the shares in which :meth:`Mixing.mix` mixed their images.
+
+    Args:
+        targets: Floating point ``(batch, classes)``.
+        own_share: ``(batch,)``, as given by :meth:`Mixing.mix`.
+    """
+    others = targets.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return others.lerp(targets, own_share[:, None].to(targets.dtype))
 
 
 def _own_share(weights: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:

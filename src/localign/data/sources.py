@@ -79,14 +79,17 @@ class ImageSource(Protocol):
         """A short hash of what the source holds; a run is not continued on another."""
 
 
-def read_image(path: str | os.PathLike[str], name: str, at_least: int | None = None) -> Image.Image:
-    """Decode one file to an upright RGB image.
+def read_image(
+    path: str | os.PathLike[str], name: str, at_least: int | None = None, *, upright: bool = True
+) -> Image.Image:
+    """Decode one file to an RGB image.
 
     Args:
         path: The file.
         name: How the image is called in ``UnreadableImage``.
         at_least: Pixels; a JPEG at least twice this on both sides is decoded at 1/2, 1/4 or 1/8, both sides
             staying at or above it. None decodes in full.
+        upright: Turn the image as its EXIF orientation says; False gives the pixels as they are stored.
 
     Raises:
         UnreadableImage: The file is missing, empty, truncated, corrupt, no image, or larger than MAX_PIXELS.
@@ -96,7 +99,7 @@ def read_image(path: str | os.PathLike[str], name: str, at_least: int | None = N
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                return _decode(image, name, at_least)
+                return _decode(image, name, at_least, upright)
     except UnreadableImage:
         raise
     except Exception as error:  # decoders raise SyntaxError, struct.error, IndexError, ... on corrupt files
@@ -105,7 +108,7 @@ def read_image(path: str | os.PathLike[str], name: str, at_least: int | None = N
         raise UnreadableImage(name, _reason(error, path)) from None
 
 
-def _decode(image: Image.Image, name: str, at_least: int | None) -> Image.Image:
+def _decode(image: Image.Image, name: str, at_least: int | None, upright: bool) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UnreadableImage(name, f"{width} x {height} pixels; at most {MAX_PIXELS} are decoded")
@@ -118,9 +121,9 @@ def _decode(image: Image.Image, name: str, at_least: int | None) -> Image.Image:
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
     # Only now: to read a PNG's metadata is to load it, and a failure there would leave a blank image.
-    upright = _UPRIGHT.get(_orientation(image))
+    turn = _UPRIGHT.get(_orientation(image)) if upright else None
     rgb = _to_rgb(image, name)
-    return rgb if upright is None else rgb.transpose(upright)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -309,6 +312,7 @@ class FileListSource(_FileSource):
         image_size: As for ``FolderSource``.
 
     Attributes:
+        file: The list.
         missing: The listed paths that do not exist; they count as unreadable.
 
     Raises:
@@ -318,8 +322,8 @@ class FileListSource(_FileSource):
     kind = "list"
 
     def __init__(self, file: str | os.PathLike[str], image_size: tuple[int, int] | None = None) -> None:
-        path = Path(file)
-        names = _read_list(path)
+        self.file = path = Path(file)
+        names = [row[0] for n, row in enumerate(list_rows(path)) if n or not is_heading(path, row)]
         if not names:
             raise UserError(f"the list {path} names no images")
         super().__init__(path.parent, names, image_size)
@@ -328,23 +332,30 @@ class FileListSource(_FileSource):
             raise UserError(f"none of the {len(names)} files in {path} exists; the first is {names[0]}")
 
 
-def _read_list(path: Path) -> list[str]:
+def list_rows(path: Path) -> Iterator[list[str]]:
+    """The stripped cells of each row that is neither blank nor a comment; a line of a .txt is one cell.
+
+    Raises:
+        UserError: The list is missing or no text.
+    """
     if not path.is_file():
         raise UserError(f"there is no file {path}{_near_siblings(path)}")
     table = path.suffix.lower() == ".csv"
     try:
         with open(path, encoding="utf-8-sig", newline="" if table else None) as handle:
-            if table:
-                names = [row[0].strip() for row in csv.reader(handle) if row]
-                if names and names[0].lower() in _LIST_HEADERS:
-                    names = names[1:]
-            else:
-                names = [line.strip() for line in handle]
+            for row in csv.reader(handle) if table else ([line] for line in handle):
+                cells = [cell.strip() for cell in row]
+                if cells and cells[0] and not cells[0].startswith("#"):
+                    yield cells
     except (UnicodeDecodeError, csv.Error):
         raise UserError(f"{path} is not a UTF-8 list of image paths, one per line") from None
     except OSError as error:
         raise UserError(f"cannot read the list {path}: {error.strerror}") from None
-    return [name for name in names if name and not name.startswith("#")]
+
+
+def is_heading(path: Path, first_row: list[str]) -> bool:
+    """Whether the first row of a list names columns, which only a .csv's can."""
+    return path.suffix.lower() == ".csv" and first_row[0].lower() in _LIST_HEADERS
 
 
 def _missing(root: Path, names: list[str]) -> tuple[str, ...]:

@@ -1,0 +1,14 @@
+"""Classification fine-tuning of a backbone under a transformer pooling head: options, model, task."""
+
+from localign.finetuning.config import FinetuneConfig
+from localign.finetuning.model import ImageClassifier, export_classifier, load_classifier
+from localign.finetuning.task import FinetuneTask, finetune
+
+__all__ = [
+    "FinetuneConfig",
+    "FinetuneTask",
+    "ImageClassifier",
+    "export_classifier",
+    "finetune",
+    "load_classifier",
+]

@@ -1,0 +1,115 @@
+"""A backbone with a transformer pooling head, as a module and as an export folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from localign.backbones import AttentionBackend, Backbone, load_backbone, save_backbone
+from localign.backbones.export import CONFIG_FILE, content_hash, read_config
+from localign.backbones.weights import load_strict, read_file
+from localign.errors import UserError
+from localign.files import replace_text, replacing
+from localign.probing.heads import Geometry, build_head
+
+HEAD_FILE = "head.safetensors"
+SECTION = "classifier"
+
+# What lies behind the tokens in timm's models.
+_AFTER_TOKENS = ("norm", "fc_norm", "attn_pool", "head")
+
+
+class ImageClassifier(nn.Module):
+    """Logits of whole images: the backbone's last-layer tokens, read by the probing benchmark's transformer head.
+
+    The head is two pre-norm blocks over all tokens, the mean over the prefix tokens' outputs (over all outputs
+    of a backbone without prefix tokens), and a linear layer. What a backbone pools its tokens with otherwise
+    takes no part and is not trained.
+
+    Args:
+        backbone: Owned by this module.
+        classes: Names of the logits.
+        multi_label: Each class is a decision of its own, rather than one of all.
+        freeze: Keep the backbone as it is, in eval mode.
+    """
+
+    def __init__(
+        self, backbone: Backbone, classes: Sequence[str], *, multi_label: bool = False, freeze: bool = False
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone.requires_grad_(not freeze)
+        self.classes = tuple(classes)
+        self.multi_label = multi_label
+        self.freeze = freeze
+        for name in _AFTER_TOKENS:
+            module = getattr(backbone.vit, name, None)
+            if isinstance(module, nn.Module) and name != backbone.final_norm:
+                module.requires_grad_(False)
+        self.head = build_head("transformer", Geometry.of(backbone), len(self.classes), "global")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``(batch, 3, height, width)`` to logits ``(batch, classes)``."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            tokens = self.backbone.tokens(images)
+        return self.head(tokens)
+
+    def train(self, mode: bool = True) -> ImageClassifier:
+        super().train(mode)
+        if self.freeze:
+            self.backbone.eval()
+        return self
+
+
+def export_classifier(
+    model: ImageClassifier, folder: str | Path, *, provenance: dict[str, Any] | None = None
+) -> Path:
+    """Write the backbone as any export, the head beside it, and what the head says in the config.
+
+    Args:
+        model: Trained; not changed.
+        folder: Made where missing.
+        provenance: Facts for the reader of ``config.json``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().cpu().contiguous() for k, v in model.head.state_dict().items()}
+    with replacing(folder / HEAD_FILE) as temporary:
+        save_file(state, temporary)
+    save_backbone(model.backbone, folder, provenance=provenance)
+    config = read_config(folder)
+    config["localign"][SECTION] = {
+        "classes": list(model.classes),
+        "multi_label": model.multi_label,
+        "sha256": content_hash(state),
+    }
+    replace_text(folder / CONFIG_FILE, json.dumps(config, indent=1) + "\n")
+    return folder
+
+
+def load_classifier(folder: str | Path, *, attention: AttentionBackend = "auto") -> ImageClassifier:
+    """Read an export folder, or the run folder around it, with its head; in eval mode.
+
+    Raises:
+        UserError: The folder has no classifier, is damaged, or its parts do not fit together.
+    """
+    folder = Path(folder)
+    if (folder / "export").is_dir():
+        folder = folder / "export"
+    section = read_config(folder)["localign"].get(SECTION)
+    if section is None:
+        raise UserError(f"{folder} holds a backbone without a classifier")
+    backbone = load_backbone(folder, attention=attention)
+    model = ImageClassifier(backbone, section["classes"], multi_label=section["multi_label"])
+    state = read_file(folder / HEAD_FILE)
+    if content_hash(state) != section["sha256"]:
+        raise UserError(
+            f"{folder / HEAD_FILE} is damaged: its tensors are not those that {CONFIG_FILE} describes"
+        )
+    load_strict(model.head, state, folder / HEAD_FILE)
+    return model.eval()
