@@ -96,14 +96,15 @@ def test_probing_real_photographs_with_label_maps(tmp_path: Path) -> None:
         f"--heads [linear] --out {tmp_path / 'probe'}"
     )
     assert main(shlex.split(command)) == 0
-    probe = json.loads((tmp_path / "probe" / "results.json").read_text())["probes"][0]
+    results = json.loads((tmp_path / "probe" / "results.json").read_text())
+    (probe,) = results["probe"]["vit_tiny_patch16_224"]
     assert 0 <= probe["results"]["test"]["linear"]["local"]["macro_recall"] <= 1
 
 
 def test_probing_needs_images_and_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images").mkdir()
     assert main(["probe", "scenes-vit", "--data", str(tmp_path)]) == 2
-    assert "it needs images/, masks/ and classes.json" in capsys.readouterr().err
+    assert "looked for images/, masks/ and classes.json" in capsys.readouterr().err
 
 
 def test_features_of_a_photograph(tmp_path: Path) -> None:

@@ -105,7 +105,11 @@ def test_merging_ranks_equals_one_pass() -> None:
 
 def test_majority_by_hand() -> None:
     counts = MajorityCounts(3)
-    counts.update(torch.eye(3)[[0, 0, 1, 1]], torch.tensor([0, 1, 1, 1]))
+    hits, positives = counts.update(
+        torch.eye(3)[torch.tensor([[0, 0], [1, 1]])], torch.tensor([[0, 1], [1, 1]])
+    )
+    assert hits.tolist() == [[1, 0, 0], [0, 2, 0]]
+    assert positives.tolist() == [[1, 1, 0], [0, 2, 0]]
     figures = counts.compute()
     assert figures["accuracy"] == 0.75
     assert figures["class_recall"] == [1.0, pytest.approx(2 / 3), None]

@@ -82,7 +82,7 @@ def test_a_label_map_of_another_size_is_named(folder: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_id_outside_the_table_is_named(folder: Path, bad: int, workers: int) -> None:
     Image.new("L", (8, 6), bad).save(folder / "masks" / "b.png")
-    with pytest.raises(UserError, match=rf"^the label map .*b\.png holds ids .*\[{bad}\]$"):
+    with pytest.raises(UserError, match=rf"^the label map .*b\.png holds values .*\[{bad}\]$"):
         list(labelled_batches(open_folder(folder), (4, 4), batch=2, workers=workers))
 
 
@@ -110,6 +110,80 @@ def test_folders_and_tables_that_are_not_there(folder: Path) -> None:
         FolderSegmentation(folder / "masks" / "..", folder / "masks", TABLE)
     with pytest.raises(UserError, match="at least one id"):
         FolderSegmentation(folder / "images", folder / "masks", {})
+    with pytest.raises(UserError, match=r"needs ids and names: .*'cat'"):
+        FolderSegmentation(folder / "images", folder / "masks", {"cat": 1})
+
+
+def test_a_class_may_say_whether_it_is_a_thing(folder: Path) -> None:
+    assert open_folder(folder).class_kinds is None
+    table: dict[str, object] = {**TABLE, "1": {"name": "cat", "kind": "thing"}}
+    (folder / "classes.json").write_text(json.dumps(table))
+    source = open_folder(folder)
+    assert source.classes == ("unlabeled", "cat", "(no class 2)", "dog")
+    assert source.class_kinds == ("other", "thing", "other", "other")
+    (folder / "classes.json").write_text(json.dumps({**TABLE, "1": {"name": "cat", "kind": "animal"}}))
+    with pytest.raises(
+        UserError, match=r"classes\.json needs ids and names: .*animal.* no kind of thing, stuff"
+    ):
+        open_folder(folder)
+
+
+def test_names_are_matched_by_stem_whatever_the_ending(folder: Path) -> None:
+    Image.new("RGB", (8, 6)).save(folder / "images" / "c.d.webp")
+    Image.new("L", (8, 6), 1).save(folder / "masks" / "c.d.PNG", format="PNG")
+    (folder / "masks" / "a_extra.png").write_bytes(b"belongs to no image")
+    (folder / "images" / "notes.txt").write_text("no image")
+    source = open_folder(folder)
+    assert [source.name(i) for i in range(len(source))] == ["a.jpg", "b.jpg", "c.d.webp"]
+    assert source.load_labelled(2)[1].tolist() == [[1] * 8] * 6
+    Image.new("RGB", (8, 6)).save(folder / "images" / "a.png")
+    with pytest.raises(UserError, match=r"a\.jpg and a\.png in .* share the label map a\.png"):
+        open_folder(folder)
+
+
+def test_images_and_label_maps_may_lie_in_one_folder(folder: Path) -> None:
+    for mask in (folder / "masks").iterdir():
+        mask.rename(folder / "images" / mask.name)
+    source = FolderSegmentation(folder / "images", folder / "images", TABLE)
+    assert [source.name(i) for i in range(len(source))] == ["a.jpg", "b.jpg"]
+    assert source.load_labelled(1)[1][0].tolist() == [1] * 4 + [3] * 4
+
+
+def test_a_label_map_belongs_to_the_pixels_as_stored(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    picture = np.zeros((6, 8, 3), dtype=np.uint8)
+    picture[:, 4:] = 255
+    Image.fromarray(picture).save(folder / "images" / "a.jpg", exif=exif, quality=95)
+    image, labels = open_folder(folder).load_labelled(0)
+    assert image.size == (8, 6)
+    assert ((np.asarray(image)[..., 0] > 128) == (labels == 3)).all()
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(4, torch.uint8), (300, torch.int64)])
+def test_label_maps_of_one_or_two_bytes(folder: Path, classes: int, dtype: torch.dtype) -> None:
+    if classes > 256:
+        for stem in ("a", "b"):
+            Image.fromarray(np.full((6, 8), 299, dtype=np.uint16)).save(folder / "masks" / f"{stem}.png")
+    names = [f"class {i}" for i in range(classes)]
+    source = FolderSegmentation(folder / "images", folder / "masks", names)
+    _, labels = next(labelled_batches(source, (4, 4), batch=2))
+    assert labels.dtype == dtype
+    assert labels.max() == classes - 1
+
+
+def test_the_fingerprint_follows_names_tables_and_content(folder: Path, tmp_path: Path) -> None:
+    first = open_folder(folder).fingerprint()
+    assert open_folder(folder).fingerprint() == first
+    moved = folder.rename(tmp_path.with_name(tmp_path.name + "-moved"))
+    assert open_folder(moved).fingerprint() == first
+    (moved / "classes.json").write_text(json.dumps({**TABLE, "2": "cow"}))
+    named = open_folder(moved).fingerprint()
+    Image.new("L", (8, 6), 1).save(moved / "masks" / "b.png")
+    annotated = open_folder(moved).fingerprint()
+    (moved / "images" / "b.jpg").rename(moved / "images" / "b.jpeg")
+    renamed = open_folder(moved).fingerprint()
+    assert len({first, named, annotated, renamed}) == 4
 
 
 def test_scenes_are_labelled_sources_by_pair_and_by_attribute() -> None:

@@ -1,8 +1,9 @@
 """Recall and its companions as sums that add up: over batches, and over ranks.
 
 Both accumulators hold integer tensors on the device of the predictions. ``update`` adds to them without a
-Python loop over classes and without waiting for the device; ``compute`` is where the divisions are.
-``state()`` returns the tensors, so a distributed caller sums them in place before it computes.
+Python loop over classes and without waiting for the device, and returns what each image contributed to
+recall, from which intervals over images are made; ``compute`` is where the divisions are. ``state()`` returns
+the tensors, so a distributed caller sums them in place before it computes.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class MultiLabelCounts(_Sums):
         self._sums = {name: zeros(classes) for name in ("tp", "fp", "fn", "tn")}
         self._sums |= {"size_tp": zeros(SIZE_BINS), "size_positives": zeros(SIZE_BINS)}
 
-    def update(self, logits: Tensor, targets: Tensor, patch_targets: Tensor | None = None) -> None:
+    def update(
+        self, logits: Tensor, targets: Tensor, patch_targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Add a batch of whole images.
 
         Args:
@@ -57,6 +60,9 @@ class MultiLabelCounts(_Sums):
             patch_targets: bool ``(B, n, C)``, the patches each class covers, from which an object's size is
                 known. Patch-level predictions use their own targets; image-level ones are not told apart by
                 size where it is missing.
+
+        Returns:
+            int64 ``(B, C)`` each: per image and class the right positive predictions, and the positives.
         """
         if logits.dim() == 2:
             logits, targets = logits[:, None], targets[:, None]
@@ -75,6 +81,7 @@ class MultiLabelCounts(_Sums):
         sums["tn"] += logits.shape[0] * logits.shape[1] - tp - fp - fn
         if patch_targets is not None:
             self._update_sizes(hits, positives, patch_targets)
+        return hits, positives
 
     def _update_sizes(self, hits: Tensor, positives: Tensor, patch_targets: Tensor) -> None:
         patches = patch_targets.shape[1]
@@ -126,13 +133,25 @@ class MajorityCounts(_Sums):
         names = ("tp", "positives", "predicted")
         self._sums = {name: torch.zeros(classes, dtype=torch.int64, device=device) for name in names}
 
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add a batch: logits ``(..., C)``, targets int64 ``(...)``; the largest logit is the prediction."""
-        targets, predicted = targets.reshape(-1), logits.argmax(dim=-1).reshape(-1)
-        ones = torch.ones_like(targets)
-        self._sums["tp"].index_add_(0, targets, (predicted == targets).long())
-        self._sums["positives"].index_add_(0, targets, ones)
-        self._sums["predicted"].index_add_(0, predicted, ones)
+    def update(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a batch of whole images; the largest logit is the prediction.
+
+        Args:
+            logits: ``(B, n, C)``.
+            targets: int64 ``(B, n)``.
+
+        Returns:
+            As for :meth:`MultiLabelCounts.update`.
+        """
+        predicted = logits.argmax(dim=-1)
+        cells = torch.zeros(3, len(targets), logits.shape[-1], dtype=torch.int64, device=logits.device)
+        hits, positives, chosen = cells
+        hits.scatter_add_(1, targets, (predicted == targets).long())
+        positives.scatter_add_(1, targets, torch.ones_like(targets))
+        chosen.scatter_add_(1, predicted, torch.ones_like(predicted))
+        for name, value in zip(("tp", "positives", "predicted"), cells.sum(dim=1), strict=True):
+            self._sums[name] += value
+        return hits, positives
 
     def compute(self) -> dict[str, Any]:
         """The figures, JSON-able; means over classes are over those that occur.

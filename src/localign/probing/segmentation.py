@@ -19,6 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from localign.data.sources import SUFFIXES, UnreadableImage, read_image
 from localign.data.transforms import EvalTransform
 from localign.errors import UserError
+from localign.probing.classes import ClassTable, class_table
+
+MAP_SUFFIX = ".png"
+"""File name ending of label maps, in any case."""
+
+FINGERPRINTED = 256
+"""How many pairs of a set have their content in its fingerprint."""
 
 
 @runtime_checkable
@@ -26,7 +33,8 @@ class LabelledSource(Protocol):
     """Random access to images with a label map; picklable, for loader workers.
 
     Beyond these members a source may have ``attributes``, bool ``(codes, len(classes))``: then its maps hold
-    codes, and the table says which classes a code belongs to. Otherwise a map holds class ids.
+    codes, and the table says which classes a code belongs to. Otherwise a map holds class ids. And it may
+    have ``class_kinds``, "thing", "stuff" or "other" for each class; None where unknown.
     """
 
     kind: str
@@ -39,7 +47,10 @@ class LabelledSource(Protocol):
         """A stable name for logs."""
 
     def load_labelled(self, index: int) -> tuple[Image.Image, NDArray[Any]]:
-        """The image in RGB and its integer label map ``(H, W)``, of the same size."""
+        """The image in RGB and its integer label map ``(H, W)``, of the same size.
+
+        All maps of a source have one type; uint8 makes the loader's batches small.
+        """
 
     def fingerprint(self) -> str:
         """A short hash of what the source holds."""
@@ -84,37 +95,36 @@ class AttributeLabels:
 class FolderSegmentation:
     """Images in one folder, label maps of the same names in another: ``a.jpg`` and ``a.png``.
 
-    A label map is a single-channel image whose values are class ids.
+    A label map is a single-channel PNG image. It belongs to its image's pixels as they are stored: an EXIF
+    orientation is passed over. Opening lists each folder once and looks at no file.
 
     Args:
-        images_dir: Folder of images, flat.
-        masks_dir: Folder of label maps (.png).
-        classes: A JSON file or a mapping of id -> name, or names in the order of their ids. Ids may have
-            gaps; a gap is a class without a name that no pixel may hold. Id 0 is "unlabeled".
+        images_dir: Folder of images, flat. Where it is the folder of label maps too, its PNG files are maps.
+        masks_dir: Folder of label maps.
+        classes: The table, or what :func:`localign.probing.classes.class_table` makes one of.
+        kind: What sort of data it is, for results.
+
+    Attributes:
+        class_kinds: "thing", "stuff" or "other" for each class, or None where unknown.
 
     Raises:
-        UserError: a folder or the table is missing or empty, or an image has no label map.
+        UserError: a folder or the table is missing or empty, an image has no label map, or two images share
+            one.
     """
-
-    kind = "segmentation"
 
     def __init__(
         self,
         images_dir: str | os.PathLike[str],
         masks_dir: str | os.PathLike[str],
-        classes: str | os.PathLike[str] | Mapping[Any, str] | Sequence[str],
+        classes: ClassTable | str | Path | Mapping[Any, Any] | Sequence[Any],
+        *,
+        kind: str = "segmentation",
     ) -> None:
-        self.images_dir, self.masks_dir = Path(images_dir), Path(masks_dir)
-        self.classes, self._known = _class_table(classes)
-        images, masks = _listing(self.images_dir), _listing(self.masks_dir)
-        self._images = sorted(name for name in images if Path(name).suffix.lower() in SUFFIXES)
-        if not self._images:
-            raise UserError(f"no images in the folder {self.images_dir}")
-        without = [name for name in self._images if f"{Path(name).stem}.png" not in masks]
-        if without:
-            wanted = self.masks_dir / f"{Path(without[0]).stem}.png"
-            count = f"{len(without)} of {len(self._images)}"
-            raise UserError(f"{count} images have no label map; the first missing is {wanted}")
+        self.images_dir, self.masks_dir, self.kind = Path(images_dir), Path(masks_dir), kind
+        self.table = classes if isinstance(classes, ClassTable) else class_table(classes)
+        self.classes, self.class_kinds = self.table.names, self.table.kinds
+        self._images, self._masks = _pairs_of(self.images_dir, self.masks_dir)
+        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self._images)
@@ -125,78 +135,105 @@ class FolderSegmentation:
 
     def load(self, index: int) -> Image.Image:
         """The image alone, in RGB. Raises UnreadableImage."""
-        return read_image(self.images_dir / self._images[index], self._images[index])
+        return read_image(self.images_dir / self._images[index], self._images[index], upright=False)
 
     def load_labelled(self, index: int) -> tuple[Image.Image, NDArray[Any]]:
-        """The image in RGB and its class ids ``(H, W)``.
+        """The image in RGB and its class ids ``(H, W)``, of one type in all images.
 
         Raises:
             UnreadableImage: the image cannot be decoded.
-            UserError: the label map cannot be decoded, has another size or more than one channel, or holds an
-                id outside the table.
+            UserError: the label map cannot be decoded, has another size or more than one channel, or holds a
+                value that the table does not.
         """
         image = self.load(index)
-        path = self.masks_dir / f"{Path(self._images[index]).stem}.png"
-        try:
-            with Image.open(path, formats=["PNG"]) as mask:
-                labels = np.asarray(mask)
-        except Exception as error:  # decoders raise anything on corrupt files
-            unknown = isinstance(error, Image.UnidentifiedImageError)
-            reason = "not a PNG image" if unknown else f"{type(error).__name__}: {error}"
-            raise UserError(f"cannot read the label map {path}: {reason}") from None
-        if labels.ndim != 2:
-            raise UserError(f"the label map {path} has {labels.shape[-1]} channels; it must have one")
-        if labels.shape != (image.height, image.width):
+        path = self.masks_dir / self._masks[index]
+        values = _read_values(path)
+        if values.shape != (image.height, image.width):
             raise UserError(
-                f"the label map {path} has {labels.shape[1]} x {labels.shape[0]} pixels, "
+                f"the label map {path} has {values.shape[1]} x {values.shape[0]} pixels, "
                 f"its image {image.width} x {image.height}"
             )
-        labels = labels.astype(np.uint8) if labels.dtype == bool else labels
-        self._check_ids(labels, path)
-        return image, labels
-
-    def _check_ids(self, labels: NDArray[Any], path: Path) -> None:
-        low, high = int(labels.min()), int(labels.max())
-        if low >= 0 and high < len(self._known) and self._known[labels].all():
-            return
-        ids = np.unique(labels).tolist()
-        strange = [i for i in ids if not (0 <= i < len(self._known) and self._known[i])]
-        raise UserError(f"the label map {path} holds ids that the class table does not: {strange[:5]}")
+        try:
+            return image, self.table.classes_of(values)
+        except ValueError as error:
+            allowed = f"; it knows {self.table.values}" if self.table.values else ""
+            held = f"holds values that the class table does not know: {error.args[0]}"
+            raise UserError(f"the label map {path} {held}{allowed}") from None
 
     def fingerprint(self) -> str:
-        """Of the file names and the class table."""
-        text = json.dumps([self.kind, self._images, self.classes])
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        """Of the file names, the class table, and the bytes of up to 256 pairs spread evenly over the set.
+
+        So it changes when images come or go, when classes are named or numbered anew, and when a set is
+        exported, resized or annotated afresh under the same names; not with where the folders lie. A change
+        to a few files of a larger set can escape it.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        if self._fingerprint is None:
+            text = json.dumps([self.kind, self._images, self.classes, self.table.ids.tolist()])
+            digest = hashlib.blake2b(text.encode(), digest_size=8)
+            for index in np.unique(np.linspace(0, len(self) - 1, FINGERPRINTED).round().astype(int)).tolist():
+                for path in (self.images_dir / self._images[index], self.masks_dir / self._masks[index]):
+                    digest.update(hashlib.blake2b(_read_bytes(path)).digest())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
 
-def _listing(folder: Path) -> set[str]:
+def _pairs_of(images_dir: Path, masks_dir: Path) -> tuple[list[str], list[str]]:
+    """File names of images, sorted, and of their label maps."""
+    shared = images_dir == masks_dir
+    masks: dict[str, str] = {}
+    images: dict[str, str] = {}
+    for name in sorted(_listing(images_dir)):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() not in SUFFIXES or (shared and suffix.lower() == MAP_SUFFIX):
+            continue
+        if stem in images:
+            raise UserError(
+                f"{images[stem]} and {name} in {images_dir} share the label map {stem}{MAP_SUFFIX}"
+            )
+        images[stem] = name
+    if not images:
+        raise UserError(f"no images in the folder {images_dir}")
+    for name in _listing(masks_dir):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() == MAP_SUFFIX:
+            masks[stem] = name
+    without = [stem for stem in images if stem not in masks]
+    if without:
+        wanted = masks_dir / f"{without[0]}{MAP_SUFFIX}"
+        count = f"{len(without)} of {len(images)}"
+        raise UserError(f"{count} images have no label map; the first missing is {wanted}")
+    return list(images.values()), [masks[stem] for stem in images]
+
+
+def _listing(folder: Path) -> list[str]:
     try:
-        return {entry for entry in os.listdir(folder) if not entry.startswith(".")}
+        return [entry for entry in os.listdir(folder) if not entry.startswith(".")]
     except OSError as error:
         raise UserError(f"cannot list the folder {folder}: {error.strerror}") from None
 
 
-def _class_table(
-    classes: str | os.PathLike[str] | Mapping[Any, str] | Sequence[str],
-) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
-    """Names by id, and which ids exist."""
-    entries: Any = classes
-    if isinstance(classes, (str, os.PathLike)):
-        path = Path(classes)
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the class table {path}: {error}") from None
+def _read_bytes(path: Path) -> bytes:
     try:
-        pairs = entries.items() if isinstance(entries, Mapping) else enumerate(entries)
-        table = {int(key): str(value) for key, value in pairs}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the class table's keys must be ids: {error}") from None
-    if not table or min(table) < 0:
-        raise UserError("the class table needs at least one id, and none below 0")
-    size = max(table) + 1
-    known = np.array([i in table for i in range(size)])
-    return tuple(table.get(i, f"(no class {i})") for i in range(size)), known
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _read_values(path: Path) -> NDArray[Any]:
+    """The pixel values of a label map, ``(H, W)``."""
+    try:
+        with Image.open(path, formats=["PNG"]) as mask:
+            values = np.asarray(mask)
+    except Exception as error:  # decoders raise anything on corrupt files
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = "not a PNG image" if unknown else getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the label map {path}: {reason}") from None
+    if values.ndim != 2:
+        raise UserError(f"the label map {path} has {values.shape[-1]} channels; it must have one")
+    return values.astype(np.uint8) if values.dtype == bool else values
 
 
 class _Pairs(Dataset[tuple[Tensor, Tensor]]):
@@ -215,7 +252,8 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
         except UnreadableImage as error:
             # Leaving it out would change what is measured.
             raise UserError(f"cannot probe on an unreadable image: {error}") from None
-        return self.view(image), self.view.labels(labels)
+        maps = self.view.labels(labels)
+        return self.view(image), maps.to(torch.uint8) if labels.dtype == np.uint8 else maps
 
 
 def labelled_batches(
@@ -233,7 +271,7 @@ def labelled_batches(
         workers: Loader processes; 0 loads in the caller.
 
     Yields:
-        uint8 ``(B, 3, H, W)`` and int64 ``(B, H, W)`` codes.
+        uint8 ``(B, 3, H, W)``, and ``(B, H, W)`` codes: uint8 where the source's maps are, else int64.
 
     Raises:
         UserError: what the source raises, or an unreadable image.

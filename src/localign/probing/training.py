@@ -1,11 +1,17 @@
-"""Training probing heads: all of them together, over one stream of cached features."""
+"""Training probing heads: all heads, tasks and seeds together, over one stream of frozen features.
+
+Heads share batches and optimiser and nothing else: AdamW works on each number alone and no gradient norm is
+taken, so a head trained among others equals the same head trained alone, bit for bit. A seed decides how a
+head is initialised. The order of the samples is the same for all seeds, in this run and in any other: so
+seeds share each batch's features, and a seed's figures do not depend on which seeds ran beside it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +19,20 @@ from torch.nn import functional as F
 
 from localign import rng
 from localign.data.loader import SampleStream
+from localign.engine.config import Precision
+from localign.engine.distributed import World
 from localign.errors import RunFailure, UserError
+from localign.probing.features import DTYPES, Batch, Features, Rows
 from localign.probing.heads import Geometry, build_head
 from localign.probing.labels import PatchLabels
 
 CURVE_EVERY = 100
 """Steps between two points of the loss curves."""
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ORDER_SEED = 0
+"""Of the order of the samples, whatever the seeds of the heads."""
+
+Cache = Literal["auto", "none", "disk", "device"]
+Protocol = Literal["fixed", "published"]
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, how much is done, of how much)."""
@@ -42,6 +55,10 @@ class HeadSpec:
         return self.head if self.intervention == "none" else f"{self.head}-{self.intervention}"
 
 
+Member = tuple[int, HeadSpec]
+"""One head of a run: its seed and what it is."""
+
+
 @dataclass(frozen=True)
 class ProbeConfig:
     """What is trained on the frozen features, and how; the defaults are the published settings."""
@@ -51,13 +68,15 @@ class ProbeConfig:
     tasks: tuple[str, ...] = ("local", "global")
     """``local`` (the classes in a patch), ``global`` (in the image), ``majority`` (of a patch's pixels)."""
     seed: int = 0
-    """Seed of initialisation and sample order."""
+    """The first seed; seeds decide how heads are initialised."""
+    seeds: int = 1
+    """How many: ``seed`` .. ``seed + seeds - 1``, all in one pass."""
     epochs: float = 5.0
     """Passes over the training images; not used where ``steps`` is given."""
     steps: int | None = None
     """Optimiser steps; empty: as many as ``epochs`` asks for."""
     batch: int = 32
-    """Images per optimiser step."""
+    """Images per optimiser step, over all ranks."""
     lr: float = 1e-3
     """Peak learning rate."""
     final_lr: float = 1e-4
@@ -66,30 +85,52 @@ class ProbeConfig:
     """Optimiser steps of linear warm-up; empty: 500, or a tenth of all steps where that is less."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on all parameters."""
-    precision: str = "auto"
-    """``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 on CUDA, float32 elsewhere."""
-    cache_dtype: str = "float16"
-    """How cached features are kept in memory: ``float32``, ``float16`` or ``bfloat16``."""
+    protocol: Protocol = "fixed"
+    """``fixed``: report what the last step left. ``published``: judge every epoch on the reported images and
+    report each head's best, by macro recall; which chooses on what it reports."""
+    precision: Precision = "auto"
+    """``fp32``, ``bf16`` (autocast), or ``auto``: bf16 on CUDA, fp32 elsewhere."""
+    cache: Cache = "auto"
+    """``none`` (a forward pass at every step), ``disk``, ``device`` (in memory), or ``auto``: in memory where
+    it takes no more than half of what is free, else on the disk."""
+    cache_dtype: str = "bfloat16"
+    """How kept features are stored: ``float32``, ``float16`` or ``bfloat16``."""
     extract_batch: int = 64
-    """Images per forward pass of the backbone."""
+    """Images per forward pass where no gradients are needed."""
     workers: int = 0
-    """Processes that load images; 0 loads in the main process."""
+    """Processes that load images, per rank; 0 loads in the main process."""
     curve_images: int = 512
-    """Validation images behind each point of the validation-loss curve."""
+    """Images behind each point of the validation-loss curve; 0 draws none."""
 
     def __post_init__(self) -> None:
-        if self.cache_dtype not in DTYPES:
-            raise UserError(f"unknown cache_dtype {self.cache_dtype!r}; known: {', '.join(DTYPES)}")
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"unknown precision {self.precision!r}; known: auto, float32, bfloat16")
-        for name in ("batch", "extract_batch", "curve_images"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        choices = (
+            ("precision", get_args(Precision)),
+            ("protocol", get_args(Protocol)),
+            ("cache", get_args(Cache)),
+            ("cache_dtype", tuple(DTYPES)),
+        )
+        for name, known in choices:
+            if getattr(self, name) not in known:
+                raise UserError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+        for name, least in (
+            ("batch", 1),
+            ("extract_batch", 1),
+            ("seeds", 1),
+            ("curve_images", 0),
+            ("workers", 0),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
             raise UserError("probing needs at least one step: epochs > 0 and steps >= 1")
         if not 0 < self.final_lr <= self.lr:
             raise UserError(f"learning rates must satisfy 0 < final_lr <= lr, got {self.final_lr}, {self.lr}")
         self.specs()
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds of the heads."""
+        return range(self.seed, self.seed + self.seeds)
 
     def specs(self) -> tuple[HeadSpec, ...]:
         """All heads x tasks; an intervention only with tasks that predict per patch."""
@@ -108,10 +149,22 @@ class ProbeConfig:
         return tuple(specs)
 
     def resolved(self, images: int) -> tuple[int, int]:
-        """(steps, warm-up steps) for a number of training images."""
+        """(steps, warm-up steps) for a number of training images.
+
+        Raises:
+            UserError: the warm-up is as long as the training.
+        """
         steps = self.steps or max(1, int(self.epochs * images) // self.batch)
         warmup = min(500, steps // 10) if self.warmup_steps is None else self.warmup_steps
+        if not 0 <= warmup < steps:
+            raise UserError(f"warm-up of {warmup} steps must be shorter than the training of {steps} steps")
         return steps, warmup
+
+    def epoch_ends(self, images: int) -> dict[int, int]:
+        """Step -> epoch, from 1, for the steps after which an epoch is over; the last may be cut short."""
+        steps, _ = self.resolved(images)
+        epochs = -(-steps * self.batch // images)
+        return {min(steps, -(-epoch * images // self.batch)): epoch for epoch in range(1, epochs + 1)}
 
 
 def learning_rate(step: int, steps: int, warmup_steps: int, lr: float, final_lr: float) -> float:
@@ -131,125 +184,194 @@ def head_loss(spec: HeadSpec, logits: Tensor, labels: PatchLabels) -> Tensor:
 
 @dataclass
 class TrainedHeads:
-    """Heads with their loss curves."""
+    """The heads of one seed with their loss curves."""
 
+    seed: int
     heads: dict[HeadSpec, nn.Module]
     curve: list[dict[str, Any]]
     """Every 100 steps: ``step``, and per head and task the mean ``train`` loss since the last point and the
     ``validation`` loss."""
 
 
-def _build(spec: HeadSpec, geometry: Geometry, labels: PatchLabels, seed: int) -> nn.Module:
-    classes = labels.codes if spec.task == "majority" else labels.classes
+def _build(seed: int, spec: HeadSpec, geometry: Geometry, features: Features) -> nn.Module:
+    classes = features.codes if spec.task == "majority" else features.classes
     # Keyed by what the head is: it starts the same whichever others are trained beside it.
     with rng.seeded_globals(seed, f"probe head {spec.label} {spec.task}"):
         return build_head(spec.head, geometry, classes, spec.task, spec.intervention)
 
 
 def train_heads(
-    features: Tensor,
-    labels: PatchLabels,
+    features: Features,
     specs: Iterable[HeadSpec],
     geometry: Geometry,
     config: ProbeConfig,
+    world: World,
     *,
-    validation: tuple[Tensor, PatchLabels] | None = None,
-    device: torch.device | str = "cpu",
+    validation: Features | None = None,
+    after_epoch: Callable[[int, Mapping[Member, nn.Module]], None] | None = None,
     progress: Progress | None = None,
-) -> TrainedHeads:
-    """Train all heads over one stream of cached features.
+) -> list[TrainedHeads]:
+    """Train all heads of all seeds over one stream of features.
 
-    Heads share batches and optimiser and nothing else: AdamW works on each number alone and no gradient norm
-    is taken, so a head trained among others equals the same head trained alone.
+    Over several ranks each takes its share of every batch and gradients are summed, so that the result is
+    that of one rank up to rounding.
 
     Args:
-        features: ``(N, P + n, d)``.
-        labels: Of the same images.
+        features: What to train on.
         specs: What to train.
         geometry: Of the backbone the features come from.
-        config: Seed, steps, batch, rates and precision.
-        validation: Features and labels for the validation-loss curve; no choice is made with it.
-        device: Where to train; features stay where they are and go over batch by batch.
+        config: Seeds, steps, batch, rates and precision.
+        world: The ranks, and the device to train on.
+        validation: Features for the validation-loss curve; no choice is made with it.
+        after_epoch: Called with the number of the epoch that is over, from 1, and all heads.
         progress: Told of each step.
 
+    Returns:
+        Per seed, its heads in eval mode.
+
     Raises:
-        UserError: the warm-up is longer than the training.
+        UserError: the warm-up is longer than the training, or the batch does not divide among ranks.
         RunFailure: a loss is not finite.
     """
-    device = torch.device(device)
     steps, warmup = config.resolved(len(features))
-    if not 0 <= warmup < steps:
-        raise UserError(f"warm-up of {warmup} steps must be shorter than the training of {steps} steps")
-    heads = {spec: _build(spec, geometry, labels, config.seed).to(device) for spec in specs}
+    ends = config.epoch_ends(len(features))
+    members = [(seed, spec) for spec in specs for seed in config.all_seeds]
+    heads = {m: _build(*m, geometry, features).to(world.device) for m in members}
     parameters = [p for head in heads.values() for p in head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    stream = SampleStream(config.seed, len(features))
-    running, since = torch.zeros(len(heads), device=device), 0
-    curve: list[dict[str, Any]] = []
-    for step in range(steps):
+    curves = _Curves(heads, validation, config, world)
+    for step, (tokens, labels) in enumerate(features.batches(_shares(features, steps, config)), start=1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, warmup, config.lr, config.final_lr)
-        rows = torch.from_numpy(stream.indices(step * config.batch, (step + 1) * config.batch))
-        losses = _losses(heads, features[rows], labels[rows], config, device)
+            group["lr"] = learning_rate(step - 1, steps, warmup, config.lr, config.final_lr)
         optimizer.zero_grad()
-        losses.sum().backward()
+        losses = _losses(heads, tokens, labels, config, share=len(tokens) / config.batch, learn=True)
+        _sum_gradients(parameters, world)
         optimizer.step()
-        running, since = running + losses.detach(), since + 1
-        if (step + 1) % CURVE_EVERY == 0 or step + 1 == steps:
-            held_out = _validation_losses(heads, validation, config, device)
-            curve.append(_curve_point(step + 1, heads, running / since, held_out))
-            running, since = torch.zeros_like(running), 0
+        curves.add(losses)
+        if step % CURVE_EVERY == 0 or step == steps:
+            curves.mark(step)
+        if after_epoch is not None and step in ends:
+            after_epoch(ends[step], heads)
         if progress is not None:
-            progress("heads", step + 1, steps)
-    return TrainedHeads({spec: head.eval() for spec, head in heads.items()}, curve)
+            progress("heads", step, steps)
+    return [
+        TrainedHeads(
+            seed, {spec: heads[s, spec].eval() for s, spec in members if s == seed}, curves.points[seed]
+        )
+        for seed in config.all_seeds
+    ]
 
 
-def uses_bfloat16(config: ProbeConfig, device: torch.device) -> bool:
+def _shares(features: Features, steps: int, config: ProbeConfig) -> list[Rows]:
+    """This rank's images of every step."""
+    stream = SampleStream(ORDER_SEED, len(features))
+    begins = range(0, steps * config.batch, config.batch)
+    return [features.share(stream.indices(begin, begin + config.batch)) for begin in begins]
+
+
+def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
     """Whether to compute in bfloat16 autocast."""
-    return config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def _losses(
-    heads: Mapping[HeadSpec, nn.Module],
+    heads: Mapping[Member, nn.Module],
     tokens: Tensor,
     labels: PatchLabels,
     config: ProbeConfig,
-    device: torch.device,
+    *,
+    share: float,
+    learn: bool = False,
 ) -> Tensor:
-    """float32 ``(heads,)``."""
-    tokens, labels = tokens.to(device).float(), labels.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(config, device)):
-        return torch.stack([head_loss(spec, head(tokens), labels) for spec, head in heads.items()])
+    """Mean losses times ``share``, the batch's part of what a mean is over; with ``learn`` gradients too.
 
+    Each head is gone back through at once: its activations are still near, and no two heads' exist together.
 
-@torch.no_grad()
-def _validation_losses(
-    heads: Mapping[HeadSpec, nn.Module],
-    validation: tuple[Tensor, PatchLabels] | None,
-    config: ProbeConfig,
-    device: torch.device,
-) -> Tensor | None:
-    if validation is None:
-        return None
-    features, labels = validation
-    total = min(len(features), config.curve_images)
-    losses = torch.zeros(len(heads), device=device)
-    for begin in range(0, total, config.extract_batch):
-        rows = slice(begin, min(begin + config.extract_batch, total))
-        share = (rows.stop - rows.start) / total
-        losses += share * _losses(heads, features[rows], labels[rows], config, device)
+    Returns:
+        float32 ``(heads,)``, zeros for an empty batch.
+    """
+    losses = torch.zeros(len(heads), device=tokens.device)
+    if not len(tokens):
+        return losses
+    tokens = tokens.float()
+    bfloat16 = uses_bfloat16(config.precision, tokens.device)
+    for i, ((_, spec), head) in enumerate(heads.items()):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bfloat16):
+            loss = share * head_loss(spec, head(tokens), labels)
+        if learn:
+            loss.backward()
+        losses[i] = loss.detach()
     return losses
 
 
-def _curve_point(
-    step: int, heads: Mapping[HeadSpec, nn.Module], train: Tensor, validation: Tensor | None
-) -> dict[str, Any]:
-    point: dict[str, Any] = {"step": step}
-    for i, spec in enumerate(heads):
-        if not math.isfinite(float(train[i])):
-            raise RunFailure(f"the loss of the {spec.label} head ({spec.task}) is not finite by step {step}")
-        losses = {"train": float(train[i])}
-        if validation is not None:
-            losses["validation"] = float(validation[i])
-        point.setdefault(spec.label, {})[spec.task] = losses
-    return point
+def _sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
+    """Each gradient's sum over ranks, in one exchange."""
+    if world.size == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    total = world.sum(torch.cat([g.reshape(-1) for g in gradients]))
+    for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+class _Curves:
+    """The loss curves of all heads.
+
+    Args:
+        heads: In the order of the losses.
+        validation: Its first ``curve_images`` images are looked at again for each point, and kept in memory.
+        config: How losses are computed.
+        world: The ranks.
+    """
+
+    def __init__(
+        self,
+        heads: Mapping[Member, nn.Module],
+        validation: Features | None,
+        config: ProbeConfig,
+        world: World,
+    ) -> None:
+        self.heads, self.config, self.world = heads, config, world
+        self.points: dict[int, list[dict[str, Any]]] = {seed: [] for seed in config.all_seeds}
+        self._running, self._steps = torch.zeros(len(heads), device=world.device), 0
+        self._held: list[Batch] = []
+        self._images = 0 if validation is None else min(len(validation), config.curve_images)
+        if validation is not None and self._images:
+            rows = validation.own()
+            rows = rows[rows < self._images]
+            self._held = list(validation.batches(chunks(rows, config.extract_batch)))
+
+    def add(self, losses: Tensor) -> None:
+        """Note a step's training losses: this rank's share of their means."""
+        self._running, self._steps = self._running + losses, self._steps + 1
+
+    def mark(self, step: int) -> None:
+        """Add a point. Raises RunFailure where a loss is not finite."""
+        train = self.world.sum(self._running / self._steps).tolist()
+        held_out = self._validation().tolist() if self._images else None
+        for seed, points in self.points.items():
+            point: dict[str, Any] = {"step": step}
+            for i, (own, spec) in enumerate(self.heads):
+                if own != seed:
+                    continue
+                if not math.isfinite(train[i]):
+                    name = f"{spec.label} head ({spec.task})"
+                    raise RunFailure(f"the loss of the {name} is not finite by step {step}")
+                losses = {"train": train[i]}
+                if held_out is not None:
+                    losses["validation"] = held_out[i]
+                point.setdefault(spec.label, {})[spec.task] = losses
+            points.append(point)
+        self._running, self._steps = torch.zeros_like(self._running), 0
+
+    @torch.no_grad()
+    def _validation(self) -> Tensor:
+        losses = torch.zeros(len(self.heads), device=self.world.device)
+        for tokens, labels in self._held:
+            losses += _losses(self.heads, tokens, labels, self.config, share=len(tokens) / self._images)
+        return self.world.sum(losses)
+
+
+def chunks(rows: Rows, size: int) -> list[Rows]:
+    """Consecutive pieces of at most ``size``."""
+    return [rows[begin : begin + size] for begin in range(0, len(rows), size)]

@@ -1,0 +1,94 @@
+"""From options to a table on the screen and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from localign.bench.config import BenchConfig
+from localign.bench.labels import bench_labels
+from localign.bench.probe import bench_probe
+from localign.engine import run as runs
+from localign.files import replace_text
+
+
+def run_bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure, show and write; returns what the JSON file holds."""
+    measured = bench_labels(config) if config.what == "labels" else bench_probe(config)
+    content = {"command": "bench", "config": runs.plain(config), "versions": runs.provenance(), **measured}
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    for table in labels_tables(content) if config.what == "labels" else probe_tables(content):
+        console.print(table)
+    path = Path(config.file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(content, indent=1) + "\n")
+    print(f"results    {path}")
+    return content
+
+
+def labels_tables(content: dict[str, Any]) -> list[Table]:
+    """How many label maps a second each way reduces."""
+    title = "{maps} label maps of {size} pixels, patches of {patch}, {classes} classes".format(**content)
+    table = _table(title, content, ("way",), ("images/s", "times slower", "in CPU time"))
+    for row in content["ways"]:
+        table.add_row(
+            row["way"],
+            f"{row['images_per_second']:,.0f}",
+            f"{row['times_slower']:.1f}",
+            f"{row['times_slower_cpu']:.1f}",
+        )
+    return [table]
+
+
+def probe_tables(content: dict[str, Any]) -> list[Table]:
+    """What each way costs, and that all come to the same recall."""
+    images = content["images"]
+    title = f"6 heads on {content['backbone']}, {content['steps']} steps on {images['train']} scenes"
+    costs = _table(title, content, ("way",), ("wall, s", "CPU, s", "times cheaper", "in CPU time"))
+    for row in content["ways"]:
+        seconds = row["seconds"]
+        costs.add_row(
+            row["way"],
+            f"{seconds['wall']:.1f}",
+            f"{seconds['cpu']:.1f}",
+            f"{row['times_cheaper']:.2f}",
+            f"{row['times_cheaper_cpu']:.2f}",
+        )
+    ways = [name for name in content["recalls"][0] if name not in ("head", "task", "scatter")]
+    recalls = Table(
+        title=f"Macro recall, %, on {images['test']} scenes",
+        caption="scatter: standard deviation over seeds, in points",
+    )
+    for i, name in enumerate(("head", "task", *ways, "largest difference", "scatter")):
+        recalls.add_column(name, justify="left" if i < 2 else "right")
+    for row in content["recalls"]:
+        values = [row[way] for way in ways]
+        known = None not in values
+        recalls.add_row(
+            row["head"],
+            row["task"],
+            *(_percent(v) for v in values),
+            _percent(max(values) - min(values) if known else None),
+            _percent(row["scatter"]),
+        )
+    return [costs, recalls]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def _table(title: str, content: dict[str, Any], texts: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
+    where = content["hardware"]
+    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
+    table = Table(title=title, caption=f"{where['processor']}, {where['device']}, {threads}")
+    for name in texts:
+        table.add_column(name)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table

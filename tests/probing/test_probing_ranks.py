@@ -1,0 +1,45 @@
+"""Two ranks share the work and come to what one comes to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import probe_ranks
+import pytest
+from safetensors.torch import load_file
+
+TOLERANCE = 1e-5
+
+
+def figures(folder: Path, cache: str) -> list[dict[str, Any]]:
+    return json.loads((folder / f"{cache}.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_in_every_mode(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    probe_ranks.run(one)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, probe_ranks.__file__, str(two)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for cache in probe_ranks.CACHES:
+        ours, theirs = (load_file(folder / f"{cache}.safetensors") for folder in (one, two))
+        assert ours.keys() == theirs.keys()
+        furthest = max((float((ours[k] - theirs[k]).abs().max()), k) for k in ours)
+        assert furthest[0] < TOLERANCE, (cache, furthest)
+        for first, second in zip(figures(one, cache), figures(two, cache), strict=True):
+            assert first["results"] == second["results"], cache
+            for a, b in zip(first["train"]["curve"], second["train"]["curve"], strict=True):
+                assert a["transformer"]["local"] == pytest.approx(b["transformer"]["local"], abs=TOLERANCE)

@@ -1,0 +1,109 @@
+"""The measurements compare ways that agree, and say what they measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from localign.bench import labels as bench_labels
+from localign.cli import main
+from localign.errors import RunFailure
+from localign.probing import PatchLabels, reduce_labels
+
+
+def test_the_loops_reduce_labels_as_the_package_does() -> None:
+    maps = bench_labels.drawn_maps(2, 40, seed=3)
+    maps[0, :14, :14] = 0
+    maps[1, :7] = 0
+    ours = reduce_labels(maps, 14, bench_labels.CLASSES)
+    for loop in (bench_labels.torch_loop, bench_labels.numpy_loop):
+        plain = loop(maps, 14, bench_labels.CLASSES)
+        for part in ("patch", "image", "majority"):
+            assert torch.equal(getattr(plain, part), getattr(ours, part)), (loop, part)
+
+
+def test_drawn_maps_have_regions_and_borders() -> None:
+    maps = bench_labels.drawn_maps(3, 384, seed=0)
+    again = bench_labels.drawn_maps(3, 384, seed=0)
+    assert torch.equal(maps, again)
+    for one in maps:
+        assert 2 <= len(one.unique()) <= bench_labels.CLASSES_PER_IMAGE
+        assert 0.002 < float((one[:, 1:] != one[:, :-1]).float().mean()) < 0.2
+    several = reduce_labels(maps, 14, bench_labels.CLASSES).patch.sum(-1) > 1
+    assert 0.15 < float(several.float().mean()) < 0.35  # of photographs about 0.18
+
+
+def test_bench_labels_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "bench.json"
+    assert main(["bench", "labels", "--images", "2", "--image-size", "64", "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    assert [row["way"] for row in content["ways"]] == [
+        "loop of torch.unique",
+        "loop of numpy.unique",
+        "reduce_labels",
+    ]
+    assert content["ways"][2]["times_slower"] == 1
+    assert content["ways"][0]["times_slower"] > 1
+    shown = capsys.readouterr().out
+    assert "2 label maps of 64 pixels, patches of 14, 183 classes" in shown
+    assert str(out) in shown
+
+
+def test_bench_labels_takes_a_folder_of_label_maps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(3):
+        ids = np.random.default_rng(i).integers(0, 9, (6, 8), dtype=np.uint8).repeat(9, 0).repeat(9, 1)
+        Image.fromarray(ids).save(tmp_path / f"{i}.png")
+    command = ["bench", "labels", "--image-size", "48", "--patch-size", "16", "--data", str(tmp_path)]
+    assert main([*command, "--out", str(tmp_path / "b.json")]) == 0
+    assert json.loads((tmp_path / "b.json").read_text())["classes"] == 9
+    (tmp_path / "0.png").write_text("no image")
+    assert main(command) == 2
+    assert "cannot read the label map" in capsys.readouterr().err
+
+
+def test_ways_that_disagree_are_a_failure() -> None:
+    maps = bench_labels.drawn_maps(1, 28, seed=0)
+    ours = reduce_labels(maps, 14, bench_labels.CLASSES)
+    other = PatchLabels(~ours.patch, ours.image, ours.majority, ours.codes)
+    with pytest.raises(RunFailure, match="disagree about patch labels"):
+        bench_labels._check_equal("loop", other, ours)
+
+
+@pytest.mark.slow
+def test_bench_probe_shows_equal_recalls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    assert main(["bench", "probe", "--images", "32", "--epochs", "1", "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    ways = ["separate runs", "one pass, no cache", "one pass, in memory", "one pass, on the disk"]
+    assert [row["way"] for row in content["ways"]] == ways
+    assert len(content["recalls"]) == 6
+    for row in content["recalls"]:
+        assert row["separate runs"] == pytest.approx(row["no cache"], abs=1e-6)
+        assert row["in memory"] == row["on the disk"]
+        assert row["separate runs"] == pytest.approx(row["in memory"], abs=0.05)  # rounding to bfloat16
+        assert row["scatter"] >= 0
+    assert "6 heads on scenes-vit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("bench cats", "--what takes one of [labels, probe]"),
+        ("bench labels --epochs 2", "--epochs has no effect on bench labels"),
+        ("bench probe --patch-size 14", "--patch-size has no effect on bench probe"),
+        ("bench labels --images 0", "--images must be above 0"),
+        ("bench labels --data x --images 3", "with --data all of the folder are taken"),
+        ("bench labels --data /nonexistent", "no label maps (*.png) in the folder /nonexistent"),
+        ("bench labels --image-size 8 --images 1", "maps of 8 pixels hold no patch of 14"),
+    ],
+)
+def test_bad_use_is_one_line(command: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.split()) == 2
+    assert said in capsys.readouterr().err
