@@ -147,7 +147,7 @@ def test_equal_folders_give_equal_pages(demo_page: Path) -> None:
 
 def test_without_pictures_it_says_so(tmp_path: Path) -> None:
     content, found = parsed(build_report(write_demo(tmp_path, pictures=False)))
-    assert "pictures.npz: no pictures" in content
+    assert "pictures.npz is missing: no pictures" in content
     assert found.tags.count("img") == 2
 
 
@@ -181,13 +181,13 @@ def test_a_plain_alignment_run_has_curves_and_no_recall(tmp_path: Path) -> None:
     assert "Before and after" not in content
 
 
-def test_a_probing_run_has_its_recalls_and_curves(tmp_path: Path) -> None:
-    results = {"command": "probe", "config": {}, "probes": [{**probe_result(0.4321), "name": "tiny"}]}
+def test_a_probing_run_has_its_recalls_figures_and_curves(tmp_path: Path) -> None:
+    results = {"command": "probe", "config": {}, "probe": {"tiny": [probe_result(0.4321)]}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     content, found = parsed(build_report(tmp_path))
-    assert found.tags.count("img") == 1
+    assert found.tags.count("img") == 4  # recall, heads, local against global, curves
     assert "43.2" in content
-    assert "Not in this report" not in content
+    assert "gains by class: it takes two backbones" in content
 
 
 def test_an_unfinished_run_is_shown_as_far_as_it_got(tmp_path: Path) -> None:

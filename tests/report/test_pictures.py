@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -17,10 +18,13 @@ from localign.alignment.teacher import Teacher
 from localign.backbones import Backbone
 from localign.report.classmarks import OTHER_FILL, class_marks
 from localign.report.curves import heads_figure, series, training_figure
-from localign.report.gather import fit_components, gather_pictures
+from localign.report.gather import fit_components, gather_pictures, gather_predictions, read_pictures
 from localign.report.pictures import (
+    _token_colours,
     component_colours,
     features_figure,
+    predicted_by,
+    predicted_names,
     predictions_figure,
     reconstructions_figure,
     wrong_patches,
@@ -42,9 +46,9 @@ class Head(nn.Module):
         return self.linear(self.dropout(tokens[:, 1:]))
 
 
-def tiny() -> Backbone:
+def tiny(side: int = 12) -> Backbone:
     torch.manual_seed(0)
-    kwargs = {"img_size": 12, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
+    kwargs = {"img_size": side, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
     return Backbone(vit, name="tiny", architecture="vit_tiny_patch16_224", model_kwargs=kwargs).eval()
 
@@ -94,7 +98,46 @@ def test_an_untrained_student_reconstructs_worse_than_the_mean(gathered: dict[st
 def test_what_was_not_given_is_not_made_up() -> None:
     without = gather(with_heads=False)
     assert not {"truth", "class_names", "probability_baseline", "probability_aligned"} & set(without)
-    assert "reconstruction" not in gather(target="cls")
+
+
+def test_a_class_token_is_shown_channel_by_channel() -> None:
+    arrays = gather(target="cls")
+    assert arrays["target"].shape == arrays["reconstruction"].shape == (IMAGES, 3, 8)
+    np.testing.assert_allclose(arrays["target"].mean(axis=(0, 1)), 0, atol=1e-5)
+    np.testing.assert_allclose(arrays["target"].std(axis=(0, 1)), 1, rtol=1e-4)
+    first, second = _token_colours(arrays, (3, 3))
+    assert first.shape == second.shape == (IMAGES, 3, 2, 4, 3)
+    assert not np.array_equal(first, second)
+
+
+def test_predictions_of_backbones_with_other_grids_keep_their_own(tmp_path: Path) -> None:
+    small, large = tiny(), tiny(side=16)
+    names = ["ground", "a", "b", "c"]
+    sides = {"small": (small, 12, 9), "same": (small, 12, 9), "large": (large, 16, 16)}
+    head = Head(8).train()
+    arrays = gather_predictions(
+        {name: (backbone, head) for name, (backbone, _, _) in sides.items()},
+        {
+            name: torch.zeros(IMAGES, 3, pixels, pixels, dtype=torch.uint8)
+            for name, (_, pixels, _) in sides.items()
+        },
+        {name: torch.ones(IMAGES, n, CLASSES, dtype=torch.bool) for name, (_, _, n) in sides.items()},
+        names,
+        {name: torch.zeros(IMAGES, n, dtype=torch.int64) for name, (_, _, n) in sides.items()},
+    )
+    assert head.training
+    np.testing.assert_array_equal(arrays["probability_small"], arrays["probability_same"])
+    assert arrays["probability_large"].shape == (IMAGES, 16, CLASSES)
+    assert "grid_same" not in arrays
+    assert arrays["grid_large"].tolist() == [4, 4]
+    assert predicted_names(arrays) == ["small", "same", "large"]
+    np.savez(tmp_path / "pictures.npz", **arrays)
+    stored, reason = read_pictures(tmp_path)
+    assert reason == ""
+    own = predicted_by(stored, "large", 1)
+    assert (own.grid, own.truth.shape) == ((4, 4), (1, 16, CLASSES))
+    assert own.majority is not None
+    assert own.majority.shape == (1, 16)
 
 
 def test_components_are_those_of_the_covariance() -> None:

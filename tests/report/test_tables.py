@@ -13,10 +13,8 @@ from localign.report.tables import (
     Difference,
     before_after,
     class_grid,
-    models_grid,
     paired,
     per_class,
-    probe_runs,
     recall_grid,
     signed,
     t_quantile,
@@ -104,14 +102,6 @@ def test_classes_without_positives_have_no_row(results: dict[str, Any]) -> None:
 def test_one_side_alone_is_a_table_without_a_difference(results: dict[str, Any]) -> None:
     del results["probe"]["aligned"]
     assert recall_grid(before_after(results)).header == ("macro recall, %", "head", "recall")
-
-
-def test_a_probing_run_shows_its_backbones_side_by_side() -> None:
-    results = {"probes": [{**result(0.5, 0.1), "name": "a"}, {**result(0.75, 0.2), "backbone": "b"}]}
-    grid = models_grid(probe_runs(results))
-    assert grid.header == ("macro recall, %", "head", "a", "b")
-    assert grid.rows[0] == ("local (per patch)", "transformer", "50.0", "75.0")
-    assert before_after(results) == []
 
 
 def test_no_probing_no_rows() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -16,10 +14,11 @@ from localign.engine.log import LOG_FILE, read_log
 from localign.engine.run import CONFIG_FILE, RESULTS_FILE, read_config, read_results
 from localign.errors import UserError
 from localign.files import replace_text
-from localign.report import captions, html, tables
+from localign.report import captions, html, probepage, tables
 from localign.report.curves import heads_figure, training_figure
-from localign.report.gather import PICTURES_FILE
+from localign.report.gather import PICTURES_FILE, read_pictures
 from localign.report.pictures import features_figure, predictions_figure, reconstructions_figure
+from localign.report.probing import probe_report
 from localign.report.style import data_uri, png, svg
 
 REPORT_FILE = "report.html"
@@ -66,16 +65,8 @@ def build_report(run_folder: str | Path) -> Path:
         UserError: the folder holds no run, or its results are no JSON.
     """
     run = read_run(Path(run_folder))
-    body = [
-        _head(run),
-        _recall(run),
-        _pictures(run),
-        _training(run),
-        _heads(run),
-        _classes(run),
-        _notes(run),
-        _record(run),
-    ]
+    shown = _probing(run) if _is_probe(run) else [_recall(run), _pictures(run), _training(run), _classes(run)]
+    body = [_head(run), *shown, _heads(run), _notes(run), _record(run)]
     path = run.folder / REPORT_FILE
     replace_text(
         path, html.page(f"localign {run.results.get('command', 'run')}: {run.folder.resolve().name}", body)
@@ -103,7 +94,9 @@ def read_run(folder: Path) -> Run:
     alignment = results if inner == folder else {}
     if inner and inner != folder and (inner / RESULTS_FILE).is_file():
         alignment = read_results(inner)
-    arrays = {} if results.get("command") == "probe" else _read_pictures(folder, missing)
+    arrays, reason = read_pictures(folder)
+    if reason:
+        missing.append(f"{reason}: no pictures")
     name = "" if inner in (None, folder) else str(inner.name if inner else "")
     return Run(folder, results, log, alignment, name, arrays, missing)
 
@@ -117,28 +110,31 @@ def _first_alignment(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _read_pictures(folder: Path, missing: list[str]) -> dict[str, NDArray[Any]]:
-    path = folder / PICTURES_FILE
-    if not path.is_file():
-        missing.append(f"{PICTURES_FILE}: no pictures")
-        return {}
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        missing.append(f"{PICTURES_FILE} cannot be read ({error}): no pictures")
-        return {}
+def _is_probe(run: Run) -> bool:
+    return run.results.get("command") in ("probe", "reproduce") and bool(
+        tables.measured(tables.probe_runs(run.results))
+    )
 
 
 # -- parts of the page -----------------------------------------------------------------------------------
 
 
 def _head(run: Run) -> str:
-    rows = tables.before_after(run.results)
     command = run.results.get("command", "run")
-    entries = [_tile(r) for r in _main_rows(rows)][:_TILES] if rows else _alignment_tiles(run)
     title = f"<h1>localign {html.text(command)}: {html.text(run.folder.resolve().name)}</h1>"
-    return title + html.paragraph(headline(run.results, rows, run.log), "lead") + html.tiles(entries)
+    if _is_probe(run):
+        lead, entries = probepage.headline(run.results), probepage.tiles(run.results)
+    else:
+        rows = tables.before_after(run.results)
+        lead = headline(run.results, rows, run.log)
+        entries = [_tile(r) for r in _main_rows(rows)] if rows else _alignment_tiles(run)
+    return title + html.paragraph(lead, "lead") + html.tiles(entries[:_TILES])
+
+
+def _probing(run: Run) -> list[str]:
+    report = probe_report(run.results, run.arrays)
+    run.missing += report.left_out
+    return probepage.sections(report)
 
 
 def headline(
@@ -158,8 +154,6 @@ def headline(
         )
     if isinstance(final, (int, float)):
         parts.append(f"The loss on held-out images is {final:.4g} at the end.")
-    if not parts and (runs := tables.probe_runs(results)):
-        parts.append(f"Recall of heads on the frozen features of {', '.join(runs)}.")
     return " ".join(parts) or "A run without results yet."
 
 
@@ -209,9 +203,7 @@ def _alignment_tiles(run: Run) -> list[html.Tile]:
 def _recall(run: Run) -> str:
     rows = tables.before_after(run.results)
     if not rows:
-        runs = tables.probe_runs(run.results)
-        table = tables.to_html(tables.models_grid(runs)) if runs else ""
-        return html.section("Recall", table, html.paragraph(captions.RECALL, "muted") if runs else "")
+        return ""
     both = any(r.recall.aligned is not None for r in rows)
     return html.section(
         "Before and after" if both else "Recall",
@@ -225,10 +217,16 @@ def _pictures(run: Run) -> str:
         return ""
     names = [str(n) for n in run.arrays.get("class_names", ())]
     loss = str((run.alignment.get("config") or {}).get("loss", "mse"))
+    one_token = "target" in run.arrays and run.arrays["target"].ndim == 3
     parts = (
         ("predictions per patch", _PREDICTIONS, predictions_figure, captions.predictions(names)),
         ("maps of patch features", _FEATURES, features_figure, captions.FEATURES),
-        ("reconstructions", _RECONSTRUCTIONS, reconstructions_figure, captions.reconstructions(loss)),
+        (
+            "reconstructions",
+            _RECONSTRUCTIONS,
+            reconstructions_figure,
+            captions.reconstructions(loss, one_token),
+        ),
     )
     return html.section("Pictures", *(_picture(run, *part) for part in parts))
 

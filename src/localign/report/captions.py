@@ -38,21 +38,30 @@ def predictions(class_names: Sequence[str]) -> Words:
     )
 
 
-def reconstructions(loss: str) -> Words:
-    """Of the reconstructions, for a run with this loss."""
+def reconstructions(loss: str, one_token: bool) -> Words:
+    """Of the reconstructions, for a run with this loss whose teacher gives patch tokens, or the class token."""
     caption = (
         "Feature reconstruction. The teacher sees an image with patches hidden (struck through, in the mean "
         "colour). The student sees the whole image, loses its embeddings of the hidden patches, and "
-        "reconstructs the teacher's tokens. All tokens are coloured by one PCA, fitted to the teacher's. "
-        "Error: squared error over the variance of the teacher's patch tokens; 0 is perfect, 1 no better "
-        "than their mean."
+        "reconstructs what the teacher gives. "
     )
+    if one_token:
+        caption += (
+            "Here that is the class token: a cell is one of its channels, orange below and violet above its "
+            "mean over these views. Error: squared error over the variance of the teacher's class tokens; "
+            "0 is perfect, 1 no better than their mean."
+        )
+    else:
+        caption += (
+            "All tokens are coloured by one PCA, fitted to the teacher's. Error: squared error over the "
+            "variance of the teacher's patch tokens; 0 is perfect, 1 no better than their mean."
+        )
     if loss == "cosine":
         caption += (
             " This run's loss was the cosine, which leaves lengths free: read colours and errors with care."
         )
     return (
-        "For each mask: what the teacher sees, its tokens, and the student's reconstruction of them.",
+        "For each mask: what the teacher sees, what it gives, and the student's reconstruction of it.",
         caption,
     )
 

@@ -68,6 +68,11 @@ def class_marks(names: Sequence[str], frequency: NDArray[np.floating]) -> list[C
     return marks
 
 
+def made_of_words(names: Sequence[str]) -> bool:
+    """Whether every class but the first says by its name how it looks."""
+    return len(names) > 1 and all(_by_words(name) is not None for name in names[1:])
+
+
 def _by_words(name: str) -> tuple[str | None, str | Path | None] | None:
     """Fill and sign of a name made of nothing but words for colours and shapes; else None."""
     words = name.lower().replace("-", " ").replace("_", " ").split()

@@ -6,9 +6,11 @@ built from the folder alone. Features are reduced to three principal components 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,18 @@ from localign.alignment.teacher import Teacher
 from localign.backbones import Backbone
 
 PICTURES_FILE = "pictures.npz"
+
+
+def read_pictures(folder: Path) -> tuple[dict[str, NDArray[Any]], str]:
+    """The arrays of a run folder's ``pictures.npz``; where there are none, nothing and the reason."""
+    path = folder / PICTURES_FILE
+    if not path.is_file():
+        return {}, f"{PICTURES_FILE} is missing"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}, ""
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        return {}, f"{PICTURES_FILE} cannot be read ({error})"
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ def gather_pictures(
     images: Tensor,
     truth: Tensor | None,
     class_names: Sequence[str] | None,
-    keep_masks: Tensor,
+    keep_masks: Tensor | None,
 ) -> dict[str, NDArray[Any]]:
     """Predictions, feature maps and reconstructions of a few images.
 
@@ -73,22 +87,23 @@ def gather_pictures(
     Args:
         baseline: The backbone before alignment.
         aligned_student: The trained student; its encoder's backbone is the aligned one.
-        teacher: What the student learned from. With target ``cls`` there is no map to reconstruct, and the
-            reconstruction arrays are left out.
+        teacher: What the student learned from.
         heads_before: A local-task head trained on the baseline's tokens: ``(k, P + n, d)`` to logits
             ``(k, n, C)``. None leaves the predictions out, as it does for ``heads_after`` or ``truth``.
         heads_after: The same head trained on the aligned tokens.
         images: uint8 ``(k, 3, H, W)``.
         truth: bool ``(k, n, C)``, the classes of each patch.
         class_names: C names.
-        keep_masks: bool ``(k, masks, n)``, True = visible, in the order mask, complement, all-visible.
+        keep_masks: bool ``(k, masks, n)``, True = visible, in the order mask, complement, all-visible. None,
+            for a student that reconstructs no masked views, leaves the reconstructions out.
 
     Returns:
         Arrays without object dtype. Always ``images``, ``grid``, ``patch_size``, ``mean_colour``,
-        ``keep_masks``, ``pca_baseline`` and ``pca_aligned`` (float32 ``(k, n, 3)``, one PCA per backbone over
-        all images) with ``..._share``; ``target`` and ``reconstruction`` (float32 ``(k, masks, n, 3)``, both
-        in the target's PCA), ``target_share`` and ``view_error`` (``(k, masks)``, squared error over the
-        variance of the targets); ``truth``, ``class_names``, ``probability_baseline`` and
+        ``pca_baseline`` and ``pca_aligned`` (float32 ``(k, n, 3)``, one PCA per backbone over all images) with
+        ``..._share``; ``keep_masks``, ``target`` and ``reconstruction`` (float32 ``(k, masks, n, 3)``, both
+        in the target's PCA with its ``target_share``; with target ``cls`` ``(k, masks, width)``, each channel in
+        standard deviations from its mean) and ``view_error`` (``(k, masks)``, squared error over the variance of
+        the targets); ``truth``, ``class_names``, ``probability_baseline`` and
         ``probability_aligned`` (float16 ``(k, n, C)``).
     """
     arrays: dict[str, NDArray[Any]] = {
@@ -96,7 +111,6 @@ def gather_pictures(
         "grid": np.asarray(baseline.grid),
         "patch_size": np.asarray(baseline.patch_size),
         "mean_colour": np.asarray(teacher.backbone.mean),
-        "keep_masks": keep_masks.cpu().numpy(),
     }
     sides = (
         ("baseline", baseline, heads_before),
@@ -112,8 +126,50 @@ def gather_pictures(
     if truth is not None and heads_before is not None and heads_after is not None:
         names = class_names or [f"class {i}" for i in range(truth.shape[-1])]
         arrays |= {"truth": truth.cpu().numpy(), "class_names": np.asarray(list(names), dtype=np.str_)}
-    if teacher.target != "cls":
+    if keep_masks is not None:
+        arrays["keep_masks"] = keep_masks.cpu().numpy()
         arrays |= _reconstructions(aligned_student, teacher, images, keep_masks)
+    return arrays
+
+
+@torch.no_grad()
+def gather_predictions(
+    models: Mapping[str, tuple[Backbone, nn.Module]],
+    images: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    class_names: Sequence[str],
+    majority: Mapping[str, Tensor] | None = None,
+) -> dict[str, NDArray[Any]]:
+    """What local-task heads make of the same few images, backbone by backbone.
+
+    Args:
+        models: Name to backbone and head, ``(k, P + n, d)`` to logits ``(k, n, C)``; each is used in eval mode
+            on the device where it is.
+        images: Of each name, uint8 ``(k, 3, H, W)`` at its backbone's size; the first are kept to be shown.
+        truth: Of each name, bool ``(k, n, C)``.
+        class_names: C names.
+        majority: Of each name, int64 ``(k, n)``, the class with most pixels of each patch; None for label maps
+            that say several things of a pixel.
+
+    Returns:
+        ``images``, ``grid``, ``truth``, ``class_names``, maybe ``majority``, of the first backbone, and
+        ``probability_<name>`` (float16 ``(k, n, C)``) of every one; of those with another grid, ``grid_<name>``,
+        ``truth_<name>`` and ``majority_<name>`` too.
+    """
+    first = next(iter(models))
+    arrays: dict[str, NDArray[Any]] = {
+        "images": images[first].cpu().numpy(),
+        "class_names": np.asarray(list(class_names), dtype=np.str_),
+    }
+    for name, (backbone, head) in models.items():
+        arrays[f"probability_{name}"] = _probabilities(head, _tokens(backbone, images[name]))
+        if name != first and tuple(backbone.grid) == tuple(models[first][0].grid):
+            continue
+        tail = "" if name == first else f"_{name}"
+        arrays[f"grid{tail}"] = np.asarray(backbone.grid)
+        arrays[f"truth{tail}"] = truth[name].cpu().numpy()
+        if majority is not None:
+            arrays[f"majority{tail}"] = majority[name].cpu().numpy()
     return arrays
 
 
@@ -131,24 +187,35 @@ def _probabilities(head: nn.Module, tokens: Tensor) -> NDArray[np.float16]:
 def _reconstructions(
     student: Student, teacher: Teacher, images: Tensor, keep_masks: Tensor
 ) -> dict[str, NDArray[Any]]:
-    """The teacher's patch tokens of every view and the student's attempt at them."""
-    prefix, (count, masks, patches) = student.num_prefix_tokens, keep_masks.shape
-    device = _device(student)
+    """What the teacher gives of every view, patch tokens or one class token, and the student's attempt at it."""
+    count, masks, _ = keep_masks.shape
+    device, there = _device(student), _device(teacher.backbone)
     with _evaluating(student):
         normalised = teacher.backbone.normalise(images.to(device))
         keep = keep_masks.to(device)
-        predicted = student(normalised, keep).float()[:, prefix:]
-    there = _device(teacher.backbone)
-    wanted = teacher(normalised.to(there), keep.to(there)).float()[:, prefix:].to(device)
-    variance = (wanted - wanted.mean(dim=(0, 1))).square().mean().clamp(min=1e-12)
-    error = ((predicted - wanted).square().mean(dim=(1, 2)) / variance).view(count, masks)
+        predicted = student(normalised, keep).float()
+    wanted = teacher(normalised.to(there), keep.to(there)).float().to(device)
+    one_token = teacher.target == "cls"
+    if one_token:
+        predicted = predicted[:, 0]
+    else:
+        predicted, wanted = (tokens[:, student.num_prefix_tokens :] for tokens in (predicted, wanted))
+    mean = wanted.flatten(0, -2).mean(dim=0)
+    variance = (wanted - mean).square().mean().clamp(min=1e-12)
+    error = (predicted - wanted).square().flatten(1).mean(dim=1) / variance
+    shown: dict[str, NDArray[Any]] = {"view_error": error.view(count, masks).cpu().numpy()}
+    if one_token:
+        # Too few vectors for a PCA of their own: the channels themselves, as deviations from the mean view.
+        spread = (wanted - mean).square().mean(dim=0).sqrt().clamp(min=1e-6)
+        for name, values in (("target", wanted), ("reconstruction", predicted)):
+            shown[name] = ((values - mean) / spread).view(count, masks, -1).cpu().numpy()
+        return shown
     components = fit_components(wanted)
-    shape = (count, masks, patches, 3)
-    return {
+    shape = (count, masks, wanted.shape[1], 3)
+    return shown | {
         "target": components(wanted).reshape(shape),
         "reconstruction": components(predicted).reshape(shape),
         "target_share": components.share,
-        "view_error": error.cpu().numpy(),
     }
 
 

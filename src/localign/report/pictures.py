@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PatchCollection
@@ -21,6 +23,9 @@ Arrays = Mapping[str, NDArray[Any]]
 THRESHOLD = 0.5
 MAX_IMAGES, MAX_RECONSTRUCTED = 6, 4
 VIEW_NAMES = ("mask", "complement", "all visible")
+CHANNEL_COLOURS = matplotlib.colormaps["PuOr"]
+CHANNEL_RANGE = 2.5
+"""Standard deviations at which a channel's colour is full."""
 _CELL = 0.84
 """Side of a drawn patch; the gap around it is where the outline of a wrong one lies."""
 
@@ -51,33 +56,73 @@ def component_colours(
 # -- per-patch predictions -------------------------------------------------------------------------------
 
 
-@styled
-def predictions_figure(arrays: Arrays) -> Figure:
-    """Image, truth, and what a local-task head makes of the baseline's and of the aligned tokens.
+@dataclass(frozen=True)
+class Predicted:
+    """What a local-task head made of one backbone's tokens; n patches may differ between backbones."""
+
+    probability: NDArray[np.float64]
+    """``(k, n, C)``."""
+    truth: NDArray[np.bool_]
+    """``(k, n, C)``."""
+    majority: NDArray[np.integer] | None
+    """``(k, n)``, the class with most pixels of each patch, where it is known."""
+    grid: tuple[int, int]
+
+
+def predicted_by(arrays: Arrays, name: str, count: int) -> Predicted:
+    """One backbone's side of the first ``count`` images.
 
     Args:
-        arrays: ``images``, ``truth``, ``class_names``, ``grid`` and the two ``probability_...`` of
-            :func:`localign.report.gather.gather_pictures`.
+        arrays: ``probability_<name>``, ``truth`` and ``grid``, maybe ``majority``; where the backbone has a
+            grid of its own, ``truth_<name>`` and ``grid_<name>``, maybe ``majority_<name>``.
+        name: The backbone.
+        count: How many images.
     """
+    own = f"grid_{name}" in arrays
+    tail = f"_{name}" if own else ""
+    majority = arrays.get(f"majority{tail}")
+    rows, columns = (int(v) for v in arrays[f"grid{tail}"])
+    return Predicted(
+        arrays[f"probability_{name}"][:count].astype(np.float64),
+        arrays[f"truth{tail}"][:count],
+        None if majority is None else majority[:count],
+        (rows, columns),
+    )
+
+
+def predicted_names(arrays: Arrays) -> list[str]:
+    """Backbones whose predictions the arrays hold, in order."""
+    head = "probability_"
+    return [name.removeprefix(head) for name in arrays if name.startswith(head)]
+
+
+@styled
+def predictions_figure(arrays: Arrays, names: Mapping[str, str] | None = None) -> Figure:
+    """Image, truth, and all classes that a local-task head finds in each patch, backbone by backbone.
+
+    Args:
+        arrays: ``images``, ``truth``, ``class_names``, ``grid`` and ``probability_...`` of
+            :func:`localign.report.gather.gather_pictures`.
+        names: Backbones to show, and what to call them; ``baseline`` and ``aligned`` by default.
+    """
+    names = names or {"baseline": "baseline", "aligned": "aligned"}
     count = min(MAX_IMAGES, len(arrays["images"]))
-    truth = arrays["truth"][:count]
-    sides = {
-        name: arrays[f"probability_{name}"][:count].astype(np.float64) for name in ("baseline", "aligned")
-    }
-    seen = truth.sum((0, 1)) + sum((p > THRESHOLD).sum((0, 1)) for p in sides.values())
+    sides = [predicted_by(arrays, name, count) for name in names]
+    truth = sides[0].truth
+    seen = truth.sum((0, 1)) + sum((s.probability > THRESHOLD).sum((0, 1)) for s in sides)
     marks = class_marks([str(n) for n in arrays["class_names"]], np.asarray(seen, dtype=np.float64))
-    rows, columns = (int(v) for v in arrays["grid"])
-    titles = ("image", "truth", "predicted: baseline", "predicted: aligned")
+    rows, columns = sides[0].grid
+    titles = ("image", "truth", *(f"predicted: {shown}" for shown in names.values()))
     side = 2.35
-    figure = new_figure(side * 4 + 0.2, (side * rows / columns + 0.28) * count + 0.95)
-    axes = figure.subplots(count, 4, squeeze=False)
+    figure = new_figure(side * len(titles) + 0.2, (side * rows / columns + 0.28) * count + 0.95)
+    axes = figure.subplots(count, len(titles), squeeze=False)
     for i in range(count):
-        _show(axes[i, 0], arrays["images"][i].transpose(1, 2, 0))
-        _draw_patches(axes[i, 1], truth[i].astype(np.float64), None, (rows, columns), marks, side)
-        for ax, probability in zip(axes[i, 2:], sides.values(), strict=True):
-            wrong = wrong_patches(probability[i], truth[i])
-            _draw_patches(ax, probability[i], wrong, (rows, columns), marks, side)
-            _below(ax, f"{int(wrong.sum())} of {len(wrong)} patches wrong")
+        show(axes[i, 0], arrays["images"][i].transpose(1, 2, 0))
+        _draw_patches(axes[i, 1], truth[i].astype(np.float64), None, sides[0].grid, marks, side)
+        for ax, found in zip(axes[i, 2:], sides, strict=True):
+            wrong = wrong_patches(found.probability[i], found.truth[i])
+            _draw_patches(ax, found.probability[i], wrong, found.grid, marks, side)
+            below(ax, f"{int(wrong.sum())} of {len(wrong)} patches wrong")
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title)
     handles = _legend(marks)
@@ -127,7 +172,7 @@ def _draw_patches(
         ]
         thin = float(np.clip(cell * 0.09, 0.5, 1.2))
         ax.add_collection(PatchCollection(outlines, facecolors="none", edgecolors=ERROR, linewidths=thin))
-    _bare(ax, frame=True)
+    bare(ax, frame=True)
     ax.set_xlim(-0.56, columns - 0.44)
     ax.set_ylim(rows - 0.44, -0.56)
     ax.set_aspect("equal")
@@ -182,12 +227,12 @@ def features_figure(arrays: Arrays) -> Figure:
     figure = new_figure(1.62 * count + 0.35, 3 * 1.62 * grid[0] / grid[1] + 0.5)
     axes = figure.subplots(3, count, squeeze=False)
     for i in range(count):
-        _show(axes[0, i], arrays["images"][i].transpose(1, 2, 0))
+        show(axes[0, i], arrays["images"][i].transpose(1, 2, 0))
     axes[0, 0].set_ylabel("image")
     for row, name in enumerate(("baseline", "aligned"), start=1):
         colours = component_colours(arrays[f"pca_{name}"])
         for i in range(count):
-            _show(axes[row, i], colours[i].reshape(*grid, 3))
+            show(axes[row, i], colours[i].reshape(*grid, 3))
         share = float(np.sum(arrays[f"pca_{name}_share"]))
         axes[row, 0].set_ylabel(f"{name}\n({share:.0%} of variance)")
     return figure
@@ -207,23 +252,37 @@ def reconstructions_figure(arrays: Arrays) -> Figure:
     masks = int(arrays["keep_masks"].shape[1])
     count = min(MAX_RECONSTRUCTED, len(arrays["images"]))
     grid = tuple(int(v) for v in arrays["grid"])
-    target = component_colours(arrays["target"])
-    guess = component_colours(arrays["reconstruction"], arrays["target"])
+    target, guess = _token_colours(arrays, grid)
     side = 1.14
     figure = new_figure(3 * side * masks, (side * grid[0] / grid[1] + 0.24) * count + 0.55)
     groups = figure.subfigures(1, masks, squeeze=False, wspace=0.03)[0]
     for view, group in enumerate(groups):
         group.suptitle(_view_name(view, masks), fontsize=10, fontweight="bold")
         axes = group.subplots(count, 3, squeeze=False)
-        for ax, title in zip(axes[0], ("teacher sees", "its tokens", "student"), strict=True):
+        given = "its tokens" if arrays["target"].ndim == 4 else "its cls token"
+        for ax, title in zip(axes[0], ("teacher sees", given, "student"), strict=True):
             ax.set_title(title, fontsize=8.5)
         for i in range(count):
             _draw_view(axes[i, 0], arrays, i, view)
-            _show(axes[i, 1], target[i, view].reshape(*grid, 3))
-            _show(axes[i, 2], guess[i, view].reshape(*grid, 3))
-            _below(axes[i, 0], f"{float(arrays['keep_masks'][i, view].mean()):.0%} visible")
-            _below(axes[i, 2], f"error {float(arrays['view_error'][i, view]):.2f}")
+            show(axes[i, 1], target[i, view])
+            show(axes[i, 2], guess[i, view])
+            below(axes[i, 0], f"{float(arrays['keep_masks'][i, view].mean()):.0%} visible")
+            below(axes[i, 2], f"error {float(arrays['view_error'][i, view]):.2f}")
     return figure
+
+
+def _token_colours(arrays: Arrays, grid: tuple[int, ...]) -> list[NDArray[np.float64]]:
+    """Target and reconstruction as ``(k, masks, rows, columns, 3)``: a cell is a patch, or a channel of one token."""
+    target, guess = arrays["target"], arrays["reconstruction"]
+    if target.ndim == 4:
+        colours = [component_colours(target), component_colours(guess, target)]
+    else:
+        width = target.shape[-1]
+        rows = next(r for r in range(int(width**0.5), 0, -1) if width % r == 0)
+        grid = (rows, width // rows)
+        scaled = [np.clip(values / (2 * CHANNEL_RANGE) + 0.5, 0, 1) for values in (target, guess)]
+        colours = [CHANNEL_COLOURS(values)[..., :3] for values in scaled]
+    return [c.reshape(*c.shape[:2], *grid, 3) for c in colours]
 
 
 def _view_name(view: int, masks: int) -> str:
@@ -238,7 +297,7 @@ def _draw_view(ax: Axes, arrays: Arrays, image: int, view: int) -> None:
     keep = arrays["keep_masks"][image, view].reshape(rows, columns)
     shown = np.zeros(pixels.shape[:2], dtype=bool)
     shown[: rows * height, : columns * width] = keep.repeat(height, 0).repeat(width, 1)
-    _show(ax, np.where(shown[..., None], pixels, arrays["mean_colour"]))
+    show(ax, np.where(shown[..., None], pixels, arrays["mean_colour"]))
     strokes = []
     for y, x in np.argwhere(~keep):
         left, top = x * width - 0.5, y * height - 0.5
@@ -249,12 +308,14 @@ def _draw_view(ax: Axes, arrays: Arrays, image: int, view: int) -> None:
 # -- axes ------------------------------------------------------------------------------------------------
 
 
-def _show(ax: Axes, picture: NDArray[Any]) -> None:
+def show(ax: Axes, picture: NDArray[Any]) -> None:
+    """An image without axes, its pixels as they are."""
     ax.imshow(picture, interpolation="nearest")
-    _bare(ax)
+    bare(ax)
 
 
-def _bare(ax: Axes, frame: bool = False) -> None:
+def bare(ax: Axes, frame: bool = False) -> None:
+    """Axes without grid, ticks and, unless asked for, frame."""
     ax.grid(visible=False)
     ax.set_xticks([])
     ax.set_yticks([])
@@ -262,5 +323,6 @@ def _bare(ax: Axes, frame: bool = False) -> None:
         spine.set_visible(frame)
 
 
-def _below(ax: Axes, text: str) -> None:
+def below(ax: Axes, text: str) -> None:
+    """Small words under a picture."""
     ax.set_xlabel(text, fontsize=8, color=MUTED, labelpad=3)

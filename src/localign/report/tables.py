@@ -23,8 +23,15 @@ TASK_NAMES = {
     "global": "global (per image)",
     "majority": "majority label of a patch",
 }
+HEAD_NAMES = {
+    "transformer": "transformer head",
+    "mlp": "MLP head",
+    "linear": "linear head",
+    "transformer-anonymous": "transformer head, anonymous tokens",
+    "transformer-cls-only": "transformer head, class token only",
+}
 _TASK_ORDER = ("local", "global", "majority")
-_HEAD_ORDER = ("transformer", "mlp", "linear")
+_HEAD_ORDER = ("transformer", "mlp", "linear", "transformer-anonymous", "transformer-cls-only")
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ class Grid:
     rows: tuple[tuple[str, ...], ...]
     texts: int = 1
     """How many columns are words, left-aligned; the rest are numbers."""
+    groups: tuple[int, ...] = ()
+    """Rows that begin a group of rows; LaTeX draws a rule before them."""
 
 
 # -- statistics ------------------------------------------------------------------------------------------
@@ -132,13 +141,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def probe_runs(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The probing results of each model, one per seed.
-
-    Of a demo, the models are ``baseline`` and ``aligned``; of a probing run, they go by their names.
-    """
-    if isinstance(results.get("probes"), list):
-        named = [r for r in results["probes"] if isinstance(r, dict)]
-        return {str(r.get("name") or r.get("backbone") or i): [r] for i, r in enumerate(named, start=1)}
+    """The probing results of each backbone, one per seed; of a demo, ``baseline`` and ``aligned``."""
     runs = results.get("probe")
     if not isinstance(runs, Mapping):
         return {}
@@ -153,9 +156,9 @@ def before_after(results: Mapping[str, Any]) -> list[Row]:
     """
     runs = {name: side for name, side in probe_runs(results).items() if name in SIDES}
     rows = []
-    for source, task, head in _measured(runs):
+    for source, task, head in measured(runs):
         values = {
-            name: [_metric(r, source, head, task, "macro_recall") for r in runs.get(name, [])]
+            name: [metric(r, source, head, task, "macro_recall") for r in runs.get(name, [])]
             for name in SIDES
         }
         rows.append(Row(source, task, head, paired(values["baseline"], values["aligned"])))
@@ -165,7 +168,7 @@ def before_after(results: Mapping[str, Any]) -> list[Row]:
 SIDES = ("baseline", "aligned")
 
 
-def _measured(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, str]]:
+def measured(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, str]]:
     """(source, task, head) of everything measured: test, local and transformer first."""
     found: dict[tuple[str, str, str], None] = {}
     for side in runs.values():
@@ -184,7 +187,8 @@ def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
     return (order.index(name) if name in order else len(order), name)
 
 
-def _metric(run: Mapping[str, Any], source: str, head: str, task: str, name: str) -> Any:
+def metric(run: Mapping[str, Any], source: str, head: str, task: str, name: str) -> Any:
+    """One figure of one outcome; None where it was not measured."""
     return run.get("results", {}).get(source, {}).get(head, {}).get(task, {}).get(name)
 
 
@@ -261,21 +265,6 @@ def class_grid(rows: Sequence[ClassRow], unit: str) -> Grid:
             numbers += [percent(row.recall.aligned), signed(row.recall)]
         body.append((row.name, f"{row.positives:,}", *numbers))
     return Grid(header, tuple(body))
-
-
-def models_grid(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Grid:
-    """Macro recall of any models side by side, in percent, means over seeds."""
-    measured = _measured(runs)
-    several = len({source for source, _, _ in measured}) > 1
-    body = []
-    for source, task, head in measured:
-        means = [
-            paired([_metric(r, source, head, task, "macro_recall") for r in side], [])
-            for side in runs.values()
-        ]
-        name = TASK_NAMES.get(task, task) + (f", {source}" if several else "")
-        body.append((name, head, *(percent(m.baseline) for m in means)))
-    return Grid(("macro recall, %", "head", *runs), tuple(body), texts=2)
 
 
 def interval_sentence(rows: Sequence[Row]) -> str:

@@ -1,0 +1,270 @@
+"""Qualitative predictions (fig. 3): the most probable class of every patch, for any number of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+
+from localign.report.captions import Words, predictions
+from localign.report.classmarks import GROUND_FILL, OTHER_FILL, made_of_words
+from localign.report.figures.drawing import Drawing, legend_below, legend_height, short_names
+from localign.report.pictures import (
+    MAX_IMAGES,
+    Arrays,
+    Predicted,
+    bare,
+    below,
+    predicted_by,
+    predicted_names,
+    predictions_figure,
+    show,
+)
+from localign.report.style import CATEGORICAL, ERROR, INK, PAPER, RULE, new_figure, styled
+
+MAX_BACKBONES = 4
+_HATCHES = ("", "////")
+"""Each fill comes plain, then striped: twenty classes can be told apart."""
+_SIDE = 2.3
+"""Of one picture, inches."""
+_REGION = 4
+"""Patches from which on a region carries its class's number."""
+HEADER = ("image", "backbone", "patches", "right")
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a class is drawn."""
+
+    fill: str
+    hatch: str
+    number: int
+    """In the legend and in the pictures; 0 for classes that share the grey of the rest."""
+
+
+def predictions_drawing(
+    arrays: Arrays, shown: Mapping[str, str] | None = None, name: str = "predictions"
+) -> Drawing | None:
+    """Image, truth, and predictions of up to four backbones; None where the arrays hold none.
+
+    Classes that say by their names how they look (colours and shapes) may share a patch, and all above 0.5 are
+    drawn; of any others, the most probable one is.
+
+    Args:
+        arrays: ``images``, ``class_names`` and, of every backbone, what
+            :func:`localign.report.pictures.predicted_by` needs.
+        shown: What to call the backbones, in the order to show them; those without arrays are left out.
+        name: Of the files.
+    """
+    stored = predicted_names(arrays)
+    if not stored or not {"images", "class_names", "truth", "grid"} <= set(arrays):
+        return None
+    names = {n: label for n, label in (shown or {}).items() if n in stored} or {n: n for n in stored}
+    names = dict(list(names.items())[:MAX_BACKBONES])
+    names = dict(zip(names, short_names(list(names.values()), 26), strict=True))
+    classes = [str(c) for c in arrays["class_names"]]
+    count = min(MAX_IMAGES, len(arrays["images"]))
+    sides = {n: predicted_by(arrays, n, count) for n in names}
+    rows = tuple(
+        (i, n, len(side.probability[i]), int(_right(side)[i].sum()))
+        for i in range(count)
+        for n, side in sides.items()
+    )
+    if made_of_words(classes):
+        return Drawing(
+            name, predictions_figure(arrays, names), predictions(classes), HEADER, rows, vector=False
+        )
+    figure = most_probable_figure(
+        arrays["images"][:count], {names[n]: side for n, side in sides.items()}, classes
+    )
+    return Drawing(name, figure, _WORDS, HEADER, rows, vector=False)
+
+
+def _right(side: Predicted) -> NDArray[np.bool_]:
+    """``(k, n)``: whether the most probable class is one of the patch's classes."""
+    best = side.probability.argmax(-1)[..., None]
+    return np.asarray(np.take_along_axis(side.truth, best, -1)[..., 0], dtype=bool)
+
+
+@styled
+def most_probable_figure(
+    images: NDArray[np.uint8], sides: Mapping[str, Predicted], class_names: Sequence[str]
+) -> Figure:
+    """Image, truth, and the most probable class of every patch, backbone by backbone.
+
+    Args:
+        images: ``(k, 3, H, W)``.
+        sides: What to call each backbone, and its predictions.
+        class_names: C names; the first is "unlabeled".
+    """
+    first = next(iter(sides.values()))
+    looks = _looks(first, list(sides.values()))
+    handles = _handles(looks, class_names)
+    rows, columns = first.grid
+    width = _SIDE * (2 + len(sides)) + 0.2
+    height = (_SIDE * rows / columns + 0.3) * len(images) + 0.25 + legend_height(handles, width)
+    figure = new_figure(width, height)
+    axes = figure.subplots(len(images), 2 + len(sides), squeeze=False)
+    for ax, title in zip(axes[0], ("image", "truth", *sides), strict=True):
+        ax.set_title(title)
+    for i, image in enumerate(images):
+        show(axes[i, 0], image.transpose(1, 2, 0))
+        _draw(axes[i, 1], _true_classes(first, i), looks, first.grid)
+        for ax, side in zip(axes[i, 2:], sides.values(), strict=True):
+            best = side.probability[i].argmax(-1)
+            sure = side.probability[i].max(-1)
+            right = _right(side)[i]
+            _draw(
+                ax, [[(int(c), float(p))] for c, p in zip(best, sure, strict=True)], looks, side.grid, ~right
+            )
+            below(ax, f"{int(right.sum())} of {len(right)} patches right")
+    legend_below(figure, handles)
+    return figure
+
+
+def _true_classes(side: Predicted, image: int) -> list[list[tuple[int, float]]]:
+    """Per patch, its majority class; where that is unknown, all its classes."""
+    if side.majority is not None:
+        return [[(int(c), 1.0)] for c in side.majority[image]]
+    return [[(int(c), 1.0) for c in np.flatnonzero(patch)] for patch in side.truth[image]]
+
+
+def _looks(first: Predicted, sides: Sequence[Predicted]) -> dict[int, Look]:
+    """A look for every class that is drawn somewhere; the most frequent twenty get one of their own."""
+    classes = first.truth.shape[-1]
+    often = np.zeros(classes)
+    for image in range(len(first.truth)):
+        for patch in _true_classes(first, image):
+            for c, _ in patch:
+                often[c] += 1
+    for side in sides:
+        often += np.bincount(side.probability.argmax(-1).ravel(), minlength=classes)
+    order = [int(c) for c in np.argsort(-often, kind="stable") if often[c] > 0]
+    looks: dict[int, Look] = {}
+    styles = [(fill, hatch) for hatch in _HATCHES for fill in CATEGORICAL]
+    for c in order:
+        if c == 0:
+            looks[c] = Look(GROUND_FILL, "", len([1 for look in looks.values() if look.number]) + 1)
+        elif styles:
+            looks[c] = Look(*styles.pop(0), len([1 for look in looks.values() if look.number]) + 1)
+        else:
+            looks[c] = Look(OTHER_FILL, "", 0)
+    return looks
+
+
+def _draw(
+    ax: Axes,
+    patches: Sequence[Sequence[tuple[int, float]]],
+    looks: Mapping[int, Look],
+    grid: tuple[int, int],
+    wrong: NDArray[np.bool_] | None = None,
+) -> None:
+    """Stripes of each patch's classes, paler where less sure, with the numbers of the larger regions."""
+    rows, columns = grid
+    boxes: dict[int, list[tuple[Rectangle, float]]] = {}
+    for place, classes in enumerate(patches):
+        y, x = divmod(place, columns)
+        for k, (c, sure) in enumerate(classes):
+            width = 1 / len(classes)
+            boxes.setdefault(c, []).append((Rectangle((x - 0.5 + k * width, y - 0.5), width, 1), sure))
+    for c, parts in boxes.items():
+        look = looks[c]
+        ax.add_collection(
+            PatchCollection(
+                [box for box, _ in parts],
+                facecolors=[to_rgba(look.fill, 0.3 + 0.7 * sure) for _, sure in parts],
+                edgecolors=to_rgba(PAPER, 0.75),
+                linewidths=0.0,
+                hatch=look.hatch or None,
+            )
+        )
+    cell = 72 * _SIDE * 0.94 / columns
+    if wrong is not None:
+        places = np.flatnonzero(wrong)
+        size = float(np.clip(0.22 * cell, 1.3, 3.2))
+        ax.plot(
+            places % columns, places // columns, linestyle="none", marker="o", markersize=size, color=ERROR,
+            markeredgecolor=PAPER, markeredgewidth=0.3,
+        )  # fmt: skip
+    one = np.asarray([classes[0][0] if classes else -1 for classes in patches]).reshape(rows, columns)
+    for c, (y, x) in region_centres(one, _REGION):
+        if c in looks and looks[c].number:
+            ax.text(
+                x, y, str(looks[c].number), ha="center", va="center", fontsize=7, color=INK, fontweight="bold",
+                path_effects=[withStroke(linewidth=2, foreground=PAPER)],
+            )  # fmt: skip
+    bare(ax, frame=True)
+    ax.set_xlim(-0.5, columns - 0.5)
+    ax.set_ylim(rows - 0.5, -0.5)
+    ax.set_aspect("equal")
+
+
+def region_centres(classes: NDArray[np.integer], smallest: int) -> list[tuple[int, tuple[int, int]]]:
+    """Connected regions of one class, and of each the patch of its own that is nearest to its centre.
+
+    Args:
+        classes: ``(rows, columns)``.
+        smallest: Regions with fewer patches are left out.
+
+    Returns:
+        ``(class, (row, column))`` of each region, in row order.
+    """
+    rows, columns = classes.shape
+    seen = np.zeros(classes.shape, dtype=bool)
+    centres = []
+    for start in np.ndindex(rows, columns):
+        if seen[start]:
+            continue
+        seen[start] = True
+        region, edge = [start], [start]
+        while edge:
+            y, x = edge.pop()
+            for near in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                inside = 0 <= near[0] < rows and 0 <= near[1] < columns
+                if inside and not seen[near] and classes[near] == classes[start]:
+                    seen[near] = True
+                    region.append(near)
+                    edge.append(near)
+        if len(region) >= smallest:
+            cells: NDArray[np.float64] = np.asarray(region, dtype=np.float64)
+            nearest = cells[((cells - cells.mean(0)) ** 2).sum(1).argmin()]
+            centres.append((int(classes[start]), (int(nearest[0]), int(nearest[1]))))
+    return centres
+
+
+def _handles(looks: Mapping[int, Look], class_names: Sequence[str]) -> list[Any]:
+    own = sorted((look.number, c) for c, look in looks.items() if look.number)
+    names = short_names([class_names[c] for _, c in own], 24)
+    handles: list[Any] = [
+        Patch(
+            facecolor=looks[c].fill, hatch=looks[c].hatch or None, label=f"{number}  {name}",
+            edgecolor=PAPER if looks[c].hatch else RULE, linewidth=0.5,
+        )
+        for (number, c), name in zip(own, names, strict=True)
+    ]  # fmt: skip
+    rest = sum(not look.number for look in looks.values())
+    if rest:
+        handles.append(Patch(facecolor=OTHER_FILL, label=f"{rest} other classes"))
+    dot: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 3.2, "markeredgewidth": 0.3}
+    return [
+        *handles,
+        Line2D([], [], color=ERROR, markeredgecolor=PAPER, label="not a class of the patch", **dot),
+    ]
+
+
+_WORDS: Words = (
+    "Images, the true class of every patch, and the most probable class that a head reads from each backbone.",
+    "What a local-task head reads from each patch: its most probable class, paler the less sure. Numbers name "
+    "the larger regions; a dot marks patches of whose classes the predicted one is none. The truth is the class "
+    "with most of the patch's pixels; where that was not stored, all its classes in stripes.",
+)
