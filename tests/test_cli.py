@@ -106,7 +106,7 @@ def test_a_config_file_and_overrides_make_one_config(tmp_path: Path) -> None:
         ("align --device cuda:99", "there is no device cuda:99"),
         ("export", "export what?"),
         ("import", "import takes a file"),
-        ("list cats", "--what takes one of [backbones]"),
+        ("list cats", "--what takes one of [backbones, recipes]"),
         ("verify-reference", "takes the folder of reference numbers"),
         ("report /nonexistent", "/nonexistent"),
         ("probe nothing_like_this", "unknown backbone 'nothing_like_this'"),

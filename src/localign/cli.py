@@ -39,8 +39,20 @@ COMMANDS: dict[str, Command] = {
     ),
     "align": Command(commands.align_config, commands.align, "locality alignment of a backbone"),
     "pretrain": Command(commands.pretrain_config, commands.pretrain, "make the embedded backbone"),
+    "finetune": Command(
+        commands.finetune_config, commands.finetune, "classification fine-tuning under a transformer head"
+    ),
     "probe": Command(
         commands.probe_config, commands.probe, "what backbones know about patches and images", ("backbone",)
+    ),
+    "bench": Command(
+        commands.bench_config, commands.bench, "measure the probing benchmark's speed", ("what",)
+    ),
+    "reproduce": Command(
+        commands.reproduce_config,
+        commands.reproduce,
+        "a table or figure of the paper, with all runs it takes",
+        ("target",),
     ),
     "export": Command(
         commands.export_config, commands.export, "write a backbone for use elsewhere", ("source",)
@@ -48,7 +60,7 @@ COMMANDS: dict[str, Command] = {
     "import": Command(
         commands.import_config, commands.import_, "convert a published checkpoint (.pth.tar)", ("file",)
     ),
-    "list": Command(commands.list_config, commands.list_, "what there is: backbones", ("what",)),
+    "list": Command(commands.list_config, commands.list_, "what there is: backbones, recipes", ("what",)),
     "report": Command(commands.report_config, commands.report, "write report.html of a run again", ("run",)),
     "verify-reference": Command(
         commands.verify_config,
@@ -113,7 +125,9 @@ def build_parser(name: str) -> Parser:
         description=(command.config().__doc__ or command.help).strip().splitlines()[0],
     )
     parser.add_argument(
-        "--config", action="config", help="YAML file of the options below; options given here win."
+        "--config",
+        action="config",
+        help="YAML file of the options below, or a name of `localign list recipes`; options given here win.",
     )
     parser.add_class_arguments(command.config(), as_group=False)
     return parser
@@ -127,9 +141,17 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     """
     command = COMMANDS[name]
     parser = build_parser(name)
-    values = vars(parser.parse_args(normalise(argv, command)))
+    values = vars(parser.parse_args([_opened(token, name) for token in normalise(argv, command)]))
     fields = {f.name for f in dataclasses.fields(command.config())}
     return command.config()(**{k: v for k, v in values.items() if k in fields})
+
+
+def _opened(token: str, command: str) -> str:
+    """The content of a config file or recipe, with its bases, in place of its name."""
+    from localign.recipes import read_recipe
+
+    option, _, value = token.partition("=")
+    return f"{option}={json.dumps(read_recipe(value, command).values)}" if option == "--config" else token
 
 
 def normalise(argv: Sequence[str], command: Command) -> list[str]:

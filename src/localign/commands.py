@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING, Any
 from localign.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from localign.alignment.config import AlignConfig
+    from localign.bench.config import BenchConfig
     from localign.demo import DemoConfig
+    from localign.finetuning import FinetuneConfig
     from localign.options import ExportConfig, ImportConfig, ListConfig, ReportConfig, VerifyConfig
     from localign.pretraining import PretrainConfig
     from localign.probe import ProbeCommandConfig
+    from localign.reproduce import ReproduceConfig
 
 
 def demo_config() -> type:
@@ -38,10 +43,28 @@ def pretrain_config() -> type:
     return PretrainConfig
 
 
+def finetune_config() -> type:
+    from localign.finetuning.config import FinetuneConfig
+
+    return FinetuneConfig
+
+
 def probe_config() -> type:
     from localign.probe import ProbeCommandConfig
 
     return ProbeCommandConfig
+
+
+def bench_config() -> type:
+    from localign.bench.config import BenchConfig
+
+    return BenchConfig
+
+
+def reproduce_config() -> type:
+    from localign.reproduce.config import ReproduceConfig
+
+    return ReproduceConfig
 
 
 def export_config() -> type:
@@ -105,6 +128,14 @@ def pretrain(config: PretrainConfig) -> None:
         _say_trained(outcome.folder, outcome.results)
 
 
+def finetune(config: FinetuneConfig) -> None:
+    from localign.finetuning import finetune as run_finetune
+
+    outcome = run_finetune(config)
+    if outcome.is_main:
+        _say_trained(outcome.folder, outcome.results)
+
+
 def _say_trained(folder: Path, results: dict[str, Any]) -> None:
     rate = results["images_per_second"]
     print(f"trained    {results['steps']} steps, {results['images']} images, {rate:.1f} images/s")
@@ -122,6 +153,18 @@ def probe(config: ProbeCommandConfig) -> None:
     from localign.probe import run_probe
 
     run_probe(config)
+
+
+def bench(config: BenchConfig) -> None:
+    from localign.bench.run import run_bench
+
+    run_bench(config)
+
+
+def reproduce(config: ReproduceConfig) -> None:
+    from localign.reproduce.run import run_reproduce
+
+    run_reproduce(config)
 
 
 def export(config: ExportConfig) -> None:
@@ -166,6 +209,27 @@ def import_(config: ImportConfig) -> None:
 
 def list_(config: ListConfig) -> None:
     from rich.console import Console
+
+    table = _recipes_table() if config.what == "recipes" else _backbones_table()
+    # Names are for copying: a pipe gets them unfolded.
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def _recipes_table() -> Table:
+    from rich.table import Table
+
+    from localign.recipes import read_recipe, recipe_names
+
+    table = Table(title="recipes", caption="localign COMMAND --config RECIPE [--option value ...]")
+    for column in ("recipe", "command", "run"):
+        table.add_column(column, overflow="fold", no_wrap=column == "recipe")
+    for name in recipe_names():
+        recipe = read_recipe(name)
+        table.add_row(name, recipe.command, recipe.about)
+    return table
+
+
+def _backbones_table() -> Table:
     from rich.table import Table
 
     from localign.backbones import CATALOGUE, EMBEDDED
@@ -181,8 +245,7 @@ def list_(config: ListConfig) -> None:
         weights = e.timm_name if e.loader == "timm" else f"{e.timm_name} + the authors' file"
         cap = "yes" if e.soft_cap else "no"
         table.add_row(name, weights, str(e.image_size), f"{e.lr:g}", cap, f"{e.data}, {e.epochs} epochs")
-    # Names are for copying: a pipe gets them unfolded.
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    return table
 
 
 def report(config: ReportConfig) -> None:

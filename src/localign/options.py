@@ -60,8 +60,8 @@ class ImportConfig:
 class ListConfig:
     """Show what there is."""
 
-    what: Literal["backbones"] = "backbones"
-    """backbones: the catalogue with its published settings."""
+    what: Literal["backbones", "recipes"] = "backbones"
+    """backbones: the catalogue with its published settings; recipes: the published runs, for --config."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 from engine_runs import Meddled, logged, run, tiny, weights
 from torch import nn
 
-from localign.engine.config import TrainConfig, batch_shares, total_steps
+from localign.engine.config import TrainConfig, batch_shares, total_steps, with_warmup_steps
 from localign.engine.distributed import World
 from localign.engine.optim import build_optimizer, decays, learning_rate
 from localign.engine.task import BatchPlan
@@ -87,6 +87,17 @@ def test_no_warm_up() -> None:
     assert learning_rate(0, 10, TrainConfig(steps=10, lr=1.0)) == 1.0
 
 
+def test_a_warm_up_in_epochs_is_one_in_steps(tmp_path: Path, images: Path) -> None:
+    config = TrainConfig(epochs=4, batch_size=10, warmup_epochs=0.5)
+    assert with_warmup_steps(config, 100).warmup_steps == 5
+    assert with_warmup_steps(TrainConfig(warmup_steps=3), 100).warmup_steps == 3
+    one_step = 8 / len(list(images.iterdir()))
+    run(tiny(tmp_path, images, warmup_steps=0, warmup_epochs=one_step))
+    rates = logged(tmp_path, "lr")
+    assert rates[1] == pytest.approx(1e-4), "from a tenth"
+    assert rates[2] == pytest.approx(1e-3), "to the peak after one step"
+
+
 @pytest.mark.parametrize("clip", [None, 1e-3, 1e3])
 def test_the_gradient_is_that_of_the_mean_and_is_clipped(
     tmp_path: Path, images: Path, clip: float | None
@@ -143,6 +154,7 @@ def test_the_length_of_a_run() -> None:
         ({"min_lr_ratio": 1.5}, "--min-lr-ratio must lie in"),
         ({"ema": 1.0}, "--ema must lie between"),
         ({"steps": 5, "warmup_steps": 5}, "--warmup-steps 5 leaves nothing"),
+        ({"warmup_steps": 5, "warmup_epochs": 1.0}, "--warmup-steps and --warmup-epochs contradict"),
     ],
 )
 def test_options_that_contradict(options: dict[str, object], message: str) -> None:

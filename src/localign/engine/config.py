@@ -4,8 +4,8 @@ The modules of config classes keep their annotations as types (no postponed eval
 made from them.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 from localign.errors import UserError
 
@@ -35,6 +35,8 @@ class TrainConfig:
     """Learning rate at the end of the cosine, as a share of the peak."""
     warmup_steps: int = 0
     """Steps of linear warm-up from a tenth of the peak."""
+    warmup_epochs: float | None = None
+    """The warm-up in epochs, in place of warmup_steps."""
     weight_decay: float = 0.01
     """AdamW's, on matrices only: not on norms, biases, position embeddings or tokens."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -74,7 +76,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("--steps and --epochs contradict each other; give one")
-        positive = ("steps", "epochs", "micro_batch", "lr", "clip_grad", "eps", "log_every",
+        if self.warmup_steps and self.warmup_epochs is not None:
+            raise UserError("--warmup-steps and --warmup-epochs contradict each other; give one")
+        positive = ("steps", "epochs", "warmup_epochs", "micro_batch", "lr", "clip_grad", "eps", "log_every",
                     "checkpoint_every", "keep_checkpoints", "val_every")  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -93,6 +97,8 @@ class TrainConfig:
             raise UserError(f"--warmup-steps {self.warmup_steps} leaves nothing of --steps {self.steps}")
 
 
+Config = TypeVar("Config", bound=TrainConfig)
+
 RESUMABLE: frozenset[str] = frozenset(
     {
         "out", "micro_batch", "device", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
@@ -100,6 +106,19 @@ RESUMABLE: frozenset[str] = frozenset(
     }
 )  # fmt: skip
 """Fields that may differ when a run is continued: they change neither the samples nor the mathematics."""
+
+
+def with_warmup_steps(config: Config, samples: int) -> Config:
+    """The config with its warm-up counted in steps.
+
+    Args:
+        config: Its batch size is known.
+        samples: Training images.
+    """
+    if config.warmup_epochs is None:
+        return config
+    steps = round(config.warmup_epochs * samples / config.batch_size)
+    return replace(config, warmup_steps=steps, warmup_epochs=None)
 
 
 def total_steps(config: TrainConfig, samples: int) -> int:

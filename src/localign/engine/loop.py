@@ -24,7 +24,7 @@ from localign.engine.checkpoint import (
     load_optimizer_tensors,
     remove_leftovers,
 )
-from localign.engine.config import TrainConfig, batch_shares, total_steps
+from localign.engine.config import TrainConfig, batch_shares, total_steps, with_warmup_steps
 from localign.engine.distributed import World, world
 from localign.engine.guards import NonFiniteGuard
 from localign.engine.lock import lock
@@ -68,9 +68,10 @@ class Loop:
     """State of one run on one rank."""
 
     def __init__(self, task: Task, config: TrainConfig, command: str, here: World) -> None:
+        self.per_rank, self.micro_batch = batch_shares(config, here.size)
+        config = with_warmup_steps(config, task.samples())
         self.task, self.config, self.command, self.world = task, config, command, here
         self.folder = Path(config.out)
-        self.per_rank, self.micro_batch = batch_shares(config, here.size)
         self.steps = total_steps(config, task.samples())
         self.log = Log([])
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)

@@ -1,0 +1,7 @@
+"""Tables and figures of the paper, each by one command."""
+
+from localign.reproduce.config import ReproduceConfig
+from localign.reproduce.run import run_reproduce
+from localign.reproduce.targets import TARGETS
+
+__all__ = ["TARGETS", "ReproduceConfig", "run_reproduce"]

@@ -1,0 +1,146 @@
+"""From a target to the runs it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from localign.alignment import AlignConfig
+from localign.backbones import CATALOGUE
+from localign.data.sources import open_source
+from localign.engine.config import total_steps
+from localign.errors import UserError
+from localign.probing import ProbeConfig
+from localign.reproduce.config import ReproduceConfig
+from localign.reproduce.notes import notes_of
+from localign.reproduce.pieces import Alignment, Heads, Probing, Start, backbone_identity
+from localign.reproduce.targets import TARGETS, Row, Target
+from localign.reproduce.worlds import LEFT_OUT, World
+
+_WEIGHT_FILES = (".safetensors", ".pth.tar", ".pth", ".pt", ".bin")
+
+
+@dataclass
+class Plan:
+    """What a target takes; rows that come to the same run share it."""
+
+    target: Target
+    rows: list[Row] = field(default_factory=list)
+    """Those that are run."""
+    probings: dict[str, list[Probing]] = field(default_factory=dict)
+    """By row, one per seed."""
+    left_out: list[str] = field(default_factory=list)
+    """Which rows are not run, and why."""
+    notes: list[str] = field(default_factory=list)
+    """For readers of the result, what is left out included."""
+
+    def pieces(self) -> list[Alignment | Probing]:
+        """Every run once, in an order in which each finds what it needs."""
+        found: dict[str, Alignment | Probing] = {}
+        for probing in (p for row in self.probings.values() for p in row):
+            if probing.aligned is not None:
+                found.setdefault(probing.aligned.key, probing.aligned)
+            found.setdefault(probing.key, probing)
+        return list(found.values())
+
+
+class Planner:
+    """Makes the plan of a target in a world.
+
+    Args:
+        config: What is wanted.
+        world: At what scale.
+        heads: What heads are trained and judged on.
+    """
+
+    def __init__(self, config: ReproduceConfig, world: World, heads: Heads) -> None:
+        self.config, self.world, self.heads = config, world, heads
+        self.target = TARGETS[config.target]
+        self.folder = Path(config.out) / config.world
+        self._sources: dict[str, tuple[str, int]] = {}
+        self._identities: dict[tuple[str, str], str] = {}
+
+    def plan(self) -> Plan:
+        """The rows, each with its alignments and probings.
+
+        Raises:
+            UserError: There are no images to align on.
+        """
+        plan = Plan(self.target)
+        left_out: dict[str, list[str]] = {}
+        for row in self.world.rows_of(self.config.target):
+            if reason := self._left_out(row):
+                left_out.setdefault(reason, []).append(row.name)
+                continue
+            plan.rows.append(row)
+            plan.probings[row.name] = [self._probing(row, seed) for seed in range(self.config.seeds)]
+        plan.left_out = [f"Left out: {', '.join(names)} ({reason})." for reason, names in left_out.items()]
+        plan.notes = notes_of(self.config, self.world, self.heads, plan.probings) + plan.left_out
+        return plan
+
+    def _key(self, row: Row) -> str:
+        return f"{self.config.target}/{row.name}"
+
+    def _left_out(self, row: Row) -> str:
+        """Why a row is not run; empty where it is."""
+        reason = str(self.world.of_row(row, self.config.target).get(LEFT_OUT, ""))
+        entry = CATALOGUE.get(row.backbone)
+        if not reason and entry and entry.loader != "timm" and self._weights(row.backbone) == "pretrained":
+            return "its weights are the authors' own file: give a folder that holds it with --weights"
+        return reason
+
+    def _weights(self, backbone: str) -> str:
+        """A backbone's weight file where the user's folder has one, else ``pretrained``."""
+        if self.config.weights is not None:
+            for suffix in _WEIGHT_FILES:
+                if (path := Path(self.config.weights) / f"{backbone}{suffix}").is_file():
+                    return str(path)
+        return "pretrained"
+
+    def _identity(self, backbone: str) -> str:
+        named = backbone, self._weights(backbone)
+        if named not in self._identities:
+            self._identities[named] = backbone_identity(*named)
+        return self._identities[named]
+
+    def _probing(self, row: Row, seed: int) -> Probing:
+        workers = {} if self.config.workers is None else {"workers": self.config.workers}
+        config = ProbeConfig(
+            protocol=self.config.protocol,
+            heads=self.world.heads_of(self.target),
+            tasks=self.target.tasks,
+            seed=seed,
+            **{**self.world.probe, **workers},
+        )
+        aligned = self._alignment(row, seed) if row.recipe else None
+        start = Start(row.backbone, self._weights(row.backbone), self._identity(row.backbone))
+        label = f"{self._key(row)}, seed {seed}"
+        return Probing.of(label, aligned or start, config, self.heads, self.folder / "probe")
+
+    def _alignment(self, row: Row, seed: int) -> Alignment:
+        options = self.world.align_options(row, self.config.target)
+        options["data"] = self._images(str(options["data"]))
+        free = {name: getattr(self.config, name) for name in ("device", "micro_batch", "workers")}
+        options |= {name: value for name, value in free.items() if value is not None}
+        config = AlignConfig(**options, weights=self._weights(row.backbone), seed=seed)
+        if config.data not in self._sources:
+            source = open_source(config.data)
+            self._sources[config.data] = source.fingerprint(), len(source)
+        fingerprint, images = self._sources[config.data]
+        return Alignment.of(
+            f"{self._key(row)}, seed {seed}",
+            config,
+            total_steps(config, images),
+            fingerprint,
+            self._identity(row.backbone),
+            self.folder / "align",
+        )
+
+    def _images(self, name: str) -> str:
+        """Where the data set of a recipe lies; without a folder of its name, all images are it."""
+        if self.config.world == "scenes":
+            return name
+        if self.config.train_data is None:
+            raise UserError(f"{self.config.target} needs --train-data DIR, the images to align on")
+        own = Path(self.config.train_data) / name
+        return str(own if own.is_dir() else self.config.train_data)

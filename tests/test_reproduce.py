@@ -1,0 +1,444 @@
+"""`localign reproduce`: everything a table or figure takes is run once, continued where cut off, and reported."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from localign.backbones import CATALOGUE, create_backbone
+from localign.cli import main
+from localign.engine.log import read_log
+from localign.errors import UserError
+from localign.report.figures.locality import measure_locality
+from localign.report.published import TABLE1, TABLE4, TABLE5
+from localign.reproduce import TARGETS, ReproduceConfig, pieces, run, targets
+from localign.reproduce.pieces import Alignment, Heads, Probing
+from localign.reproduce.plan import Plan, Planner
+from localign.reproduce.worlds import World, open_world
+
+TINY_ALIGN = {
+    "steps": 2,
+    "batch_size": 4,
+    "val_images": 4,
+    "scale_images": 8,
+    "checkpoint_every": 1,
+    "log_every": 1,
+}
+ALL_TABLE1 = {
+    "teacher", "clipself", "clipself-decoder", "additive", "averaging-1", "averaging-3", "maskembed-1",
+    "maskembed-3",
+}  # fmt: skip
+
+
+def tiny_world(**changes: Any) -> World:
+    """Scenes with runs of two steps."""
+    world = open_world("scenes")
+    small = {
+        "align": {**world.align, **TINY_ALIGN},
+        "probe": {"steps": 3, "batch": 4, "curve_images": 0},
+        "heads": ("transformer",),
+        "scenes": {"train": 16, "test": 16},
+    }
+    return replace(world, **{**small, **changes})
+
+
+class Ran:
+    """What has been run."""
+
+    def __init__(self) -> None:
+        self.alignments: list[str] = []
+        self.probings: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.alignments) + len(self.probings)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "open_world", lambda name, quick=False: tiny_world())
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
+    """The runs of a test, by row."""
+    seen = Ran()
+    align, probe = Alignment.run, Probing.run
+
+    def aligning(self: Alignment) -> None:
+        seen.alignments.append(self.label.split(",")[0])
+        align(self)
+
+    def probing(self: Probing, *arguments: Any) -> None:
+        seen.probings.append(self.label.split(",")[0])
+        probe(self, *arguments)
+
+    monkeypatch.setattr(Alignment, "run", aligning)
+    monkeypatch.setattr(Probing, "run", probing)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which table 1 has been reproduced."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "open_world", lambda name, quick=False: tiny_world())
+        assert reproduce(folder, "table1") == 0
+        yield folder
+
+
+def reproduce(out: Path, command: str) -> int:
+    return main(["reproduce", *shlex.split(command), "--out", str(out), "--device", "cpu"])
+
+
+# -- table 1, from end to end ----------------------------------------------------------------------------
+
+
+def test_a_table_has_every_row_with_intervals(out: Path) -> None:
+    results = json.loads((out / "scenes" / "table1" / "results.json").read_text())
+    assert results["probe"].keys() == ALL_TABLE1
+    for (outcome,) in results["probe"].values():
+        for task in ("local", "global"):
+            low, high = outcome["results"]["test"]["transformer"][task]["macro_recall_interval"]
+            assert low <= high
+    compared = {(d["name"], d["against"], d["task"]) for d in results["differences"]}
+    assert compared == {(n, "teacher", t) for n in ALL_TABLE1 - {"teacher"} for t in ("local", "global")}
+
+
+def test_differences_are_those_of_the_outcomes(out: Path) -> None:
+    results = json.loads((out / "scenes" / "table1" / "results.json").read_text())
+    recall = {
+        name: outcome["results"]["test"]["transformer"]["local"]["macro_recall"]
+        for name, (outcome,) in results["probe"].items()
+    }
+    for found in (d for d in results["differences"] if d["task"] == "local"):
+        assert found["difference"] == pytest.approx(recall[found["name"]] - recall["teacher"])
+        low, high = found["interval"]
+        assert low <= high
+
+
+def test_the_table_is_written_with_its_notes(out: Path) -> None:
+    text = (out / "scenes" / "table1" / "table1.md").read_text()
+    for name in ALL_TABLE1:
+        (line,) = [line for line in text.splitlines() if f" {TABLE1[name].label} " in line]
+        assert "[" in line, "every row was measured"
+    assert "Alignments: 2 steps of 4 images, learning rate 0.001, 1 seed." in text
+    assert "Heads: 3 steps of 4 images, trained alike on 16 images for every row and judged on 16." in text
+    for kind in ("tex", "csv"):
+        assert (out / "scenes" / "table1" / f"table1.{kind}").stat().st_size > 0
+
+
+def test_a_second_call_runs_nothing(
+    out: Path, tiny: None, ran: Ran, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (out / "scenes" / "table1" / "table1.md").read_text()
+    assert reproduce(out, "table1") == 0
+    assert len(ran) == 0
+    assert "nothing: all runs are done" in capsys.readouterr().out
+    assert (out / "scenes" / "table1" / "table1.md").read_text() == before
+
+
+def test_a_changed_row_is_run_again_and_no_other(
+    out: Path, ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {**tiny_world().rows, "table1/clipself": {"loss": "mse"}}
+    monkeypatch.setattr(run, "open_world", lambda name, quick=False: tiny_world(rows=rows))
+    assert reproduce(out, "table1") == 0
+    assert (ran.alignments, ran.probings) == (["table1/clipself"], ["table1/clipself"])
+
+
+def test_changed_heads_are_trained_again_on_what_is_aligned(
+    out: Path, ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = {**tiny_world().probe, "steps": 4}
+    monkeypatch.setattr(run, "open_world", lambda name, quick=False: tiny_world(probe=longer))
+    assert reproduce(out, "table1") == 0
+    assert (len(ran.alignments), len(ran.probings)) == (0, len(ALL_TABLE1))
+
+
+def test_another_seed_is_run_beside_the_first(out: Path, tiny: None, ran: Ran) -> None:
+    assert reproduce(out, "fig7") == 0  # shares its runs with the method's row of table 1
+    assert len(ran) == 0
+    assert reproduce(out, "fig7 --seeds 2") == 0
+    assert (len(ran.alignments), len(ran.probings)) == (1, 2)
+    results = json.loads((out / "scenes" / "fig7" / "results.json").read_text())
+    assert [o["seed"] for o in results["probe"]["scenes-vit"]] == [0, 1]
+
+
+@pytest.mark.parametrize("figure", sorted(t for t in TARGETS if t.startswith("fig")))
+def test_every_figure_is_drawn(figure: str, out: Path, tiny: None) -> None:
+    assert reproduce(out, figure) == 0
+    drawn = list((out / "scenes" / figure).glob(f"{figure}*.png"))
+    assert drawn
+    assert all(path.stat().st_size > 5000 for path in drawn)
+
+
+def test_figure_9_has_a_trend_and_interventions(out: Path, tiny: None) -> None:
+    assert reproduce(out, "fig9") == 0
+    results = json.loads((out / "scenes" / "fig9" / "results.json").read_text())
+    assert measure_locality(results, "transformer").trend is not None
+    heads = results["probe"]["scenes-vit"][0]["results"]["test"]
+    assert {"transformer", "transformer-cls-only", "transformer-anonymous"} <= heads.keys()
+
+
+@pytest.mark.slow
+def test_published_runs_go_from_recipes_to_a_figure(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "in1k-vit-t"
+    monkeypatch.setitem(TARGETS, "fig4", replace(TARGETS["fig4"], rows=targets._pairs(name)))
+    short = replace(
+        open_world("coco", quick=True),
+        align={"steps": 2, "batch_size": 2, "epochs": None, "warmup_epochs": None, "scale_images": 2},
+        probe={"steps": 2, "batch": 2, "curve_images": 0},
+    )
+    monkeypatch.setattr(run, "open_world", lambda world, quick=False: short)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    random = create_backbone(name, weights="none").vit.state_dict()
+    save_file({k: v.contiguous() for k, v in random.items()}, weights / f"{name}.safetensors")
+    data = f"--data {photographs} --train-data {photographs} --weights {weights} --workers 0"
+    assert reproduce(tmp_path / "out", f"fig4 --world coco {data}") == 0
+    results = json.loads((tmp_path / "out" / "coco" / "fig4" / "results.json").read_text())
+    assert results["probe"].keys() == {name, f"{name}-baseline"}
+    (run_folder,) = (tmp_path / "out" / "coco" / "align").iterdir()
+    saved = yaml.safe_load((run_folder / "config.yaml").read_text())["config"]
+    assert (saved["soft_cap"], saved["lr"], saved["crop"]) == (30, 3e-4, "published")
+
+
+def test_a_plan_alone_runs_and_writes_nothing(
+    tmp_path: Path, tiny: None, ran: Ran, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reproduce(tmp_path / "new", "table5 --dry-run") == 0
+    assert len(ran) == 0
+    assert not (tmp_path / "new").exists()
+    text = capsys.readouterr().out
+    assert "1 alignments (2 steps), 2 probings (6 steps)" in text
+    assert text.count("missing") == 3
+
+
+def test_an_alignment_that_was_cut_off_is_continued(
+    tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole"
+    assert reproduce(whole, "table5") == 0
+    step = pieces.AlignTask.step
+
+    def dies(task: Any, model: Any, batch: Any) -> Any:
+        if int(batch.positions[0]) >= TINY_ALIGN["batch_size"]:  # the second step
+            raise KeyboardInterrupt
+        return step(task, model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pieces.AlignTask, "step", dies)
+        assert reproduce(tmp_path / "cut", "table5") == 1
+    capsys.readouterr()
+    assert reproduce(tmp_path / "cut", "table5") == 0
+    assert "at step 1" in capsys.readouterr().out
+    (run_folder,) = (tmp_path / "cut" / "scenes" / "align").iterdir()
+    assert [e["step"] for e in read_log(run_folder) if "loss" in e] == [1, 2]
+    tables = [(f / "scenes" / "table5" / "table5.csv").read_text() for f in (whole, tmp_path / "cut")]
+    assert tables[0] == tables[1]
+
+
+# -- plans -----------------------------------------------------------------------------------------------
+
+
+class NoImages:
+    """Stands for labelled data."""
+
+    kind, classes = "none", ("unlabeled", "thing")
+
+    def __len__(self) -> int:
+        return 64
+
+    def fingerprint(self) -> str:
+        return "none"
+
+
+def plan_of(**options: Any) -> Plan:
+    config = ReproduceConfig(**options)
+    heads = Heads(NoImages(), {"test": NoImages()})  # type: ignore[arg-type, dict-item]
+    return Planner(config, open_world(config.world, quick=config.quick), heads).plan()
+
+
+def aligned(plan: Plan) -> dict[str, Any]:
+    """Row -> config of its alignment, first seed."""
+    return {n: p[0].aligned.config for n, p in plan.probings.items() if p[0].aligned is not None}
+
+
+def test_the_rows_are_those_of_the_paper() -> None:
+    assert [r.name for r in TARGETS["table1"].rows if r.name not in TABLE1] == []
+    assert {r.name for r in TARGETS["table1"].rows} == TABLE1.keys()
+    assert {r.name for r in TARGETS["table4"].rows} == TABLE4.keys()
+    names = {r.name for r in TARGETS["table5"].rows}
+    assert names == {*TABLE5, *(f"{n}-baseline" for n in TABLE5)}
+    for table, paper in (("table1", TABLE1), ("table4", TABLE4)):
+        against = {r.name: r.against for r in TARGETS[table].rows if r.recipe}
+        assert against == {n: paper[n].teacher for n in against}
+
+
+def test_rows_of_table_1_on_scenes_differ_in_method_alone() -> None:
+    configs = aligned(plan_of(target="table1"))
+    shared = (
+        "backbone",
+        "data",
+        "steps",
+        "epochs",
+        "batch_size",
+        "lr",
+        "warmup_steps",
+        "soft_cap",
+        "seed",
+        "crop",
+    )
+    assert all(len({getattr(c, name) for c in configs.values()}) == 1 for name in shared)
+    assert {n: (c.objective, c.decoder, c.target, c.loss) for n, c in configs.items()} == {
+        "clipself": ("clipself", "none", "cls", "cosine"),
+        "clipself-decoder": ("clipself", "transformer", "cls", "cosine"),
+        "additive": ("additive", "none", "cls", "mse"),
+        "averaging-1": ("averaging", "none", "cls", "mse"),
+        "averaging-3": ("averaging", "none", "cls", "mse"),
+        "maskembed-1": ("maskembed", "transformer", "cls", "mse"),
+        "maskembed-3": ("maskembed", "transformer", "cls", "mse"),
+    }
+    assert {n: c.masks().masks_per_image for n, c in configs.items() if c.mask} == {
+        "additive": 3, "averaging-1": 1, "averaging-3": 3, "maskembed-1": 1, "maskembed-3": 3,
+    }  # fmt: skip
+
+
+def test_rows_of_table_4_on_scenes() -> None:
+    plan = plan_of(target="table4")
+    configs = aligned(plan)
+    targets = [configs[f"target-{n}"].target for n in ("cls", "last", "penultimate")]
+    assert targets == ["cls", "last", "penultimate"], "what a row states it keeps"
+    default = configs["in1k-25"]
+    assert configs["augment-crop"] == configs["masks-uniform-complement-visible"] == default
+    assert configs["in1k-50"].steps == 2 * default.steps
+    assert configs["in1k-2"].steps == round(0.08 * default.steps)
+    assert (configs["augment-mixup"].mixup, configs["augment-cutmix"].cutmix) == (0.5, 1.0)
+    assert {c.lr for c in configs.values()} == {default.lr}
+    missing = TABLE4.keys() - plan.probings.keys()
+    assert missing == {n for n in TABLE4 if n.startswith(("in21k", "clip"))}
+    said = " ".join(plan.notes)
+    assert all(name in said for name in missing), "what is left out is named"
+
+
+def test_equal_rows_share_their_runs() -> None:
+    plan = plan_of(target="table4", quick=True)
+    rows = len(plan.rows)
+    shared = len(plan.pieces())
+    assert shared < 2 * rows - 1
+    labels = [p.label for p in plan.pieces()]
+    assert len(set(zip(labels, map(type, plan.pieces()), strict=True))) == shared
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A labelled folder that is also good to align on."""
+    for part in ("images/train", "images/val", "masks/train", "masks/val", "imagenet-1k", "plain"):
+        folder = tmp_path / part
+        folder.mkdir(parents=True)
+        mode = "L" if part.startswith("masks") else "RGB"
+        for i in range(4):
+            Image.fromarray(np.full((32, 32), i % 2, np.uint8)).convert(mode).save(folder / f"{i}.png")
+    (tmp_path / "classes.json").write_text(json.dumps({"0": "unlabeled", "1": "thing"}))
+    return tmp_path
+
+
+def test_the_published_runs_are_the_recipes(photographs: Path) -> None:
+    options = {"world": "coco", "data": str(photographs), "train_data": str(photographs)}
+    plan = plan_of(target="table5", **options)
+    configs = aligned(plan)
+    assert configs.keys() == CATALOGUE.keys() - {"moco-vit-b"}
+    assert "moco-vit-b" in " ".join(plan.notes)
+    large = configs["clip-vit-l"]
+    assert (large.lr, large.batch_size, large.epochs, large.target) == (2e-4, 1024, 5, "penultimate")
+    assert large.data == str(photographs), "there is no folder imagenet-21k in it"
+    assert configs["mae-vit-b"].data == str(photographs / "imagenet-1k")
+    assert configs["mae-vit-b"].warmup_epochs == 1
+    assert all(len(p) == 1 for p in plan.probings.values())
+
+
+def test_weight_files_take_the_place_of_downloads(photographs: Path) -> None:
+    (photographs / "plain" / "moco-vit-b.pth.tar").touch()
+    options = {"world": "coco", "data": str(photographs), "train_data": str(photographs)}
+    plan = plan_of(target="table5", weights=str(photographs / "plain"), **options)
+    configs = aligned(plan)
+    assert configs["moco-vit-b"].weights == str(photographs / "plain" / "moco-vit-b.pth.tar")
+    assert configs["clip-vit-b"].weights == "pretrained"
+
+
+def test_a_quick_plan_of_published_runs_is_short(photographs: Path) -> None:
+    options = {"world": "ade20k", "data": str(photographs), "train_data": str(photographs / "plain")}
+    plan = plan_of(target="table1", quick=True, **options)
+    assert all(p.steps <= 500 for p in plan.pieces())
+    assert str(photographs / "plain") in " ".join(plan.notes)
+
+
+def test_other_images_make_another_run(photographs: Path) -> None:
+    options = {"world": "coco", "data": str(photographs), "train_data": str(photographs / "plain")}
+    before = plan_of(target="fig7", **options)
+    Image.new("RGB", (32, 32)).save(photographs / "plain" / "more.png")
+    after = plan_of(target="fig7", **options)
+    assert len({p.key for p in before.pieces()} & {p.key for p in after.pieces()}) == 1, "the probing before"
+
+
+@pytest.mark.parametrize("name", ["coco", "ade20k"])
+def test_published_runs_have_their_recipes_length_and_quick_ones_do_not(name: str) -> None:
+    whole, quick = open_world(name), open_world(name, quick=True)
+    assert not whole.align.keys() & {"steps", "epochs", "batch_size", "lr"}
+    assert quick.align["epochs"] is None
+    assert quick.align["steps"] <= 500
+
+
+def test_a_quick_world_keeps_all_else() -> None:
+    whole, quick = open_world("scenes"), open_world("scenes", quick=True)
+    assert quick.align["steps"] < whole.align["steps"]
+    assert quick.align.keys() == whole.align.keys()
+    assert quick.rows.keys() >= whole.rows.keys()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("", "reproduce what? give one of table1, table4"),
+        ("tabel1", "unknown target 'tabel1'; did you mean 'table1'"),
+        ("table1 --world mars", "--world takes one of [scenes, coco, ade20k], not 'mars'"),
+        ("table1 --world coco", "--world coco needs --data DIR"),
+        ("table1 --world coco --data {photos}", "table1 needs --train-data DIR"),
+        ("table1 --world coco --data {photos}/none", "there is no folder"),
+        ("table1 --world coco --data {photos} --train-data {photos}/none", "there is no folder"),
+        ("table1 --world coco --data {photos} --weights {photos}/none", "--weights: there is no folder"),
+        ("table1 --data {photos}", "--data goes with --world coco or ade20k"),
+        ("table1 --seeds 0", "--seeds must be at least 1"),
+    ],
+)
+def test_bad_use_is_one_line(
+    command: str, said: str, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reproduce(tmp_path / "out", command.format(photos=photographs)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_option_of_a_world_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from localign.reproduce import worlds
+
+    (tmp_path / "worlds").mkdir()
+    (tmp_path / "worlds" / "mine.yaml").write_text("align: {stepz: 3}\n")
+    monkeypatch.setattr(worlds, "FOLDER", tmp_path)
+    with pytest.raises(UserError, match="unknown options: stepz"):
+        open_world("mine")
