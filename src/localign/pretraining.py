@@ -33,7 +33,7 @@ class PretrainConfig(TrainConfig):
 
     out: str = "runs/pretrain"
     """Run folder."""
-    steps: int | None = 2500
+    steps: int | None = 2000
     """Optimizer steps."""
     batch_size: int = 128
     """Scenes per optimizer step."""

@@ -58,15 +58,15 @@ SHAPES: dict[str, Callable[[Grid, Grid], NDArray[np.bool_]]] = {
 class SceneConfig:
     """What the world looks like."""
 
-    image_size: int = 40
+    image_size: int = 48
     """Side of the square image, pixels."""
     min_objects: int = 1
     """Fewest objects asked for per scene, at least 1."""
-    max_objects: int = 4
+    max_objects: int = 5
     """Most objects per scene; a scene holds fewer where there is no free place left."""
-    min_object_size: int = 10
+    min_object_size: int = 12
     """Smallest side of an object's box, pixels."""
-    max_object_size: int = 16
+    max_object_size: int = 20
     """Largest side of an object's box, pixels, at most ``image_size``."""
     shapes: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross")
     """Shapes objects may have, keys of ``SHAPES``."""
