@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 import localign
-from localign.backbones import load_backbone
+from localign.backbones import load_backbone, save_backbone
 from localign.cli import main
 from localign.data.drawn import DrawnScenes
 from localign.data.scenes import SceneConfig, SceneSource
+from localign.errors import UserError
+from localign.probe import ProbeCommandConfig, load_backbones
 
 SMALL = (
     "--steps 4 --batch-size 8 --probe-steps 6 --probe-batch 8 --train-scenes 32 --test-scenes 24 "
@@ -114,3 +116,16 @@ def test_features_of_a_photograph(tmp_path: Path) -> None:
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
     tokens = backbone.tokens(backbone.normalise(pixels))
     assert tokens.shape == (1, backbone.num_prefix_tokens + backbone.num_patches, backbone.width)
+
+
+def test_options_for_names_leave_exported_folders_alone(tmp_path: Path) -> None:
+    embedded = localign.load("scenes-vit")
+    save_backbone(embedded, tmp_path / "kept")
+    named = f"fresh=vit_tiny_patch16_224,kept={tmp_path / 'kept'}"
+    small = {"img_size": 48, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    both = load_backbones(ProbeCommandConfig(backbone=named, weights="none", model_kwargs=small))
+    assert both["fresh"].depth == 1
+    for name, value in embedded.state_dict().items():
+        torch.testing.assert_close(both["kept"].state_dict()[name], value)
+    with pytest.raises(UserError, match="--weights is for names"):
+        load_backbones(ProbeCommandConfig(backbone=str(tmp_path / "kept"), weights="none"))

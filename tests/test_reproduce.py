@@ -196,7 +196,7 @@ def test_published_runs_go_from_recipes_to_a_figure(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "in1k-vit-t"
-    monkeypatch.setitem(TARGETS, "fig4", replace(TARGETS["fig4"], rows=targets._pairs(name)))
+    monkeypatch.setitem(TARGETS, "fig4", replace(TARGETS["fig4"], rows=targets.pairs(name)))
     short = replace(
         open_world("coco", quick=True),
         align={"steps": 2, "batch_size": 2, "epochs": None, "warmup_epochs": None, "scale_images": 2},

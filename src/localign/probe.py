@@ -153,7 +153,11 @@ def _file_name(name: str) -> str:
 
 
 def load_backbones(config: ProbeCommandConfig) -> dict[str, Backbone]:
-    """The backbones a command line names; options for names do not go with folders."""
+    """The backbones a command line names; options for names leave exported folders as they are.
+
+    Raises:
+        UserError: such an option where there are folders only.
+    """
     options: dict[str, Any] = {
         k: v
         for k, v in (
@@ -163,13 +167,13 @@ def load_backbones(config: ProbeCommandConfig) -> dict[str, Backbone]:
         )
         if v is not None
     }
+    named = config.named_backbones()
+    if options and all(Path(source).is_dir() for source in named.values()):
+        option = next(iter(options)).replace("_", "-")
+        raise UserError(f"{next(iter(named.values()))} is an exported backbone; --{option} is for names")
     loaded = {}
-    for name, source in config.named_backbones().items():
-        if Path(source).is_dir() and options:
-            raise UserError(
-                f"{source} is an exported backbone; --{next(iter(options)).replace('_', '-')} is for names"
-            )
-        backbone = load(source, **options)
+    for name, source in named.items():
+        backbone = load(source, **({} if Path(source).is_dir() else options))
         assert isinstance(backbone, Backbone)
         loaded[name] = backbone
     return loaded

@@ -42,7 +42,7 @@ def _table(backbone: str, recipes: dict[str, str], teacher: str = "teacher") -> 
     return (Row(teacher, backbone), *aligned)
 
 
-def _pairs(*backbones: str) -> tuple[Row, ...]:
+def pairs(*backbones: str) -> tuple[Row, ...]:
     """Each backbone before and after alignment by its own recipe."""
     return tuple(
         row
@@ -85,17 +85,17 @@ TARGETS: dict[str, Target] = {
             *_table(_CLIP, {f"clip-{n}": f"table4/clip-{n}" for n in _DURATIONS}, "clip-teacher"),
         ),
     ),
-    "table5": Target("all backbones before and after alignment", _pairs(*CATALOGUE)),
-    "fig3": Target("patch predictions before and after", _pairs(_CLIP_LARGE), pictures=True),
-    "fig4": Target("recall before and after, by scale and by supervision", _pairs(*_FIGURE4)),
+    "table5": Target("all backbones before and after alignment", pairs(*CATALOGUE)),
+    "fig3": Target("patch predictions before and after", pairs(_CLIP_LARGE), pictures=True),
+    "fig4": Target("recall before and after, by scale and by supervision", pairs(*_FIGURE4)),
     "fig6": Target(
         "local recall with three heads",
-        _pairs("in1k-vit-l", _CLIP_LARGE, "siglip-vit-so400m-384px"),
+        pairs("in1k-vit-l", _CLIP_LARGE, "siglip-vit-so400m-384px"),
         heads=("transformer", "mlp", "linear"),
         tasks=("local",),
     ),
-    "fig7": Target("gains by class", _pairs(_CLIP_LARGE)),
-    "fig8": Target("gains by object size", _pairs(_CLIP_LARGE)),
+    "fig7": Target("gains by class", pairs(_CLIP_LARGE)),
+    "fig8": Target("gains by object size", pairs(_CLIP_LARGE)),
     "fig9": Target(
         "local against global recall, and interventions",
         tuple(Row(name, name) for name in _FIGURE9),
@@ -121,4 +121,4 @@ def rows_of_one(target: str, backbone: str, recipe: str) -> tuple[Row, ...]:
         return Row(backbone, backbone), *others
     if not TARGETS[target].rows:
         return ()
-    return tuple(replace(row, recipe=row.recipe and recipe) for row in _pairs(backbone))
+    return tuple(replace(row, recipe=row.recipe and recipe) for row in pairs(backbone))
