@@ -309,8 +309,8 @@ def test_rows_of_table_1_on_scenes_differ_in_method_alone() -> None:
         "additive": ("additive", "none", "cls", "mse"),
         "averaging-1": ("averaging", "none", "cls", "mse"),
         "averaging-3": ("averaging", "none", "cls", "mse"),
-        "maskembed-1": ("maskembed", "transformer", "cls", "mse"),
-        "maskembed-3": ("maskembed", "transformer", "cls", "mse"),
+        "maskembed-1": ("maskembed", "transformer", "last", "mse"),
+        "maskembed-3": ("maskembed", "transformer", "last", "mse"),
     }
     assert {n: c.masks().masks_per_image for n, c in configs.items() if c.mask} == {
         "additive": 3, "averaging-1": 1, "averaging-3": 3, "maskembed-1": 1, "maskembed-3": 3,
@@ -323,7 +323,13 @@ def test_rows_of_table_4_on_scenes() -> None:
     targets = [configs[f"target-{n}"].target for n in ("cls", "last", "penultimate")]
     assert targets == ["cls", "last", "penultimate"], "what a row states it keeps"
     default = configs["in1k-25"]
-    assert configs["augment-crop"] == configs["masks-uniform-complement-visible"] == default
+    assert configs["augment-crop"] == configs["target-last"] == default
+    one_block = replace(default, complement=False, all_visible=False)
+    for name, expected in (
+        ("masks-block", one_block),
+        ("masks-uniform-complement-visible", replace(default, mask="uniform")),
+    ):
+        assert replace(configs[name], out=expected.out) == expected
     assert configs["in1k-50"].steps == 2 * default.steps
     assert configs["in1k-2"].steps == round(0.08 * default.steps)
     assert (configs["augment-mixup"].mixup, configs["augment-cutmix"].cutmix) == (0.5, 1.0)

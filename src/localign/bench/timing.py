@@ -21,6 +21,10 @@ class Timing:
     cpu: float
     """Of this process and all its threads; on a busy machine the steadier of the two."""
 
+    def over(self, other: Timing) -> Timing:
+        """How many times the other's time this is."""
+        return Timing(self.wall / other.wall, self.cpu / other.cpu)
+
     @staticmethod
     def best(timings: Sequence[Timing]) -> Timing:
         """The least of repeated measurements."""
