@@ -123,7 +123,9 @@ def test_features_are_used_again_and_another_backbones_are_refused(
 
 def test_the_published_protocol_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = TINY.replace("--steps 4", "--epochs 3")
-    results = probe(f"{VIT} {options} --protocol published --heads [linear] --tasks [global] --out {tmp_path / 'run'}")
+    results = probe(
+        f"{VIT} {options} --protocol published --heads [linear] --tasks [global] --out {tmp_path / 'run'}"
+    )
     assert results["protocol"] == "published"
     metrics = results["probe"][VIT][0]["results"]["test"]["linear"]["global"]
     assert 1 <= metrics["best_epoch"] <= 3
@@ -154,7 +156,9 @@ def labelled_folder(folder: Path, values: tuple[int, ...]) -> Path:
         for kind in ("images", "masks"):
             (folder / kind / split).mkdir(parents=True)
         for i, value in enumerate(values):
-            Image.fromarray(np.full((24, 24, 3), 40 * i, np.uint8)).save(folder / "images" / split / f"{i}.png")
+            Image.fromarray(np.full((24, 24, 3), 40 * i, np.uint8)).save(
+                folder / "images" / split / f"{i}.png"
+            )
             Image.fromarray(np.full((24, 24), value, np.uint8)).save(folder / "masks" / split / f"{i}.png")
     (folder / "classes.json").write_text(json.dumps({"0": "unlabeled", "1": "cat", "2": "dog"}))
     return folder
@@ -163,7 +167,9 @@ def labelled_folder(folder: Path, values: tuple[int, ...]) -> Path:
 def test_labels_that_say_nothing_are_refused_before_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = TINY.replace("--train-scenes 32 --test-scenes 20", "").replace("--batch-size 8", "--batch-size 2")
+    options = TINY.replace("--train-scenes 32 --test-scenes 20", "").replace(
+        "--batch-size 8", "--batch-size 2"
+    )
     empty = labelled_folder(tmp_path / "empty", (0, 0))
     line = line_of(capsys, f"{VIT} {options} --data {empty} --out {tmp_path / 'run'}")
     assert "has a positive label" in line

@@ -96,7 +96,7 @@ class ProbeConfig:
     it takes no more than half of what is free, else on the disk."""
     cache_dtype: str = "bfloat16"
     """How kept features are stored: ``float32``, ``float16`` or ``bfloat16``."""
-    extract_batch: int = 64
+    extract_batch: int = 32
     """Images per forward pass where no gradients are needed."""
     workers: int = 0
     """Processes that load images, per rank; 0 loads in the main process."""
