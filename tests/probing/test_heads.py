@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from localign.errors import UserError
-from localign.probing.heads import Geometry, TransformerHead, build_head
+from localign.probing.heads import Geometry, TransformerHead, block_at, build_head
 
 CLS = Geometry(width=16, num_heads=2, num_patches=6, num_prefix_tokens=1)
 REGISTERS = Geometry(16, 2, 6, 5)
@@ -71,6 +71,23 @@ def test_transformer_global_is_the_mean_of_the_outputs_it_reads() -> None:
         tokens = tokens_of(geometry)
         outputs = head.linear(head.norm(head.blocks(head.norm_pre(tokens + head.positions))))
         assert torch.allclose(head(tokens), outputs[:, :count].mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("read", [slice(0, 1), slice(1, 7), slice(0, 7)])
+def test_a_block_read_at_some_positions_is_the_block(read: slice) -> None:
+    head = build_head("transformer", CLS, 4, "local")
+    assert isinstance(head, TransformerHead)
+    tokens = tokens_of(CLS)
+    for block in head.blocks:
+        block.ls1.gamma.data.fill_(0.7)
+        block.ls2.gamma.data.fill_(0.7)
+        whole, part = block(tokens)[:, read], block_at(block, tokens, read)
+        torch.testing.assert_close(part, whole, rtol=0, atol=1e-6)
+        ours, theirs = (
+            torch.autograd.grad(out.square().sum(), list(block.parameters())) for out in (part, whole)
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_cls_only_sees_the_class_token_alone() -> None:

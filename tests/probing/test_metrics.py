@@ -117,6 +117,48 @@ def test_majority_by_hand() -> None:
     assert figures["macro_precision"] == pytest.approx(0.75)
 
 
+def test_equal_to_torchmetrics_where_every_class_occurs() -> None:
+    # Where one does not, theirs counts a class that is only predicted, and the published mean does not.
+    from torchmetrics.functional import classification as theirs
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 9, 5, generator=generator)
+    targets = torch.rand(6, 9, 5, generator=generator) < 0.4
+    ours = MultiLabelCounts(5)
+    ours.update(logits, targets)
+    flat = logits.flatten(0, 1).sigmoid(), targets.flatten(0, 1).long()
+    expected = {
+        "macro_recall": theirs.multilabel_recall(*flat, num_labels=5),
+        "macro_precision": theirs.multilabel_precision(*flat, num_labels=5),
+        "macro_f1": theirs.multilabel_f1_score(*flat, num_labels=5),
+        "macro_accuracy": theirs.multilabel_accuracy(*flat, num_labels=5),
+        "class_recall": theirs.multilabel_recall(*flat, num_labels=5, average=None),
+    }
+    for name, value in expected.items():
+        assert ours.compute()[name] == pytest.approx(value.tolist(), abs=1e-6), name
+    majority = MajorityCounts(5)
+    majority.update(logits, logits.flip(-1).argmax(-1))
+    flat = logits.flatten(0, 1), logits.flip(-1).argmax(-1).flatten()
+    assert majority.compute()["macro_recall"] == pytest.approx(
+        float(theirs.multiclass_recall(*flat, num_classes=5, average="macro")), abs=1e-6
+    )
+
+
+def test_per_image_counts_add_up_to_the_sums() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 9, 5, generator=generator)
+    targets = torch.rand(6, 9, 5, generator=generator) < 0.3
+    counts = MultiLabelCounts(5)
+    hits, positives = counts.update(logits, targets)
+    assert hits.shape == positives.shape == (6, 5)
+    assert torch.equal(positives, targets.sum(1))
+    assert torch.equal(hits.sum(0), counts.state()["tp"])
+    images = MultiLabelCounts(5)
+    hits, positives = images.update(logits[:, 0], targets.any(1))
+    assert torch.equal(positives, targets.any(1).long())
+    assert torch.equal(hits, ((logits[:, 0] > 0) & targets.any(1)).long())
+
+
 def test_nothing_counted_is_no_figure_and_valid_json() -> None:
     figures = MultiLabelCounts(2).compute()
     assert figures["macro_recall"] is None

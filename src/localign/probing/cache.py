@@ -17,14 +17,16 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from localign.engine.lock import lock
 from localign.engine.log import say
 from localign.errors import UserError
 from localign.files import replace_text, replacing
@@ -97,14 +99,15 @@ class DiskFeatures:
             yield tokens.to(device), labels.unpack(device)
 
     def _gather(self, rows: Rows) -> tuple[Tensor, PackedLabels]:
-        tensors = {name: t.new_empty(len(rows), *t.shape[1:]) for name, t in self._shards[0].items()}
+        """Runs beside the training, so in NumPy: torch would start a second team of threads."""
+        arrays = {name: np.empty((len(rows), *a.shape[1:]), a.dtype) for name, a in self._shards[0].items()}
         shards, within = np.divmod(rows, self.shard_images)
         for shard in np.unique(shards):
-            places = torch.from_numpy(np.flatnonzero(shards == shard))
-            index = torch.from_numpy(within[shards == shard])
-            for name, target in tensors.items():
-                target[places] = self._shards[shard][name][index]
-        tokens = tensors.pop("features")
+            there = shards == shard
+            for name, target in arrays.items():
+                target[there] = self._shards[shard][name][within[there]]
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tokens = tensors.pop("features").view(self.extraction.dtype)
         return tokens, PackedLabels(**tensors, classes=self.classes, codes=self.codes)
 
 
@@ -122,10 +125,10 @@ def extract_to_disk(extraction: Extraction, folder: Path, *, replace: bool, told
         RunFailure: features that are not finite.
     """
     world = extraction.world
-    refusal = None
+    refusal, held = None, None
     if world.is_main:
         try:
-            _prepare(extraction, folder, replace)
+            held = _prepare(extraction, folder, replace)
         except UserError as error:
             refusal = str(error)
     if refusal := world.gather(refusal)[0]:  # every rank must know, or the others would wait
@@ -135,11 +138,17 @@ def extract_to_disk(extraction: Extraction, folder: Path, *, replace: bool, told
     world.barrier()  # so that no rank counts what another has just written
     _write_shards(extraction, folder, missing[world.rank :: world.size], shard_images, told)
     world.barrier()
+    if held is not None:
+        held.close()
     return DiskFeatures(folder, extraction, shard_images)
 
 
-def _prepare(extraction: Extraction, folder: Path, replace: bool) -> None:
-    """Make the folder, or find that it is of the same key; see that the disk has room for what is missing."""
+def _prepare(extraction: Extraction, folder: Path, replace: bool) -> TextIO | None:
+    """Make the folder, or find that it is of the same key; see that the disk has room for what is missing.
+
+    Returns:
+        A lock on the folder while it is written; None where nothing is missing.
+    """
     key, count = cache_key(extraction), len(extraction.source)
     if (folder / HEADER).is_file():
         there = _read_header(folder)["key"]
@@ -156,6 +165,11 @@ def _prepare(extraction: Extraction, folder: Path, replace: bool) -> None:
         )
         replace_text(folder / HEADER, json.dumps({"key": key, "shard_images": shard_images}, indent=1) + "\n")
     shard_images = int(_read_header(folder)["shard_images"])
+    if not _missing(folder, count, shard_images):
+        return None
+    held = lock(folder)
+    for leftover in folder.glob(".shard-*.tmp"):  # of a process that was killed
+        leftover.unlink()
     missing = _missing(folder, count, shard_images)
     needed = extraction.bytes_per_image * sum(len(_shard_rows(s, shard_images, count)) for s in missing)
     free = shutil.disk_usage(folder).free
@@ -164,8 +178,8 @@ def _prepare(extraction: Extraction, folder: Path, replace: bool) -> None:
             f"features need {gibibytes(needed)} in {folder}, where {gibibytes(free)} are free; "
             "give another --cache-dir, or --cache none"
         )
-    if missing:
-        say(f"writing {gibibytes(needed)} of features to {folder} ({gibibytes(free)} free)")
+    say(f"writing {gibibytes(needed)} of features to {folder} ({gibibytes(free)} free)")
+    return held
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
@@ -225,10 +239,13 @@ def _write_shards(
             save_file(tensors, temporary)
 
 
-def _read_shard(path: Path) -> dict[str, Tensor]:
-    """The tensors of a shard, memory-mapped."""
+def _read_shard(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a shard, memory-mapped; features as integers of their size, as NumPy knows no bfloat16."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
+        features = tensors.pop("features")
+        integers = features.view({2: torch.int16, 4: torch.int32}[features.dtype.itemsize])
+        return {"features": integers.numpy(), **{name: t.numpy() for name, t in tensors.items()}}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it, and it is made again") from None
 

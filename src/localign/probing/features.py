@@ -40,6 +40,7 @@ Batch = tuple[Tensor, PatchLabels]
 """Tokens ``(B, P + n, d)`` and their targets, on one device."""
 
 Told = Callable[[int, int], None]
+"""Is told how many images are done, of how many."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MEMORY_SHARE = 0.5
@@ -207,7 +208,7 @@ class Extraction:
         for images, maps in labelled_batches(
             Picked(self.source, rows), self.backbone.image_size, batch, self.workers
         ):
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
                 tokens = self.backbone.tokens(self.backbone.normalise(images.to(device)))
             yield tokens, reduce_labels(maps, self.backbone.patch_size, self.classes, table)
 

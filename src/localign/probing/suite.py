@@ -37,6 +37,7 @@ from localign.probing.heads import Geometry
 from localign.probing.judging import BestEpochs, Verdict, judge_heads, with_intervals
 from localign.probing.segmentation import LabelledSource, labelled_batches
 from localign.probing.training import (
+    Cache,
     HeadSpec,
     Member,
     ProbeConfig,
@@ -122,7 +123,8 @@ def probe_heads(
     clock = [time.monotonic()]
     with frozen(backbone):
         extractions = {name: _extraction(backbone, sha256, s, config, world) for name, s in sources.items()}
-        features = _features(extractions, config, cache_folder, replace_cache, progress)
+        mode, place = _mode(list(extractions.values()), config, cache_folder)
+        features = _features(extractions, mode, place, cache_folder, replace_cache, progress)
         training = features.pop("train")
         clock.append(time.monotonic())
         first = next(iter(features.values()))
@@ -147,7 +149,7 @@ def probe_heads(
     clock.append(time.monotonic())
     steps, warmup = config.resolved(len(train_source))
     shared = {
-        "config": {**asdict(config), "steps": steps, "warmup_steps": warmup},
+        "config": {**asdict(config), "steps": steps, "warmup_steps": warmup, "cache": mode},
         "protocol": config.protocol,
         "backbone": backbone.name,
         "backbone_sha256": sha256,
@@ -218,13 +220,11 @@ def _check(
             raise UserError(f"the source {name!r} has other classes than the training source")
         if len(source) < world.size:
             raise UserError(f"the source {name!r} has {len(source)} images for {world.size} processes")
-        check_labels(name, source, backbone.image_size, backbone.patch_size)
+        check_labels(name, source, backbone.image_size)
     config.resolved(len(sources["train"]))
 
 
-def check_labels(
-    name: str, source: LabelledSource, image_size: tuple[int, int], patch_size: tuple[int, int]
-) -> None:
+def check_labels(name: str, source: LabelledSource, image_size: tuple[int, int]) -> None:
     """Refuse a source in which no image holds any class but class 0, "unlabeled".
 
     Looks at images one after the other until one does: usually at the first alone.
@@ -245,18 +245,18 @@ def check_labels(
 
 def _features(
     extractions: dict[str, Extraction],
-    config: ProbeConfig,
+    mode: Cache,
+    place: torch.device,
     cache_folder: Path | None,
     replace_cache: bool,
     progress: Progress | None,
 ) -> dict[str, Features]:
-    """The features of every source in the mode that is asked for."""
+    """The features of every source in a mode of :func:`_mode`."""
 
     def told(done: int, total: int) -> None:
         if progress is not None:
             progress("features", done, total)
 
-    mode, place = _mode(list(extractions.values()), config, cache_folder)
     features: dict[str, Features] = {}
     for name, extraction in extractions.items():
         if mode == "none":
@@ -273,7 +273,7 @@ def _features(
 
 def _mode(
     extractions: list[Extraction], config: ProbeConfig, cache_folder: Path | None
-) -> tuple[str, torch.device]:
+) -> tuple[Cache, torch.device]:
     """``none``, ``disk`` or ``device``, and where in memory features are kept."""
     world, cpu = extractions[0].world, torch.device("cpu")
     if config.cache in ("none", "disk"):
