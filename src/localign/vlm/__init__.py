@@ -1,0 +1,1 @@
+"""Vision-language models: a frozen ViT, an adapter, a causal language model."""
