@@ -1,0 +1,435 @@
+"""Adapters: from the vision tower's tokens to embeddings of the language model (appendix D of the paper).
+
+``linear``         one linear layer, zero at the start
+``mlp``            two linear layers with a GELU between
+``fused-mlp``      three linear layers, for tokens of several backbones
+``transformer``    input projection, position embedding, two blocks, norm, linear: all from scratch
+``decoder``        the same module, from an alignment's encoder head and decoder; output layer zero
+``truncated``      the last two blocks and the final norm of the ViT, then a linear layer, zero at the start
+``fused-decoder``  the aligned backbone's tokens through its decoder, concatenated with the other backbones'
+                   tokens, then a fused MLP; the paper leaves this composition open
+
+Where the output layer is zero, all image embeddings are exactly zero at the start of training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from localign import rng
+from localign.alignment.student import Decoder, DecoderConfig, Student
+from localign.backbones import Backbone
+from localign.errors import UserError, near
+from localign.vlm.vision import TowerConfig, VisionTower
+
+AdapterName = Literal["linear", "mlp", "fused-mlp", "transformer", "decoder", "truncated", "fused-decoder"]
+ADAPTERS: tuple[str, ...] = get_args(AdapterName)
+TRUNCATED_BLOCKS = 2
+"""Blocks of the ViT that a truncated adapter takes over."""
+_WITH_DECODER = ("transformer", "decoder", "fused-decoder")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What it takes to build an adapter again, without its weights.
+
+    ``dataclasses.asdict`` gives what JSON can hold, and ``AdapterConfig(**that)`` gives an equal config.
+    """
+
+    kind: AdapterName
+    """Which adapter."""
+    input_width: int
+    """Channels of the tower's tokens."""
+    output_width: int
+    """Width of the language model."""
+    num_tokens: int
+    """Tokens per image, in and out: kept prefix tokens, then patches."""
+    num_prefix_tokens: int = 0
+    """How many of them are prefix tokens."""
+    decoder: DecoderConfig | None = None
+    """Position embedding, blocks and norm of the kinds that have them; its ``num_tokens`` may exceed the
+    adapter's by prefix tokens that the tower drops."""
+    decoder_channels: tuple[int, int] | None = None
+    """First and end channel, among the tower's, of the aligned backbone (fused-decoder)."""
+    blocks: TowerConfig | None = None
+    """A ViT of as many blocks as the truncated adapter has, from which it takes blocks and norm."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ADAPTERS:
+            raise UserError(
+                f"unknown adapter {self.kind!r}; known: {', '.join(ADAPTERS)}{near(self.kind, ADAPTERS)}"
+            )
+        if isinstance(self.decoder, dict):
+            object.__setattr__(self, "decoder", DecoderConfig(**self.decoder))
+        if isinstance(self.blocks, dict):
+            object.__setattr__(self, "blocks", TowerConfig(**self.blocks))
+        if self.decoder_channels is not None:
+            start, stop = self.decoder_channels
+            object.__setattr__(self, "decoder_channels", (start, stop))
+
+    def check_fits(self, tower: VisionTower) -> None:
+        """Raise a UserError, naming both, unless the adapter takes what the tower gives."""
+        wanted = (self.input_width, self.num_tokens, self.num_prefix_tokens)
+        given = (tower.width, tower.num_tokens, tower.num_prefix_tokens)
+        if wanted != given:
+            raise UserError(
+                f"the {self.kind} adapter ({_tokens(*wanted)}) does not fit {tower.name} ({_tokens(*given)})"
+            )
+        if self.blocks is not None:
+            self._check_continues(self.blocks, tower)
+
+    @staticmethod
+    def _check_continues(blocks: TowerConfig, tower: VisionTower) -> None:
+        first = tower.configs[0]
+        same = (blocks.architecture, blocks.soft_cap) == (first.architecture, first.soft_cap)
+        if len(tower.configs) > 1 or not same:
+            raise UserError(
+                f"the truncated adapter holds the end of {blocks.name}; it does not fit {tower.name}"
+            )
+
+
+def _tokens(width: int, count: int, prefix: int) -> str:
+    return f"{count} tokens of {width} channels, {prefix} of them prefix tokens"
+
+
+class Adapter(nn.Module):
+    """Base of all adapters; ``config`` is enough to build it again."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens ``(batch, num_tokens, input_width)`` to ``(batch, num_tokens, output_width)``.
+
+        They are cast to the adapter's own dtype, which the result has too.
+        """
+        return self.adapt(tokens.to(next(self.parameters()).dtype))
+
+    def adapt(self, tokens: Tensor) -> Tensor:
+        """:meth:`forward` after the cast."""
+        raise NotImplementedError
+
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Give every parameter its start again, as :func:`build_adapter` draws it from ``seed``.
+
+        For an adapter built on the meta device and then given memory with ``to_empty``. What a decoder or
+        truncated adapter takes from a trained model is drawn at random here.
+        """
+        with torch.device("cpu"):
+            fresh = build_adapter(self.config, seed)
+        self.load_state_dict(fresh.state_dict())
+
+
+class LinearAdapter(Adapter):
+    """One linear layer, zero at the start."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(config)
+        self.head = _zero_linear(config.input_width, config.output_width)
+
+    def adapt(self, tokens: Tensor) -> Tensor:
+        return self.head(tokens)
+
+
+class MLPAdapter(Adapter):
+    """Two linear layers, or three after a widening to four times the input (``fused-mlp``)."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(config)
+        make = _fused_mlp if config.kind == "fused-mlp" else _mlp
+        self.mlp = make(config.input_width, config.output_width)
+
+    def adapt(self, tokens: Tensor) -> Tensor:
+        return self.mlp(tokens)
+
+
+class DecoderAdapter(Adapter):
+    """Input projection, then an alignment's decoder whose output layer leads to the language model.
+
+    As ``transformer`` it starts from scratch, with an output layer at PyTorch's default and prefix tokens
+    visible. As ``decoder`` prefix tokens are set to zero after the projection, as they were in alignment.
+    """
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(config)
+        assert config.decoder is not None
+        self.in_proj = nn.Linear(config.input_width, config.decoder.width)
+        self.decoder = Decoder(config.decoder)
+        self.hidden = config.num_prefix_tokens if config.kind == "decoder" else 0
+        if config.kind == "decoder":
+            _zero(self.decoder.head)
+
+    def adapt(self, tokens: Tensor) -> Tensor:
+        return self.decoder(hide_prefix(self.in_proj(tokens), self.hidden))
+
+
+class FusedDecoderAdapter(Adapter):
+    """One backbone's tokens through its decoder without output layer, then a fused MLP with the others'.
+
+    The prefix positions, hidden in alignment and dropped by a tower of several backbones, enter the decoder
+    as zeros and leave the sequence after it.
+    """
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(config)
+        assert config.decoder is not None
+        assert config.decoder_channels is not None
+        self.start, self.stop = config.decoder_channels
+        aligned = self.stop - self.start
+        self.prefix = config.decoder.num_tokens - config.num_tokens
+        self.in_proj = nn.Linear(aligned, config.decoder.width)
+        self.decoder = Decoder(config.decoder)
+        self.decoder.head = nn.Identity()  # type: ignore[assignment]
+        self.mlp = _fused_mlp(config.input_width - aligned + config.decoder.width, config.output_width)
+
+    def adapt(self, tokens: Tensor) -> Tensor:
+        embeddings = self.in_proj(tokens[..., self.start : self.stop])
+        decoded = self.decoder(F.pad(embeddings, (0, 0, self.prefix, 0)))[:, self.prefix :]
+        return self.mlp(torch.cat([tokens[..., : self.start], decoded, tokens[..., self.stop :]], dim=-1))
+
+
+class TruncatedAdapter(Adapter):
+    """The last blocks and the final norm of the ViT, then a linear layer, zero at the start."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(config)
+        assert config.blocks is not None
+        backbone = config.blocks.build()
+        self.blocks = backbone.vit.blocks
+        self.norm = _final_norm(backbone)
+        self.head = _zero_linear(config.input_width, config.output_width)
+
+    def adapt(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(tokens)))
+
+
+def hide_prefix(embeddings: Tensor, count: int) -> Tensor:
+    """``(batch, tokens, width)`` with the first ``count`` tokens set to zero."""
+    return F.pad(embeddings[:, count:], (0, 0, count, 0)) if count else embeddings
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _zero_linear(input_width: int, output_width: int) -> nn.Linear:
+    return _zero(nn.Linear(input_width, output_width))
+
+
+def _mlp(input_width: int, output_width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(input_width, output_width), nn.GELU(), nn.Linear(output_width, output_width)
+    )
+
+
+def _fused_mlp(input_width: int, output_width: int) -> nn.Sequential:
+    widened = 4 * input_width
+    return nn.Sequential(
+        nn.Linear(input_width, widened),
+        nn.GELU(),
+        nn.Linear(widened, output_width),
+        nn.GELU(),
+        nn.Linear(output_width, output_width),
+    )
+
+
+def _final_norm(backbone: Backbone) -> nn.Module:
+    return nn.Identity() if backbone.final_norm == "none" else getattr(backbone.vit, backbone.final_norm)
+
+
+_CLASSES: dict[str, type[Adapter]] = {
+    "linear": LinearAdapter,
+    "mlp": MLPAdapter,
+    "fused-mlp": MLPAdapter,
+    "transformer": DecoderAdapter,
+    "decoder": DecoderAdapter,
+    "truncated": TruncatedAdapter,
+    "fused-decoder": FusedDecoderAdapter,
+}
+
+
+def build_adapter(config: AdapterConfig, seed: int = 0) -> Adapter:
+    """An adapter whose random start is keyed by ``seed``, in float32.
+
+    It is built on the CPU, whatever the default device, or on the meta device where that is the default.
+    """
+    meta = torch.get_default_device().type == "meta"
+    with torch.device("meta" if meta else "cpu"), rng.seeded_globals(seed, "vlm adapter"):
+        return _CLASSES[config.kind](config)
+
+
+def fresh_adapter(kind: AdapterName, tower: VisionTower, output_width: int, *, seed: int = 0) -> Adapter:
+    """An adapter that starts from scratch: ``linear``, ``mlp``, ``fused-mlp`` or ``transformer``.
+
+    Args:
+        kind: Which.
+        tower: Gives its input.
+        output_width: Width of the language model.
+        seed: Key of the random start.
+
+    Raises:
+        UserError: This kind takes weights of a trained model, or the tower has several backbones and it one.
+    """
+    config = AdapterConfig(kind, tower.width, output_width, tower.num_tokens, tower.num_prefix_tokens)
+    if kind == "transformer":
+        if len(tower.configs) > 1:
+            raise UserError(f"the transformer adapter takes one backbone; {tower.name} are several")
+        heads = tower.backbones[0].num_heads
+        config = replace(config, decoder=DecoderConfig(tower.width, output_width, heads, tower.num_tokens))
+    elif kind not in ("linear", "mlp", "fused-mlp"):
+        raise UserError(f"the {kind} adapter does not start from scratch")
+    return build_adapter(config, seed)
+
+
+def adapter_from_student(student: Student, output_width: int, *, published_quirks: bool = False) -> Adapter:
+    """The ``decoder`` adapter of an alignment; its weights are copied, its output layer is zero.
+
+    The input projection is the encoder's linear head; position embedding, blocks and norm are the decoder's.
+
+    Args:
+        student: Encoder and decoder.
+        output_width: Width of the language model.
+        published_quirks: Rebuild the blocks with exact GELU, as the published code does, where alignment
+            trained them with the backbone's activation (quick GELU in CLIP). Without it they keep theirs.
+
+    Raises:
+        UserError: The student has no decoder.
+    """
+    decoder = _decoder_config(student, output_width, published_quirks)
+    config = AdapterConfig(
+        kind="decoder",
+        input_width=student.encoder.backbone.width,
+        output_width=output_width,
+        num_tokens=decoder.num_tokens,
+        num_prefix_tokens=student.num_prefix_tokens,
+        decoder=decoder,
+    )
+    return _with_decoder_weights(config, student, seed=0)
+
+
+def fused_adapter_from_student(
+    student: Student, tower: VisionTower, output_width: int, *, seed: int = 0, published_quirks: bool = False
+) -> Adapter:
+    """The ``fused-decoder`` adapter: the decoder's weights are copied, the MLP starts at random.
+
+    Args:
+        student: The alignment of the one backbone of the tower whose final norm is applied.
+        tower: Several backbones.
+        output_width: Width of the language model.
+        seed: Key of the MLP's start.
+        published_quirks: As :func:`adapter_from_student`.
+
+    Raises:
+        UserError: The tower has one backbone alone, or not exactly one aligned one, or the decoder belongs to
+            another backbone.
+    """
+    aligned = [i for i, config in enumerate(tower.configs) if config.norm]
+    if len(tower.configs) < 2 or len(aligned) != 1:
+        raise UserError(
+            f"the fused-decoder adapter takes one aligned backbone and at least one other, not {tower.name}"
+        )
+    widths = [backbone.width for backbone in tower.backbones]
+    start = sum(widths[: aligned[0]])
+    check_decoder_fits(student, tower.backbones[aligned[0]])
+    width = _decoder_of(student).config.width
+    config = AdapterConfig(
+        kind="fused-decoder",
+        input_width=tower.width,
+        output_width=output_width,
+        num_tokens=tower.num_tokens,
+        decoder=_decoder_config(student, width, published_quirks),
+        decoder_channels=(start, start + widths[aligned[0]]),
+    )
+    return _with_decoder_weights(config, student, seed)
+
+
+def check_decoder_fits(student: Student, backbone: Backbone) -> None:
+    """Raise a UserError, naming both, unless the student's decoder takes this backbone's tokens."""
+    decoder = _decoder_of(student)
+    source = student.encoder.backbone
+    wanted = (student.encoder.head.in_features, decoder.config.num_tokens, source.num_prefix_tokens)
+    prefix = backbone.num_prefix_tokens
+    given = (backbone.width, prefix + backbone.num_patches, prefix)
+    if wanted != given:
+        raise UserError(
+            f"the decoder trained with {source.name} ({_tokens(*wanted)}) "
+            f"does not fit {backbone.name} ({_tokens(*given)})"
+        )
+
+
+def _decoder_of(student: Student) -> Decoder:
+    if student.decoder is None:
+        raise UserError(
+            f"{student.encoder.backbone.name} was aligned without a decoder; there is no adapter in it"
+        )
+    return student.decoder
+
+
+def _decoder_config(student: Student, output_width: int, published_quirks: bool) -> DecoderConfig:
+    config = replace(_decoder_of(student).config, output_width=output_width)
+    return replace(config, activation="GELU") if published_quirks else config
+
+
+def _with_decoder_weights(config: AdapterConfig, student: Student, seed: int) -> Adapter:
+    with torch.device(
+        student.encoder.head.weight.device
+    ):  # a student without memory gives an adapter like it
+        adapter: Any = build_adapter(config, seed)
+    adapter.in_proj.load_state_dict(student.encoder.head.state_dict())
+    source, target = _decoder_of(student).state_dict(), adapter.decoder.state_dict()
+    trunk = {k: v for k, v in source.items() if not k.startswith("head.")}
+    head = {k: v for k, v in target.items() if k.startswith("head.")}
+    adapter.decoder.load_state_dict(trunk | head)
+    return adapter
+
+
+def adapter_from_backbone(
+    backbone: Backbone, output_width: int, *, published_quirks: bool = False
+) -> Adapter:
+    """The ``truncated`` adapter: a copy of the ViT's last two blocks and final norm, then a zero linear layer.
+
+    Args:
+        backbone: The whole ViT; the tower before the adapter ends where its blocks begin.
+        output_width: Width of the language model.
+        published_quirks: Take the two blocks before the last one and no norm, as the published code does for
+            a baseline, which loses the last block and the norm.
+
+    Raises:
+        UserError: Its blocks need more than tokens (EVA and BEiT), or there are too few.
+    """
+    if not isinstance(backbone.vit, VisionTransformer):
+        raise UserError(
+            f"the truncated adapter fits VisionTransformer backbones, not {backbone.name}, "
+            f"which is a {type(backbone.vit).__name__}"
+        )
+    end = backbone.depth - int(published_quirks)
+    start = end - TRUNCATED_BLOCKS
+    if start < 1:
+        raise UserError(
+            f"the truncated adapter leaves nothing of {backbone.name}, which has {backbone.depth} blocks"
+        )
+    tower = TowerConfig.of(backbone, layer=TRUNCATED_BLOCKS - 1, norm=not published_quirks, keep_prefix=True)
+    tower = replace(tower, model_kwargs={**tower.model_kwargs, "depth": TRUNCATED_BLOCKS})
+    config = AdapterConfig(
+        kind="truncated",
+        input_width=backbone.width,
+        output_width=output_width,
+        num_tokens=backbone.num_prefix_tokens + backbone.num_patches,
+        num_prefix_tokens=backbone.num_prefix_tokens,
+        blocks=tower,
+    )
+    with torch.device(next(backbone.parameters()).device):
+        adapter: Any = build_adapter(config)
+    adapter.blocks.load_state_dict(nn.Sequential(*backbone.vit.blocks[start:end]).state_dict())
+    if not published_quirks:
+        adapter.norm.load_state_dict(_final_norm(backbone).state_dict())
+    return adapter

@@ -1,0 +1,247 @@
+"""The vision side: one or several frozen ViTs that turn pixels into one token sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localign.backbones import Backbone
+from localign.backbones.backbone import FinalNorm
+from localign.backbones.create import build_vit
+from localign.errors import UserError
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """What it takes to build one backbone again, without its weights, and which of its tokens are wanted.
+
+    ``dataclasses.asdict`` gives what JSON can hold, and ``TowerConfig(**that)`` gives an equal config.
+    """
+
+    name: str
+    """How errors and reports call the backbone."""
+    architecture: str
+    """timm's registered name."""
+    model_kwargs: dict[str, Any]
+    """Arguments for timm beside the name."""
+    mean: tuple[float, ...]
+    """Pixel mean per RGB channel, for pixels in 0..1."""
+    std: tuple[float, ...]
+    """Pixel standard deviation per RGB channel."""
+    layer: int
+    """The block whose output is wanted, counted from 0; later blocks are left out of the tower."""
+    norm: bool
+    """Apply the final norm; without it the norm is left out of the tower."""
+    keep_prefix: bool
+    """Whether class and register tokens stay in the sequence, before the patches."""
+    soft_cap: float | None = None
+    """Bound of the attention logits, or None for ordinary attention."""
+    final_norm: FinalNorm = "norm"
+    """Which of the ViT's norms is the final one."""
+    norm_class: str | None = None
+    """Class name of the final norm; ``"LayerNorm"`` where alignment renewed a norm of another kind."""
+    norm_eps: float | None = None
+    """eps of the final norm as it was trained, which timm's own value need not be."""
+
+    def __post_init__(self) -> None:
+        kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in self.model_kwargs.items()}
+        object.__setattr__(self, "model_kwargs", kwargs)  # JSON has lists alone
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+
+    @classmethod
+    def of(cls, backbone: Backbone, *, layer: int, norm: bool, keep_prefix: bool) -> TowerConfig:
+        """Describe a backbone; ``layer`` may count from the end (-1 = last block).
+
+        Raises:
+            UserError: The backbone has no such block.
+        """
+        final = getattr(backbone.vit, backbone.final_norm, None)
+        return cls(
+            name=backbone.name,
+            architecture=backbone.architecture,
+            model_kwargs=dict(backbone.model_kwargs),
+            mean=backbone.mean,
+            std=backbone.std,
+            layer=backbone.block_index(layer),
+            norm=norm,
+            keep_prefix=keep_prefix,
+            soft_cap=backbone.soft_cap,
+            final_norm=backbone.final_norm,
+            norm_class=type(final).__name__ if final is not None else None,
+            norm_eps=getattr(final, "eps", None),
+        )
+
+    def build(self) -> Backbone:
+        """The backbone, cut to what is wanted, with random weights; also under ``torch.device("meta")``.
+
+        Raises:
+            UserError: timm cannot build it, or it has no such block.
+        """
+        vit = build_vit(self.architecture, self.model_kwargs, pretrained=False)
+        if self.norm_class is not None and self.final_norm != "none":
+            norm = getattr(vit, self.final_norm)
+            if self.norm_class == "LayerNorm" and not isinstance(norm, nn.LayerNorm):
+                norm = nn.LayerNorm(vit.embed_dim)
+                setattr(vit, self.final_norm, norm)
+            if self.norm_eps is not None:
+                norm.eps = self.norm_eps
+        backbone = Backbone(
+            vit,
+            name=self.name,
+            architecture=self.architecture,
+            model_kwargs=self.model_kwargs,
+            mean=self.mean,
+            std=self.std,
+            soft_cap=self.soft_cap,
+            final_norm=self.final_norm,
+        )
+        return self.cut(backbone)
+
+    def cut(self, backbone: Backbone) -> Backbone:
+        """Remove, in place, the blocks after ``layer``, pooling, and the norms that are not applied."""
+        vit = backbone.vit
+        vit.blocks = vit.blocks[: backbone.block_index(self.layer) + 1]
+        vit.reset_classifier(0, "")
+        for name in ("norm", "fc_norm"):
+            if hasattr(vit, name) and not (self.norm and name == self.final_norm):
+                setattr(vit, name, nn.Identity())
+        return backbone
+
+
+class VisionTower(nn.Module):
+    """Frozen backbones side by side; the tokens of several are concatenated on channels, in order.
+
+    It is in eval mode, and gives no gradients, until :meth:`set_trainable` says otherwise.
+
+    Args:
+        configs: One per backbone. Several must agree in image size and patch grid, and drop prefix tokens.
+        backbones: Where the weights come from, in the same order; copied. Without them weights are random.
+
+    Raises:
+        UserError: No backbone, or several that do not fit together; the two are named.
+    """
+
+    def __init__(self, configs: Sequence[TowerConfig], backbones: Sequence[Backbone] | None = None) -> None:
+        super().__init__()
+        if not configs:
+            raise UserError("a vision-language model needs at least one backbone")
+        self.configs = tuple(configs)
+        if backbones is None:
+            towers = [config.build() for config in self.configs]
+        else:
+            towers = [c.cut(b.copy()) for c, b in zip(self.configs, backbones, strict=True)]
+        self.towers = nn.ModuleList(towers)
+        self._check()
+        self.set_trainable(False)
+
+    def _check(self) -> None:
+        first, *others = self.backbones
+        for other in others:
+            if other.image_size != first.image_size or other.grid != first.grid:
+                raise UserError(
+                    f"{first.name} ({_size(first)}) and {other.name} ({_size(other)}) cannot be fused: "
+                    "their image sizes and patch grids differ"
+                )
+        if others and any(config.keep_prefix for config in self.configs):
+            names = " and ".join(config.name for config in self.configs)
+            raise UserError(f"{names} can be fused only without their prefix tokens")
+
+    @property
+    def backbones(self) -> list[Backbone]:
+        """The towers, typed."""
+        return [tower for tower in self.towers if isinstance(tower, Backbone)]
+
+    @property
+    def name(self) -> str:
+        """The backbones' names."""
+        return " + ".join(config.name for config in self.configs)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Input height and width in pixels."""
+        return self.backbones[0].image_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.backbones[0].num_patches
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class and register tokens in the sequence: none where they are dropped."""
+        return self.backbones[0].num_prefix_tokens if self.configs[0].keep_prefix else 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence: kept prefix tokens, then patches in row order."""
+        return self.num_prefix_tokens + self.num_patches
+
+    @property
+    def width(self) -> int:
+        """Channels of a token, summed over the backbones."""
+        return sum(tower.width for tower in self.backbones)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether gradients reach the backbones."""
+        return self._trainable
+
+    def set_trainable(self, trainable: bool) -> VisionTower:
+        """Freeze the backbones, or let them be trained with the rest."""
+        self._trainable = trainable
+        self.requires_grad_(trainable)
+        return self.train(trainable)
+
+    def train(self, mode: bool = True) -> VisionTower:
+        """Training mode reaches the backbones only where they are trained."""
+        super().train(mode and self._trainable)
+        return self
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute the buffers that no weight file holds (rotary and relative positions of EVA and BEiT).
+
+        Needed once where the tower was built on the meta device and then given memory and weights.
+        """
+        for module in self.towers.modules():
+            init = getattr(module, "init_non_persistent_buffers", None)
+            if init is not None:
+                init()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Pixels to tokens.
+
+        Args:
+            pixel_values: uint8 ``(batch, 3, height, width)`` of :attr:`image_size`, not normalised: each
+                backbone applies its own statistics.
+
+        Returns:
+            ``(batch, num_tokens, width)`` in the backbones' dtype; without gradient unless trainable.
+
+        Raises:
+            ValueError: Another dtype or shape.
+        """
+        if pixel_values.dtype != torch.uint8 or tuple(pixel_values.shape[1:]) != (3, *self.image_size):
+            height, width = self.image_size
+            raise ValueError(
+                f"pixel_values must be uint8 (batch, 3, {height}, {width}), "
+                f"not {pixel_values.dtype} {tuple(pixel_values.shape)}"
+            )
+        with torch.set_grad_enabled(self._trainable and torch.is_grad_enabled()):
+            tokens = [self._tokens(i, pixel_values) for i in range(len(self.configs))]
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=-1)
+
+    def _tokens(self, index: int, pixel_values: Tensor) -> Tensor:
+        config, backbone = self.configs[index], self.backbones[index]
+        images = backbone.normalise(pixel_values).to(next(backbone.parameters()).dtype)
+        tokens = backbone.tokens(images, layer=config.layer, norm=config.norm)
+        return tokens if config.keep_prefix else tokens[:, backbone.num_prefix_tokens :]
+
+
+def _size(backbone: Backbone) -> str:
+    height, width = backbone.image_size
+    rows, columns = backbone.grid
+    return f"{height} x {width} pixels, {rows} x {columns} patches"

@@ -1,0 +1,408 @@
+"""Adapters: sizes, starts, what they take over from trained models, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_vlm import tiny_backbone
+from torch import Tensor, nn
+
+from localign.alignment.published import read_published
+from localign.alignment.student import Student, build_student
+from localign.backbones import Backbone, create_backbone
+from localign.backbones.create import build_vit
+from localign.errors import UserError
+from localign.vlm.adapters import (
+    Adapter,
+    AdapterConfig,
+    adapter_from_backbone,
+    adapter_from_student,
+    build_adapter,
+    fresh_adapter,
+)
+from localign.vlm.presets import VisionSource, tower_for, vision_side
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+VARIANTS = ("cls", "cls_prenorm_ls", "no_cls_irregular", "registers")
+needs_golden = pytest.mark.skipif(
+    not (GOLDEN / "adapters").is_dir(), reason=f"the reference numbers are not at {GOLDEN}"
+)
+WIDTH = 32
+
+
+def size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def tiny_student(backbone: Backbone | None = None, **options: Any) -> Student:
+    """A student with large random weights, in eval mode."""
+    student = build_student(backbone or tiny_backbone(), soft_cap=1.0, **options).eval()
+    torch.manual_seed(5)
+    for parameter in student.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return student
+
+
+def aligned_source(backbone: Backbone | None = None) -> VisionSource:
+    student = tiny_student(backbone)
+    return VisionSource(student.encoder.backbone, aligned=True, student=student)
+
+
+def pixels(batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, 256, (batch, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+def sides(kind: str) -> list[VisionSource]:
+    """Backbones that go with an adapter."""
+    if kind == "fused-mlp":
+        return [VisionSource(tiny_backbone("other", width=24)), VisionSource(tiny_backbone())]
+    if kind == "fused-decoder":
+        return [VisionSource(tiny_backbone("other", width=24)), aligned_source()]
+    return [aligned_source()] if kind == "decoder" else [VisionSource(tiny_backbone())]
+
+
+KINDS = ("linear", "mlp", "fused-mlp", "transformer", "decoder", "truncated", "fused-decoder")
+
+# Language model of width 4,096; CLIP ViT-L at 336 pixels and SigLIP SO400M at 384.
+PUBLISHED_SIZES: dict[tuple[str, bool], tuple[int, int]] = {
+    ("linear", False): (4_198_400, 4_722_688),
+    ("mlp", False): (20_979_712, 21_504_000),
+    ("mlp", True): (20_979_712, 21_504_000),
+    ("fused-mlp", False): (67_125_248, 71_385_600),
+    ("transformer", False): (31_037_440, 38_778_112),
+    ("decoder", True): (31_037_440, 38_778_112),
+    ("truncated", False): (29_392_896, 35_204_000),
+    ("truncated", True): (29_392_896, 35_204_000),
+}
+
+
+@cache
+def published_sources(index: int) -> dict[str, VisionSource]:
+    """The paper's backbones without memory; shallow, since no adapter's size depends on their depth."""
+    name = ("clip-vit-l-336px", "siglip-vit-so400m-384px")[index]
+    with torch.device("meta"):
+        shallow: dict[str, Any] = {"weights": "none", "model_kwargs": {"depth": 4}}
+        backbone = create_backbone(name, **shallow)
+        dino = create_backbone(
+            "vit_large_patch14_reg4_dinov2.lvd142m", image_size=backbone.image_size, **shallow
+        )
+        student = build_student(backbone, soft_cap=30.0)
+    aligned = VisionSource(student.encoder.backbone, aligned=True, student=student)
+    return {"baseline": VisionSource(backbone), "aligned": aligned, "dino": VisionSource(dino)}
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["clip", "siglip"])
+@pytest.mark.parametrize(("kind", "aligned"), PUBLISHED_SIZES)
+def test_parameters_and_tokens_are_those_of_the_paper(kind: Any, aligned: bool, index: int) -> None:
+    known = published_sources(index)
+    sources = [known["aligned" if aligned else "baseline"]]
+    if kind == "fused-mlp":
+        sources.insert(0, known["dino"])
+    with torch.device("meta"):
+        tower, adapter = vision_side(kind, sources, 4096)
+    assert size(adapter) == PUBLISHED_SIZES[kind, aligned][index]
+    prefix = 1 if index == 0 and (aligned or kind in ("transformer", "truncated")) else 0
+    assert tower.num_tokens == (576, 729)[index] + prefix
+    assert all(parameter.is_meta for parameter in (*tower.parameters(), *adapter.parameters()))
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["clip", "siglip"])
+def test_the_published_truncated_baseline_lacks_the_norm_and_the_last_block(index: int) -> None:
+    source = published_sources(index)["baseline"]
+    with torch.device("meta"):
+        tower, adapter = vision_side("truncated", [source], 4096, published_quirks=True)
+    assert size(adapter) == (29_390_848, 35_201_696)[index]
+    assert tower.configs[0].layer == source.backbone.depth - 4
+
+
+def test_a_student_without_memory_gives_an_adapter_without_memory() -> None:
+    student = published_sources(0)["aligned"].student
+    assert all(parameter.is_meta for parameter in adapter_from_student(student, 64).parameters())
+
+
+@cache
+def golden_student(variant: str) -> Student:
+    facts = json.loads((GOLDEN / "maskembed" / "meta.json").read_text())[variant]
+    kwargs = facts["vit"]
+    vit = build_vit("vit_base_patch16_224", kwargs, pretrained=False)
+    backbone = Backbone(vit, name=variant, architecture="vit_base_patch16_224", model_kwargs=kwargs)
+    return read_published(GOLDEN / "maskembed" / f"{variant}.pth.tar", backbone, soft_cap=30.0)
+
+
+@needs_golden
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_the_decoder_adapter_equals_the_published_one(variant: str) -> None:
+    golden = load_file(GOLDEN / "adapters" / "adapters.safetensors")
+    facts = json.loads((GOLDEN / "adapters" / "adapters.json").read_text())
+    adapter: Any = adapter_from_student(golden_student(variant), facts["llm_width"]).eval()
+    tokens = golden[f"{variant}.tokens"]
+    assert torch.equal(adapter(tokens), golden[f"{variant}.initial"])
+    assert not adapter(tokens).any()
+    adapter.decoder.head.weight.copy_(golden[f"{variant}.head.weight"])
+    adapter.decoder.head.bias.copy_(golden[f"{variant}.head.bias"])
+    assert torch.allclose(adapter(tokens), golden[f"{variant}.decoder_adapter"], rtol=0, atol=1e-5)
+
+
+@needs_golden
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tiny_adapters_have_the_published_sizes(variant: str) -> None:
+    facts = json.loads((GOLDEN / "adapters" / "adapters.json").read_text())
+    student, width = golden_student(variant), facts["llm_width"]
+    one = student.encoder.backbone.width
+    sizes = {
+        name: size(build_adapter(AdapterConfig(kind, factor * one, width, num_tokens=4)))
+        for name, kind, factor in (("linear", "linear", 1), ("mlp", "mlp", 1), ("fused_mlp", "fused-mlp", 2))
+    }
+    sizes["decoder"] = size(adapter_from_student(student, width))
+    assert sizes == facts[variant]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_start_is_zero_exactly_where_the_output_layer_is(kind: Any) -> None:
+    tower, adapter = vision_side(kind, sides(kind), WIDTH)
+    embeddings = adapter(tower(pixels()))
+    assert embeddings.shape == (2, tower.num_tokens, WIDTH)
+    assert embeddings.any() == (kind in ("mlp", "fused-mlp", "transformer", "fused-decoder"))
+
+
+def test_a_transformer_from_scratch_starts_as_the_paper_says() -> None:
+    adapter: Any = fresh_adapter(
+        "transformer", tower_for("transformer", [VisionSource(tiny_backbone())]), WIDTH
+    )
+    assert len(adapter.decoder.blocks) == 2
+    for block in adapter.decoder.blocks:
+        assert torch.equal(block.ls1.gamma, torch.full((16,), 1e-6))
+        assert torch.equal(block.ls2.gamma, torch.full((16,), 1e-6))
+        assert block.norm1.eps == 1e-5
+        assert block.attn.qkv.bias is not None
+        assert type(block.mlp.act) is nn.GELU
+    assert adapter.decoder.norm.eps == 1e-5
+    assert 0.01 < adapter.decoder.pos_embed.std() < 0.03
+    assert adapter.decoder.head.weight.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_built_again_from_its_config_and_weights(kind: Any) -> None:
+    tower, adapter = vision_side(kind, sides(kind), WIDTH, seed=4)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter))
+    config = AdapterConfig(**json.loads(json.dumps(asdict(adapter.config))))
+    assert config == adapter.config
+    twin = build_adapter(config)
+    twin.load_state_dict(adapter.state_dict(), strict=True)
+    tokens = tower(pixels())
+    assert torch.equal(twin.eval()(tokens), adapter.eval()(tokens))
+
+
+def starts(adapter: Adapter) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in adapter.parameters()])
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer", "fused-decoder"])
+def test_the_start_depends_on_the_seed_alone(kind: Any) -> None:
+    sources = sides(kind)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    _, first = vision_side(kind, sources, WIDTH, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    _, again = vision_side(kind, sources, WIDTH, seed=3)
+    _, other = vision_side(kind, sources, WIDTH, seed=4)
+    assert torch.equal(starts(first), starts(again))
+    assert not torch.equal(starts(first), starts(other))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "transformer", "decoder"])
+def test_an_adapter_built_without_memory_gets_the_same_start_later(kind: Any) -> None:
+    _, adapter = vision_side(kind, sides(kind), WIDTH)
+    with torch.device("meta"):
+        empty = build_adapter(adapter.config)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    empty.to_empty(device="cpu")
+    for parameter in empty.parameters():
+        nn.init.constant_(parameter, 7)
+    empty.reset_parameters(seed=6)
+    assert torch.equal(starts(empty), starts(build_adapter(adapter.config, seed=6)))
+
+
+@torch.no_grad()
+def test_the_decoder_adapter_is_the_students_decoder_on_embeddings_with_hidden_prefix() -> None:
+    student = tiny_student()
+    adapter: Any = adapter_from_student(student, 16).eval()
+    adapter.decoder.head.load_state_dict(student.decoder.head.state_dict())
+    tower = tower_for("decoder", [VisionSource(student.encoder.backbone, aligned=True, student=student)])
+    tokens = tower(pixels())
+    images = student.encoder.backbone.normalise(pixels())
+    expected = student(images, torch.ones(2, 1, 4, dtype=torch.bool))
+    assert torch.allclose(adapter(tokens), expected, atol=1e-5)
+    tokens[:, 0] = 100  # the class token's content is hidden from the decoder
+    assert torch.allclose(adapter(tokens), expected, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_truncated_adapter_continues_the_vit_to_its_end(aligned: bool) -> None:
+    source = aligned_source() if aligned else VisionSource(tiny_backbone())
+    whole = source.backbone
+    tower, adapter = vision_side("truncated", [source], whole.width)
+    nn.init.eye_(adapter.head.weight)
+    assert torch.allclose(adapter(tower(pixels())), whole(whole.normalise(pixels())), atol=1e-5)
+    whole.requires_grad_(True)
+    assert all(parameter.requires_grad for parameter in adapter.parameters())
+
+
+@torch.no_grad()
+def test_the_published_truncated_baseline_ends_one_block_early_without_norm() -> None:
+    kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
+    vit = build_vit("vit_tiny_patch16_224", kwargs, pretrained=False)
+    whole = Backbone(vit, name="four", architecture="vit_tiny_patch16_224", model_kwargs=kwargs).eval()
+    tower, adapter = vision_side("truncated", [VisionSource(whole)], 16, published_quirks=True)
+    nn.init.eye_(adapter.head.weight)
+    expected = whole.tokens(whole.normalise(pixels()), layer=-2, norm=False)
+    assert torch.allclose(adapter(tower(pixels())), expected, atol=1e-5)
+    aligned = VisionSource(whole, aligned=True)  # the published code has no such defect there
+    _, adapter = vision_side("truncated", [aligned], 16, published_quirks=True)
+    assert isinstance(adapter.norm, nn.LayerNorm)
+
+
+@torch.no_grad()
+def test_a_fused_decoder_concatenates_the_decoders_patches_with_the_other_tokens() -> None:
+    other = VisionSource(tiny_backbone("other", width=24))
+    aligned = aligned_source()
+    alone: Any = adapter_from_student(aligned.student, 16)
+    alone.decoder.head = nn.Identity()
+    tokens = tower_for("decoder", [aligned])(pixels())
+    decoded = alone(tokens)[:, 1:]
+    plain = tower_for("mlp", [other])(pixels())
+    for sources, expected in (([other, aligned], [plain, decoded]), ([aligned, other], [decoded, plain])):
+        tower, adapter = vision_side("fused-decoder", sources, WIDTH)
+        assert adapter(tower(pixels())).shape == (2, 4, WIDTH)
+        adapter.mlp = nn.Identity()
+        assert torch.allclose(adapter(tower(pixels())), torch.cat(expected, dim=-1), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_decoder_keeps_the_activation_it_was_trained_with_unless_asked() -> None:
+    kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    name = "vit_base_patch16_clip_quickgelu_224"
+    vit = build_vit(name, kwargs, pretrained=False)
+    clip = Backbone(vit, name="clip", architecture=name, model_kwargs=kwargs)
+    source = aligned_source(clip)
+    outputs = []
+    for quirks in (False, True):
+        tower, adapter = vision_side("decoder", [source], 16, published_quirks=quirks)
+        assert (type(adapter.decoder.blocks[0].mlp.act) is nn.GELU) == quirks
+        adapter.decoder.head.load_state_dict(source.student.decoder.head.state_dict())
+        outputs.append(adapter(tower(pixels())))
+    images = clip.normalise(pixels())
+    expected = source.student.eval()(images, torch.ones(2, 1, 4, dtype=torch.bool))
+    assert torch.allclose(outputs[0], expected, atol=1e-5)
+    assert not torch.allclose(outputs[1], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_the_adapter_alone(kind: Any) -> None:
+    sources = sides(kind)
+    tower, adapter = vision_side(kind, sources, WIDTH)
+    with torch.no_grad():  # a zero output layer lets no gradient past itself on the first step
+        for parameter in adapter.parameters():
+            parameter.add_(0.01)
+    adapter.train()(tower(pixels())).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+    assert all(parameter.grad is None for parameter in tower.parameters())
+    assert all(parameter.grad is None for s in sources for parameter in s.backbone.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_bfloat16_is_near_float32(kind: Any) -> None:
+    tower, adapter = vision_side(kind, sides(kind), WIDTH)
+    for parameter in adapter.parameters():
+        parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
+    exact = adapter(tower(pixels()))
+    mixed = adapter(tower.to(torch.bfloat16)(pixels()))
+    assert mixed.dtype == torch.float32
+    rounded = adapter.to(torch.bfloat16)(tower(pixels()))
+    assert rounded.dtype == torch.bfloat16
+    for result in (mixed, rounded):
+        assert (result.float() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_the_source_models_are_not_touched() -> None:
+    for kind in ("decoder", "truncated"):
+        source = aligned_source()
+        before = {k: v.clone() for k, v in source.student.state_dict().items()}
+        _, adapter = vision_side(kind, [source], WIDTH)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.fill_(9)
+        after = source.student.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(v, before[k]) for k, v in after.items())
+
+
+def test_adapters_that_do_not_fit_are_refused_by_name() -> None:
+    aligned, wide = aligned_source(), tiny_backbone("wide", width=24)
+    other = VisionSource(wide)
+
+    def refused(kind: Any, sources: list[VisionSource], reason: str) -> None:
+        with pytest.raises(UserError, match=reason):
+            vision_side(kind, sources, WIDTH)
+
+    for kind in ("truncated", "decoder", "transformer"):
+        refused(kind, [aligned, other], rf"the {kind} adapter takes one backbone, not tiny \+ wide")
+    for foreign in (wide, tiny_backbone("large", image_size=32), tiny_backbone("bare", prefix=False)):
+        mixed = VisionSource(foreign, aligned=True, student=aligned.student)
+        reason = rf"the decoder trained with tiny \(5 tokens of 16 .* does not fit {foreign.name} \("
+        refused("decoder", [mixed], reason)
+    refused(
+        "decoder", [VisionSource(tiny_backbone())], "takes one aligned backbone with its decoder; given: tiny"
+    )
+    refused("fused-decoder", [other, VisionSource(tiny_backbone())], r"given: wide \+ tiny")
+    refused("fused-decoder", [aligned], "at least one other, not tiny")
+    without = build_student(tiny_backbone(), soft_cap=None, decoder=False)
+    source = VisionSource(without.encoder.backbone, aligned=True, student=without)
+    refused("decoder", [source], "tiny was aligned without a decoder")
+    with pytest.raises(UserError, match=r"unknown adapter 'mpl'; known: linear, mlp.*did you mean 'mlp'"):
+        AdapterConfig("mpl", 4, 4, 4)  # type: ignore[arg-type]
+
+
+def test_truncated_needs_a_plain_vit_with_blocks_to_spare() -> None:
+    eva = create_backbone(
+        "eva02_tiny_patch14_224",
+        weights="none",
+        image_size=28,
+        model_kwargs={"depth": 3, "embed_dim": 48, "num_heads": 3},
+    )
+    with pytest.raises(UserError, match="not eva02_tiny_patch14_224, which is a Eva"):
+        vision_side("truncated", [VisionSource(eva)], WIDTH)
+    with pytest.raises(UserError, match="leaves nothing of tiny, which has 3 blocks"):
+        adapter_from_backbone(tiny_backbone(), WIDTH, published_quirks=True)
+
+
+def test_the_fit_of_a_given_adapter_and_tower_is_checked() -> None:
+    tower = tower_for("mlp", [VisionSource(tiny_backbone())])
+    wide = tower_for("mlp", [VisionSource(tiny_backbone("wide", width=24))])
+    adapter = fresh_adapter("mlp", tower, WIDTH)
+    adapter.config.check_fits(tower)
+    with pytest.raises(
+        UserError, match=r"the mlp adapter \(4 tokens of 16 .*\) does not fit wide \(4 tokens of 24"
+    ):
+        adapter.config.check_fits(wide)
+    truncated = adapter_from_backbone(tiny_backbone(), WIDTH)
+    aligned = tower_for("truncated", [aligned_source()])
+    with pytest.raises(UserError, match="holds the end of tiny; it does not fit tiny"):
+        truncated.config.check_fits(aligned)
+    with pytest.raises(UserError, match="the decoder adapter does not start from scratch"):
+        fresh_adapter("decoder", tower, WIDTH)
