@@ -46,7 +46,7 @@ class DemoConfig:
     """Repetitions, each with another seed of alignment and heads; intervals need several."""
     seed: int = 0
     """The first seed."""
-    steps: int = 700
+    steps: int = 1000
     """Alignment steps."""
     batch_size: int = 64
     """Scenes per alignment step."""
