@@ -59,14 +59,19 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                readable(file)
-            fsync_path(file)
-        fsync_path(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        fsync_path(path.parent)
+        put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """The end of :func:`replacing_folder`: flush a folder's files and rename it to ``path``, which it replaces."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            readable(file)
+        fsync_path(file)
+    fsync_path(temporary)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
+    fsync_path(path.parent)

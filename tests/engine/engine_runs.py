@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from localign.alignment import AlignConfig, AlignTask
 from localign.data.loader import Batch
 from localign.engine import Outcome, StepResult, train
-from localign.engine.log import read_log
+from localign.engine.log import LOG_FILE, read_log
 
 COMMAND = "align"
 TINY_VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -106,15 +108,42 @@ def run_until(config: AlignConfig, step: int, **meddling: Any) -> None:
 
 
 def launch(ranks: int, config: dict[str, Any], **meddling: Any) -> subprocess.Popen[bytes]:
-    """Start a run in processes of its own: plainly for one rank, else by torchrun."""
+    """Start a run in processes of its own."""
+    return start(ranks, __file__, json.dumps({"config": config, "meddling": meddling}))
+
+
+def start(ranks: int, program: str, argument: str) -> subprocess.Popen[bytes]:
+    """Start a program in processes of its own: plainly for one rank, else by torchrun."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    content = json.dumps({"config": config, "meddling": meddling})
     return subprocess.Popen(
-        [*command, __file__, content], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, program, argument], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+def family(process: int) -> list[int]:
+    """A process and all that descend from it, parents first."""
+    found = [process]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            with suppress(OSError):  # it ended while we looked
+                found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """kill -9 for launcher, ranks and loader workers; torchrun puts its ranks into groups of their own."""
+    for pid in family(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def last_step(folder: Path) -> int:
+    """The last step in a run's log; 0 without one."""
+    return max((e["step"] for e in read_log(folder)), default=0) if (folder / LOG_FILE).is_file() else 0
 
 
 def run_ranks(ranks: int, config: dict[str, Any], **meddling: Any) -> None:

@@ -6,21 +6,27 @@ an uninterrupted run trains.
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
 import time
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import furthest, launch, logged, run, run_ranks, same_bits, tiny, weights
+from engine_runs import (
+    furthest,
+    kill_all,
+    last_step,
+    launch,
+    logged,
+    run,
+    run_ranks,
+    same_bits,
+    tiny,
+    weights,
+)
 
 from localign.alignment import AlignConfig
-from localign.engine.log import LOG_FILE, read_log
 
 STEPS = 60
 SLEEP = 0.03
@@ -42,28 +48,6 @@ def options(out: Path, images: Path, val: Path, workers: int = 0) -> dict[str, A
         checkpoint_every=2, resume="auto", workers=workers,
     )  # fmt: skip
     return asdict(config)
-
-
-def family(process: int) -> list[int]:
-    """A process and all that descend from it, parents first."""
-    found = [process]
-    for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            with suppress(OSError):  # it ended while we looked
-                found += [int(child) for child in task.read_text().split()]
-    return found
-
-
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """kill -9 for launcher, ranks and loader workers; torchrun puts its ranks into groups of their own."""
-    for pid in family(process.pid):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.communicate()
-
-
-def last_step(folder: Path) -> int:
-    return max((e["step"] for e in read_log(folder)), default=0) if (folder / LOG_FILE).is_file() else 0
 
 
 def kill_during(ranks: int, config: dict[str, Any], draw: random.Random, early: bool) -> int:

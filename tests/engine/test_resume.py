@@ -12,9 +12,9 @@ import torch
 from engine_runs import Meddled, logged, run, run_until, same_bits, tiny, weights
 
 from localign.alignment import AlignTask
+from localign.engine.batch import sample_digest
 from localign.engine.distributed import World
 from localign.engine.log import LOG_FILE, read_log
-from localign.engine.loop import sample_digest
 from localign.engine.task import BatchPlan
 
 STEPS = 8

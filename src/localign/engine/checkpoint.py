@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,16 @@ class Checkpoints:
     Args:
         folder: ``<run>/checkpoints``.
         keep: How many of the newest to keep; the best is kept besides.
+        included: Whether a tensor of the module is written, by its name; one that is not keeps, when a run is
+            continued, the value it was built with.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(
+        self, folder: Path, keep: int = 2, included: Callable[[str], bool] = lambda name: True
+    ) -> None:
         self.folder = folder
         self.keep = keep
+        self.included = included
 
     def steps(self) -> list[int]:
         """The steps there are complete checkpoints of, ascending."""
@@ -69,17 +75,35 @@ class Checkpoints:
         state: Mapping[str, Any],
         ema: nn.Module | None = None,
     ) -> Path:
-        """Write the state after ``step`` optimizer steps, then drop checkpoints that are no longer needed."""
+        """Write the state after ``step`` optimizer steps, then drop checkpoints that are no longer needed.
+
+        Args:
+            step: Its number; there is no checkpoint of it yet.
+            module, optimizer, ema: Their tensors are written.
+            state: What else is written, JSON-able. Where its ``best`` is this step, that is marked too.
+        """
         path = self.path(step)
         with replacing_folder(path) as temporary:
-            save_file(_tensors(module.state_dict()), temporary / MODEL_FILE)
-            save_file(optimizer_tensors(module, optimizer), temporary / OPTIMIZER_FILE)
+            save_file(_tensors(self.included_state(module)), temporary / MODEL_FILE)
+            save_file(_tensors(optimizer_tensors(module, optimizer)), temporary / OPTIMIZER_FILE)
             if ema is not None:
-                save_file(_tensors(ema.state_dict()), temporary / EMA_FILE)
-            content = json.dumps({"step": step, **state}, indent=1)
-            (temporary / STATE_FILE).write_text(content, encoding="utf-8")
-        self._prune()
+                save_file(_tensors(self.included_state(ema)), temporary / EMA_FILE)
+            (temporary / STATE_FILE).write_text(state_text(step, state), encoding="utf-8")
+        self._tidy(step, state.get("best"))
         return path
+
+    def wait(self) -> None:
+        """Until what was saved is there."""
+
+    def included_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's tensors that checkpoints hold, by name."""
+        return {name: tensor for name, tensor in module.state_dict().items() if self.included(name)}
+
+    def _tidy(self, step: int, best: Mapping[str, Any] | None) -> None:
+        """With a step's checkpoint in its place: drop what is no longer needed; mark it, if it is the best."""
+        self._prune()
+        if best is not None and best["step"] == step:
+            self.mark_best(**best)
 
     def mark_best(self, step: int, val_loss: float) -> None:
         """Note which checkpoint had the lowest validation loss."""
@@ -97,20 +121,55 @@ class Checkpoints:
             if step != best:
                 shutil.rmtree(self.path(step), ignore_errors=True)
 
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors.
+
+        Raises:
+            UserError: It is damaged.
+        """
+        path = self.path(step)
+        with reading(path):
+            return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+
     def load(self, step: int) -> Loaded:
         """Read a checkpoint.
 
         Raises:
             UserError: It is damaged.
         """
-        path = self.path(step)
-        try:
-            state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        path, state = self.path(step), self.state(step)
+        with reading(path):
             model, optimizer = load_file(path / MODEL_FILE), load_file(path / OPTIMIZER_FILE)
             ema = load_file(path / EMA_FILE) if (path / EMA_FILE).is_file() else None
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"checkpoint {path} is damaged: {str(error).splitlines()[0]}") from error
         return Loaded(step, model, optimizer, ema, state)
+
+    def restore(
+        self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
+    ) -> None:
+        """Put a checkpoint's tensors where they came from.
+
+        Raises:
+            UserError: It is damaged, or lacks or has tensors that it should not; they are named.
+        """
+        path, loaded = self.path(step), self.load(step)
+        load_module(module, loaded.model, path / MODEL_FILE, self.included)
+        load_optimizer_tensors(module, optimizer, loaded.optimizer, path / OPTIMIZER_FILE)
+        if ema is not None:
+            load_module(ema, loaded.ema or {}, path / EMA_FILE, self.included)
+
+
+def state_text(step: int, state: Mapping[str, Any]) -> str:
+    """The content of a checkpoint's JSON file."""
+    return json.dumps({"step": step, **state}, indent=1)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Inside, what cannot be read makes the checkpoint at ``path`` a damaged one, a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {str(error).splitlines()[0]}") from error
 
 
 def remove_leftovers(*folders: Path) -> None:
@@ -127,13 +186,11 @@ def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by ``<kind>.<parameter name>``, so that it does not hang on parameter order."""
     names = {id(p): n for n, p in module.named_parameters()}
-    return _tensors(
-        {
-            f"{kind}.{names[id(p)]}": torch.as_tensor(value)
-            for p, values in optimizer.state.items()
-            for kind, value in values.items()
-        }
-    )
+    return {
+        f"{kind}.{names[id(p)]}": torch.as_tensor(value)
+        for p, values in optimizer.state.items()
+        for kind, value in values.items()
+    }
 
 
 def load_optimizer_tensors(
@@ -161,6 +218,16 @@ def load_optimizer_tensors(
         raise UserError(f"{source} has optimizer state of unknown parameters: {', '.join(sorted(left)[:4])}")
 
 
-def load_module(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Strict loading; missing and extra tensors are named."""
-    load_strict(module, tensors, source)
+def load_module(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str | Path,
+    included: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Strict loading; missing and extra tensors are named. Those that are not included stay as they are."""
+    own = {name: tensor for name, tensor in module.state_dict().items() if not included(name)}
+    if surplus := sorted(own.keys() & tensors.keys()):
+        raise UserError(
+            f"{source} does not fit: {len(surplus)} tensors that are kept in no checkpoint ({surplus[0]})"
+        )
+    load_strict(module, {**own, **tensors}, source)

@@ -4,6 +4,7 @@ The modules of config classes keep their annotations as types (no postponed eval
 made from them.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -11,6 +12,7 @@ from localign.errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
 Resume = Literal["never", "must", "auto"]
+ShardingMode = Literal["none", "full", "hybrid"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +36,13 @@ class TrainConfig:
     min_lr_ratio: float = 0.1
     """Learning rate at the end of the cosine, as a share of the peak."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from a tenth of the peak."""
+    """Steps of linear warm-up."""
     warmup_epochs: float | None = None
     """The warm-up in epochs, in place of warmup_steps."""
+    warmup_share: float | None = None
+    """The warm-up as a share of all steps (rounded down), in place of warmup_steps."""
+    warmup_start: float = 0.1
+    """Learning rate of the warm-up's first step, as a share of the peak."""
     weight_decay: float = 0.01
     """AdamW's, on matrices only: not on norms, biases, position embeddings or tokens."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -47,6 +53,11 @@ class TrainConfig:
     """Largest gradient norm; null for no clipping."""
     precision: Precision = "auto"
     """auto: bf16 autocast on CUDA, fp32 elsewhere."""
+    sharding: ShardingMode = "none"
+    """What a rank holds of parameters, gradients and moments. none: all; full (FSDP2): its share among all ranks;
+    hybrid: its share among the ranks of its node, the nodes repeating one another."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which a sharded run sums gradients over ranks."""
     compile: bool = False
     """Compile the model with torch.compile."""
     grad_checkpointing: bool = False
@@ -76,10 +87,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("--steps and --epochs contradict each other; give one")
-        if self.warmup_steps and self.warmup_epochs is not None:
-            raise UserError("--warmup-steps and --warmup-epochs contradict each other; give one")
-        positive = ("steps", "epochs", "warmup_epochs", "micro_batch", "lr", "clip_grad", "eps", "log_every",
-                    "checkpoint_every", "keep_checkpoints", "val_every")  # fmt: skip
+        warmups = {"--warmup-steps": self.warmup_steps or None, "--warmup-epochs": self.warmup_epochs,
+                   "--warmup-share": self.warmup_share}  # fmt: skip
+        given = [option for option, value in warmups.items() if value is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} contradict each other; give one")
+        positive = ("steps", "epochs", "warmup_epochs", "warmup_share", "micro_batch", "lr", "clip_grad", "eps",
+                    "log_every", "checkpoint_every", "keep_checkpoints", "val_every")  # fmt: skip
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -89,8 +103,13 @@ class TrainConfig:
                 raise UserError(
                     f"--{name.replace('_', '-')} cannot be negative, but is {getattr(self, name)}"
                 )
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise UserError(f"--min-lr-ratio must lie in 0..1, not {self.min_lr_ratio}")
+        for name in ("min_lr_ratio", "warmup_start"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')} must lie in 0..1, not {getattr(self, name)}")
+        if self.warmup_share is not None and self.warmup_share >= 1:
+            raise UserError(f"--warmup-share must lie below 1, not {self.warmup_share}")
+        if self.sharding == "none" and self.reduce_dtype != "fp32":
+            raise UserError(f"--reduce-dtype {self.reduce_dtype} is of sharded runs; give --sharding too")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"--ema must lie between 0 and 1, not {self.ema}")
         if self.steps is not None and self.warmup_steps >= self.steps:
@@ -115,10 +134,14 @@ def with_warmup_steps(config: Config, samples: int) -> Config:
         config: Its batch size is known.
         samples: Training images.
     """
-    if config.warmup_epochs is None:
-        return config
-    steps = round(config.warmup_epochs * samples / config.batch_size)
-    return replace(config, warmup_steps=steps, warmup_epochs=None)
+    if config.warmup_epochs is not None:
+        steps = round(config.warmup_epochs * samples / config.batch_size)
+        return replace(config, warmup_steps=steps, warmup_epochs=None)
+    if config.warmup_share is not None:
+        # 0.29 * 100 is a hair below 29 in floating point
+        steps = math.floor(round(config.warmup_share * total_steps(config, samples), 6))
+        return replace(config, warmup_steps=steps, warmup_share=None)
+    return config
 
 
 def total_steps(config: TrainConfig, samples: int) -> int:

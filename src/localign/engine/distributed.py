@@ -1,4 +1,7 @@
-"""Processes. Every function is correct with one of them; nothing else in the package calls torch.distributed."""
+"""Processes. Every function is correct with one of them.
+
+Beside this module only ``sharding`` and ``sharded_checkpoint`` call torch.distributed.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from localign.errors import UserError
@@ -28,6 +33,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    local_size: int = 1
+    """Processes on this node."""
 
     @property
     def is_main(self) -> bool:
@@ -69,11 +76,31 @@ class World:
     @contextmanager
     def without_sync(self, module: nn.Module, skip: bool) -> Iterator[None]:
         """Inside, gradients stay on their rank if ``skip``: for all but the last micro-batch of a step."""
-        if skip and isinstance(module, DistributedDataParallel):
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(not skip)
+            yield
+        elif skip and isinstance(module, DistributedDataParallel):
             with module.no_sync():
                 yield
         else:
             yield
+
+    def mesh(self, per_node: bool) -> DeviceMesh:
+        """The ranks that parameters are sharded over: all, or each node's, with the nodes as replicas.
+
+        Raises:
+            UserError: The device is none that models are sharded on.
+        """
+        if self.device.type not in ("cpu", "cuda"):
+            raise UserError(f"--sharding works on CUDA GPUs and CPUs, not on {self.device.type}")
+        shape = (self.size // self.local_size, self.local_size) if per_node else (self.size,)
+        return init_device_mesh(self.device.type, shape)
+
+    def cpu_group(self) -> dist.ProcessGroup:
+        """A further group of all ranks, for what they exchange beside the training."""
+        group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -104,18 +131,26 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def world(device: str = "auto") -> Iterator[World]:
-    """The process group of a ``torchrun`` launch, or a world of one. gloo on CPU, nccl on CUDA."""
+def world(device: str = "auto", sharded: bool = False) -> Iterator[World]:
+    """The process group of a ``torchrun`` launch, or a world of one. gloo on CPU, nccl on CUDA.
+
+    Args:
+        device: As for :func:`choose_device`.
+        sharded: A world of one has a process group too, which sharding needs.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    ours = size > 1 and not dist.is_initialized()
+    ours = (size > 1 or sharded) and not dist.is_initialized()
     if ours:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+        dist.init_process_group(backend, timeout=_TIMEOUT, **alone)
     try:
-        yield World(rank, size, local_rank, chosen)
+        yield World(rank, size, local_rank, chosen, local_size)
     finally:
         if ours:
             dist.destroy_process_group()

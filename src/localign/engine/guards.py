@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from localign.engine.batch import tensors_of
 from localign.errors import RunFailure
 from localign.files import replacing
 
@@ -34,7 +35,7 @@ class NonFiniteGuard:
         self.in_a_row = 0
 
     def skip(self, step: int, batches: list[Any], loss: float, grad_norm: float) -> None:
-        """Keep the batches of a step that is skipped.
+        """Keep the tensors of the batches (named tuples) of a step that is skipped.
 
         Raises:
             RunFailure: It is the third in a row.
@@ -43,11 +44,7 @@ class NonFiniteGuard:
         self.skipped.append(step)
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, batch in enumerate(batches):
-            tensors = {
-                "images": batch.images.cpu().contiguous(),
-                "positions": batch.positions.cpu(),
-                "indices": batch.indices.cpu(),
-            }
+            tensors = {name: t.cpu().contiguous() for name, t in tensors_of(batch).items()}
             facts = {"step": step, "rank": self.rank, "loss": str(loss), "grad_norm": str(grad_norm)}
             with replacing(
                 self.folder / f"step-{step:07d}-rank-{self.rank}-batch-{number}.safetensors"

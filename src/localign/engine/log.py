@@ -130,8 +130,9 @@ class Bar:
         self._progress.update(self._task, completed=done, total=total)
 
     def write(self, entry: dict[str, Any]) -> None:
+        rates = (name.removesuffix("_per_second") for name in entry if name.endswith("_per_second"))
         shown = (
-            ("images/s", "images_per_second", "{:.0f}"),
+            *((f"{name}/s", f"{name}_per_second", "{:.0f}") for name in rates),
             ("loss", "loss", "{:.4f}"),
             ("grad", "grad_norm", "{:.2f}"),
             ("lr", "lr", "{:.1e}"),

@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from localign import rng
 from localign.engine import run as runs
-from localign.engine.checkpoint import (
-    EMA_FILE,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    Checkpoints,
-    load_module,
-    load_optimizer_tensors,
-    remove_leftovers,
-)
+from localign.engine.batch import sample_digest, to_device
+from localign.engine.checkpoint import Checkpoints, remove_leftovers
 from localign.engine.config import TrainConfig, batch_shares, total_steps, with_warmup_steps
 from localign.engine.distributed import World, world
 from localign.engine.guards import NonFiniteGuard
 from localign.engine.lock import lock
 from localign.engine.log import Bar, JsonLines, Log, Sink, Stopwatch, TensorBoard, WandB, say
-from localign.engine.optim import build_optimizer, learning_rate
+from localign.engine.optim import averaged, build_optimizer, decayed_names, learning_rate, scale_and_clip
+from localign.engine.sharded_checkpoint import ShardedCheckpoints
+from localign.engine.sharding import fill_whole, hollow_copy, reshard, shard
 from localign.engine.task import BatchPlan, Task
 from localign.engine.totals import Totals
+from localign.errors import RunFailure
 
 
 @dataclass(frozen=True)
@@ -54,9 +50,10 @@ def train(task: Task, config: TrainConfig, command: str) -> Outcome:
 
     Raises:
         UserError: Bad options or data, or a run folder that does not fit.
-        RunFailure: Training does not recover from non-finite losses, or a loader worker dies.
+        RunFailure: Training does not recover from non-finite losses, a loader worker dies, or a checkpoint of a
+            sharded run cannot be written.
     """
-    with world(config.device) as here:
+    with world(config.device, sharded=config.sharding != "none") as here:
         loop = Loop(task, config, command, here)
         try:
             return loop.run()
@@ -74,7 +71,12 @@ class Loop:
         self.folder = Path(config.out)
         self.steps = total_steps(config, task.samples())
         self.log = Log([])
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
+        self.mesh = here.mesh(per_node=config.sharding == "hybrid") if config.sharding != "none" else None
+        if self.mesh is not None:
+            task.shard_units(
+                task.module
+            )  # a task that is not to be sharded refuses before anything is written
+        self.checkpoints = self._store()
         self.guard = NonFiniteGuard(self.folder, here.rank)
         self.step = 0
         self.digest = 0
@@ -87,7 +89,9 @@ class Loop:
         self._lock: TextIO | None = None
 
     def close(self) -> None:
-        """Let go of the log and the folder."""
+        """Let go of the log and the folder; a checkpoint that is being written is finished, if it can be."""
+        with suppress(RunFailure):
+            self.checkpoints.wait()
         self.log.close()
         if self._lock is not None:
             self._lock.close()
@@ -98,9 +102,14 @@ class Loop:
         """Everything from opening the folder to the export."""
         task, config = self.task, self.config
         resumed_at = self._open_folder()
+        self.ema = averaged(task.module, config.ema) if config.ema is not None else None
+        decayed = decayed_names(task.module)  # while every parameter is whole
+        if self.mesh is not None:
+            self._shard(self.mesh)
         task.to(self.world.device)
-        self.optimizer = build_optimizer(task.module, config)
-        self.ema = _average(task.module, config.ema)
+        if self.ema is not None:
+            self.ema.to(self.world.device)
+        self.optimizer = build_optimizer(task.module, config, decayed)
         if resumed_at is not None:
             self._restore(resumed_at)
         else:
@@ -109,7 +118,7 @@ class Loop:
             task.set_grad_checkpointing()
         if config.compile:
             task.compile()
-        self.model = self.world.replicate(task.module)
+        self.model = task.module if self.mesh is not None else self.world.replicate(task.module)
         self._open_log(resumed_at)
         # Dropout and the like draw from torch's generator; it is keyed by the step, and the caller's is kept.
         cuda = [self.world.device] if self.world.device.type == "cuda" else []
@@ -152,6 +161,7 @@ class Loop:
             with clock.waiting():
                 batch = to_device(next(batches), self.world.device)
             self._note(batch)
+            totals.count(self.task.throughput(batch))
             seen.append(batch)
             with self.world.without_sync(self.model, skip=number < count - 1):
                 with self._autocast():
@@ -161,7 +171,9 @@ class Loop:
             sums += torch.stack([result.loss_sum.detach(), result.weight.detach()]).to(sums)
             metrics.append(result.metrics)
         sums = self.world.sum(sums)
-        grad_norm = self._scale_and_clip(module, sums[1])
+        # The exchange has averaged over ranks what is to be summed.
+        scale = self.world.size / sums[1].clamp(min=1)
+        grad_norm = scale_and_clip(module, scale, self.config.clip_grad)
         loss = sums[0] / sums[1].clamp(min=1)
         # Every rank has the same sums and, after their exchange, the same gradients: so they all agree.
         if bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
@@ -180,23 +192,29 @@ class Loop:
             self.guard.skip(number, seen, float(loss), float(grad_norm))
         return seen[-1]
 
-    def _scale_and_clip(self, module: nn.Module, weight: Tensor) -> Tensor:
-        """Turn gradients of the loss's sum into those of its mean, and bound their norm; returns the norm."""
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        # DDP has averaged over ranks what is to be summed.
-        scale = self.world.size / weight.clamp(min=1)
-        norm = torch.nn.utils.get_total_norm(gradients) * scale
-        if self.config.clip_grad is not None:
-            scale = scale * (self.config.clip_grad / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale)
-        return norm
-
     # -- around a step ---------------------------------------------------------------------------------
 
+    @property
+    def _in_bf16(self) -> bool:
+        on_cuda = self.world.device.type == "cuda"
+        return self.config.precision == "bf16" or (self.config.precision == "auto" and on_cuda)
+
     def _autocast(self) -> AbstractContextManager[Any]:
-        device = self.world.device.type
-        use = self.config.precision == "bf16" or (self.config.precision == "auto" and device == "cuda")
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=use)
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self._in_bf16)
+
+    def _shard(self, mesh: DeviceMesh) -> None:
+        """Shard the module and its average; the main rank keeps an empty copy for the export."""
+        task = self.task
+        self._hollow = hollow_copy(task.module) if self.world.is_main else None
+        for module in (task.module, self.ema.module) if self.ema is not None else (task.module,):
+            shard(
+                module,
+                task.shard_units(module),
+                task.unsharded(module),
+                mesh=mesh,
+                compute_dtype=torch.bfloat16 if self._in_bf16 else None,
+                reduce_dtype=torch.bfloat16 if self.config.reduce_dtype == "bf16" else torch.float32,
+            )
 
     def _plan(self, start: int) -> BatchPlan:
         return BatchPlan(
@@ -229,6 +247,7 @@ class Loop:
         entry |= {
             "lr": rate,
             "images_per_second": totals.steps_seen * self.config.batch_size / elapsed,
+            **totals.rates(self.world, elapsed),
             "data_wait": clock.waited / elapsed,
             "samples": f"{self._global_digest():016x}",
         }
@@ -246,6 +265,8 @@ class Loop:
         module.eval()
         with self._autocast():
             metrics = self.task.validate(module, self.world)
+        if self.mesh is not None:
+            reshard(module)
         module.train()
         self.validation = {"step": self.step, "metrics": metrics}
         if metrics:
@@ -254,14 +275,18 @@ class Loop:
             if math.isfinite(value) and (self.best is None or value < self.best["val_loss"]):
                 self.best = {"step": self.step, "val_loss": value}
                 self._save(seconds)
-                self._mark_best()
         return metrics
 
-    def _mark_best(self) -> None:
-        if self.world.is_main and self.best is not None and self.checkpoints.best() != self.best:
-            self.checkpoints.mark_best(**self.best)
-
     # -- folders and checkpoints -----------------------------------------------------------------------
+
+    def _store(self) -> Checkpoints:
+        config, included = self.config, self.task.checkpointed
+        for name, parameter in self.task.module.named_parameters():
+            assert included(name) or not parameter.requires_grad, f"{name} is trained, but in no checkpoint"
+        folder = self.folder / "checkpoints"
+        if self.mesh is not None:
+            return ShardedCheckpoints(folder, config.keep_checkpoints, included, self.world)
+        return Checkpoints(folder, config.keep_checkpoints, included)
 
     def _open_folder(self) -> int | None:
         problem: Exception | None = None
@@ -308,6 +333,7 @@ class Loop:
         if self.saved_at == self.step:
             return  # writing it again would be a moment without it
         bad, digest = self._gather_bad(), self._global_digest()
+        ema = self.ema.module if self.ema is not None else None
         if self.world.is_main:
             state = {
                 "config": runs.plain(self.config),
@@ -320,36 +346,38 @@ class Loop:
                 "best": self.best,
                 "validation": self.validation,
             }
-            ema = self.ema.module if self.ema is not None else None
             self.checkpoints.save(self.step, self.task.module, self.optimizer, state, ema)
+        elif self.mesh is not None:
+            self.checkpoints.save(self.step, self.task.module, self.optimizer, {}, ema)
         self.saved_at = self.step
         self.world.barrier()
 
     def _restore(self, step: int) -> None:
-        loaded = self.checkpoints.load(step)
-        source = self.checkpoints.path(step)
-        runs.check_same_fingerprint(self.folder, loaded.state["fingerprint"], self.task.fingerprint())
-        load_module(self.task.module, loaded.model, source / MODEL_FILE)
-        load_optimizer_tensors(self.task.module, self.optimizer, loaded.optimizer, source / OPTIMIZER_FILE)
-        self.task.load_state_dict(loaded.state["task"])
-        self.guard.load_state_dict(loaded.state["guard"])
+        state = self.checkpoints.state(step)
+        runs.check_same_fingerprint(self.folder, state["fingerprint"], self.task.fingerprint())
+        ema = self.ema.module if self.ema is not None else None
+        self.checkpoints.restore(step, self.task.module, self.optimizer, ema)
+        self.task.load_state_dict(state["task"])
+        self.guard.load_state_dict(state["guard"])
         if self.ema is not None:
-            load_module(self.ema.module, loaded.ema or {}, source / EMA_FILE)
             self.ema.n_averaged.fill_(step - len(self.guard.skipped))
-        self.step = self.saved_at = loaded.step
+        self.step = self.saved_at = step
         # The whole digest is on one rank; the sum over ranks is what counts.
-        self.digest = int(loaded.state["digest"], 16) if self.world.is_main else 0
-        self.bad = dict(loaded.state["bad_images"])
+        self.digest = int(state["digest"], 16) if self.world.is_main else 0
+        self.bad = dict(state["bad_images"])
         self.named = set(self.bad)
-        self.seconds = float(loaded.state["seconds"])
-        self.best, self.validation = loaded.state["best"], loaded.state["validation"]
-        self._mark_best()  # a kill may have come between saving and marking
+        self.seconds = float(state["seconds"])
+        self.best, self.validation = state["best"], state["validation"]
+        # A kill may have come between saving and marking.
+        if self.world.is_main and self.best is not None and self.checkpoints.best() != self.best:
+            self.checkpoints.mark_best(**self.best)
 
     def _finish(self) -> Outcome:
         # A run that was killed after its last checkpoint has validated already, and logged it.
         done = self.validation.get("step") == self.step
         metrics = self.validation["metrics"] if done else self._validate(self.seconds)
         self._save(self.seconds)
+        self.checkpoints.wait()
         self.bad = self._gather_bad()
         results = {
             "command": self.command,
@@ -371,32 +399,17 @@ class Loop:
             "best": self.best,
             **self.task.summary(),
         }  # fmt: skip
+        module = self.ema.module if self.ema is not None else self.task.module
+        whole = fill_whole(self._hollow, module) if self.mesh is not None else module
         if self.world.is_main:
-            module = self.ema.module if self.ema is not None else self.task.module
+            assert whole is not None
             facts = {
                 "command": self.command,
                 "run": runs.plain(self.config),
                 "steps": self.step,
                 **runs.provenance(),
             }
-            self.task.export(module, self.folder / "export", facts)
+            self.task.export(whole, self.folder / "export", facts)
             runs.write_results(self.folder, results)
         self.world.barrier()
         return Outcome(self.folder, results, self.world.is_main)
-
-
-def sample_digest(batch: Any) -> int:
-    """A number for a set of (position, image index) pairs; the sum over sets is that of their union."""
-    pairs = rng.mix_pairs(batch.positions, batch.indices)
-    return int(pairs.sum()) % (1 << 64)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its images on the device; positions and indices stay with the host, which uses them."""
-    return batch._replace(images=batch.images.to(device, non_blocking=True))
-
-
-def _average(module: nn.Module, decay: float | None) -> AveragedModel | None:
-    if decay is None:
-        return None
-    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from localign.engine.config import TrainConfig
 
@@ -17,7 +20,6 @@ _UNDECAYED = (
     "mask_token",
     "relative_position_bias_table",
 )
-_WARMUP_FROM = 0.1
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -25,17 +27,27 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(_UNDECAYED)
 
 
-def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what is trainable; groups are chosen by name and shape, so before any sharding.
+def decayed_names(module: nn.Module) -> frozenset[str]:
+    """Names of the trainable parameters that weight decay applies to."""
+    return frozenset(n for n, p in module.named_parameters() if p.requires_grad and decays(n, p))
+
+
+def build_optimizer(
+    module: nn.Module, config: TrainConfig, decayed: Container[str] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over what is trainable, in two groups: decayed, and not.
 
     Args:
-        module: Unwrapped, on its device.
+        module: On its device, sharded where it will be.
         config: Learning rate, betas, eps and weight decay.
+        decayed: Of a sharded module: its :func:`decayed_names` from before, when every parameter was whole.
     """
+    if decayed is None:
+        decayed = decayed_names(module)
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in named if n in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
     ]
     fused = all(p.device.type in ("cuda", "cpu", "mps") and p.is_floating_point() for _, p in named)
     lr = config.lr if config.lr is not None else 3e-4
@@ -43,16 +55,54 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """The rate of one optimizer step: linear warm-up from a tenth of the peak, then a cosine.
+    """The rate of one optimizer step: linear warm-up to the peak, then a cosine.
 
     Args:
         step: 0-based.
         steps: Steps of the whole run.
-        config: Peak, share at the end, warm-up steps.
+        config: Peak, shares of it at the start and the end, warm-up steps.
     """
     peak = config.lr if config.lr is not None else 3e-4
     if step < config.warmup_steps:
-        return peak * (_WARMUP_FROM + (1 - _WARMUP_FROM) * step / config.warmup_steps)
+        return peak * (config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps)
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def scale_and_clip(module: nn.Module, scale: Tensor, largest: float | None) -> Tensor:
+    """Multiply all gradients by ``scale``, and by less where their norm would exceed ``largest``.
+
+    Args:
+        module: Whole or sharded; of a sharded one, a collective operation.
+        scale: Scalar, the same on every rank.
+        largest: Of the norm over all parameters; None for no clipping.
+
+    Returns:
+        The norm after scaling, before clipping, a plain scalar.
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    norm = norm * scale
+    if largest is not None:
+        scale = scale * (largest / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(local_tensors(gradients), scale)
+    return norm
+
+
+def averaged(module: nn.Module, decay: float) -> AveragedModel:
+    """A copy of the module to be an exponential moving average of it; it may be sharded later, if that is too."""
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(copies: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
+        # A module may be sharded in part, and one operation does not mix sharded and whole tensors.
+        average(local_tensors(copies), local_tensors(current), count)
+
+    return AveragedModel(module, multi_avg_fn=update, use_buffers=False)
+
+
+def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's parts of sharded tensors, as views; whole tensors as they are."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from localign.engine.distributed import World
+from localign.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,25 @@ class Task(ABC):
 
     @abstractmethod
     def batches(self, plan: BatchPlan) -> Iterator[Any]:
-        """This rank's micro-batches, in order; each has ``images``, ``positions``, ``indices``, ``bad``."""
+        """This rank's micro-batches, in order: as many per step as its share holds ``plan.micro_batch``.
+
+        Each is a named tuple with the fields ``positions`` and ``indices`` (int64 ``(samples,)``: in the stream,
+        and in the data), ``bad`` ((name, reason) of what could not be read), and the method's own; its tensors
+        are moved to the device, positions and indices excepted.
+        """
 
     @abstractmethod
     def step(self, model: nn.Module, batch: Any) -> StepResult:
-        """One micro-batch.
+        """One micro-batch. Without any term of the loss it gives a sum of zero, which has a gradient all the same.
 
         Args:
-            model: :attr:`module`, perhaps compiled and replicated; call it instead of the bare module.
+            model: :attr:`module`, perhaps compiled, replicated or sharded; call it instead of the bare module.
             batch: On the task's device.
         """
+
+    def throughput(self, batch: Any) -> dict[str, int]:
+        """What a micro-batch of this rank holds beside its samples, by name: logged as ``<name>_per_second``."""
+        return {}
 
     def to(self, device: torch.device) -> None:
         """Move everything to the device."""
@@ -84,7 +94,10 @@ class Task(ABC):
         """Prepare a fresh run (not a continued one) before step 0, the same on every rank."""
 
     def validate(self, module: nn.Module, world: World) -> dict[str, float]:
-        """Metrics on held-out data, the same on every rank; ``val_loss`` decides which checkpoint is best."""
+        """Metrics on held-out data, the same on every rank; ``val_loss`` decides which checkpoint is best.
+
+        In a sharded run every rank calls the module equally often, or they wait for one another.
+        """
         return {}
 
     def check_skipped(self, images: Mapping[str, str]) -> None:
@@ -95,8 +108,30 @@ class Task(ABC):
         """
 
     def monitor(self, batch: Any) -> dict[str, float]:
-        """Cheap extra readings for a log line, on the main rank only."""
+        """Cheap extra readings for a log line, on the main rank only; without calling a sharded module."""
         return {}
+
+    def shard_units(self, module: nn.Module) -> Sequence[nn.Module]:
+        """Submodules that sharded runs gather one at a time, inner before outer; in none: the rest, gathered longest.
+
+        Args:
+            module: :attr:`module` or its average.
+
+        Raises:
+            UserError: The method does not train sharded modules.
+        """
+        raise UserError("this command trains its model whole on every rank; leave --sharding at none")
+
+    def unsharded(self, module: nn.Module) -> Sequence[nn.Module]:
+        """Frozen submodules that every rank of a sharded run keeps whole."""
+        return ()
+
+    def checkpointed(self, name: str) -> bool:
+        """Whether checkpoints hold this tensor of :attr:`module`.
+
+        A frozen one need not be there where a continued run builds it anew, and its :meth:`fingerprint` says so.
+        """
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state beside the module's weights."""
@@ -118,4 +153,10 @@ class Task(ABC):
         return {}
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
-        """Write the trained model where others can load it."""
+        """Write the trained model where others can load it, on the main rank only.
+
+        Args:
+            module: :attr:`module` or its average; of a sharded run a whole copy, on the CPU.
+            folder: Where to.
+            provenance: Command, config and versions, to be kept with the weights.
+        """

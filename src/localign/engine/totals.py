@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -24,6 +25,16 @@ class Totals:
         self._grad_norm = torch.zeros((), device=self.device)
         self._grad_steps = 0
         self._metrics: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()
+
+    def count(self, counts: dict[str, int]) -> None:
+        """Add what this rank's micro-batch holds, whatever comes of its step."""
+        self._counts.update(counts)
+
+    def rates(self, here: World, seconds: float) -> dict[str, float]:
+        """What was counted, over all ranks, per second."""
+        total: Counter[str] = sum(here.gather(self._counts), Counter())
+        return {f"{name}_per_second": count / seconds for name, count in sorted(total.items())}
 
     def add(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Add this rank's metrics: name -> (sum, count)."""

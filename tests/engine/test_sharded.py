@@ -1,0 +1,346 @@
+"""A sharded run on one rank: the same numbers, other files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import furthest, logged, make_images, same_bits, tiny
+from engine_runs import run as align
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sharded_runs import (
+    LENGTH,
+    TokenModel,
+    TokenTask,
+    Writer,
+    run,
+    run_until,
+    token,
+)
+from torch import Tensor, nn
+
+from localign.engine import TrainConfig
+from localign.engine.checkpoint import Checkpoints
+from localign.engine.distributed import World
+from localign.engine.guards import FOLDER as NONFINITE
+from localign.engine.sharded_checkpoint import OFFSETS_KEY
+from localign.engine.sharding import hollow_copy, shard
+from localign.errors import RunFailure, UserError
+
+STEPS = 8
+SHARD = "shard-00000.safetensors"
+
+
+def tensors(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
+    """What a checkpoint of one rank holds."""
+    return load_file(folder / "checkpoints" / f"step-{step:07d}" / SHARD)
+
+
+def exported(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "export" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is not sharded."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(token(out, sharding="none"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sharded run, uninterrupted."""
+    out = tmp_path_factory.mktemp("sharded") / "run"
+    run(token(out))
+    return out
+
+
+@pytest.fixture
+def stopped(sharded: Path, tmp_path: Path) -> TrainConfig:
+    """A sharded run as if it had ended after its checkpoint of step 6, ready to be continued."""
+    shutil.copytree(sharded, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-0000008")
+    (tmp_path / "run" / "checkpoints" / "best.json").unlink()
+    config = token(tmp_path / "run", resume="must")
+    for file in ("config.yaml", "checkpoints/step-0000006/state.json"):
+        path = tmp_path / "run" / file
+        path.write_text(path.read_text().replace(str(sharded), config.out))
+    return config
+
+
+def test_sharded_on_one_rank_is_not_sharded(whole: Path, sharded: Path) -> None:
+    assert same_bits(exported(sharded), exported(whole))
+    for field in ("loss", "grad_norm", "val_loss", "samples"):
+        assert logged(sharded, field) == logged(whole, field), field
+
+
+def test_the_export_is_of_a_whole_module(sharded: Path) -> None:
+    # TokenTask.export asserts that tied weights are tied; buffers that are not saved must be right as well.
+    loss = json.loads((sharded / "export" / "loss.json").read_text())
+    assert loss == pytest.approx(logged(sharded, "val_loss")[STEPS], rel=1e-6)
+
+
+def test_checkpoints_hold_what_is_trained_once(sharded: Path) -> None:
+    names = tensors(sharded).keys()
+    frozen = ("tower.", "blocks.1.")
+    trained = {n for n in TokenModel().state_dict() if not n.startswith(frozen)} - {"head.weight"}
+    assert {n.removeprefix("model.") for n in names if n.startswith("model.")} == trained
+    assert {n.removeprefix("ema.") for n in names if n.startswith("ema.")} == trained
+    moments = {n.removeprefix("optimizer.") for n in names if n.startswith("optimizer.")}
+    kinds = ("step", "exp_avg", "exp_avg_sq")
+    assert moments == {f"{kind}.{name}" for kind in kinds for name in trained - {"gain"}}
+
+
+def test_checkpoints_are_safetensors_and_json(sharded: Path) -> None:
+    folder = sharded / "checkpoints" / "step-0000008"
+    assert sorted(p.name for p in folder.iterdir()) == [SHARD, "state.json"]
+    assert json.loads((folder / "state.json").read_text())["step"] == STEPS
+    with safe_open(folder / SHARD, "pt") as file:
+        offsets = json.loads(file.metadata()[OFFSETS_KEY])
+    assert offsets["model.embedding.weight"] == {"saved_offsets": [0, 0]}
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_resumed_run_equals_an_uninterrupted_one(sharded: Path, tmp_path: Path, sharding: str) -> None:
+    config = token(tmp_path, sharding=sharding, keep_checkpoints=1, val_every=3)
+    for step in (3, 5, 7):
+        run_until(replace(config, resume="auto"), step)
+    run(replace(config, resume="must"))
+    assert same_bits(exported(tmp_path), exported(sharded))
+    for field in ("loss", "samples", "lr"):
+        assert logged(tmp_path, field) == logged(sharded, field), field
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_sharding_may_not_change_on_the_way(stopped: TrainConfig) -> None:
+    with pytest.raises(UserError, match="sharding: 'full' there, 'none' now"):
+        run(replace(stopped, sharding="none"))
+
+
+def test_an_average_of_a_sharded_run(sharded: Path) -> None:
+    saved = tensors(sharded)
+    assert torch.equal(exported(sharded)["embedding.weight"], saved["ema.embedding.weight"])
+    assert not torch.equal(saved["ema.embedding.weight"], saved["model.embedding.weight"])
+
+
+def split(folder: Path, rows: int) -> None:
+    """Rewrite a checkpoint of one rank as if two had written it, the first with so many rows of everything."""
+    content = load_file(folder / SHARD)
+    for number, part in enumerate((slice(rows), slice(rows, None))):
+        held = {n: t[part] if t.ndim else t for n, t in content.items() if t.ndim or number == 0}
+        begins = {
+            n: [number * min(rows, len(content[n])), *[0] * (t.ndim - 1)] if t.ndim else []
+            for n, t in held.items()
+        }
+        write_shard(folder / f"shard-{number:05d}.safetensors", held, begins)
+
+
+def write_shard(file: Path, content: dict[str, Tensor], begins: dict[str, list[int]]) -> None:
+    offsets = json.dumps({name: {"saved_offsets": begin} for name, begin in begins.items()})
+    save_file({n: t.contiguous() for n, t in content.items()}, file, metadata={OFFSETS_KEY: offsets})
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_parts_of_several_ranks_are_put_together(stopped: TrainConfig, sharded: Path, rows: int) -> None:
+    split(Path(stopped.out) / "checkpoints" / "step-0000006", rows)
+    run(stopped)
+    assert same_bits(tensors(Path(stopped.out)), tensors(sharded))
+
+
+def refusal(config: TrainConfig) -> str:
+    with pytest.raises(UserError) as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_missing_part_is_noticed(stopped: TrainConfig) -> None:
+    folder = Path(stopped.out) / "checkpoints" / "step-0000006"
+    split(folder, 3)
+    (folder / SHARD).unlink()
+    line = refusal(stopped)
+    assert "step-0000006 is damaged: a part of " in line
+
+
+def test_a_truncated_part_is_noticed(stopped: TrainConfig) -> None:
+    file = Path(stopped.out) / "checkpoints" / "step-0000006" / SHARD
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "step-0000006 is damaged" in refusal(stopped)
+
+
+def renamed(config: TrainConfig, old: str, new: str) -> None:
+    file = Path(config.out) / "checkpoints" / "step-0000006" / SHARD
+    content = load_file(file)
+    content[new] = content.pop(old)
+    write_shard(file, content, {name: [0] * t.ndim for name, t in content.items()})
+
+
+def test_tensors_that_are_missing_or_extra_are_named(stopped: TrainConfig) -> None:
+    renamed(stopped, "model.blocks.0.norm.weight", "model.surplus")
+    line = refusal(stopped)
+    assert "missing 1 (model.blocks.0.norm.weight)" in line
+    assert "extra 1 (model.surplus)" in line
+
+
+def test_moments_that_are_missing_are_named(stopped: TrainConfig) -> None:
+    renamed(stopped, "optimizer.exp_avg.blocks.0.norm.weight", "optimizer.exp_avg.surplus")
+    assert "lacks the optimizer state of blocks.0.norm.weight: exp_avg" in refusal(stopped)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, list[int], int]] = []
+    writing = threading.Lock()
+
+    class Watching(TokenTask):
+        def step(self, model: nn.Module, batch: Any) -> Any:
+            number = int(batch.positions[0]) // self.config.batch_size
+            seen.append((number, Checkpoints(tmp_path / "checkpoints").steps(), int(writing.locked())))
+            return super().step(model, batch)
+
+    def slow(self: Writer, plan: Any, planner: Any) -> Any:
+        assert writing.acquire(blocking=False), "two checkpoints are being written"
+        time.sleep(0.3)
+        result = super(Writer, self).write_data(plan, planner)
+        writing.release()
+        return result
+
+    monkeypatch.setattr(Writer, "write_data", slow)
+    run(token(tmp_path, checkpoint_every=2, keep_checkpoints=9), Watching)
+    at = {number: steps for number, steps, _ in seen}
+    assert at[2] == at[3] == [], "the steps after the first checkpoint did not wait for it"
+    assert at[4] == [2], "but the second checkpoint did"
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [2, 4, 6, 8]
+
+
+def test_what_is_saved_is_the_state_of_its_step(tmp_path: Path) -> None:
+    # Slow writing, so that later steps change weights, moments and the list of skipped steps in the meantime.
+    run(token(tmp_path / "slow", keep_checkpoints=9), slow_writing=0.2, poison=4)
+    run(token(tmp_path / "quick", keep_checkpoints=9), poison=4)
+    for step in (2, 4, 6):
+        assert same_bits(tensors(tmp_path / "slow", step), tensors(tmp_path / "quick", step)), step
+    state = json.loads((tmp_path / "slow" / "checkpoints" / "step-0000004" / "state.json").read_text())
+    assert state["guard"]["skipped"] == [], "step 5 was skipped while this was written"
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    results = run(token(tmp_path, steps=10, val_every=1, keep_checkpoints=2, lr=0.3)).results
+    store = Checkpoints(tmp_path / "checkpoints")
+    assert store.best() == results["best"]
+    assert store.steps() == sorted(
+        {9, 10, results["best"]["step"]} & {*range(1, 11)} | set(store.steps()[-2:])
+    )
+    assert len(store.steps()) <= 3
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: Writer, plan: Any, planner: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Writer, "write_data", failing)
+    with pytest.raises(
+        RunFailure, match=r"checkpoint of step 2 could not be written: .*No space left"
+    ) as caught:
+        run(token(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_fails_finishes_its_checkpoint(tmp_path: Path) -> None:
+    run_until(token(tmp_path), 2, slow_writing=0.2)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [2]
+
+
+def test_frozen_tensors_may_be_in_checkpoints(tmp_path: Path) -> None:
+    run(token(tmp_path, steps=2), whole_checkpoints=True)
+    assert {"model.tower.weight", "model.blocks.1.scale", "ema.tower.weight"} <= tensors(tmp_path, 2).keys()
+
+
+def test_whole_runs_leave_frozen_tensors_out_too(whole: Path) -> None:
+    for file in ("model", "ema"):
+        saved = load_file(whole / "checkpoints" / "step-0000008" / f"{file}.safetensors")
+        frozen = {n for n in TokenModel().state_dict() if n.startswith(("tower.", "blocks.1."))}
+        assert saved.keys() == TokenModel().state_dict().keys() - frozen
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_checkpoint_with_frozen_tensors_is_not_one_without(tmp_path: Path, sharding: str) -> None:
+    config = token(tmp_path, sharding=sharding)
+    run_until(config, 3, whole_checkpoints=True)
+    line = refusal(replace(config, resume="must"))
+    assert "does not fit" in line
+    assert "blocks.1.linear.bias" in line
+
+
+def test_what_is_trained_must_be_in_checkpoints(tmp_path: Path) -> None:
+    class Forgetful(TokenTask):
+        def checkpointed(self, name: str) -> bool:
+            return not name.startswith("blocks.0.")
+
+    with pytest.raises(AssertionError, match="scale is trained, but in no checkpoint"):
+        run(token(tmp_path), Forgetful)
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_what_is_trained_must_be_sharded() -> None:
+    module = TokenModel()
+    with pytest.raises(ValueError, match="that is trained must be sharded"):
+        shard(module, [], [module.blocks[0]], mesh=None, compute_dtype=None, reduce_dtype=torch.float32)  # type: ignore[arg-type]
+
+
+def test_micro_batches_without_labels_count_for_nothing(tmp_path: Path, sharded: Path) -> None:
+    # A third of the samples has no labels: of 8 micro-batches of one, some have weight zero.
+    run(token(tmp_path, micro_batch=1))
+    for field in ("loss", "grad_norm"):
+        assert logged(tmp_path, field) == pytest.approx(logged(sharded, field), rel=1e-4), field
+    assert furthest(exported(tmp_path), exported(sharded)) < 1e-5
+
+
+def test_tokens_per_second_are_logged(tmp_path: Path) -> None:
+    run(token(tmp_path, log_every=4), poison=1)
+    rates, images = logged(tmp_path, "tokens_per_second"), logged(tmp_path, "images_per_second")
+    assert sorted(rates) == [4, 8]
+    for step, rate in rates.items():
+        assert rate == pytest.approx(images[step] * LENGTH), "skipped steps included"
+
+
+def test_skipped_batches_keep_all_their_tensors(tmp_path: Path) -> None:
+    run(token(tmp_path, sharding="none"), poison=1)
+    (file,) = (tmp_path / NONFINITE).iterdir()
+    assert load_file(file).keys() == {"input_ids", "labels", "features", "positions", "indices"}
+
+
+def test_a_command_that_is_not_made_for_it_refuses(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    config = tiny(tmp_path / "run", make_images(folder, 8), sharding="full")
+    with pytest.raises(UserError, match="leave --sharding at none"):
+        align(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_devices_that_models_are_not_sharded_on() -> None:
+    with pytest.raises(UserError, match="not on mps"):
+        World(0, 1, 0, torch.device("mps")).mesh(per_node=False)
+
+
+def test_a_hollow_copy_takes_no_memory_and_is_complete() -> None:
+    module = TokenModel()
+    hollow = hollow_copy(module)
+    assert all(p.is_meta for p in hollow.parameters())
+    assert [p.requires_grad for p in hollow.parameters()] == [p.requires_grad for p in module.parameters()]
+    assert hollow.gain.is_meta
+    assert torch.equal(hollow.ramp, module.ramp), "in no state dict, so copied"
+    assert hollow.head.weight is hollow.embedding.weight
+    assert not any(p.is_meta for p in module.parameters())

@@ -1,0 +1,176 @@
+"""What a sharded run computes depends neither on its ranks nor on when it is killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sharded_runs
+import torch
+from engine_runs import furthest, kill_all, last_step, logged, start
+from safetensors.torch import load_file
+from sharded_runs import TokenModel, part, run, run_until, token
+from torch import Tensor
+
+from localign.engine import TrainConfig
+from localign.engine.checkpoint import Checkpoints
+
+STEPS = 8
+TOLERANCE = 1e-5
+
+pytestmark = pytest.mark.slow
+
+
+def run_ranks(ranks: int, *parts: dict[str, Any], fails: bool = False) -> str:
+    """Do runs in processes of their own, one after another; returns the output."""
+    process = start(ranks, sharded_runs.__file__, json.dumps(parts))
+    try:
+        output = process.communicate(timeout=400)[0].decode()
+    finally:
+        kill_all(process)
+    assert (process.returncode != 0) == fails, output
+    return output
+
+
+def exported(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "export" / "model.safetensors")
+
+
+def equal(a: Path, b: Path, tolerance: float = TOLERANCE) -> None:
+    """Exports, losses and gradient norms agree within the tolerance, samples entirely."""
+    assert logged(a, "samples") == logged(b, "samples")
+    assert sorted(logged(a, "samples")) == list(range(1, STEPS + 1))
+    assert furthest(exported(a), exported(b)) < tolerance
+    for field in ("loss", "val_loss", "grad_norm"):
+        ours, theirs = logged(a, field), logged(b, field)
+        assert ours == pytest.approx(theirs, rel=10 * tolerance), field
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that is not sharded, on one rank, uninterrupted."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(token(out, sharding="none", val_every=3))
+    torch.set_num_threads(before)
+    return out
+
+
+def test_two_ranks_equal_one(tmp_path: Path, whole: Path) -> None:
+    # One launch for all, as starting processes takes longest.
+    sharded = token(tmp_path / "sharded", val_every=3)
+    accumulated = token(tmp_path / "accumulated", val_every=3, micro_batch=1)
+    lone = token(tmp_path / "lone", val_every=3, micro_batch=2)
+    halves = token(tmp_path / "halves", precision="bf16", reduce_dtype="bf16", val_every=3)
+    weightless = token(tmp_path / "weightless", weight_decay=0.5, ema=None, lr=1e-2, steps=4)
+    undecayed = token(tmp_path / "undecayed", weight_decay=0.0)
+    poisoned = token(tmp_path / "poisoned")
+    run_ranks(
+        2, part(sharded), part(accumulated), part(lone), part(halves), part(weightless, weightless=True),
+        part(undecayed), part(poisoned, poison=3),
+    )  # fmt: skip
+    for name in ("sharded", "accumulated", "lone"):
+        equal(tmp_path / name, whole)
+
+    # bfloat16 computes to about three digits; the weights that are trained stay float32.
+    assert logged(tmp_path / "halves", "loss") == pytest.approx(logged(whole, "loss"), rel=3e-2)
+    assert 1e-6 < furthest(exported(tmp_path / "halves"), exported(whole)) < 8e-2
+    assert all(t.dtype == torch.float32 for t in exported(tmp_path / "halves").values())
+
+    # A loss of zero leaves AdamW nothing but its decay.
+    before = {n: t for n, t in sharded_runs.TokenTask(weightless).module.state_dict().items()}
+    rates = logged(tmp_path / "weightless", "lr").values()
+    left = torch.tensor([1 - rate * 0.5 for rate in rates]).prod()
+    for name, after in exported(tmp_path / "weightless").items():
+        frozen = name.startswith(("tower.", "blocks.1."))
+        decayed = before[name].ndim > 1 and not frozen
+        assert torch.allclose(after, before[name] * (left if decayed else 1), rtol=1e-6), name
+    assert left < 0.99
+    assert furthest(exported(tmp_path / "undecayed"), exported(whole)) > 100 * TOLERANCE
+
+    results = json.loads((tmp_path / "poisoned" / "results.json").read_text())
+    assert results["skipped_steps"] == [4]
+    assert len(list((tmp_path / "poisoned" / "nonfinite").iterdir())) == 2, "both ranks keep their batches"
+
+    folder = Checkpoints(tmp_path / "sharded" / "checkpoints").path(STEPS)
+    sizes = [sum(t.numel() for t in load_file(f).values()) for f in sorted(folder.glob("*.safetensors"))]
+    assert len(sizes) == 2, "each rank writes its share"
+    assert max(sizes) < 0.6 * sum(sizes)
+
+
+def test_a_run_moves_from_two_ranks_to_one_and_back(tmp_path: Path, whole: Path) -> None:
+    config = token(tmp_path, val_every=3, keep_checkpoints=1)
+    run_ranks(2, part(config, stop_before=3))
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [2]
+    run_until(replace(config, resume="must"), 5)
+    assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 4
+    run_ranks(2, part(replace(config, resume="must")))
+    equal(tmp_path, whole)
+
+
+def test_nodes_that_repeat_one_another(tmp_path: Path, whole: Path) -> None:
+    config = token(tmp_path, val_every=3, sharding="hybrid", micro_batch=1)
+    run_ranks(
+        4, part(config, local_size=2, stop_before=5), part(replace(config, resume="must"), local_size=2)
+    )
+    equal(tmp_path, whole)
+    folder = Checkpoints(tmp_path / "checkpoints").path(STEPS)
+    held = [load_file(f).keys() for f in sorted(folder.glob("*.safetensors"))]
+    assert sum("model.embedding.weight" in names for names in held) == 2, (
+        "a part is written by one of its holders"
+    )
+
+
+@pytest.mark.parametrize("death", [{"die_writing": [4, 1]}, {"die_writing": [4, 0]}, {"die_publishing": 4}])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_death_within_a_checkpoint_leaves_the_one_before(
+    tmp_path: Path, whole: Path, death: dict[str, Any], ranks: int
+) -> None:
+    config = token(tmp_path, val_every=3, keep_checkpoints=1)
+    run_ranks(2, part(config, **death), fails=True)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [2]
+    assert list((tmp_path / "checkpoints").glob(".*.tmp")), "it was on its way"
+    resumed = replace(config, resume="must")
+    if ranks == 1:
+        run(resumed)
+    else:
+        run_ranks(2, part(resumed))
+    assert not list(tmp_path.rglob(".*.tmp"))
+    equal(tmp_path, whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds a run's processes through /proc")
+def test_three_kills_at_any_instant(tmp_path: Path, whole: Path) -> None:
+    config = token(tmp_path, val_every=3, resume="auto", checkpoint_every=1)
+    draw = random.Random(5)
+    for ranks in (2, 1, 2):
+        _kill_during(ranks, config, draw)
+    run_ranks(2, part(config))
+    equal(tmp_path, whole)
+
+
+def _kill_during(ranks: int, config: TrainConfig, draw: random.Random) -> None:
+    """Start or continue a run, and kill it at a random instant once it has taken a step."""
+    out = Path(config.out)
+    began = last_step(out)
+    events = {"sleep": 0.3, "slow_writing": 0.2}
+    process = start(ranks, sharded_runs.__file__, json.dumps([part(config, **events)]))
+    deadline = time.monotonic() + 200
+    while last_step(out) in (0, began) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(draw.uniform(0.0, 0.7))
+    alive = process.poll() is None
+    kill_all(process)
+    assert alive, "the run ended before it could be killed"
+    assert last_step(out) < STEPS
+
+
+def test_the_tests_have_parameters_that_do_not_divide() -> None:
+    assert any(p.shape[0] % 2 for p in TokenModel().parameters())
+    assert any(p.shape[0] < 2 for p in TokenModel().parameters())
