@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from localign.errors import RunFailure, UserError
 REPLACEMENT_ATTEMPTS = 100
 """Draws in place of an unreadable image before its position counts as lost."""
 
+T = TypeVar("T")
 PositionTransform = Callable[[Any, int, int], Tensor]  # (image, seed, position) -> uint8 (3, H, W)
 
 
@@ -117,6 +118,11 @@ class BadImages:
         self.add(tuple(state["images"].items()))
 
 
+def replacement(seed: int, position: int, attempt: int, length: int) -> int:
+    """What is drawn of ``length`` samples in place of an unreadable one; ``attempt`` counts from 1."""
+    return int(rng.generator(seed, "replacement", position, attempt).integers(length))
+
+
 class _Fetched(NamedTuple):
     images: Tensor
     positions: Tensor
@@ -149,8 +155,7 @@ class _StreamReader(Dataset[_Fetched]):
     def _read(self, position: int, index: int, bad: dict[str, str]) -> tuple[Tensor | None, int]:
         for attempt in range(REPLACEMENT_ATTEMPTS + 1):
             if attempt:
-                draw = rng.generator(self.seed, "replacement", position, attempt)
-                index = int(draw.integers(len(self.source)))
+                index = replacement(self.seed, position, attempt, len(self.source))
             try:
                 return self.transform(self.source.load(index), self.seed, position), index
             except UnreadableImage as error:
@@ -227,7 +232,7 @@ class TrainLoader:
         max_bad_share: float = 0.01,
         multiprocessing_context: str | None = None,
     ) -> None:
-        _check_batches(global_batch, micro_batch, rank, world_size)
+        check_batches(global_batch, micro_batch, rank, world_size)
         if not 0 <= start_step <= end_step:
             raise UserError(f"steps must run upwards from 0, not from {start_step} to {end_step}")
         self.source = source
@@ -238,7 +243,7 @@ class TrainLoader:
         self.bad = BadImages(len(source), max_bad_share)
         self.bad.add(tuple((name, "no such file") for name in getattr(source, "missing", ())))
         reader = _StreamReader(source, transform, seed)
-        self._loader = _data_loader(reader, self._samples, workers, pin_memory, multiprocessing_context)
+        self._loader = data_loader(reader, self._samples, workers, pin_memory, multiprocessing_context)
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -249,7 +254,7 @@ class TrainLoader:
         return (self.end_step - self.start_step) * self.micro_batches_per_step
 
     def __iter__(self) -> Iterator[Batch]:
-        for fetched in _served(self._loader):
+        for fetched in served(self._loader):
             self.bad.add(tuple(fetched.bad))
             if fetched.lost:
                 raise UserError(
@@ -298,20 +303,20 @@ class EvalLoader:
         pin_memory: bool = False,
         max_bad_share: float = 0.01,
     ) -> None:
-        _check_batches(batch * world_size, batch, rank, world_size)
+        check_batches(batch * world_size, batch, rank, world_size)
         total = len(source) if limit is None else min(limit, len(source))
         self.source, self.batch = source, batch
         self.begin, self.end = rank * total // world_size, (rank + 1) * total // world_size
         self.bad = BadImages(len(source), max_bad_share)
         reader = _OrderedReader(source, transform)
-        self._loader = _data_loader(reader, self._samples, workers, pin_memory, None)
+        self._loader = data_loader(reader, self._samples, workers, pin_memory, None)
 
     def __len__(self) -> int:  # if no batch is wholly unreadable
         return -(-(self.end - self.begin) // self.batch)
 
     def __iter__(self) -> Iterator[Batch]:
         self.bad.reasons.clear()
-        for fetched in _served(self._loader):
+        for fetched in served(self._loader):
             self.bad.add(tuple(fetched.bad))
             if len(fetched.indices):
                 yield _batch(fetched)
@@ -321,7 +326,8 @@ class EvalLoader:
             yield list(range(begin, min(begin + self.batch, self.end)))
 
 
-def _check_batches(global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
+def check_batches(global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
+    """Raises UserError where a batch does not divide into ranks and micro-batches."""
     if not 0 <= rank < world_size:
         raise UserError(f"rank {rank} does not exist among {world_size} processes")
     if global_batch < 1 or micro_batch < 1:
@@ -341,13 +347,25 @@ class _Sampler:  # what the loader asks for next; every pass begins anew
         return self._samples()
 
 
-def _data_loader(
-    reader: Dataset[_Fetched],
+def data_loader(
+    reader: Dataset[T],
     samples: Callable[[], Iterator[list[Any]]],
     workers: int,
     pin_memory: bool,
     context: str | None,
-) -> DataLoader[_Fetched]:
+) -> DataLoader[T]:
+    """A loader of what a reader makes of each list of samples, in order; go through it with :func:`served`.
+
+    Args:
+        reader: Its items are whole batches, by lists of samples.
+        samples: Begins a new pass; each item goes to the reader.
+        workers: Processes that read; 0 reads in the caller.
+        pin_memory: Page-locked tensors.
+        context: ``fork``, ``spawn``, ``forkserver``; None: fork on Linux, spawn elsewhere.
+
+    Raises:
+        UserError: There cannot be so many workers.
+    """
     if workers < 0:
         raise UserError(f"there cannot be {workers} loader workers")
     if workers and context is None:
@@ -369,7 +387,8 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers; no traceback from each
 
 
-def _served(loader: DataLoader[_Fetched]) -> Iterator[_Fetched]:
+def served(loader: DataLoader[T]) -> Iterator[T]:
+    """One pass over a loader, whose workers end with it. Raises RunFailure where a worker died."""
     # torch would raise for a dead worker from a signal handler, wherever the main process happens to be, half
     # way through a checkpoint included. Without it the loader finds out here, within five seconds.
     handler = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None

@@ -122,7 +122,7 @@ def _decode(image: Image.Image, name: str, at_least: int | None, upright: bool) 
         ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
     # Only now: to read a PNG's metadata is to load it, and a failure there would leave a blank image.
     turn = _UPRIGHT.get(_orientation(image)) if upright else None
-    rgb = _to_rgb(image, name)
+    rgb = to_rgb(image, name)
     return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -133,7 +133,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """RGB from any mode: transparency over white, 16 bits by their upper eight."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()  # the file's own object closes with the file

@@ -1,0 +1,76 @@
+"""From an image, wherever it is, to what the vision tower takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+from transformers.image_utils import load_image
+
+from localign.data.sources import UnreadableImage, read_image, to_rgb
+from localign.data.transforms import EvalTransform, to_tensor
+from localign.errors import UserError, near
+
+Resize = Literal["naive", "letterbox", "crop"]
+
+
+class ImageTransform:
+    """An image to the vision tower's input, without normalisation.
+
+    Args:
+        image_size: Rows and columns, pixels.
+        resize: ``naive`` stretches (the paper's), ``letterbox`` pads the shorter side at both ends, then resizes,
+            ``crop`` resizes until the image covers the size, then cuts out the centre. All are bicubic.
+        mean: RGB, 0..1, that letterbox pads with.
+
+    Raises:
+        UserError: There is no such way to resize.
+    """
+
+    def __init__(self, image_size: Sequence[int], resize: str, mean: Sequence[float]) -> None:
+        if resize not in get_args(Resize):
+            known = get_args(Resize)
+            raise UserError(f"unknown resize {resize!r}; known: {', '.join(known)}{near(resize, known)}")
+        rows, columns = image_size
+        self.image_size = (int(rows), int(columns))
+        self.resize = resize
+        red, green, blue = (int(255 * m) for m in mean)
+        self.fill = (red, green, blue)
+        self._crop = EvalTransform(self.image_size, "crop")
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB image -> uint8 ``(3, rows, columns)``."""
+        if self.resize == "crop":
+            return self._crop(image)
+        if self.resize == "letterbox":
+            image = self._padded(image)
+        return to_tensor(F.resize(image, list(self.image_size), InterpolationMode.BICUBIC))
+
+    def _padded(self, image: Image.Image) -> Image.Image:
+        rows, columns = self.image_size
+        width = max(image.width, round(image.height * columns / rows))
+        height = max(image.height, round(image.width * rows / columns))
+        padded = Image.new("RGB", (width, height), self.fill)
+        padded.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+        return padded
+
+
+def open_image(image: Any) -> Image.Image:
+    """An RGB image, upright, from a PIL image, a path, a URL or a data URL.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        if isinstance(image, Image.Image):
+            return to_rgb(ImageOps.exif_transpose(image), "the image")
+        if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+            return load_image(image)
+        return read_image(os.fspath(image), str(image))
+    except (UnreadableImage, TypeError, ValueError) as error:
+        raise UserError(f"cannot read an image: {error}") from None

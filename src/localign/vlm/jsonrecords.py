@@ -1,0 +1,138 @@
+"""Reading JSON files of a million records one record at a time.
+
+A record is named by where its bytes lie in the file, so that it can be read again without holding the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from localign.errors import UserError, near
+
+_BLOCK = 2**23
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SPACE = " \t\r\n"
+# A record that ends with the block fails at the block's last characters, or at the beginning of a string.
+_TRUNCATED_WITHIN = 16
+
+
+class Span(NamedTuple):
+    """One record of a file."""
+
+    number: int
+    """Counted from 1."""
+    begin: int
+    """Its first byte."""
+    end: int
+    """One past its last byte."""
+    value: Any
+    """What it says."""
+
+
+def scan(path: Path, digest: blake2b | None = None) -> Iterator[Span]:
+    """The records of a JSON list, or of a file of JSON lines, in order.
+
+    Args:
+        path: The file, UTF-8.
+        digest: Is updated with the file's bytes.
+
+    Raises:
+        UserError: The file is missing, empty or not JSON; on the record where that shows.
+    """
+    try:
+        with open(path, "rb") as file:
+            yield from _Scanner(path, file, digest).records()
+    except FileNotFoundError:
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"there is no file {path}{near(path.name, names)}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+class _Scanner:
+    """A window on the file, read as Latin-1: one character is one byte, and JSON's own are ASCII in UTF-8."""
+
+    def __init__(self, path: Path, file: BinaryIO, digest: blake2b | None) -> None:
+        self.path, self.file, self.digest = path, file, digest
+        self.text, self.at, self.offset, self.ended = "", 0, 0, False
+        self.number = 0
+        self.decode = json.JSONDecoder().raw_decode
+
+    def records(self) -> Iterator[Span]:
+        self._read()
+        mark = _BYTE_ORDER_MARK.decode("latin-1")
+        self.at = len(mark) if self.text.startswith(mark) else 0
+        first = self._next()
+        if first not in "[{" or not first:
+            raise UserError(f"{self.path} is neither a JSON list of records nor JSON lines")
+        if first == "{":
+            while self._next():
+                yield self._record()
+            return
+        self.at += 1
+        more = self._next() != "]"
+        if not more:
+            self.at += 1
+        while more:
+            self._next()
+            yield self._record()
+            separator = self._next()
+            if separator not in ",]" or not separator:
+                raise self._error("a comma or the list's end is missing after it")
+            self.at += 1
+            more = separator == ","
+        if self._next():
+            raise self._error("something follows the list's end")
+
+    def _record(self) -> Span:
+        self.number += 1
+        while True:
+            try:
+                value, end = self.decode(self.text, self.at)
+                break
+            except json.JSONDecodeError as error:
+                within = len(self.text) - _TRUNCATED_WITHIN
+                if self.ended or not (error.pos >= within or error.msg.startswith("Unterminated string")):
+                    raise self._error(
+                        f"not valid JSON: {error.msg} (byte {self.offset + error.pos})"
+                    ) from None
+                self._read()
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+                raise self._error(f"not valid JSON: {error}") from None
+        raw = self.text[self.at : end]
+        if not raw.isascii():
+            try:
+                value = json.loads(raw.encode("latin-1"))
+            except UnicodeDecodeError:
+                raise self._error("not UTF-8 text") from None
+        span = Span(self.number, self.offset + self.at, self.offset + end, value)
+        self.at = end
+        return span
+
+    def _next(self) -> str:
+        """The next character that is not white space, without taking it; empty at the file's end."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in _SPACE:
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if self.ended:
+                return ""
+            self._read()
+
+    def _read(self) -> None:
+        # A record longer than the window is tried anew for every block: let the blocks grow with it.
+        block = self.file.read(max(_BLOCK, len(self.text) - self.at))
+        if self.digest is not None:
+            self.digest.update(block)
+        self.ended = not block
+        self.offset += self.at
+        self.text = self.text[self.at :] + block.decode("latin-1")
+        self.at = 0
+
+    def _error(self, reason: str) -> UserError:
+        return UserError(f"{self.path}, record {self.number}: {reason}")
