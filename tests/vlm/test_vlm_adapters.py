@@ -19,15 +19,13 @@ from localign.alignment.student import Student, build_student
 from localign.backbones import Backbone, create_backbone
 from localign.backbones.create import build_vit
 from localign.errors import UserError
-from localign.vlm.adapters import (
-    Adapter,
-    AdapterConfig,
+from localign.vlm.adapters import Adapter, AdapterConfig, build_adapter, fresh_adapter
+from localign.vlm.presets import VisionSource, tower_for, vision_side
+from localign.vlm.pretrained_adapters import (
     adapter_from_backbone,
     adapter_from_student,
-    build_adapter,
-    fresh_adapter,
+    fused_adapter_from_student,
 )
-from localign.vlm.presets import VisionSource, tower_for, vision_side
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 VARIANTS = ("cls", "cls_prenorm_ls", "no_cls_irregular", "registers")
@@ -223,7 +221,7 @@ def test_the_start_depends_on_the_seed_alone(kind: Any) -> None:
     assert not torch.equal(starts(first), starts(other))
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp", "transformer", "decoder"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_built_without_memory_gets_the_same_start_later(kind: Any) -> None:
     _, adapter = vision_side(kind, sides(kind), WIDTH)
     with torch.device("meta"):
@@ -371,6 +369,11 @@ def test_adapters_that_do_not_fit_are_refused_by_name() -> None:
     )
     refused("fused-decoder", [other, VisionSource(tiny_backbone())], r"given: wide \+ tiny")
     refused("fused-decoder", [aligned], "at least one other, not tiny")
+    tower = tower_for("fused-decoder", [other, aligned])
+    with pytest.raises(
+        UserError, match=r"trained with narrow \(5 tokens of 8 .* does not fit tiny \(5 tokens of 16"
+    ):
+        fused_adapter_from_student(tiny_student(tiny_backbone("narrow", width=8)), tower, WIDTH)
     without = build_student(tiny_backbone(), soft_cap=None, decoder=False)
     source = VisionSource(without.encoder.backbone, aligned=True, student=without)
     refused("decoder", [source], "tiny was aligned without a decoder")

@@ -70,15 +70,11 @@ def test_an_aligned_backbone_gives_all_tokens_of_the_last_block_after_the_norm(k
     assert (tower.num_tokens, tower.num_prefix_tokens) == (5, 1)
 
 
-@pytest.mark.parametrize(
-    ("aligned", "quirks", "layer"), [(False, False, 0), (True, False, 0), (True, True, 0)]
-)
-def test_a_truncated_tower_ends_before_the_last_two_blocks(aligned: bool, quirks: bool, layer: int) -> None:
+@pytest.mark.parametrize(("aligned", "quirks"), [(False, False), (True, False), (True, True)])
+def test_a_truncated_tower_ends_before_the_last_two_blocks(aligned: bool, quirks: bool) -> None:
     backbone = tiny_backbone()
     tower = tower_for("truncated", [VisionSource(backbone, aligned=aligned)], published_quirks=quirks)
-    assert torch.equal(
-        tower(pixels()), backbone.tokens(backbone.normalise(pixels()), layer=layer, norm=False)
-    )
+    assert torch.equal(tower(pixels()), backbone.tokens(backbone.normalise(pixels()), layer=0, norm=False))
     assert tower.num_prefix_tokens == 1
 
 
@@ -105,6 +101,8 @@ def test_unneeded_parts_are_left_out_and_the_source_stays_whole() -> None:
     tower = tower_of(backbone)
     assert len(tower.backbones[0].vit.blocks) == 2
     assert not [k for k in tower.state_dict() if "vit.norm" in k or "fc_norm" in k or "blocks.2" in k]
+    pooled = tower_of(vit_of(POOLING["average after all blocks"]), layer=-1, norm=True)
+    assert not [k for k in pooled.state_dict() if "fc_norm" in k]
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
     assert len(before) == len(backbone.state_dict())
     assert all(p.requires_grad for p in backbone.parameters())
@@ -114,6 +112,7 @@ POOLING: dict[str, dict[str, Any]] = {
     "class token": {},
     "attention pool": {"class_token": False, "global_pool": "map"},
     "average after all blocks": {"class_token": False, "global_pool": "avg"},
+    "no final norm": {"final_norm": False},
     "registers": {"reg_tokens": 2, "no_embed_class": True},
 }
 
@@ -131,6 +130,7 @@ def test_a_tower_is_built_again_from_its_config_and_weights(pooling: str) -> Non
         for kind in ("mlp", "transformer", "truncated"):
             tower = tower_for(kind, [VisionSource(whole, aligned=aligned)])
             assert torch.equal(rebuilt(tower)(pixels()), tower(pixels()))
+            assert not [k for k in tower.state_dict() if "attn_pool" in k]
 
 
 def test_the_eps_of_a_renewed_norm_and_the_soft_cap_survive() -> None:
@@ -164,7 +164,7 @@ def test_a_tower_is_frozen_until_it_is_told_otherwise() -> None:
     assert not any(p.requires_grad for p in tower.parameters())
     assert not tower.train().training
     assert not any(module.training for module in tower.modules())
-    assert not tower(pixels()).requires_grad
+    assert not tower.requires_grad_(True)(pixels()).requires_grad
     tower.set_trainable(True)
     assert tower.training
     tower(pixels()).sum().backward()

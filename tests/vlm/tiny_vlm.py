@@ -57,7 +57,9 @@ def tiny_llm(kind: str = "llama", *, vocab_size: int = 259, seed: int = 0, **ove
     return Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
 
 
-def tiny_backbone(name: str = "tiny", *, prefix: bool = True, image_size: int = 16, width: int = 16) -> Backbone:
+def tiny_backbone(
+    name: str = "tiny", *, prefix: bool = True, image_size: int = 16, width: int = 16
+) -> Backbone:
     """A random ViT of three blocks over a 2 x 2 grid of 8-pixel patches, with a class token if ``prefix``."""
     kwargs = {"img_size": image_size, "patch_size": 8, "embed_dim": width, "depth": 3, "num_heads": 2}
     if not prefix:

@@ -1,1 +1,19 @@
-"""Vision-language models: a frozen ViT, an adapter, a causal language model."""
+"""Vision-language models: a ViT, an adapter, a causal language model.
+
+Importing this makes the model known to transformers' ``AutoConfig``, ``AutoModelForImageTextToText`` and
+``AutoProcessor``.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from localign.vlm.configuration import LocalignVLMConfig
+from localign.vlm.modeling import LocalignVLM, VLMOutput
+from localign.vlm.processing import LocalignVLMProcessor
+
+AutoConfig.register(LocalignVLMConfig.model_type, LocalignVLMConfig, exist_ok=True)
+AutoModelForImageTextToText.register(LocalignVLMConfig, LocalignVLM, exist_ok=True)
+AutoProcessor.register(LocalignVLMConfig, LocalignVLMProcessor, exist_ok=True)
+
+__all__ = ["LocalignVLM", "LocalignVLMConfig", "LocalignVLMProcessor", "VLMOutput"]

@@ -24,14 +24,12 @@ from dataclasses import dataclass
 from localign.alignment.student import Student
 from localign.backbones import Backbone
 from localign.errors import UserError
-from localign.vlm.adapters import (
+from localign.vlm.adapters import Adapter, AdapterName, fresh_adapter
+from localign.vlm.pretrained_adapters import (
     TRUNCATED_BLOCKS,
-    Adapter,
-    AdapterName,
     adapter_from_backbone,
     adapter_from_student,
     check_decoder_fits,
-    fresh_adapter,
     fused_adapter_from_student,
 )
 from localign.vlm.vision import TowerConfig, VisionTower
@@ -58,7 +56,7 @@ def tower_for(
         kind: The adapter.
         sources: One backbone, or several that are fused on channels in this order.
         published_quirks: For a truncated baseline, end one block earlier; see
-            :func:`~localign.vlm.adapters.adapter_from_backbone`.
+            :func:`~localign.vlm.pretrained_adapters.adapter_from_backbone`.
 
     Raises:
         UserError: The adapter does not go with these backbones.
@@ -125,5 +123,4 @@ def vision_side(
             )
     else:
         adapter = fresh_adapter(kind, tower, output_width, seed=seed)
-    adapter.config.check_fits(tower)
     return tower, adapter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +154,7 @@ class VisionTower(nn.Module):
     @property
     def backbones(self) -> list[Backbone]:
         """The towers, typed."""
-        return [tower for tower in self.towers if isinstance(tower, Backbone)]
+        return cast(list[Backbone], list(self.towers))
 
     @property
     def name(self) -> str:

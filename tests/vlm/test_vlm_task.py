@@ -1,0 +1,314 @@
+"""Training vision-language models: what a run computes does not depend on how it is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import kill_all
+from safetensors.torch import load_file
+from tiny_vlm import tiny_llm, tiny_tokenizer
+from vlm_models import picture
+
+import localign
+from localign.cli import main
+from localign.vlm.build import load_vlm
+from localign.vlm.modeling import LocalignVLM
+
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records with and without images, of one to three turns, and a language model, in one folder."""
+    folder = tmp_path_factory.mktemp("conversations")
+    records = []
+    for number in range(30):
+        record: dict[str, Any] = {"id": f"r{number}", "conversations": []}
+        if number % 4:
+            picture(number, (20 + number, 24)).save(folder / f"{number}.png")
+            record["image"] = f"{number}.png"
+        for turn in range(1 + number % 3):
+            mark = "<image>\n" if not turn and number % 4 else ""
+            record["conversations"] += [
+                {"from": "human", "value": f"{mark}What is {number}{'?' * (number % 7 * 4)}"},
+                {"from": "gpt", "value": f"It is {number + turn}."},
+            ]
+        records.append(record)
+    (folder / "train.json").write_text(json.dumps(records))
+    (folder / "val.json").write_text(json.dumps(records[:7]))
+    for kind in ("llama", "qwen"):
+        tiny_llm(kind).save_pretrained(folder / kind)
+        tiny_tokenizer(bos=kind == "llama").save_pretrained(folder / kind)
+    return folder
+
+
+def arguments(data: Path, out: Path, *more: str) -> list[str]:
+    # An eps above the rounding of gradients leaves only sums to compare, as in the tests of the loop.
+    return [
+        "vlm", "train", "--data", str(data / "train.json"), "--val", str(data / "val.json"), "--llm",
+        str(data / "llama"), "--batch-size", "8", "--steps", str(STEPS), "--max-length", "128", "--lr", "1e-3",
+        "--eps", "1e-5", "--workers", "0", "--log-every", "1", "--device", "cpu", "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+def trained(data: Path, out: Path, *more: str) -> dict[str, torch.Tensor]:
+    assert main(arguments(data, out, *more)) == 0
+    return load_file(out / "export" / "model.safetensors")
+
+
+def logged(out: Path, field: str) -> dict[int, Any]:
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {e["step"]: e[field] for e in entries if field in e}
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], atol: float = 1e-5) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that others are compared with: packed, one micro-batch."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    torch.set_num_threads(1)
+    trained(data, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--micro-batch", "2"],
+        ["--batching", "padded"],
+        ["--batching", "padded", "--micro-batch", "4"],
+        ["--grad-checkpointing"],
+        ["--workers", "1"],
+    ],
+    ids=" ".join,
+)
+def test_how_a_step_is_computed_changes_nothing(
+    data: Path, whole: Path, tmp_path: Path, more: list[str]
+) -> None:
+    weights = trained(data, tmp_path / "run", *more)
+    assert_close(weights, load_file(whole / "export" / "model.safetensors"))
+    assert logged(tmp_path / "run", "samples") == logged(whole, "samples")
+    for field in ("loss", "val_loss", "grad_norm"):
+        assert logged(tmp_path / "run", field) == pytest.approx(logged(whole, field), abs=1e-5)
+
+
+def test_a_continued_run_is_the_uninterrupted_one(data: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(data, out, "--checkpoint-every", "2", "--keep-checkpoints", "9")) == 0
+    for step in (5, 6):  # as if it had been killed after step 4
+        for path in out.glob(f"checkpoints/step-*{step}"):
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+    (out / "results.json").unlink()
+    assert main(arguments(data, out, "--checkpoint-every", "2", "--keep-checkpoints", "9", "--resume")) == 0
+    ours, theirs = (load_file(f / "export" / "model.safetensors") for f in (out, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert logged(out, "samples") == logged(whole, "samples")
+
+
+def test_checkpoints_hold_what_is_trained(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    trained(data, out, "--stage", "align")
+    (file,) = out.glob("checkpoints/*/model.safetensors")
+    assert {name.split(".")[0] for name in load_file(file)} == {"adapter"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "moves"),
+    [
+        ("align", {"adapter"}),
+        ("finetune", {"adapter", "language_model"}),
+        ("full-finetune", {"adapter", "language_model", "vision"}),
+        ("lora", {"adapter", "language_model"}),
+    ],
+)
+def test_a_stage_trains_its_parts(data: Path, tmp_path: Path, stage: str, moves: set[str]) -> None:
+    first = trained(data, tmp_path / "first", "--stage", stage, "--lr", "1e-9")
+    last = trained(data, tmp_path / "last", "--stage", stage)
+    assert first.keys() == last.keys()
+    moved = {name.split(".")[0] for name in first if (first[name] - last[name]).abs().max() > 1e-6}
+    assert moved == moves
+    assert not any("lora" in name for name in last), "low-rank updates are merged"
+    load_vlm(tmp_path / "last")
+
+
+def test_a_second_stage_starts_from_the_first(data: Path, tmp_path: Path) -> None:
+    first = trained(data, tmp_path / "first", "--stage", "align")
+    command = arguments(data, tmp_path / "second", "--init", str(tmp_path / "first"), "--lr", "1e-9")
+    at = command.index("--llm")
+    assert main(command[:at] + command[at + 2 :]) == 0
+    second = load_file(tmp_path / "second" / "export" / "model.safetensors")
+    assert_close(second, first, atol=1e-6)
+
+
+def test_what_is_exported_is_what_was_trained(data: Path, whole: Path) -> None:
+    model, tokenizer = load_vlm(whole)
+    assert isinstance(model, LocalignVLM)
+    assert model.config.localign["run"]["llm"] == str(data / "llama")
+    assert tokenizer.pad_token is not None
+    (checkpoint,) = whole.glob("checkpoints/*/model.safetensors")
+    kept = load_file(checkpoint)
+    state = model.state_dict()
+    assert kept
+    assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("adapter", ["linear", "transformer", "truncated"])
+@pytest.mark.parametrize("llm", ["llama", "qwen"])
+def test_any_adapter_and_language_model(data: Path, tmp_path: Path, adapter: str, llm: str) -> None:
+    trained(data, tmp_path / "run", "--adapter", adapter, "--llm", str(data / llm), "--steps", "2")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["adapter"] == adapter
+    assert 0 < results["final"]["val_loss"] < 9
+
+
+def test_unreadable_images_are_replaced_and_named(data: Path, tmp_path: Path) -> None:
+    for file in data.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    broken = tmp_path / "5.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    command = arguments(data, tmp_path / "run", "--max-bad-share", "0.1")
+    command[command.index("--data") + 1] = str(tmp_path / "train.json")
+    assert main(command) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["skipped_images"]["images"]) == ["5.png"]
+
+
+def edited(data: Path, tmp_path: Path, **changes: Any) -> str:
+    records = json.loads((data / "train.json").read_text())
+    records[1] |= changes
+    for file in data.glob("*.png"):
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "edited.json").write_text(json.dumps(records))
+    return str(tmp_path / "edited.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"image": "gone.png"}, "record 2 (id 'r1')"),
+        (
+            {"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]},
+            "record 2 (id 'r1')",
+        ),
+        ({"conversations": []}, "record 2 (id 'r1')"),
+    ],
+)
+def test_a_bad_record_is_one_line_and_leaves_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], line: str
+) -> None:
+    command = arguments(data, tmp_path / "run")
+    command[command.index("--data") + 1] = edited(data, tmp_path, **changes)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert line in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--max-length", "20"], "leaves no room"),
+        (["--adapter", "decoder"], "aligned backbone with its decoder"),
+        (["--adapter", "fused-mlp"], "takes several backbones, not one"),
+        (["--backbone", "scenes-vit,scenes-vit"], "takes one backbone, not"),
+        (["--llm", "/nowhere/llm"], "cannot load the language model /nowhere/llm"),
+        (["--stage", "frozen"], "--stage takes"),
+        (["--prompt", "chat-template"], "chat template"),
+        (["--features", "aligned"], "`localign align` wrote"),
+    ],
+)
+def test_bad_options_are_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], line: str
+) -> None:
+    if more[0] == "--backbone":
+        more = [*more, "--adapter", "truncated"]
+    assert main(arguments(data, tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert line in error
+
+
+def launched(ranks: int, command: list[str]) -> subprocess.Popen[bytes]:
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    start = [*run, "-m", "localign"] if run else [sys.executable, "-m", "localign"]
+    source = str(Path(localign.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([*start, *command], env=environment, start_new_session=True)
+
+
+def finished(ranks: int, command: list[str]) -> None:
+    process = launched(ranks, command)
+    assert process.wait(timeout=300) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_ranks_are_one(data: Path, whole: Path, tmp_path: Path, sharding: str) -> None:
+    finished(2, arguments(data, tmp_path / "run", "--sharding", sharding, "--micro-batch", "2"))
+    ours, theirs = (load_file(f / "export" / "model.safetensors") for f in (tmp_path / "run", whole))
+    assert_close(ours, theirs)
+    assert logged(tmp_path / "run", "samples") == logged(whole, "samples")
+
+
+@pytest.mark.slow
+def test_ranks_with_and_without_images_stay_in_step(data: Path, tmp_path: Path) -> None:
+    """A batch of two records on two ranks: often one has an image and the other not."""
+    more = ["--batch-size", "2", "--sharding", "full", "--steps", "12"]
+    finished(2, arguments(data, tmp_path / "two", *more))
+    single = trained(data, tmp_path / "one", *more[:2], *more[4:])
+    assert_close(load_file(tmp_path / "two" / "export" / "model.safetensors"), single)
+
+
+def last_step(out: Path) -> int:
+    try:
+        return max(logged(out, "loss"), default=0)
+    except (FileNotFoundError, json.JSONDecodeError):  # not begun, or a line that is being written
+        return 0
+
+
+@pytest.mark.slow
+def test_kills_at_any_instant_and_other_ranks(data: Path, tmp_path: Path) -> None:
+    out, draw = tmp_path / "run", random.Random(3)
+    more = ["--checkpoint-every", "1", "--sharding", "full", "--resume", "auto", "--steps", "60"]
+    whole = trained(data, tmp_path / "whole", "--steps", "60")
+    reached = []
+    for ranks in (1, 2, 1, 2):
+        process = launched(ranks, arguments(data, out, *more))
+        began, deadline = last_step(out), time.monotonic() + 120
+        while last_step(out) <= began and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.3))
+        assert process.poll() is None, "the run ended before it could be killed"
+        kill_all(process)
+        reached.append(last_step(out))
+    assert 0 < reached[0] < reached[-1] < 60
+    finished(2, arguments(data, out, *more))
+    assert_close(load_file(out / "export" / "model.safetensors"), whole, atol=2e-5)
+    assert logged(out, "samples") == logged(tmp_path / "whole", "samples")

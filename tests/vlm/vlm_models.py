@@ -1,0 +1,103 @@
+"""Tiny vision-language models, and records for them, that several test files share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from tiny_vlm import TEXT_WIDTH, tiny_backbone, tiny_llm, tiny_tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from localign.vlm import LocalignVLM, LocalignVLMProcessor
+from localign.vlm.adapters import AdapterName, fresh_adapter
+from localign.vlm.prompts import prompt_format
+from localign.vlm.vision import TowerConfig, VisionTower
+
+QUESTIONS = ["What is it?", "Where?", "Name the colour of the largest shape, please.", ""]
+
+
+def tiny_tower(**backbone: Any) -> VisionTower:
+    """Four patch tokens of the second-to-last block."""
+    vit = tiny_backbone(**backbone)
+    return VisionTower([TowerConfig.of(vit, layer=-2, norm=False, keep_prefix=False)], [vit])
+
+
+def tiny_vlm(
+    kind: str = "llama", adapter: AdapterName = "mlp", *, pad: bool = False, **llm: Any
+) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
+    """A random model in eval mode, and its tokenizer."""
+    tower = tiny_tower()
+    tokenizer = tiny_tokenizer(pad=pad, bos=kind == "llama")
+    language_model = tiny_llm(kind, **llm) if isinstance(kind, str) else kind
+    adapted = fresh_adapter(adapter, tower, TEXT_WIDTH)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.mul_(4)  # else images hardly matter beside the words
+    return LocalignVLM.from_parts(tower, adapted, language_model, tokenizer).eval(), tokenizer
+
+
+def tiny_processor(model: LocalignVLM, tokenizer: PreTrainedTokenizerBase) -> LocalignVLMProcessor:
+    return LocalignVLMProcessor.for_model(model, tokenizer)
+
+
+def picture(seed: int, size: tuple[int, int] = (24, 18)) -> Image.Image:
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+class Encoded(NamedTuple):
+    """One record: ids and labels ``(tokens,)``, and its image ``(0 or 1, 3, 16, 16)``."""
+
+    ids: Tensor
+    labels: Tensor
+    image: Tensor
+
+
+def encoded(
+    model: LocalignVLM, tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], image: int | None
+) -> Encoded:
+    prompt = prompt_format("in-out").conversation(tokenizer, turns)
+    count = 0 if image is None else model.vision.num_tokens
+    at = prompt.image_position
+    ids = [*prompt.ids[:at], *[model.config.image_token_id] * count, *prompt.ids[at:]]
+    labels = [*prompt.labels[:at], *[-100] * count, *prompt.labels[at:]]
+    generator = torch.Generator().manual_seed(image or 0)
+    pixels = torch.randint(0, 256, (int(image is not None), 3, 16, 16), generator=generator)
+    return Encoded(torch.tensor(ids), torch.tensor(labels), pixels.to(torch.uint8))
+
+
+def mixed_records(model: LocalignVLM, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    """Text alone, an image, several turns with an image, several turns without, and a short one."""
+    talks: list[tuple[list[tuple[str, str]], int | None]] = [
+        ([("Say hello.", "Hello.")], None),
+        ([("What is it?", "A kite")], 1),
+        ([("How many?", "2"), ("Of which colour?", "red and blue"), ("Sure?", "Yes")], 2),
+        ([("a", "b"), ("c", "d")], None),
+        ([("", "x")], 3),
+    ]
+    return [encoded(model, tokenizer, turns, image) for turns, image in talks]
+
+
+def packed(records: list[Encoded]) -> dict[str, Tensor]:
+    """The arguments of one packed row."""
+    lengths = torch.tensor([0, *(len(r.ids) for r in records)])
+    return {
+        "input_ids": torch.cat([r.ids for r in records])[None],
+        "labels": torch.cat([r.labels for r in records])[None],
+        "position_ids": torch.cat([torch.arange(len(r.ids)) for r in records])[None],
+        "cu_seqlens": lengths.cumsum(0).to(torch.int32),
+        "pixel_values": torch.cat([r.image for r in records]),
+    }
+
+
+def padded(records: list[Encoded], pad_token_id: int) -> dict[str, Tensor]:
+    """The arguments of one row for each record, padded on the right."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad([r.ids for r in records], True, pad_token_id),
+        "labels": pad([r.labels for r in records], True, -100),
+        "attention_mask": pad([torch.ones_like(r.ids) for r in records], True, 0),
+        "pixel_values": torch.cat([r.image for r in records]),
+    }
