@@ -1,0 +1,73 @@
+"""GQA, balanced test-dev: compositional questions, with one answer each."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from localign.errors import UserError
+from localign.vlm.benchmarks.answers import strict
+from localign.vlm.benchmarks.base import TOTAL, Answer, Benchmark, Counts, Question, Sample
+from localign.vlm.benchmarks.messages import short_answer
+from localign.vlm.benchmarks.metrics import Ratio, Statistic
+from localign.vlm.benchmarks.open_ended import scores_of
+from localign.vlm.benchmarks.raw import field, read_json
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class GQA(Benchmark):
+    """``download/gqa``: ``testdev_balanced_questions.json`` and ``images``. In percent, as published.
+
+    Scored ``published``, the prediction loses its punctuation and capitals, and must then equal the answer as it is;
+    scored ``strict``, both sides are normalised alike.
+    """
+
+    name = "gqa"
+    splits = ("testdev",)
+    expected: ClassVar[Counts] = {TOTAL: (12578,)}
+    expected_images = 398
+    headline = ("accuracy",)
+    scorings = ("published", "strict")
+
+    def questions(self, root: Path) -> Iterator[Question]:
+        folder = root / "download" / "gqa"
+        path = folder / "testdev_balanced_questions.json"
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is no object from ids to questions")
+        for name, record in content.items():
+            where = f"{path}, question {name}"
+            yield Question(
+                id=name,
+                image=str(folder / "images" / f"{field(record, 'imageId', str, where)}.jpg"),
+                message=short_answer(field(record, "question", str, where)),
+                split="testdev",
+                payload={
+                    "answer": field(record, "answer", str, where),
+                    "balanced": field(record, "isBalanced", bool, where),
+                },
+            )
+
+    def judge(self, question: Question, answer: Answer) -> Sample:
+        truth = question.payload["answer"]
+        if self.scoring == "strict":
+            parsed = strict(answer.text)
+            right = parsed == strict(truth)
+        else:
+            parsed = answer.text.translate(_NO_PUNCTUATION).lower()
+            right = parsed == truth
+        return {
+            "score": float(right),
+            "parsed": parsed,
+            "truth": truth,
+            "balanced": question.payload["balanced"],
+        }
+
+    def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
+        rows = np.flatnonzero([sample["balanced"] for sample in samples])
+        return {"accuracy": Ratio(scores_of(samples)[rows], rows=rows)}

@@ -1,0 +1,65 @@
+"""OCID-Ref, validation: the box that a sentence describes, in three degrees of clutter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from localign.errors import UserError
+from localign.vlm.benchmarks.base import TOTAL, Counts, Question
+from localign.vlm.benchmarks.boxes import Size
+from localign.vlm.benchmarks.messages import box_of
+from localign.vlm.benchmarks.raw import field, four_numbers, read_json
+from localign.vlm.benchmarks.referring import Referring, checked_box
+
+SIZE = Size(640, 480)
+"""Of every image of OCID, pixels."""
+
+CLUTTER = {"Minimum": range(10), "Medium": range(10, 17), "Maximum": range(17, 21)}
+"""How far the table has filled up, by the number of the take."""
+
+
+class OCIDRef(Referring):
+    """``download/ocid-ref``: ``val_expressions.json`` and ``OCID-dataset``."""
+
+    name = "ocid-ref"
+    splits = tuple(CLUTTER)
+    threshold = 0.25
+    expected: ClassVar[Counts] = {TOTAL: (18342,)}
+    headline = ("accuracy__OCIDRef-All",)
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        return {f"OCIDRef-{split}": (split,) for split in self.splits} | {"OCIDRef-All": self.splits}
+
+    def questions(self, root: Path) -> Iterator[Question]:
+        folder = root / "download" / "ocid-ref"
+        path = folder / "val_expressions.json"
+        expressions = read_json(path)
+        if not isinstance(expressions, dict):
+            raise UserError(f"{path} is no object from ids to expressions")
+        for name, expression in expressions.items():
+            where = f"{path}, expression {name}"
+            box = checked_box(_box(field(expression, "bbox", str, where), where), SIZE, where)
+            yield Question(
+                id=name,
+                image=str(folder / "OCID-dataset" / field(expression, "scene_path", str, where)),
+                message=box_of(field(expression, "sentence", str, where)),
+                split=_clutter(field(expression, "take_id", int, where), where),
+                payload={"box": box, "size": tuple(SIZE)},
+            )
+
+
+def _box(text: str, where: str) -> tuple[float, float, float, float]:
+    try:
+        return four_numbers(json.loads(text), "bbox", where)
+    except ValueError:
+        raise UserError(f"{where}: the field 'bbox' is {text!r:.60}, not a list in JSON") from None
+
+
+def _clutter(take: int, where: str) -> str:
+    for split, takes in CLUTTER.items():
+        if take in takes:
+            return split
+    raise UserError(f"{where}: there is no take {take}, only 0 to 20")

@@ -1,0 +1,80 @@
+"""POPE: whether an object is in the picture, asked of objects that are likely to be hallucinated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localign.errors import UserError
+from localign.vlm.benchmarks.base import Counts, Question, Sample
+from localign.vlm.benchmarks.choosing import Choosing, binary_curves, columns
+from localign.vlm.benchmarks.messages import short_answer
+from localign.vlm.benchmarks.metrics import Mean, Ratio, Rows, Statistic, rows_by
+from localign.vlm.benchmarks.raw import field, read_json_lines
+
+CHOICES = ("Yes", "No")
+
+
+class POPE(Choosing):
+    """``download/pope``: ``coco_pope_*.json`` and ``val_images``. "Yes" is the positive class.
+
+    The published final accuracy is the mean of the three splits' accuracies; everything else called final is over
+    all questions together, and so is ``accuracy__POPE-pooled-Accuracy``. Precision, recall, F1 and the share of
+    "Yes" are additions.
+    """
+
+    name = "pope"
+    splits = ("adversarial", "popular", "random")
+    expected: ClassVar[Counts] = {"adversarial": (3000,), "popular": (3000,), "random": (2910, 3000)}
+    headline = ("accuracy__POPE-final-Accuracy",)
+
+    def questions(self, root: Path) -> Iterator[Question]:
+        folder = root / "download" / "pope"
+        for split in self.splits:
+            path = folder / f"coco_pope_{split}.json"
+            for number, record in enumerate(read_json_lines(path)):
+                where = f"{path}, record {number}"
+                label = field(record, "label", str, where)
+                if label not in ("yes", "no"):
+                    raise UserError(f"{where}: the label is yes or no, not {label!r}")
+                yield Question(
+                    id=f"{split}-{field(record, 'question_id', int, where)}",
+                    image=str(folder / "val_images" / field(record, "image", str, where)),
+                    message=short_answer(field(record, "text", str, where)),
+                    split=split,
+                    payload={"label": ("yes", "no").index(label)},
+                    choices=CHOICES,
+                )
+
+    def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
+        scores, probabilities, labels = columns(samples)
+        truth = labels == 0
+        answered = np.asarray([sample["parsed"] == "Yes" for sample in samples])
+        rows = rows_by(sample["split"] for sample in samples)
+        parts: dict[str, Rows] = {split: rows[split] for split in self.splits}
+        accuracies: dict[str, Statistic] = {
+            part: Ratio(scores[chosen], rows=chosen) for part, chosen in parts.items()
+        }
+        accuracies |= {"final": Mean(list(accuracies.values())), "pooled": Ratio(scores)}
+        found = {f"accuracy__POPE-{part}-Accuracy": figure for part, figure in accuracies.items()}
+        for part, chosen in (parts | {"final": np.arange(len(scores))}).items():
+            found |= binary_curves(f"accuracy__POPE-{part}", probabilities[:, 0], truth, chosen)
+            found |= _counts(f"POPE-{part}", truth, answered, chosen)
+        return found
+
+
+def _counts(
+    prefix: str, truth: NDArray[np.bool_], answered: NDArray[np.bool_], rows: Rows
+) -> dict[str, Statistic]:
+    true, said = truth[rows].astype(float), answered[rows].astype(float)
+    right = true * said
+    return {
+        f"{prefix}-Precision": Ratio(right, said, rows),
+        f"{prefix}-Recall": Ratio(right, true, rows),
+        f"{prefix}-F1": Ratio(2 * right, said + true, rows),
+        f"{prefix}-YesShare": Ratio(said, rows=rows),
+    }

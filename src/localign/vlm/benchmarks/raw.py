@@ -1,0 +1,133 @@
+"""Reading the official files of benchmarks: whatever is wrong with one is said in one line that names it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from PIL import Image
+
+from localign.errors import UserError
+
+T = TypeVar("T")
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises UserError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def read_json(path: Path, compact: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """A JSON file.
+
+    Args:
+        path: The file.
+        compact: Called with every object of the file, innermost first, as soon as it is read; what it returns
+            takes the object's place. So a large file need not be held as it is written.
+
+    Raises:
+        UserError: It is missing or not JSON.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text, object_hook=compact)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """A file with a JSON value on every line; empty lines are passed over.
+
+    Raises:
+        UserError: It is missing, or a line is not JSON.
+    """
+    values = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                values.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}, is not valid JSON: {error}") from None
+    return values
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, strings and containers of them; a pickle that names any class or function is refused."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+
+
+def read_pickle(path: Path) -> Any:
+    """A pickle of plain values (numbers, strings, lists, dicts): nothing in it is executed.
+
+    Strings that Python 2 wrote are taken for UTF-8.
+
+    Raises:
+        UserError: It is missing, damaged, or holds anything but plain values.
+    """
+    try:
+        with path.open("rb") as file:
+            return _PlainUnpickler(file, encoding="utf-8").load()
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UserError(f"{path} is no pickle of plain values: {error}") from None
+
+
+def records(value: Any, where: object) -> list[Any]:
+    """The value, if it is a list. Raises UserError naming ``where`` if not."""
+    if not isinstance(value, list):
+        raise UserError(f"{where} holds {type(value).__name__} where a list of records belongs")
+    return value
+
+
+def field(record: Any, name: str, kind: type[T], where: object) -> T:
+    """A field of a record, of a known type.
+
+    Raises:
+        UserError: The record is no object, lacks the field, or has something else there; names ``where``.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is {type(record).__name__}, not an object with fields")
+    value = record.get(name)
+    if not isinstance(value, kind):
+        told = f"is {value!r:.60}, not {kind.__name__}" if name in record else "is missing"
+        raise UserError(f"{where}: the field {name!r} {told}")
+    return value
+
+
+def strings(values: Sequence[Any], name: str, where: object) -> tuple[str, ...]:
+    """The values, if they are strings and there are any. Raises UserError naming ``where`` if not."""
+    if not values or not all(isinstance(value, str) for value in values):
+        raise UserError(f"{where}: the field {name!r} is {values!r:.60}, not a list of strings")
+    return tuple(values)
+
+
+def four_numbers(value: Any, name: str, where: object) -> tuple[float, float, float, float]:
+    """The value, if it is a list of four numbers. Raises UserError naming ``where`` if not."""
+    if not isinstance(value, list) or len(value) != 4 or not all(isinstance(c, int | float) for c in value):
+        raise UserError(f"{where}: the field {name!r} is {value!r:.60}, not four numbers")
+    x1, y1, x2, y2 = (float(c) for c in value)
+    return x1, y1, x2, y2
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """Width and height of an image, as it is stored, from the beginning of its file.
+
+    Raises:
+        UserError: It is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise UserError(f"the size of the image {path} cannot be read: {error}") from None

@@ -1,0 +1,85 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg, validation: the box that a sentence describes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from localign.errors import UserError
+from localign.vlm.benchmarks.base import TOTAL, Counts, Question
+from localign.vlm.benchmarks.boxes import Size
+from localign.vlm.benchmarks.messages import box_of
+from localign.vlm.benchmarks.raw import field, four_numbers, image_size, read_json, read_pickle, records
+from localign.vlm.benchmarks.referring import Referring, checked_box
+
+SETS = {
+    "RefCOCO": ("refcoco", "refs(unc).p"),
+    "RefCOCO+": ("refcoco+", "refs(unc).p"),
+    "RefCOCOg": ("refcocog", "refs(umd).p"),
+}
+"""Published names, folders, and the file whose splits are used."""
+
+
+class RefCOCO(Referring):
+    """``download/refcoco``: a folder for each set, and ``train2014``."""
+
+    name = "refcoco"
+    splits = tuple(SETS)
+    threshold = 0.5
+    expected: ClassVar[Counts] = {
+        "RefCOCO": (10834,),
+        "RefCOCO+": (10758,),
+        "RefCOCOg": (4896,),
+        TOTAL: (26488,),
+    }
+    headline = tuple(f"accuracy__{split}" for split in SETS)
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        return {split: (split,) for split in SETS}
+
+    def questions(self, root: Path) -> Iterator[Question]:
+        folder = root / "download" / "refcoco"
+        for split, (name, file) in SETS.items():
+            boxes = _boxes(folder / name / "instances.json")
+            for number, ref in enumerate(records(read_pickle(folder / name / file), folder / name / file)):
+                where = f"{folder / name / file}, reference {number}"
+                if field(ref, "split", str, where) == "val":
+                    yield from _of_reference(ref, split, boxes, folder / "train2014", where)
+
+    def complete(self, questions: list[Question]) -> list[Question]:
+        sizes = {image: Size(*image_size(image)) for image in {question.image for question in questions}}
+        return [_in_image(question, sizes[question.image]) for question in questions]
+
+
+def _in_image(question: Question, size: Size) -> Question:
+    box = checked_box(question.payload["box"], size, f"question {question.id}")
+    return dataclasses.replace(question, payload={"box": box, "size": tuple(size)})
+
+
+def _boxes(path: Path) -> dict[int, tuple[float, float, float, float]]:
+    """Left, top, right and bottom in pixels, by annotation id."""
+    found = {}
+    for number, annotation in enumerate(field(read_json(path), "annotations", list, path)):
+        where = f"{path}, annotation {number}"
+        x, y, width, height = four_numbers(field(annotation, "bbox", list, where), "bbox", where)
+        found[field(annotation, "id", int, where)] = (x, y, x + width, y + height)
+    return found
+
+
+def _of_reference(
+    ref: Any, split: str, boxes: dict[int, tuple[float, float, float, float]], images: Path, where: str
+) -> Iterator[Question]:
+    annotation = field(ref, "ann_id", int, where)
+    if annotation not in boxes:
+        raise UserError(f"{where}: instances.json has no annotation {annotation}")
+    image = str(images / f"COCO_train2014_{field(ref, 'image_id', int, where):012d}.jpg")
+    for sentence in field(ref, "sentences", list, where):
+        yield Question(
+            id=f"{split}-{field(ref, 'ref_id', int, where)}-{field(sentence, 'sent_id', int, where)}",
+            image=image,
+            message=box_of(field(sentence, "sent", str, where)),
+            split=split,
+            payload={"box": boxes[annotation]},
+        )

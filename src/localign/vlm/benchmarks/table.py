@@ -1,0 +1,54 @@
+"""The benchmarks by name."""
+
+from __future__ import annotations
+
+import importlib
+
+from localign.errors import UserError, near
+from localign.vlm.benchmarks.base import Benchmark
+from localign.vlm.benchmarks.boxes import BoxFrame
+from localign.vlm.benchmarks.referring import Referring
+
+BENCHMARKS = {
+    "refcoco": "refcoco.RefCOCO",
+    "ocid-ref": "ocid_ref.OCIDRef",
+    "tallyqa": "tallyqa.TallyQA",
+    "vsr": "vsr.VSR",
+    "ai2d": "ai2d.AI2D",
+    "textvqa": "textvqa.TextVQA",
+    "textvqa-ocr": "textvqa.TextVQAWithOCR",
+    "vqav2": "vqav2.VQAv2",
+    "vizwiz": "vizwiz.VizWiz",
+    "pope": "pope.POPE",
+    "gqa": "gqa.GQA",
+}
+"""Module of this folder and class, by the class's ``name``; imported when asked for."""
+
+
+def benchmark_class(name: str) -> type[Benchmark]:
+    """The class of a name.
+
+    Raises:
+        UserError: There is none.
+    """
+    if name not in BENCHMARKS:
+        raise UserError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}{near(name, BENCHMARKS)}")
+    module, class_name = BENCHMARKS[name].split(".")
+    found: type[Benchmark] = getattr(importlib.import_module(f"localign.vlm.benchmarks.{module}"), class_name)
+    return found
+
+
+def benchmark(name: str, scoring: str | None = None, frame: BoxFrame | None = None) -> Benchmark:
+    """A benchmark, ready to read and score.
+
+    Args:
+        name: One of ``BENCHMARKS``.
+        scoring: One of the benchmark's :attr:`~localign.vlm.benchmarks.base.Benchmark.scorings`; default its first.
+        frame: Of benchmarks of boxes: the frame answers must be in; default whichever each declares. The others
+            ignore it, so that one setting serves a list of benchmarks.
+
+    Raises:
+        UserError: There is no such benchmark or scoring.
+    """
+    found = benchmark_class(name)
+    return found(scoring, frame) if issubclass(found, Referring) else found(scoring)

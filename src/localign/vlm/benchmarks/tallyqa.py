@@ -1,0 +1,45 @@
+"""TallyQA, test: counting, simple and complex questions, asked as a choice among 0 to 15."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from localign.errors import UserError
+from localign.vlm.benchmarks.base import TOTAL, Counts, Question, Sample
+from localign.vlm.benchmarks.choosing import Choosing, multiple_choice_figures
+from localign.vlm.benchmarks.messages import LETTERS, letter_of_choice
+from localign.vlm.benchmarks.metrics import Statistic
+from localign.vlm.benchmarks.raw import field, read_json, records
+
+COUNTS = tuple(str(count) for count in range(16))
+
+
+class TallyQA(Choosing):
+    """``download/tally-qa``: ``test.json``, ``VG_100K`` and ``VG_100K_2``."""
+
+    name = "tallyqa"
+    splits = ("simple", "complex")
+    expected: ClassVar[Counts] = {"simple": (22991,), "complex": (15598,), TOTAL: (38589,)}
+    headline = ("accuracy__TallyQA-simple-Accuracy", "accuracy__TallyQA-complex-Accuracy")
+
+    def questions(self, root: Path) -> Iterator[Question]:
+        folder = root / "download" / "tally-qa"
+        path = folder / "test.json"
+        for number, record in enumerate(records(read_json(path), path)):
+            where = f"{path}, record {number}"
+            answer = field(record, "answer", int, where)
+            if not 0 <= answer < len(COUNTS):
+                raise UserError(f"{where}: the answer {answer} is not among 0 to {len(COUNTS) - 1}")
+            yield Question(
+                id=str(field(record, "question_id", int, where)),
+                image=str(folder / field(record, "image", str, where)),
+                message=letter_of_choice(field(record, "question", str, where), COUNTS),
+                split="simple" if field(record, "issimple", int, where) else "complex",
+                payload={"label": answer},
+                choices=tuple(LETTERS[: len(COUNTS)]),
+            )
+
+    def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
+        return multiple_choice_figures(samples, "TallyQA", self.splits)

@@ -1,0 +1,50 @@
+"""VSR, zero-shot test: whether a statement on the relation of two things is true."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from localign.vlm.benchmarks.base import TOTAL, Counts, Question, Sample
+from localign.vlm.benchmarks.choosing import Choosing, binary_curves, columns
+from localign.vlm.benchmarks.messages import true_or_false
+from localign.vlm.benchmarks.metrics import Ratio, Statistic
+from localign.vlm.benchmarks.raw import field, read_json_lines
+
+CHOICES = ("True", "False")
+
+
+class VSR(Choosing):
+    """``download/vsr``: ``test.jsonl`` and ``images``. "True" is the positive class."""
+
+    name = "vsr"
+    splits = ("test",)
+    expected: ClassVar[Counts] = {TOTAL: (1222,)}
+    expected_images = 715
+    headline = ("accuracy__VSR-ExactMatch",)
+
+    def questions(self, root: Path) -> Iterator[Question]:
+        folder = root / "download" / "vsr"
+        path = folder / "test.jsonl"
+        for number, record in enumerate(read_json_lines(path)):
+            where = f"{path}, record {number}"
+            yield Question(
+                id=str(number),
+                image=str(folder / "images" / field(record, "image", str, where)),
+                message=true_or_false(field(record, "caption", str, where)),
+                split="test",
+                payload={
+                    "label": 0 if field(record, "label", int, where) == 1 else 1,
+                    "relation": field(record, "relation", str, where),
+                },
+                choices=CHOICES,
+            )
+
+    def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
+        scores, probabilities, labels = columns(samples)
+        rows = np.arange(len(scores))
+        curves = binary_curves("accuracy__VSR", probabilities[:, 0], labels == 0, rows)
+        return {"accuracy__VSR-ExactMatch": Ratio(scores)} | curves

@@ -1,0 +1,392 @@
+"""Reading official files: what is asked, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+import random
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from bench_files import (
+    TALLY_ANSWERS,
+    WRITERS,
+    truncate,
+    write_ai2d,
+    write_gqa,
+    write_json,
+    write_pope,
+    write_refcoco,
+    write_tallyqa,
+    write_textvqa,
+    write_vizwiz,
+    write_vqav2,
+    write_vsr,
+)
+
+from localign.data.sources import UnreadableImage, read_image
+from localign.errors import UserError
+from localign.vlm.benchmarks.base import TOTAL, Counts
+from localign.vlm.benchmarks.messages import LETTERS, SHORT
+from localign.vlm.benchmarks.refcoco import RefCOCO
+from localign.vlm.benchmarks.table import BENCHMARKS, benchmark, benchmark_class
+from localign.vlm.benchmarks.tallyqa import TallyQA
+
+
+def messages(name: str, root: Path) -> dict[str, str]:
+    return {q.id: q.message for q in benchmark(name).read(root, allow_partial=True).questions}
+
+
+# -- all of them ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_questions_are_whole_and_the_same_wherever_they_are_read(name: str, tmp_path: Path) -> None:
+    suite = benchmark(name)
+    assert suite.name == name
+    first, second = (suite.read(WRITERS[name](tmp_path / where), allow_partial=True) for where in "ab")
+    assert [q.id for q in first.questions] == [q.id for q in second.questions]
+    assert len({q.id for q in first.questions}) == len(first.questions)
+    for question in first.questions:
+        assert os.path.isfile(question.image)
+        assert question.split in suite.splits
+        assert question.mode == ("choices" if question.choices else "text")
+        json.dumps(dict(question.payload))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_miniatures_are_refused_unless_partial_data_are_allowed(name: str, tmp_path: Path) -> None:
+    root = WRITERS[name](tmp_path)
+    with pytest.raises(UserError, match=f"the data of {name} are not whole") as refusal:
+        benchmark(name).read(root)
+    assert "\n" not in str(refusal.value)
+    assert benchmark(name).read(root, allow_partial=True).missing
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_missing_files_are_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"there is no (file|folder) {tmp_path}/download/"):
+        benchmark(name).read(tmp_path)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_missing_image_is_noticed(name: str, tmp_path: Path) -> None:
+    root = WRITERS[name](tmp_path)
+    suite = benchmark(name)
+    whole = suite.read(root, allow_partial=True)
+    gone = whole.questions[0].image
+    os.remove(gone)
+    with pytest.raises(UserError, match="their image is missing"):
+        suite.read(root)
+    kept = [q.id for q in whole.questions if q.image != gone]
+    if not kept:
+        with pytest.raises(UserError, match="not one question"):
+            suite.read(root, allow_partial=True)
+        return
+    partial = suite.read(root, allow_partial=True)
+    assert [q.id for q in partial.questions] == kept
+    assert gone in partial.missing[-1]
+
+
+def test_official_counts() -> None:
+    counts = {name: benchmark_class(name).expected for name in BENCHMARKS}
+    known = {
+        "refcoco": 26488,
+        "ocid-ref": 18342,
+        "tallyqa": 38589,
+        "vsr": 1222,
+        "ai2d": 15501,
+        "textvqa": 5000,
+    }
+    known |= {"textvqa-ocr": 5000, "vqav2": 214354, "vizwiz": 4319, "gqa": 12578}
+    assert {name: numbers[TOTAL] for name, numbers in counts.items() if name != "pope"} == {
+        name: (number,) for name, number in known.items()
+    }
+    assert counts["pope"] == {"adversarial": (3000,), "popular": (3000,), "random": (2910, 3000)}
+    for numbers in counts.values():  # where all splits are known, they add up
+        parts = [number for split, (number, *_) in numbers.items() if split != TOTAL]
+        assert not parts or TOTAL not in numbers or sum(parts) == numbers[TOTAL][0]
+
+
+def test_whole_data_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TallyQA, "expected", {"simple": (3,), "complex": (2,), TOTAL: (5,)})
+    found = TallyQA().read(write_tallyqa(tmp_path))
+    assert (len(found.questions), found.limit, found.missing) == (5, None, ())
+
+
+def test_the_number_of_images_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = benchmark("gqa")
+    monkeypatch.setattr(type(suite), "expected", {TOTAL: (3,)})
+    with pytest.raises(UserError, match="questions on 1 images where there are 398"):
+        suite.read(write_gqa(tmp_path))
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(UserError, match="did you mean 'tallyqa'"):
+        benchmark("tally-qa")
+    with pytest.raises(UserError, match="vsr is scored published, not 'strict'"):
+        benchmark("vsr", "strict")
+    with pytest.raises(UserError, match="refcoco is scored declared or published"):
+        benchmark("refcoco", "strict")
+
+
+# -- order and subsets ---------------------------------------------------------------------------------------
+
+
+def test_the_order_is_the_published_one(tmp_path: Path) -> None:
+    names = list(TALLY_ANSWERS)
+    random.Random(21).shuffle(names)
+    data = benchmark("tallyqa").read(write_tallyqa(tmp_path), allow_partial=True)
+    assert [q.id for q in data.questions] == names
+
+
+class ManyTallies(TallyQA):
+    expected: ClassVar[Counts] = {"simple": (50,), "complex": (30,)}
+
+
+def test_subsets_nest_and_take_as_many_of_every_split(tmp_path: Path) -> None:
+    record = {"image": "VG_100K/1.jpg", "question": "How many?", "answer": 1}
+    write_tallyqa(tmp_path)
+    write_json(
+        tmp_path / "download/tally-qa/test.json",
+        [record | {"question_id": number, "issimple": number < 50} for number in range(80)],
+    )
+    suite = ManyTallies()
+    (tmp_path / "download/tally-qa/VG_100K/1.jpg").write_bytes(b"")
+    sets = [suite.read(tmp_path, limit=limit).questions for limit in (1, 7, 40)] + [
+        suite.read(tmp_path).questions
+    ]
+    for smaller, larger in itertools.pairwise(sets):
+        names = {q.id for q in smaller}
+        assert [q.id for q in larger if q.id in names] == [q.id for q in smaller]
+    assert [Counter(q.split for q in chosen) for chosen in sets] == [
+        {"simple": n, "complex": min(n, 30)} for n in (1, 7, 40, 50)
+    ]
+    with pytest.raises(UserError, match="at least 1; 0 is none"):
+        suite.read(tmp_path, limit=0)
+
+
+def test_images_of_questions_that_are_not_asked_may_be_missing(tmp_path: Path) -> None:
+    suite = benchmark("tallyqa")
+    root = write_tallyqa(tmp_path)
+    chosen = suite.read(root, limit=1, allow_partial=True).questions
+    for image in {q.image for q in suite.read(root, allow_partial=True).questions} - {
+        q.image for q in chosen
+    }:
+        os.remove(image)
+    again = suite.read(root, limit=1, allow_partial=True)
+    assert again.questions == chosen
+    assert not any("image" in line for line in again.missing)
+
+
+# -- what is asked -------------------------------------------------------------------------------------------
+
+
+def test_messages_have_the_published_words(tmp_path: Path) -> None:
+    for write in (write_refcoco, write_tallyqa, write_vsr, write_ai2d, write_vizwiz, write_vqav2, write_pope):
+        write(tmp_path)
+    counted = "\n".join(f"{letter}. {number}" for number, letter in enumerate("ABCDEFGHIJKLMNOP"))
+    letter = "Answer with the option's letter from the given choices directly."
+    expected = {
+        ("refcoco", "RefCOCO-7-10"): (
+            "Please provide the bounding box coordinate of the region this sentence describes: "
+            '"ma\u00f1ana \u00absign\u00bb"'
+        ),
+        ("tallyqa", "4"): f"How many things are in picture 4?\n{counted}\n{letter}",
+        ("vsr", "1"): (
+            'Based on the image, is this statement "True" or "False"? The cat is left of the caf\u00e9 1.\n'
+            'Respond with "True" or "False" directly.'
+        ),
+        ("ai2d", "2-0"): f"How many stages?\nA. 1\nB. 2\nC. 3\nD. 4\n{letter}",
+        ("vizwiz", "0"): (
+            "What is this, number 0?\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
+            "Answer the question using a single word or phrase."
+        ),
+        ("vqav2", "262148001"): "What is 262148001?\nAnswer the question using a single word or phrase.",
+        ("pope", "random-2"): (
+            "Is there a snowboard in the image, random?\nAnswer the question using a single word or phrase."
+        ),
+    }
+    for (name, question), message in expected.items():
+        assert messages(name, tmp_path)[question] == message
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("tallyqa", tuple("ABCDEFGHIJKLMNOP")),
+        ("ai2d", tuple("ABCD")),
+        ("vsr", ("True", "False")),
+        ("pope", ("Yes", "No")),
+        ("gqa", ()),
+        ("refcoco", ()),
+    ],
+)
+def test_choices(name: str, choices: tuple[str, ...], tmp_path: Path) -> None:
+    data = benchmark(name).read(WRITERS[name](tmp_path), allow_partial=True)
+    assert {q.choices for q in data.questions} == {choices}
+    assert LETTERS[25] == "Z"
+
+
+@pytest.mark.parametrize("instruction", ["", f"\n{SHORT}"], ids=["stripped", "with an instruction"])
+def test_textvqa_has_one_instruction_with_and_without_ocr(instruction: str, tmp_path: Path) -> None:
+    root = write_textvqa(tmp_path, instruction)
+    assert messages("textvqa", root)["34602"] == f"what is written on 34602?\n{SHORT}"
+    assert messages("textvqa-ocr", root)["34602"] == (
+        f"what is written on 34602?\nReference OCR token: NOKIA, 5\n{SHORT}"
+    )
+
+
+def test_vqav2_joins_questions_and_annotations_by_id(tmp_path: Path) -> None:
+    root = write_vqav2(tmp_path)
+    found = messages("vqav2", root)
+    assert all(message.startswith(f"What is {name}?") for name, message in found.items())
+    path = root / "download/vqa-v2/v2_val2014_questions.json"
+    content = json.loads(path.read_text())
+    write_json(path, content | {"questions": content["questions"][1:]})
+    with pytest.raises(UserError, match="there is no question 393225000"):
+        messages("vqav2", root)
+
+
+# -- odd and damaged files -----------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, ("executed",))
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (pickle.dumps([Evil()]), "it wants to run posix.mkdir"),
+        (pickle.dumps([Path("x")]), "it wants to run pathlib"),
+        (pickle.dumps([{"ref_id": 1}])[:-3], "no pickle of plain values"),
+        (b"", "no pickle of plain values"),
+        (b"\xff\xfe", "no pickle of plain values"),
+        (pickle.dumps({"split": "val"}), "dict where a list of records belongs"),
+        (pickle.dumps([{"ref_id": 1}]), "reference 0: the field 'split' is missing"),
+    ],
+)
+def test_pickles_are_not_executed(
+    content: bytes, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = write_refcoco(tmp_path)
+    (root / "download/refcoco/refcoco/refs(unc).p").write_bytes(content)
+    with pytest.raises(UserError, match=line):
+        benchmark("refcoco").read(root, allow_partial=True)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol_are_read(protocol: int, tmp_path: Path) -> None:
+    path = write_refcoco(tmp_path) / "download/refcoco/refcoco/refs(unc).p"
+    content = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    assert len(RefCOCO().read(tmp_path, allow_partial=True).questions) == 5
+
+
+def test_a_truncated_image_still_tells_its_size_and_an_empty_one_is_refused(tmp_path: Path) -> None:
+    root = write_refcoco(tmp_path)
+    whole = RefCOCO().read(root, allow_partial=True).questions
+    image = root / "download/refcoco/train2014/COCO_train2014_000000000123.jpg"
+    truncate(image)
+    with pytest.raises(UnreadableImage):
+        read_image(image, image.name)
+    assert RefCOCO().read(root, allow_partial=True).questions == whole
+    image.write_bytes(b"")
+    with pytest.raises(UserError, match=r"the size of the image .*123\.jpg cannot be read"):
+        RefCOCO().read(root, allow_partial=True)
+
+
+@pytest.mark.parametrize("box", [[20, 10, 0, 40], [20, 10, 300, 40], [-20, 10, 80, 40], [20, 10, 80, -1]])
+def test_boxes_outside_of_their_image_are_refused(box: list[float], tmp_path: Path) -> None:
+    root = write_refcoco(tmp_path)
+    path = root / "download/refcoco/refcoco/instances.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"] = box
+    write_json(path, content)
+    with pytest.raises(UserError, match=r"question RefCOCO-7-\d+: the box .* in an image of 200 x 100"):
+        RefCOCO().read(root, allow_partial=True)
+
+
+def changed(path: Path, **fields: object) -> None:
+    """Change fields of the first record of a JSON list."""
+    content = json.loads(path.read_text())
+    write_json(path, [content[0] | fields, *content[1:]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"answer": 16}, r"record 0: the answer 16 is not among 0 to 15"),
+        ({"answer": "3"}, r"record 0: the field 'answer' is '3', not int"),
+        ({"question": None}, r"record 0: the field 'question' is None, not str"),
+        ({"question_id": 2}, r"hold the question 2 more than once"),
+    ],
+)
+def test_bad_records_are_named(fields: dict[str, object], line: str, tmp_path: Path) -> None:
+    root = write_tallyqa(tmp_path)
+    changed(root / "download/tally-qa/test.json", **fields)
+    with pytest.raises(UserError, match=line) as refusal:
+        benchmark("tallyqa").read(root, allow_partial=True)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "line"),
+    [
+        ("tallyqa", "tally-qa/test.json", "[{]", "is not valid JSON"),
+        ("tallyqa", "tally-qa/test.json", "{}", "holds dict where a list of records belongs"),
+        ("tallyqa", "tally-qa/test.json", "[3]", "record 0 is int, not an object"),
+        ("vsr", "vsr/test.jsonl", '{"a": 1}\n{', "line 2, is not valid JSON"),
+        ("vsr", "vsr/test.jsonl", "\n", "there is not one question of vsr"),
+        ("gqa", "gqa/testdev_balanced_questions.json", "[]", "is no object from ids to questions"),
+        ("vizwiz", "vizwiz/val.json", '[{"answers": []}]', "record 0: the field 'image' is missing"),
+        ("ocid-ref", "ocid-ref/val_expressions.json", '{"1": {"bbox": "x"}}', "not a list in JSON"),
+        ("ocid-ref", "ocid-ref/val_expressions.json", '{"1": {"bbox": "[1, 2]"}}', "not four numbers"),
+        ("ai2d", "ai2d/ai2d_test_ids.csv", "id\n", "holds image numbers"),
+        ("ai2d", "ai2d/val_qa/questions/x.png.json", "{}", "not named after the number of its image"),
+        ("pope", "pope/coco_pope_popular.json", '{"label": "maybe"}', "the label is yes or no, not 'maybe'"),
+        ("textvqa", "text-vqa/textvqa_val_v051_ocr.jsonl", "{}", "holds 1 questions, but"),
+        ("vqav2", "vqa-v2/v2_val2014_annotations.json", '{"annotations": [{}]}', "annotation 0: the field"),
+        ("vqav2", "vqa-v2/v2_val2014_questions.json", "[]", "is list, not an object with fields"),
+    ],
+)
+def test_bad_files_are_named(name: str, file: str, content: str, line: str, tmp_path: Path) -> None:
+    root = WRITERS[name](tmp_path)
+    (root / "download" / file).write_text(content)
+    with pytest.raises(UserError, match=line) as refusal:
+        benchmark(name).read(root, allow_partial=True)
+    assert "\n" not in str(refusal.value)
+
+
+def test_files_in_another_encoding_are_refused(tmp_path: Path) -> None:
+    root = write_vsr(tmp_path)
+    (root / "download/vsr/test.jsonl").write_bytes('{"caption": "café"}'.encode("latin-1"))
+    with pytest.raises(UserError, match="cannot be read"):
+        benchmark("vsr").read(root)
+
+
+def test_ocr_in_another_order_is_refused(tmp_path: Path) -> None:
+    root = write_textvqa(tmp_path)
+    path = root / "download/text-vqa/textvqa_val_v051_ocr.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[1], lines[0], lines[2]]) + "\n")
+    with pytest.raises(UserError, match="2 of 3 questions are different"):
+        benchmark("textvqa-ocr").read(root, allow_partial=True)
+
+
+def test_textvqa_wants_ten_answers(tmp_path: Path) -> None:
+    root = write_textvqa(tmp_path)
+    path = root / "download/text-vqa/TextVQA_0.5.1_val.json"
+    content = json.loads(path.read_text())
+    content["data"][1]["answers"] = ["five"] * 9
+    write_json(path, content)
+    with pytest.raises(UserError, match="record 1: there are 9 answers, not 10"):
+        benchmark("textvqa").read(root, allow_partial=True)
