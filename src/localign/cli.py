@@ -45,6 +45,14 @@ COMMANDS: dict[str, Command] = {
     "probe": Command(
         commands.probe_config, commands.probe, "what backbones know about patches and images", ("backbone",)
     ),
+    "vlm train": Command(
+        commands.vlm_config,
+        commands.vlm_train,
+        "a ViT, an adapter and a language model, trained on conversations",
+    ),
+    "vlm chat": Command(
+        commands.chat_config, commands.vlm_chat, "ask a model about an image", ("model", "image")
+    ),
     "bench": Command(
         commands.bench_config, commands.bench, "measure the probing benchmark's speed", ("what",)
     ),
@@ -157,7 +165,7 @@ def _opened(token: str, command: str) -> str:
 def normalise(argv: Sequence[str], command: Command) -> list[str]:
     """Users' spelling to the parser's: positionals named, hyphens to underscores, bare flags given a value.
 
-    ``--model-kwargs depth=2 img_size=96`` becomes one JSON object.
+    ``--model-kwargs depth=2 img_size=96`` becomes one JSON object, ``--heads transformer linear`` one list.
     """
     fields = {f.name: f for f in dataclasses.fields(command.config())}
     positional = list(command.positional)
@@ -177,10 +185,13 @@ def normalise(argv: Sequence[str], command: Command) -> list[str]:
         name = option[2:].replace("-", "_")
         field = fields.get(name.split(".")[0])
         values = [value] if equals else []
-        while not equals and rest and not rest[0].startswith("--") and (not values or _is_mapping(field)):
+        several = _is_mapping(field) or _is_list(field)
+        while not equals and rest and not rest[0].startswith("--") and (not values or several):
             values.append(rest.pop(0))
         if _is_mapping(field) and "." not in name:
             values = [_as_json(option, values)]
+        elif _is_list(field):
+            values = [_as_json_list(option, values)]
         elif not values and field is not None:
             values = [_bare(option, field)]
         out += [f"--{name}={values[0]}"] if values else [f"--{name}"]
@@ -189,6 +200,19 @@ def normalise(argv: Sequence[str], command: Command) -> list[str]:
 
 def _is_mapping(field: dataclasses.Field[Any] | None) -> bool:
     return field is not None and "dict" in str(field.type)
+
+
+def _is_list(field: dataclasses.Field[Any] | None) -> bool:
+    return field is not None and str(field.type).startswith("tuple[str")
+
+
+def _as_json_list(option: str, values: list[str]) -> str:
+    if len(values) == 1 and values[0].startswith("["):
+        return values[0]
+    parts = [part.strip() for value in values for part in value.split(",") if part.strip()]
+    if not parts:
+        raise UserError(f"{option} needs a value")
+    return json.dumps(parts)
 
 
 def _as_json(option: str, values: list[str]) -> str:
@@ -208,6 +232,22 @@ def _bare(option: str, field: dataclasses.Field[Any]) -> str:
     if field.name == "resume":
         return "must"
     raise UserError(f"{option} needs a value")
+
+
+def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """A command's name, of one word or two as in ``vlm train``, and what follows it.
+
+    Raises:
+        UserError: There is no such command.
+    """
+    for words in (2, 1):
+        if (name := " ".join(arguments[:words])) in COMMANDS:
+            return name, list(arguments[words:])
+    group = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
+    if group:
+        raise UserError(f"localign {arguments[0]} what? there is {', '.join(group)}")
+    name = arguments[0]
+    raise UserError(f"unknown command {name!r}{near(name, COMMANDS)}; `localign --help` lists them")
 
 
 def usage() -> str:
@@ -237,10 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return EXIT_OK
     try:
-        name = arguments[0]
-        if name not in COMMANDS:
-            raise UserError(f"unknown command {name!r}{near(name, COMMANDS)}; `localign --help` lists them")
-        return COMMANDS[name].run(parse(name, arguments[1:])) or EXIT_OK
+        name, rest = split_command(arguments)
+        return COMMANDS[name].run(parse(name, rest)) or EXIT_OK
     except UserError as error:
         print(f"localign: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from localign.pretraining import PretrainConfig
     from localign.probe import ProbeCommandConfig
     from localign.reproduce import ReproduceConfig
+    from localign.vlm.chat import ChatConfig
+    from localign.vlm.config import VLMConfig
+    from localign.vlm.plan import Plan
 
 
 def demo_config() -> type:
@@ -97,6 +100,18 @@ def verify_config() -> type:
     return VerifyConfig
 
 
+def vlm_config() -> type:
+    from localign.vlm.config import VLMConfig
+
+    return VLMConfig
+
+
+def chat_config() -> type:
+    from localign.vlm.chat import ChatConfig
+
+    return ChatConfig
+
+
 def demo(config: DemoConfig) -> None:
     from localign.demo import run_demo
 
@@ -134,6 +149,42 @@ def finetune(config: FinetuneConfig) -> None:
     outcome = run_finetune(config)
     if outcome.is_main:
         _say_trained(outcome.folder, outcome.results)
+
+
+def vlm_train(config: VLMConfig) -> None:
+    from localign.engine import train
+    from localign.vlm.plan import plan_vlm
+    from localign.vlm.task import VLMTask
+
+    if config.dry_run:
+        _say_plan(plan_vlm(config)[1], config.plan_ranks)
+        return
+    outcome = train(VLMTask(config), config, "vlm train")
+    if outcome.is_main:
+        _say_trained(outcome.folder, outcome.results)
+
+
+def _say_plan(plan: Plan, ranks: int) -> None:
+    total = sum(plan.parameters.values())
+    for name, count in plan.parameters.items():
+        print(f"{name:<16} {count:>14,} parameters")
+    print(f"{'all':<16} {total:>14,} parameters, {plan.trainable:,} of them trained")
+    print(f"{'an image':<16} {plan.image_tokens:>14,} tokens")
+    print(
+        f"{'memory':<16} {plan.bytes_per_rank / 2**30:>10.1f} GiB on each of {ranks} ranks, before activations"
+    )
+    if plan.steps is None:
+        print("steps            unknown: the data is not there")
+    else:
+        print(
+            f"{'steps':<16} {plan.steps:>14,}, {plan.warmup_steps:,} of them warm-up ({plan.records:,} conversations)"
+        )
+
+
+def vlm_chat(config: ChatConfig) -> None:
+    from localign.vlm.chat import run_chat
+
+    run_chat(config)
 
 
 def _say_trained(folder: Path, results: dict[str, Any]) -> None:

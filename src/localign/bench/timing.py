@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class Timing:
     def best(timings: Sequence[Timing]) -> Timing:
         """The least of repeated measurements."""
         return Timing(min(t.wall for t in timings), min(t.cpu for t in timings))
+
+    @staticmethod
+    def median(timings: Sequence[Timing]) -> Timing:
+        """The middle one of repeated measurements, of either time."""
+        return Timing(statistics.median(t.wall for t in timings), statistics.median(t.cpu for t in timings))
 
     @staticmethod
     def total(timings: Iterable[Timing]) -> Timing:

@@ -1,0 +1,69 @@
+"""How much arithmetic a training step of a vision-language model needs, and how much a GPU could do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from localign.vlm.modeling import LocalignVLM
+
+PEAKS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "L40S": 362e12,
+    "B200": 2250e12,
+}
+"""Dense bfloat16 operations per second by a part of the GPU's name, the first that fits; the makers' figures."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of a CUDA device, where it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def useful_flops(model: LocalignVLM, lengths: Sequence[int], labelled: int, images: int) -> float:
+    """Operations of one forward and backward pass that no implementation could leave out.
+
+    Two for each weight of a matrix and each token it is applied to, and as many again for each gradient that
+    is wanted: of the input, and of the weight where it is trained. Attention is causal, which halves it. Not
+    counted: padding, logits of tokens without a label, what is computed twice to save memory.
+
+    Args:
+        model: Its stage is set: trained is what requires a gradient.
+        lengths: Tokens of each sequence, those of images included.
+        labelled: Tokens with a label.
+        images: Images.
+    """
+    llm: Any = model.language_model
+    config = model.config.text_config.get_text_config()
+    embedding, head = llm.get_input_embeddings().weight, llm.get_output_embeddings().weight
+    layers = [p for p in llm.parameters() if p.ndim == 2 and p is not embedding and p is not head]
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head_width
+    flops = _weights(layers) * sum(lengths) + _weights([head]) * labelled
+    flops += 6 * config.num_hidden_layers * width * sum(length**2 for length in lengths)
+    return flops + images * _image_flops(model)
+
+
+def _weights(parameters: Sequence[torch.nn.Parameter]) -> float:
+    """Operations per token on matrices through which gradients flow."""
+    return sum((6 if p.requires_grad else 4) * p.numel() for p in parameters)
+
+
+def _image_flops(model: LocalignVLM) -> float:
+    """The frozen tower's forward pass, and the adapter both ways."""
+    adapter = _weights([p for p in model.adapter.parameters() if p.ndim == 2])
+    flops = adapter * model.adapter.config.num_tokens
+    for backbone in model.vision.backbones:
+        tokens = backbone.num_prefix_tokens + backbone.num_patches
+        matrices = sum(p.numel() for p in backbone.vit.parameters() if p.ndim in (2, 4))
+        flops += 2 * matrices * tokens + 4 * len(backbone.vit.blocks) * backbone.width * tokens**2
+    return flops

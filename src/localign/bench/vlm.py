@@ -1,0 +1,383 @@
+"""Training a vision-language model on packed batches against padded ones, through the code of `localign vlm train`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PretrainedConfig
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from localign.bench.config import BenchConfig
+from localign.bench.conversations import (
+    IMAGE_TOKENS,
+    MAX_LENGTH,
+    MIX,
+    drawn_conversations,
+    drawn_tokenizer,
+    write_conversations,
+)
+from localign.bench.flops import peak_flops, useful_flops
+from localign.bench.timing import Timing, hardware, timed
+from localign.engine.batch import to_device
+from localign.engine.distributed import choose_device
+from localign.engine.log import say
+from localign.engine.optim import build_optimizer, scale_and_clip
+from localign.engine.task import BatchPlan, StepResult
+from localign.errors import RunFailure
+from localign.vlm.batching import VLMBatch
+from localign.vlm.build import build_vlm
+from localign.vlm.config import Batching, Sampler, VLMConfig
+from localign.vlm.modeling import LocalignVLM
+from localign.vlm.prompts import IGNORED
+from localign.vlm.shapes import text_config
+from localign.vlm.task import VLMTask
+
+BATCH, STEPS, REPEATS, TINY_IMAGE_TOKENS = 16, 16, 3, 64
+"""16 conversations are one rank's share of the published 128 over 8 ranks."""
+SMALL_WIDTH = 1024
+"""Language models narrower than that see through a small ViT, others through CLIP's ViT-L/14."""
+LLAMAS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    },
+    "1b": {
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+}
+"""Arguments of the Llama architecture; 1b has the shapes of Llama 3.2."""
+LLAMA_7B = "meta-llama/Llama-2-7b-hf"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train."""
+
+    name: str
+    batching: Batching
+    sampler: Sampler
+    whole_logits: bool
+    """Logits of every token at once and transformers' mean loss, instead of labelled tokens chunk by chunk."""
+
+
+PADDED, PLAIN = "padded", "padded, whole logits"
+WAYS = (
+    Way("packed", "packed", "shuffled", False),
+    Way("packed, whole logits", "packed", "shuffled", True),
+    Way(PADDED, "padded", "shuffled", False),
+    Way(PLAIN, "padded", "shuffled", True),
+    Way("padded, grouped", "padded", "grouped", False),
+    Way("padded, grouped, whole logits", "padded", "grouped", True),
+)
+"""The last is what the published code does."""
+
+
+@dataclass
+class Pass:
+    """All steps of a pass over the conversations, and what loading them took."""
+
+    steps: list[list[VLMBatch]]
+    loading: Timing
+    tokens: int
+    """Of conversations and their images, without padding."""
+    flops: float
+    """Without those on padding."""
+
+    @property
+    def padding(self) -> float:
+        """Share of the tokens computed that are padding."""
+        computed = sum(batch.input_ids.numel() for step in self.steps for batch in step)
+        return 1 - self.tokens / computed
+
+    @property
+    def records(self) -> list[int]:
+        """Which conversations the pass has, in order of their numbers."""
+        return sorted(i for step in self.steps for batch in step for i in batch.indices.tolist())
+
+
+@dataclass
+class Measured:
+    """What the repeats of one way gave."""
+
+    timings: dict[tuple[int, int], Timing] = field(default_factory=dict)
+    """(repeat, step) -> seconds."""
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    """Step -> float64 ``(2,)``, summed loss and labelled tokens."""
+    peak_bytes: int = 0
+    fits: bool = True
+    """Whether the device's memory sufficed."""
+
+    def cost(self) -> Timing:
+        """Of a pass: the medians of its steps over the repeats, summed."""
+        steps = {step for _, step in self.timings}
+        return Timing.total(
+            Timing.median([t for (_, s), t in self.timings.items() if s == step]) for step in steps
+        )
+
+    def passes(self) -> list[Timing]:
+        """Of each repeat."""
+        repeats = sorted({repeat for repeat, _ in self.timings})
+        return [Timing.total(t for (r, _), t in self.timings.items() if r == repeat) for repeat in repeats]
+
+
+def bench_vlm(config: BenchConfig) -> dict[str, Any]:
+    """Time whole optimizer steps of each way on the same drawn conversations; the ways take turns, step by step.
+
+    The learning rate is 0, so every way meets the same weights, and all must come to the same loss. Loading is
+    timed by itself.
+
+    Raises:
+        UserError: A language model that cannot be had, or sizes that do not fit.
+        RunFailure: The ways disagree about the loss.
+    """
+    device = choose_device(config.device)
+    with tempfile.TemporaryDirectory() as folder:
+        options = training_options(config, Path(folder))
+        model, tokenizer = build_vlm(options)
+        task = VLMTask(options, model, tokenizer)
+        steps = task.samples() // options.batch_size
+        passes = {}
+        for way in WAYS:
+            kind = way.batching, way.sampler
+            if kind not in passes:
+                chosen = replace(options, batching=way.batching, sampler=way.sampler)
+                passes[kind] = _load(VLMTask(chosen, model, tokenizer), steps)
+    task.to(device)
+    if options.grad_checkpointing:
+        task.set_grad_checkpointing()
+    measured = _measure(task, passes, config.repeats or REPEATS)
+    _check_equal_losses(measured, passes, tolerance=2e-2 if device.type == "cuda" else 1e-4)
+    return {
+        "llm": config.llm or "tiny",
+        "parameters": {
+            "llm": sum(p.numel() for p in model.language_model.parameters()),
+            "vision": sum(p.numel() for p in model.vision.parameters()),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        },
+        "stage": options.stage,
+        "image_tokens": model.vision.num_tokens,
+        "max_length": options.max_length,
+        "batch_size": options.batch_size,
+        "micro_batch": options.micro_batch or options.batch_size,
+        "conversations": len(task.data),
+        "text_only": int((~task.data.has_image).sum()),
+        "mix": {name: asdict(part) for name, part in MIX.items()},
+        "hardware": hardware(device),
+        "ways": _rows(measured, passes, device),
+    }
+
+
+def training_options(config: BenchConfig, folder: Path) -> VLMConfig:
+    """Draw conversations and a language model's config into the folder, and name them as a training would."""
+    llm_config = _llm_config(config.llm or "tiny")
+    width = llm_config.get_text_config().hidden_size
+    image_tokens = config.image_tokens or (TINY_IMAGE_TOKENS if width < SMALL_WIDTH else IMAGE_TOKENS)
+    side, scale = math.isqrt(image_tokens), image_tokens / IMAGE_TOKENS
+    tokenizer = drawn_tokenizer()
+    text = llm_config.get_text_config()
+    text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    text.pad_token_id = tokenizer.pad_token_id
+    for part in (llm_config, tokenizer):
+        part.save_pretrained(folder / "llm")
+    batch, steps = config.batch_size or BATCH, config.steps or STEPS
+    text_only = batch * (steps // STEPS)
+    drawn = drawn_conversations(batch * steps - text_only, text_only, scale, config.seed)
+    shrink = math.sqrt(scale)
+    size = max(1, round(640 * shrink)), max(1, round(480 * shrink))
+    vit: dict[str, Any] = {"backbone": ("clip-vit-l",), "image_size": 14 * side}
+    if width < SMALL_WIDTH:
+        sizes = {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
+        vit = {"backbone": ("vit_tiny_patch16_224",), "image_size": 8 * side, "model_kwargs": sizes}
+    return VLMConfig(
+        data=(str(write_conversations(drawn, folder, size, config.seed)),),
+        llm=str(folder / "llm"),
+        llm_weights="none",
+        weights="none",
+        stage=config.stage or "finetune",
+        max_length=round(MAX_LENGTH * scale),
+        batch_size=batch,
+        micro_batch=config.micro_batch,
+        grad_checkpointing=config.grad_checkpointing,
+        seed=config.seed,
+        **vit,
+    )
+
+
+def _llm_config(name: str) -> PretrainedConfig:
+    if name in LLAMAS:
+        return LlamaConfig(**LLAMAS[name], max_position_embeddings=4096)
+    return text_config(LLAMA_7B if name == "7b" else name)
+
+
+def _load(task: VLMTask, steps: int) -> Pass:
+    options = task.config
+    micro = options.micro_batch or options.batch_size
+    plan = BatchPlan(options.seed, options.batch_size, micro, 0, 1, 0, 0, steps, False)
+    batches, loading = timed(lambda: list(task.batches(plan)), torch.device("cpu"))
+    per_step = options.batch_size // micro
+    return Pass(
+        steps=[batches[i : i + per_step] for i in range(0, len(batches), per_step)],
+        loading=loading,
+        tokens=sum(task.throughput(batch)["tokens"] for batch in batches),
+        flops=sum(_flops(task.model, batch) for batch in batches),
+    )
+
+
+def _flops(model: LocalignVLM, batch: VLMBatch) -> float:
+    if batch.cu_seqlens is not None:
+        lengths = torch.diff(batch.cu_seqlens)
+    else:
+        assert batch.attention_mask is not None
+        lengths = batch.attention_mask.sum(dim=1)
+    labelled = int((batch.labels != IGNORED).sum())
+    return useful_flops(model, lengths.tolist(), labelled, len(batch.images))
+
+
+def _measure(
+    task: VLMTask, passes: dict[tuple[Batching, Sampler], Pass], repeats: int
+) -> dict[Way, Measured]:
+    optimizer = build_optimizer(task.model, task.config)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    measured = {way: Measured() for way in WAYS}
+    for repeat in range(-1, repeats):
+        say(f"repeat {repeat + 1} of {repeats}" if repeat >= 0 else "warming up")
+        # Before the first repeat a step of each: what only a first one pays.
+        for step in range(len(passes["packed", "shuffled"].steps) if repeat >= 0 else 1):
+            for way, found in measured.items():
+                if not found.fits:
+                    continue
+                batches = passes[way.batching, way.sampler].steps[step]
+                try:
+                    sums, timing, peak = _timed_step(task, optimizer, way, batches)
+                except torch.OutOfMemoryError:
+                    found.fits = False
+                    say(f"{way.name}: the device's memory does not suffice")
+                    optimizer.zero_grad(set_to_none=True)
+                    continue
+                found.peak_bytes = max(found.peak_bytes, peak)
+                if repeat >= 0:
+                    found.timings[repeat, step] = timing
+                    found.sums[step] = sums
+    return measured
+
+
+def _timed_step(
+    task: VLMTask, optimizer: torch.optim.Optimizer, way: Way, batches: Sequence[VLMBatch]
+) -> tuple[Tensor, Timing, int]:
+    """One step's float64 sums of loss and labelled tokens, its time, and CUDA memory at its peak, bytes."""
+    cuda = task.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(task.device)
+        torch.cuda.reset_peak_memory_stats(task.device)
+    loss = whole_logits_loss if way.whole_logits else task.step
+    sums, timing = timed(lambda: _step(task, optimizer, batches, loss), task.device)
+    return sums.cpu().double(), timing, torch.cuda.max_memory_allocated(task.device) if cuda else 0
+
+
+def _step(
+    task: VLMTask,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[VLMBatch],
+    loss: Callable[[LocalignVLM, VLMBatch], StepResult],
+) -> Tensor:
+    """As the loop takes a step."""
+    model, device = task.model, task.device
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    sums = torch.zeros(2, device=device)
+    for batch in batches:
+        batch = to_device(batch, device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            result = loss(model, batch)
+        result.loss_sum.backward()
+        sums += torch.stack([result.loss_sum.detach(), result.weight.detach()]).to(sums)
+    scale_and_clip(model, 1 / sums[1].clamp(min=1), task.config.clip_grad)
+    optimizer.step()
+    return sums
+
+
+def whole_logits_loss(model: LocalignVLM, batch: VLMBatch) -> StepResult:
+    """The straightforward loss: every token's logits, and transformers' mean over the labelled ones.
+
+    In a packed row no sequence predicts the next one's first token, for that has no label.
+    """
+    output = model(
+        input_ids=batch.input_ids,
+        pixel_values=batch.images if len(batch.images) else None,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        use_cache=False,
+    )
+    mean = ForCausalLMLoss(output.logits, batch.labels, vocab_size=output.logits.shape[-1])
+    count = (batch.labels != IGNORED).sum()
+    return StepResult(mean * count, count)
+
+
+def _check_equal_losses(
+    measured: dict[Way, Measured], passes: dict[tuple[Batching, Sampler], Pass], tolerance: float
+) -> None:
+    """Of the ways whose passes have the same conversations; samplers may fill up with some more."""
+    losses: dict[str, float] = {}
+    first = passes["packed", "shuffled"].records
+    for way, found in measured.items():
+        if found.fits and passes[way.batching, way.sampler].records == first:
+            loss, count = torch.stack(list(found.sums.values())).sum(dim=0).tolist()
+            losses[way.name] = loss / count
+    if losses and max(losses.values()) - min(losses.values()) > tolerance * max(losses.values()):
+        said = ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
+        raise RunFailure(f"the ways disagree about the loss per token: {said}")
+
+
+def _rows(
+    measured: dict[Way, Measured], passes: dict[tuple[Batching, Sampler], Pass], device: torch.device
+) -> list[dict[str, Any]]:
+    seconds_per_token = {
+        way.name: (found.cost(), passes[way.batching, way.sampler].tokens)
+        for way, found in measured.items()
+        if found.fits
+    }
+    peak = peak_flops(device)
+    rows = []
+    for way, found in measured.items():
+        done = passes[way.batching, way.sampler]
+        row: dict[str, Any] = {"way": way.name, "fits": found.fits, "tokens": done.tokens}
+        row |= {"padding": done.padding, "loading_seconds": asdict(done.loading)}
+        if found.fits:
+            cost = found.cost()
+            row["seconds"] = asdict(cost)
+            row["tokens_per_second"] = done.tokens / cost.wall
+            row["tokens_per_second_of_passes"] = [done.tokens / t.wall for t in found.passes()]
+            row["times_faster"] = {
+                other: _times_faster(seconds_per_token[way.name], seconds_per_token[other])
+                for other in (PADDED, PLAIN)
+                if other in seconds_per_token
+            }
+            row["mfu"] = done.flops / cost.wall / peak if peak else None
+            row["peak_bytes"] = found.peak_bytes or None
+        rows.append(row)
+    return rows
+
+
+def _times_faster(this: tuple[Timing, int], other: tuple[Timing, int]) -> dict[str, float]:
+    ratio = other[0].over(this[0])
+    per_token = this[1] / other[1]
+    return {"wall": ratio.wall * per_token, "cpu": ratio.cpu * per_token}

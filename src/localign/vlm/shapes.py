@@ -1,0 +1,38 @@
+"""Shapes of language models that a plan can be made for without fetching anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+
+from localign.errors import UserError
+
+KNOWN: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-2-7b-hf": {
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    },
+}
+"""The Llama architecture's arguments, by Hub name."""
+
+
+def text_config(name: str) -> PretrainedConfig:
+    """The config of a causal language model: of a folder, the Hub, its cache, or the table above.
+
+    Raises:
+        UserError: It cannot be had.
+    """
+    if name in KNOWN:
+        return LlamaConfig(**KNOWN[name])
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot read the language model's config, {name}: {reason}") from None

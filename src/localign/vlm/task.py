@@ -1,0 +1,209 @@
+"""Training a vision-language model as a task of the training loop (section 5, appendix D)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from localign.data.loader import BadImages
+from localign.engine.batch import to_device
+from localign.engine.distributed import World, choose_device
+from localign.engine.task import BatchPlan, StepResult, Task
+from localign.files import replacing_folder
+from localign.vlm.batching import VLMBatch, planned_batches, record_stream
+from localign.vlm.build import build_vlm, merged
+from localign.vlm.config import VLMConfig
+from localign.vlm.examples import Encoder
+from localign.vlm.modeling import LocalignVLM, VLMOutput
+from localign.vlm.processing import LocalignVLMProcessor
+from localign.vlm.prompts import IGNORED, prompt_format
+from localign.vlm.records import Conversations
+
+_SAMPLED = 64
+"""Values of a frozen tensor that its fingerprint looks at."""
+
+
+class VLMTask(Task):
+    """Next-token loss on the answers of conversations about images.
+
+    Args:
+        config: Parts, data, stage.
+        model: Parts put together; built from the config if not given, and then with its tokenizer.
+        tokenizer: The model's.
+    """
+
+    def __init__(
+        self,
+        config: VLMConfig,
+        model: LocalignVLM | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.config = config
+        self.seed = config.seed
+        self.device = torch.device("cpu")
+        choose_device(config.device)  # a misspelt device, and bad data, fail before weights are read
+        self.data = Conversations.open(config.data, config.images, skip_missing=config.skip_missing)
+        self.val_data = (
+            Conversations.open(config.val, config.images, skip_missing=config.skip_missing)
+            if config.val
+            else None
+        )
+        if model is None or tokenizer is None:
+            model, tokenizer = build_vlm(config)
+        self.model, self.tokenizer = model, tokenizer
+        self.processor = LocalignVLMProcessor.for_model(model, tokenizer)
+        self.encoder = Encoder(
+            prompt_format(model.config.prompt_format),
+            tokenizer,
+            model.vision.num_tokens,
+            config.max_length,
+            text_limit=config.published_quirks,
+        )
+        self._frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+        self._start = _fingerprint({n: p for n, p in model.named_parameters() if n in self._frozen})
+
+    @property
+    def module(self) -> LocalignVLM:
+        return self.model
+
+    def samples(self) -> int:
+        if self.config.sampler == "shuffled":
+            return len(self.data)
+        batch = self.config.batch_size
+        plan = BatchPlan(self.seed, batch, batch, 0, 1, 0, 0, 1, False)
+        return record_stream(self.data, plan, grouped=True).samples_per_epoch
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"data": self.data.fingerprint(), "frozen weights": self._start}
+
+    def batches(self, plan: BatchPlan) -> Iterator[VLMBatch]:
+        return planned_batches(
+            self.data,
+            self.encoder,
+            self.processor.image_transform(),
+            plan,
+            packed=self.config.batching == "packed",
+            grouped=self.config.sampler == "grouped",
+            max_bad_share=self.config.max_bad_share,
+        )
+
+    def step(self, model: nn.Module, batch: VLMBatch) -> StepResult:
+        return StepResult(*self._loss(model, batch))
+
+    def _loss(self, model: nn.Module, batch: VLMBatch) -> tuple[Tensor, Tensor]:
+        output: VLMOutput = model(
+            input_ids=batch.input_ids,
+            pixel_values=batch.images if len(batch.images) else None,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            cu_seqlens=batch.cu_seqlens,
+            labels=batch.labels,
+        )
+        assert output.loss_sum is not None
+        assert output.label_count is not None
+        return output.loss_sum, output.label_count
+
+    def throughput(self, batch: VLMBatch) -> dict[str, int]:
+        tokens = batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
+        return {"tokens": tokens}
+
+    def validate(self, module: nn.Module, world: World) -> dict[str, float]:
+        """The loss per labelled token of held-out conversations."""
+        if self.val_data is None:
+            return {}
+        limit = min(self.config.val_records or len(self.val_data), len(self.val_data))
+        micro = self.config.micro_batch or max(1, self.config.batch_size // world.size)
+        steps = -(-limit // (micro * world.size))
+        plan = BatchPlan(0, micro * world.size, micro, world.rank, world.size, 0, 0, steps, False)
+        sums = torch.zeros(2, device=self.device)
+        batches = planned_batches(
+            self.val_data, self.encoder, self.processor.image_transform(), plan, shuffle=False
+        )
+        for (
+            batch
+        ) in batches:  # equally many on every rank; the last may begin the data anew, which is not counted
+            loss_sum, count = self._loss(module, to_device(_without(batch, limit), self.device))
+            sums += torch.stack([loss_sum, count.float()])
+        sums = world.sum(sums)
+        return {"val_loss": float(sums[0] / sums[1].clamp(min=1))}
+
+    def check_skipped(self, images: Mapping[str, str]) -> None:
+        BadImages(len(self.data), self.config.max_bad_share).add(tuple(images.items()))
+
+    def set_grad_checkpointing(self) -> None:
+        llm = self.model.language_model
+        # transformers 5.2x has renamed it
+        enable = getattr(llm, "activation_checkpointing_enable", llm.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+
+    def compile(self) -> None:
+        for layer in _layers(self.model):
+            layer.compile()
+
+    def shard_units(self, module: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(module, LocalignVLM)
+        towers = [b for t in module.vision.backbones for b in t.vit.blocks] if module.vision.trainable else []
+        return [*towers, *_layers(module)]
+
+    def unsharded(self, module: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(module, LocalignVLM)
+        return () if module.vision.trainable else (module.vision,)
+
+    def checkpointed(self, name: str) -> bool:
+        return name not in self._frozen
+
+    def summary(self) -> dict[str, Any]:
+        parts = {"vision": self.model.vision, "adapter": self.model.adapter, "llm": self.model.language_model}
+        return {
+            "backbone": self.model.vision.name,
+            "adapter": self.model.adapter.config.kind,
+            "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
+            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "conversations": len(self.data),
+            "left_out": {"records": self.data.skipped, "images": list(self.data.missing[:20])},
+        }
+
+    def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
+        assert isinstance(module, LocalignVLM)
+        module = merged(module)
+        module.config.localign = provenance
+        with replacing_folder(folder) as temporary:
+            module.save_pretrained(temporary)
+            self.processor.save_pretrained(temporary)
+
+
+def _layers(model: LocalignVLM) -> list[nn.Module]:
+    """The language model's blocks."""
+    return list(model.language_model.get_decoder().layers)
+
+
+def _without(batch: VLMBatch, limit: int) -> VLMBatch:
+    """The batch with nothing to learn from positions beyond the limit."""
+    beyond = (batch.positions >= limit).tolist()
+    if not any(beyond):
+        return batch
+    labels = batch.labels.clone()
+    for number, drop in enumerate(beyond):
+        if not drop:
+            continue
+        if batch.cu_seqlens is None:
+            labels[number] = IGNORED
+        else:
+            labels[0, int(batch.cu_seqlens[number]) : int(batch.cu_seqlens[number + 1])] = IGNORED
+    return batch._replace(labels=labels)
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, shapes and some values: frozen weights of gigabytes are not read twice."""
+    from localign.backbones.export import content_hash
+
+    sampled = {}
+    for name, tensor in tensors.items():
+        flat = tensor.detach().reshape(-1)
+        sampled[f"{name}{tuple(tensor.shape)}"] = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()
+    return content_hash(sampled)[:16]
