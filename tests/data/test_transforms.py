@@ -134,3 +134,9 @@ def test_unknown_options_are_refused() -> None:
         TrainTransform(8, hflip=1.5)
     with pytest.raises(UserError, match="pixels"):
         TrainTransform((0, 8))
+
+
+def test_the_strongest_augmentation_is_possible() -> None:
+    transform = TrainTransform(32, "published", "rand-m10-n8-inc1")
+    samples = [transform(picture(), 0, position) for position in range(40)]
+    assert all(sample.shape == (3, 32, 32) for sample in samples)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.transforms import CenterCropOrPad, RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -207,9 +207,18 @@ def _rand_augment(
         raise UserError(f"unknown augmentation {config!r}; expected the like of 'rand-m9-mstd0.5-inc1'")
     hparams = {"translate_const": int(min(size) * 0.45), "img_mean": fill}
     try:
-        return rand_augment_transform(config, hparams)
+        transform = rand_augment_transform(config, hparams)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(f"unknown augmentation {config!r}: {error}") from None
+    for operation in transform.ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
+    """timm's, which at its strongest keeps no bit at all, a black image, which newer versions of Pillow refuse."""
+    return posterize(image, max(1, bits_to_keep), **kwargs)
 
 
 def _middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
