@@ -53,6 +53,23 @@ COMMANDS: dict[str, Command] = {
     "vlm chat": Command(
         commands.chat_config, commands.vlm_chat, "ask a model about an image", ("model", "image")
     ),
+    "vlm export": Command(
+        commands.vlm_export_config, commands.vlm_export, "write a model as a transformers folder", ("model",)
+    ),
+    "vlm check": Command(
+        commands.check_config, commands.vlm_check, "look for what is wrong with conversations", ("data",)
+    ),
+    "vlm convert": Command(
+        commands.convert_config,
+        commands.vlm_convert,
+        "make the published mixtures of conversations",
+        ("what",),
+    ),
+    "vlm demo": Command(
+        commands.vlm_demo_config,
+        commands.vlm_demo,
+        "compare models with and without alignment, on drawn scenes",
+    ),
     "bench": Command(
         commands.bench_config, commands.bench, "measure the probing benchmark's speed", ("what",)
     ),
@@ -177,7 +194,8 @@ def normalise(argv: Sequence[str], command: Command) -> list[str]:
             if token == "-h":
                 out.append(token)
             elif positional:
-                out += [f"--{positional.pop(0)}", token]
+                name = positional.pop(0)
+                out += [f"--{name}", _as_json_list(name, [token]) if _is_list(fields[name]) else token]
             else:
                 raise UserError(f"unexpected argument {token!r}")
             continue

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from localign.reproduce import ReproduceConfig
     from localign.vlm.chat import ChatConfig
     from localign.vlm.config import VLMConfig
+    from localign.vlm.demo import VLMDemoConfig
+    from localign.vlm.options import CheckConfig, ConvertConfig, VLMExportConfig
     from localign.vlm.plan import Plan
 
 
@@ -112,6 +114,30 @@ def chat_config() -> type:
     return ChatConfig
 
 
+def vlm_demo_config() -> type:
+    from localign.vlm.demo import VLMDemoConfig
+
+    return VLMDemoConfig
+
+
+def check_config() -> type:
+    from localign.vlm.options import CheckConfig
+
+    return CheckConfig
+
+
+def convert_config() -> type:
+    from localign.vlm.options import ConvertConfig
+
+    return ConvertConfig
+
+
+def vlm_export_config() -> type:
+    from localign.vlm.options import VLMExportConfig
+
+    return VLMExportConfig
+
+
 def demo(config: DemoConfig) -> None:
     from localign.demo import run_demo
 
@@ -185,6 +211,78 @@ def vlm_chat(config: ChatConfig) -> None:
     from localign.vlm.chat import run_chat
 
     run_chat(config)
+
+
+def vlm_demo(config: VLMDemoConfig) -> None:
+    from localign.vlm.demo import run_vlm_demo
+
+    run_vlm_demo(config)
+
+
+def vlm_check(config: CheckConfig) -> int:
+    from localign.vlm.build import tokenizer_of
+    from localign.vlm.checks import check
+    from localign.vlm.examples import Encoder
+    from localign.vlm.prompts import prompt_format
+    from localign.vlm.vocabulary import add_special_tokens
+
+    encoder = None
+    if config.llm is not None:
+        tokenizer = tokenizer_of(config.llm)
+        add_special_tokens(tokenizer)
+        encoder = Encoder(prompt_format(config.prompt), tokenizer, config.image_tokens, config.max_length)
+    found = check(config.data, config.images, encoder=encoder, missing_list=config.missing_list)
+    print(f"records    {found.records:,}, {found.text_only:,} of them text alone; {found.turns:,} turns")
+    print(
+        f"images     {found.images:,}, {len(found.missing):,} missing (in {found.missing_records:,} records)"
+    )
+    for name in found.missing[:5]:
+        print(f"           missing: {name}")
+    for title, finding in (
+        ("malformed", found.malformed),
+        ("empty", found.empty_answers),
+        ("unanswered", found.unanswered),
+        ("same id", found.repeated_ids),
+        ("cut", found.over_long),
+        ("unusable", found.nothing_to_learn),
+    ):
+        if finding.count:
+            print(f"{title:<10} {finding.count:,}: {'; '.join(finding.first[:3])}")
+    for length in found.lengths or ():
+        print(f"tokens     {length.at_least:>6,} and more: {length.records:,} records")
+    print("ready      yes" if found.ready else "ready      no: training would refuse to start")
+    return 0 if found.ready else 2
+
+
+def vlm_convert(config: ConvertConfig) -> None:
+    from localign.vlm import mixtures
+
+    if config.what == "ocr-vqa":
+        done = mixtures.prepare_ocr_vqa(config.add or "")
+        print(f"written    {done.written:,} JPEG files; {done.present:,} were there")
+        for unreadable in done.unreadable:
+            print(f"unreadable {unreadable}")
+        return
+    base, add, out = config.base or "", config.add or "", config.out or ""
+    if config.what == "lvis":
+        written = mixtures.merge_lvis_instruct(base, add, config.images, out)
+    elif config.what == "lrv":
+        written = mixtures.merge_lrv_instruct(base, add, config.images, out, before=config.before)
+    else:
+        written = mixtures.strip_text_only(base, out)
+    print(f"written    {written.file}: {written.records:,} records")
+
+
+def vlm_export(config: VLMExportConfig) -> None:
+    import torch
+
+    from localign.vlm.build import load_vlm, save_vlm
+    from localign.vlm.processing import LocalignVLMProcessor
+
+    model, tokenizer = load_vlm(config.model)
+    model.to(dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
+    processor = LocalignVLMProcessor.for_model(model, tokenizer)
+    print(f"export     {save_vlm(model, processor, Path(config.out))}")
 
 
 def _say_trained(folder: Path, results: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 # Annotations stay types here: the command line is made from this module's config class.
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,15 +11,15 @@ from localign.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Measure a part of the probing benchmark against the plain way of doing it, in one run."""
+    """Measure a part of localign against the plain way of doing it, in one run."""
 
-    what: Literal["labels", "probe"] = "labels"
+    what: Literal["labels", "probe", "vlm"] = "labels"
     """labels: reducing label maps against a loop over patches. probe: all heads in one pass against a run for
-    each."""
+    each. vlm: training steps on packed batches against padded ones."""
     out: str | None = None
     """JSON file of the measurements; default runs/bench-WHAT.json."""
     seed: int = 0
-    """Of drawn label maps, or of heads."""
+    """Of drawn label maps or conversations, or of heads."""
     images: int | None = None
     """labels: label maps, default 64. probe: scenes to train heads on, default 600; a quarter as many to judge
     them on."""
@@ -34,20 +35,48 @@ class BenchConfig:
     """probe: of a name: pretrained (default), none, or a weight file."""
     epochs: float | None = None
     """probe: passes over the training scenes, default 5."""
+    llm: str | None = None
+    """vlm: tiny (default, 3.7 million parameters), 1b or 7b for Llama's shapes, or a folder whose config.json
+    has others; weights are random."""
+    image_tokens: int | None = None
+    """vlm: tokens of an image, a square number; default 576, for small language models 64. Texts are as many
+    times shorter than in LLaVA's mix as this is below 576."""
+    batch_size: int | None = None
+    """vlm: conversations per optimizer step, default 16."""
+    micro_batch: int | None = None
+    """vlm: conversations per forward pass, default all of a step."""
+    steps: int | None = None
+    """vlm: optimizer steps of a pass, a multiple of 16 (the text-only conversations fill one in 16), default 16."""
+    stage: Literal["align", "finetune", "lora"] | None = None
+    """vlm: what is trained, as in vlm train; default finetune."""
+    grad_checkpointing: bool = False
+    """vlm: recompute activations in the backward pass."""
     repeats: int | None = None
-    """How often each way is measured, the best counting; default 5 for labels (its loops once), 1 for probe."""
+    """How often each way is measured. labels: default 5 (its loops once), probe: default 1, the best counting;
+    vlm: default 3, of whose steps the medians count."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
-        other = {
-            "labels": ("backbone", "weights", "epochs"),
-            "probe": ("data", "image_size", "patch_size"),
-        }[self.what]
-        for name in other:
-            if getattr(self, name) is not None:
+        own = {
+            "labels": ("images", "data", "image_size", "patch_size"),
+            "probe": ("images", "backbone", "weights", "epochs"),
+            "vlm": (
+                "llm",
+                "image_tokens",
+                "batch_size",
+                "micro_batch",
+                "steps",
+                "stage",
+                "grad_checkpointing",
+            ),
+        }
+        for name in {name for names in own.values() for name in names}.difference(own[self.what]):
+            if getattr(self, name) not in (None, False):
                 raise UserError(f"--{name.replace('_', '-')} has no effect on bench {self.what}")
-        for name in ("images", "image_size", "patch_size", "epochs", "repeats"):
+        positive = ("images", "image_size", "patch_size", "epochs", "repeats", "image_tokens", "batch_size",
+                    "micro_batch", "steps")  # fmt: skip
+        for name in positive:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
@@ -55,6 +84,10 @@ class BenchConfig:
             raise UserError(
                 "--images is how many label maps are drawn; with --data all of the folder are taken"
             )
+        if self.image_tokens is not None and math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
+            raise UserError(f"--image-tokens is a square number, such as 64 or 576, not {self.image_tokens}")
+        if self.steps is not None and self.steps % 16:
+            raise UserError(f"--steps is a multiple of 16, not {self.steps}")
 
     @property
     def file(self) -> str:

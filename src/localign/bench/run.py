@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from localign.files import replace_text
 
 def run_bench(config: BenchConfig) -> dict[str, Any]:
     """Measure, show and write; returns what the JSON file holds."""
-    measured = bench_labels(config) if config.what == "labels" else bench_probe(config)
+    measure, tables = _MEASUREMENTS[config.what]
+    measured = measure(config)
     content = {"command": "bench", "config": runs.plain(config), "versions": runs.provenance(), **measured}
     console = Console(width=None if sys.stdout.isatty() else 110)
-    for table in labels_tables(content) if config.what == "labels" else probe_tables(content):
+    for table in tables(content):
         console.print(table)
     path = Path(config.file)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +77,42 @@ def probe_tables(content: dict[str, Any]) -> list[Table]:
     return [costs, recalls]
 
 
+def vlm_tables(content: dict[str, Any]) -> list[Table]:
+    """What each way trains on in a second, and where the difference comes from."""
+    title = (
+        "{llm} Llama, {conversations} conversations ({text_only} of text alone), {image_tokens} tokens an image, "
+        "{micro_batch} to a micro-batch"
+    ).format(**content)
+    cuda = content["hardware"]["device"].startswith("cuda")
+    others = list(content["ways"][0].get("times_faster", {}))
+    numbers = ["tokens/s", "padding, %", *(f"times faster than {other}" for other in others), "loading, s"]
+    table = _table(title, content, ("way",), (*numbers, *(("MFU, %", "peak, GiB") if cuda else ())))
+    for row in content["ways"]:
+        if not row["fits"]:
+            table.add_row(row["way"], "does not fit")
+            continue
+        faster = [row["times_faster"][other] for other in others]
+        cells = [
+            f"{row['tokens_per_second']:,.0f}",
+            f"{100 * row['padding']:.0f}",
+            *(f"{f['wall']:.2f}" + ("" if cuda else f" (CPU {f['cpu']:.2f})") for f in faster),
+            f"{row['loading_seconds']['wall']:.1f}",
+        ]
+        if cuda:
+            cells += [
+                "–" if row["mfu"] is None else f"{100 * row['mfu']:.0f}",
+                f"{row['peak_bytes'] / 2**30:.1f}",
+            ]
+        table.add_row(row["way"], *cells)
+    return [table]
+
+
+def _bench_vlm(config: BenchConfig) -> dict[str, Any]:
+    from localign.bench.vlm import bench_vlm  # transformers take a while to import
+
+    return bench_vlm(config)
+
+
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
 
@@ -88,3 +126,11 @@ def _table(title: str, content: dict[str, Any], texts: tuple[str, ...], numbers:
     for name in numbers:
         table.add_column(name, justify="right")
     return table
+
+
+_MEASUREMENTS: dict[str, tuple[Callable[[BenchConfig], dict[str, Any]], Callable[..., list[Table]]]] = {
+    "labels": (bench_labels, labels_tables),
+    "probe": (bench_probe, probe_tables),
+    "vlm": (_bench_vlm, vlm_tables),
+}
+"""What measures, and how it is shown."""

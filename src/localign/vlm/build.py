@@ -19,12 +19,14 @@ from transformers.utils import logging as transformers_logging
 
 from localign import rng
 from localign.alignment import load_student
-from localign.backbones import Backbone, create_backbone
+from localign.backbones import create_backbone
 from localign.backbones.export import CONFIG_FILE, read_config
 from localign.errors import UserError
+from localign.files import replacing_folder
 from localign.vlm.config import VLMConfig
 from localign.vlm.modeling import LocalignVLM
 from localign.vlm.presets import VisionSource, vision_side
+from localign.vlm.processing import LocalignVLMProcessor
 
 transformers_logging.disable_progress_bar()  # localign has its own, and none where there is no terminal
 
@@ -64,6 +66,14 @@ def load_vlm(folder: str | Path) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder} holds no model: it has no {CONFIG_FILE}")
     return LocalignVLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+def save_vlm(model: LocalignVLM, processor: LocalignVLMProcessor, folder: Path) -> Path:
+    """Write model and processor as one transformers folder, which appears whole or not at all."""
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+    return folder
 
 
 def vision_sources(config: VLMConfig) -> list[VisionSource]:
@@ -111,8 +121,8 @@ def language_model(config: VLMConfig) -> tuple[PreTrainedModel, PreTrainedTokeni
     Raises:
         UserError: It cannot be had, or is no causal language model.
     """
+    tokenizer = tokenizer_of(config.llm)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.llm)
         if config.llm_weights == "none":
             with rng.seeded_globals(config.seed, "language model"):
                 llm = AutoModelForCausalLM.from_config(
@@ -121,9 +131,20 @@ def language_model(config: VLMConfig) -> tuple[PreTrainedModel, PreTrainedTokeni
         else:
             llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load the language model {config.llm}: {reason}") from None
+        raise _cannot_load(config.llm, error) from None
     return llm, tokenizer
+
+
+def tokenizer_of(llm: str) -> PreTrainedTokenizerBase:
+    """A language model's tokenizer. Raises UserError if it cannot be had."""
+    try:
+        return AutoTokenizer.from_pretrained(llm)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(llm, error) from None
+
+
+def _cannot_load(llm: str, error: Exception) -> UserError:
+    return UserError(f"cannot load the language model {llm}: {str(error).strip().splitlines()[0]}")
 
 
 def set_stage(model: LocalignVLM, config: VLMConfig) -> LocalignVLM:
@@ -156,15 +177,3 @@ def merged(model: LocalignVLM) -> LocalignVLM:
     if hasattr(llm, "merge_and_unload"):
         model.language_model = llm.merge_and_unload()
     return model
-
-
-__all__ = [
-    "Backbone",
-    "build_vlm",
-    "export_folder",
-    "language_model",
-    "load_vlm",
-    "merged",
-    "set_stage",
-    "vision_sources",
-]

@@ -93,7 +93,7 @@ def summarise(scored: Iterable[Scored]) -> dict[str, Summary]:
 def _summary(answers: Sequence[Scored]) -> Summary:
     places = {image: place for place, image in enumerate(sorted({one.image for one in answers}))}
     rows = torch.tensor([places[one.image] for one in answers])
-    scores = torch.tensor([one.score for one in answers])
+    scores = torch.tensor([one.score for one in answers], dtype=torch.float32)
     sums, counts = (
         torch.zeros(len(places)).index_add_(0, rows, values)[:, None]
         for values in (scores, torch.ones(len(rows)))

@@ -14,9 +14,8 @@ from localign.data.loader import BadImages
 from localign.engine.batch import to_device
 from localign.engine.distributed import World, choose_device
 from localign.engine.task import BatchPlan, StepResult, Task
-from localign.files import replacing_folder
 from localign.vlm.batching import VLMBatch, planned_batches, record_stream
-from localign.vlm.build import build_vlm, merged
+from localign.vlm.build import build_vlm, merged, save_vlm
 from localign.vlm.config import VLMConfig
 from localign.vlm.examples import Encoder
 from localign.vlm.modeling import LocalignVLM, VLMOutput
@@ -172,9 +171,7 @@ class VLMTask(Task):
         assert isinstance(module, LocalignVLM)
         module = merged(module)
         module.config.localign = provenance
-        with replacing_folder(folder) as temporary:
-            module.save_pretrained(temporary)
-            self.processor.save_pretrained(temporary)
+        save_vlm(module, self.processor, folder)
 
 
 def _layers(model: LocalignVLM) -> list[nn.Module]:

@@ -27,6 +27,7 @@ from localign.engine.distributed import World
 from localign.errors import UserError
 from localign.files import replacing_folder
 from localign.vlm.prompts import IGNORED, prompt_format
+from localign.vlm.records import open_files, read_records
 
 PROMPT = "in-out"
 BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<PAD>"
@@ -44,7 +45,7 @@ class TinyLMConfig(TrainConfig):
     out: str = "runs/tinylm"
     """Run folder; its export is a transformers folder."""
     data: str = ""
-    """LLaVA-format JSON file of conversations; its images are not looked at."""
+    """LLaVA-format file of conversations, JSON or JSON lines; its images are not looked at."""
     val: str | None = None
     """The same to validate on."""
     vocab_size: int = 768
@@ -71,7 +72,7 @@ class TinyLMConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.data:
-            raise UserError("learn which language? give --data, a LLaVA-format JSON file")
+            raise UserError("learn which language? give --data, a LLaVA-format file")
         if self.vocab_size < 260:
             raise UserError(f"--vocab-size must be at least 260, not {self.vocab_size}")
         for name in ("layers", "width", "heads", "mlp_width"):
@@ -269,14 +270,7 @@ def read_turns(path: str | Path) -> list[Turns]:
     Raises:
         UserError: The file is missing, empty, or holds something else.
     """
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-        values = [[turn["value"] for turn in record["conversations"]] for record in records]
-        found = [tuple(zip(turns[::2], turns[1::2], strict=True)) for turns in values]
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file of conversations {path}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no LLaVA-format file of conversations: {error!r}") from error
+    found = [parsed.record.turns for file in open_files([path], []) for parsed, _ in read_records(file)]
     if not found:
         raise UserError(f"{path} holds no conversation")
     return found

@@ -88,8 +88,8 @@ def _annotations(path: Path) -> list[_Annotation]:
     """Two million answers, each an object in the file: kept are their strings, each different one once."""
 
     def compact(record: dict[str, Any]) -> Any:
-        if "answer_confidence" in record:
-            return sys.intern(field(record, "answer", str, path))
+        if "answer" in record:
+            return record["answer"]
         if "answers" not in record:
             return record
         where = f"{path}, question {record.get('question_id')}"
@@ -98,7 +98,7 @@ def _annotations(path: Path) -> list[_Annotation]:
             field(record, "image_id", int, where),
             sys.intern(field(record, "answer_type", str, where)),
             sys.intern(field(record, "question_type", str, where)),
-            strings(field(record, "answers", list, where), "answers", where),
+            tuple(map(sys.intern, strings(field(record, "answers", list, where), "answers", where))),
         )
 
     found = field(read_json(path, compact), "annotations", list, path)

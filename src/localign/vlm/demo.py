@@ -1,0 +1,263 @@
+"""`localign vlm demo`: does an aligned backbone with its decoder make a better vision-language model? On scenes.
+
+The same code as `align` and `vlm train` on questions about drawn scenes. A small language model learns the
+questions' language first, from text alone; then one model per adapter and seed is trained on the same
+conversations for the same steps, and asked about scenes that nothing was trained with.
+"""
+
+# Annotations stay types here: the command line is made from this module's config class.
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from localign.alignment import AlignTask
+from localign.backbones import EMBEDDED
+from localign.demo import DemoConfig
+from localign.engine import run as runs
+from localign.engine import train
+from localign.engine.distributed import choose_device
+from localign.engine.log import Stopwatch, say
+from localign.errors import UserError, near
+from localign.files import replace_text
+from localign.report.tables import paired
+from localign.vlm.adapters import AdapterName
+from localign.vlm.answering import Asked, greedy_answers
+from localign.vlm.build import load_vlm
+from localign.vlm.config import VLMConfig
+from localign.vlm.processing import LocalignVLMProcessor
+from localign.vlm.questions import KINDS, AskedQuestion, read_questions, write_dataset
+from localign.vlm.scoring import guessing, score, summarise
+from localign.vlm.task import VLMTask
+from localign.vlm.tinylm import TinyLMConfig, train_tiny_lm
+
+MODELS: dict[str, tuple[bool, AdapterName]] = {
+    "baseline-mlp": (False, "mlp"),
+    "aligned-decoder": (True, "decoder"),
+    "baseline-transformer": (False, "transformer"),
+    "baseline-truncated": (False, "truncated"),
+    "aligned-mlp": (True, "mlp"),
+    "aligned-truncated": (True, "truncated"),
+}
+"""Name in results -> whether the backbone is aligned, adapter."""
+ANSWERS_FILE = "answers.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLMDemoConfig:
+    """Compare vision-language models with and without locality alignment, on questions about drawn scenes."""
+
+    out: str = "runs/vlm-demo"
+    """Folder of the demo; one that was cut off is continued."""
+    models: tuple[str, ...] = ("baseline-mlp", "aligned-decoder")
+    """Which: baseline-mlp, aligned-decoder, baseline-transformer, baseline-truncated, aligned-mlp,
+    aligned-truncated; the first is what the others are compared with."""
+    kinds: tuple[str, ...] = ("referring", "position", "count", "relation", "presence")
+    """Kinds of questions: referring, position, count, relation, presence, attribute, choice, caption."""
+    seeds: int = 1
+    """Repetitions of the models' training, each with another seed; intervals need several."""
+    seed: int = 0
+    """The first seed, and that of the alignment."""
+    scenes: int = 10_000
+    """Scenes to train on."""
+    questions: int = 5
+    """Questions on a scene, at most."""
+    test_scenes: int = 400
+    """Scenes to ask about."""
+    llm_steps: int = 300
+    """Steps in which the language model learns its language."""
+    steps: int = 1000
+    """Steps of a vision-language model."""
+    batch_size: int = 32
+    """Scenes per step."""
+    lr: float = 2e-3
+    """Peak learning rate of the vision-language models."""
+    workers: int = 0
+    """Loader processes."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+    def __post_init__(self) -> None:
+        for name, given, known in (("model", self.models, MODELS), ("kind", self.kinds, KINDS)):
+            unknown = [g for g in given if g not in known]
+            if unknown:
+                listed = ", ".join(known)
+                raise UserError(f"unknown {name} {unknown[0]!r}; known: {listed}{near(unknown[0], known)}")
+            if not given or len(set(given)) != len(given):
+                raise UserError(f"--{name}s takes names, each once")
+        for field in ("seeds", "scenes", "questions", "test_scenes", "llm_steps", "steps", "batch_size"):
+            if getattr(self, field) < 1:
+                raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(self, field)}")
+
+    def vlm_config(self, name: str, seed: int) -> VLMConfig:
+        """The training of one model."""
+        aligned, adapter = MODELS[name]
+        folder = Path(self.out)
+        return VLMConfig(
+            data=(str(folder / "train" / "questions.json"),),
+            backbone=(str(folder / "align") if aligned else EMBEDDED,),
+            adapter=adapter,
+            llm=str(folder / "llm" / "export"),
+            out=str(folder / f"{name}-seed{seed}"),
+            seed=seed,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            min_lr_ratio=0.02,
+            weight_decay=0.05,
+            betas=(0.9, 0.98),
+            max_length=512,
+            workers=self.workers,
+            device=self.device,
+            checkpoint_every=200,
+            log_every=20,
+            resume="auto",
+        )
+
+
+def run_vlm_demo(config: VLMDemoConfig) -> dict[str, Any]:
+    """Everything from scenes to the table; returns the content of ``results.json``."""
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_same(folder, config)
+    runs.save_config(folder, "vlm demo", config)
+    clock = Stopwatch()
+    say("writing questions")
+    train_file = write_dataset(folder / "train", "train", config.scenes, config.questions, config.kinds)
+    test_file = write_dataset(folder / "test", "test", config.test_scenes, config.questions, config.kinds)
+    _prepare(config, folder, train_file)
+    models: dict[str, list[dict[str, Any]]] = {name: [] for name in config.models}
+    for seed in range(config.seed, config.seed + config.seeds):
+        for name in config.models:
+            say(f"seed {seed}: {name}")
+            models[name].append(_trained_and_asked(config, name, seed, test_file))
+    known, asked = ([a.question for a in read_questions(file)] for file in (train_file, test_file))
+    results = {
+        "command": "vlm demo",
+        "config": asdict(config),
+        "versions": runs.provenance(),
+        "seconds": clock.elapsed,
+        "models": models,
+        "guessing": guessing(known, asked),
+        "notes": [
+            "Scenes are drawn, and the language model is small: the figures compare adapters, and say nothing "
+            "about photographs.",
+            "All models of a seed see the same conversations in the same order, for the same steps.",
+        ],
+    }
+    path = runs.write_results(folder, results)
+    Console().print(_table(results))
+    print(f"results    {path}")
+    return results
+
+
+def _check_same(folder: Path, config: VLMDemoConfig) -> None:
+    """A demo may be continued with more seeds or models, on another device; all else must stay."""
+    if not (folder / runs.CONFIG_FILE).is_file():
+        return
+    saved, now = runs.read_config(folder)["config"], runs.plain(config)
+    free = ("seeds", "models", "device", "workers", "out")
+    fields = [f for f in now if f not in free and saved.get(f) != now[f]]
+    if fields:
+        listed = "; ".join(f"{f}: {saved.get(f)!r} there, {now[f]!r} now" for f in fields)
+        raise UserError(f"{folder} holds a demo with another config: {listed}; give another --out")
+
+
+def _prepare(config: VLMDemoConfig, folder: Path, train_file: Path) -> None:
+    """The language model, and the aligned backbone where a model takes it."""
+    lm = TinyLMConfig(
+        data=str(train_file),
+        out=str(folder / "llm"),
+        steps=config.llm_steps,
+        warmup_steps=config.llm_steps // 10,
+        seed=config.seed,
+        device=config.device,
+        resume="auto",
+    )
+    if not (folder / "llm" / runs.RESULTS_FILE).is_file():
+        say("the language model")
+        train_tiny_lm(lm)
+    if (
+        any(MODELS[name][0] for name in config.models)
+        and not (folder / "align" / runs.RESULTS_FILE).is_file()
+    ):
+        say("aligning")
+        demo = DemoConfig(out=str(folder), device=config.device)
+        align = replace(demo.align_config(config.seed), out=str(folder / "align"))
+        train(AlignTask(align), align, "align")
+
+
+def _trained_and_asked(config: VLMDemoConfig, name: str, seed: int, test_file: Path) -> dict[str, Any]:
+    """One model's results; those that are on disk are taken as they are."""
+    vlm = config.vlm_config(name, seed)
+    out = Path(vlm.out)
+    if not (out / runs.RESULTS_FILE).is_file():
+        train(VLMTask(vlm), vlm, "vlm train")
+    asked = read_questions(test_file)
+    answers = _answers(config, out, asked)
+    scored = [score(a, answer) for a, answer in zip(asked, answers, strict=True)]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    return {"seed": seed, "loss": losses[-1], "kinds": summarise(scored)}
+
+
+def _answers(config: VLMDemoConfig, out: Path, asked: Sequence[AskedQuestion]) -> list[str]:
+    path = out / ANSWERS_FILE
+    if path.is_file():
+        answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+        if len(answers) == len(asked):
+            return answers
+    model, tokenizer = load_vlm(out)
+    model.to(device=choose_device(config.device)).eval()  # type: ignore[call-arg]
+    questions = [Asked(a.question.message, a.image) for a in asked]
+    processor = LocalignVLMProcessor.for_model(model, tokenizer)
+    answers = list(greedy_answers(model, processor, questions, batch_size=128, max_new_tokens=64))
+    lines = [
+        {
+            "id": a.id,
+            "kind": a.question.kind,
+            "question": a.question.message,
+            "truth": a.question.answer,
+            "answer": text,
+        }
+        for a, text in zip(asked, answers, strict=True)
+    ]
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return answers
+
+
+def _table(results: dict[str, Any]) -> Table:
+    """Accuracy per kind of question, with the difference to the first model."""
+    models: dict[str, list[dict[str, Any]]] = results["models"]
+    first, *others = models
+    table = Table(title="Accuracy on test scenes, %")
+    for column in ("question", "guessing", first, *others):
+        table.add_column(column, justify="left" if column == "question" else "right")
+    for kind, guess in results["guessing"].items():
+        values = {
+            name: [100 * seed["kinds"][kind]["accuracy"] for seed in seeds] for name, seeds in models.items()
+        }
+        cells = [_interval(models[first], kind)]
+        for name in others:
+            change = paired(values[first], values[name])
+            tail = "" if change.half_width is None else f" ± {change.half_width:.1f}"
+            cells.append(f"{_interval(models[name], kind)}  ({change.difference:+.1f}{tail})")
+        table.add_row(kind, f"{100 * max(guess.values()):.1f}", *cells)
+    table.caption = (
+        "In brackets: the difference to the first model, ± half its 95 % t-interval over seeds. "
+        "Guessing: the better of one answer for all and the most common answer to the same words."
+    )
+    return table
+
+
+def _interval(seeds: Sequence[dict[str, Any]], kind: str) -> str:
+    mean = sum(100 * s["kinds"][kind]["accuracy"] for s in seeds) / len(seeds)
+    bounds = seeds[0]["kinds"][kind]["interval"]
+    if len(seeds) > 1 or bounds is None:
+        return f"{mean:.1f}"
+    return f"{mean:.1f} [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
