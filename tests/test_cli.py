@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import localign
-from localign.cli import COMMANDS, build_parser, main, parse
+from localign.cli import COMMANDS, build_parser, main, parse, split_command
 
 TINY = (
     "--backbone vit_tiny_patch16_224 --weights none "
@@ -259,10 +259,25 @@ def test_import_gives_the_published_encoder(tmp_path: Path) -> None:
     torch.testing.assert_close(encoded, reference["student.encoder"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "heads", [["linear", "mlp"], ["linear,mlp"], ["linear,", "mlp"], ["[linear, mlp]"], ['["linear", "mlp"]']]
+)
+def test_a_list_is_written_as_one_likes(heads: list[str]) -> None:
+    assert parse("probe", ["--heads", *heads, "--seeds", "2"]).heads == ("linear", "mlp")
+
+
+def test_commands_of_two_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert split_command(["vlm", "train", "--seed", "1"]) == ("vlm train", ["--seed", "1"])
+    assert parse("vlm check", ["a.json"]).data == ("a.json",)
+    assert main(["vlm"]) == 2
+    assert "localign vlm what? there is vlm train," in capsys.readouterr().err
+    assert main(["vlm", "trian"]) == 2
+    assert "localign vlm what?" in capsys.readouterr().err
+
+
 def test_the_commands_in_the_readme_parse() -> None:
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     found = re.findall(r"^    (?:torchrun .*-m )?localign (.*)$", text, flags=re.MULTILINE)
     assert len(found) >= 6
     for line in found:
-        name, *arguments = shlex.split(line, comments=True)
-        parse(name, arguments)
+        parse(*split_command(shlex.split(line, comments=True)))
