@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from localign import rng
 from localign.data.loader import SampleStream
@@ -89,6 +90,7 @@ class TokenModel(nn.Module):
         self.blocks[1].requires_grad_(False)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight
+        self.grad_checkpointing = False
         self.register_buffer("gain", torch.tensor(1.5))
         self.register_buffer("ramp", torch.linspace(0, 1, LENGTH)[:, None], persistent=False)
 
@@ -96,9 +98,9 @@ class TokenModel(nn.Module):
         with torch.no_grad():
             seen = self.tower(features)
         x = self.embedding(input_ids) + seen[:, None] + self.ramp
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x) * self.gain
+        for part in (*self.blocks, self.head):
+            x = checkpoint(part, x, use_reentrant=False) if self.grad_checkpointing else part(x)
+        return x * self.gain
 
 
 def sample(index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,6 +183,9 @@ class TokenTask(Task):
 
     def checkpointed(self, name: str) -> bool:
         return self.events.whole_checkpoints or not name.startswith(("tower.", "blocks.1."))
+
+    def set_grad_checkpointing(self) -> None:
+        self.model.grad_checkpointing = True
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
         assert type(module) is TokenModel, "the whole module is one as before sharding"

@@ -45,6 +45,15 @@ def test_devices() -> None:
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
 
 
+def test_a_sharded_world_of_one_has_a_group() -> None:
+    with world("cpu", sharded=True) as here:
+        assert torch.distributed.is_initialized()
+        assert here.size == 1
+        assert here.mesh(per_node=False).shape == (1,)
+        assert here.mesh(per_node=True).shape == (1, 1)
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta", "xpu"])
 def test_device_names_that_are_none(name: str) -> None:
     with pytest.raises(UserError, match="give auto, cpu, cuda, cuda:N or mps") as caught:

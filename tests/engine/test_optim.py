@@ -83,6 +83,24 @@ def test_the_schedule() -> None:
     assert rates[40] == pytest.approx(2.0 * (0.25 + 0.75 * (1 + math.cos(math.pi / 3)) / 2))
 
 
+def test_a_warm_up_from_nothing() -> None:
+    # The published language model recipe: 3 % of 10,396 steps, of which the first has rate 0.
+    config = TrainConfig(
+        epochs=2, batch_size=128, lr=2e-5, warmup_share=0.03, warmup_start=0.0, min_lr_ratio=0.0
+    )
+    config = with_warmup_steps(config, 665_344)
+    steps = total_steps(config, 665_344)
+    assert (steps, config.warmup_steps) == (10_396, 311)
+    rates = [learning_rate(s, steps, config) for s in (0, 1, 311, steps)]
+    assert rates == pytest.approx([0.0, 2e-5 / 311, 2e-5, 0.0], abs=1e-12)
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.29, 29), (0.299, 29), (0.001, 0), (0.99, 99)])
+def test_a_warm_up_as_a_share_is_rounded_down(share: float, steps: int) -> None:
+    config = with_warmup_steps(TrainConfig(steps=100, warmup_share=share), 7)
+    assert (config.warmup_steps, config.warmup_share) == (steps, None)
+
+
 def test_no_warm_up() -> None:
     assert learning_rate(0, 10, TrainConfig(steps=10, lr=1.0)) == 1.0
 
@@ -155,6 +173,12 @@ def test_the_length_of_a_run() -> None:
         ({"ema": 1.0}, "--ema must lie between"),
         ({"steps": 5, "warmup_steps": 5}, "--warmup-steps 5 leaves nothing"),
         ({"warmup_steps": 5, "warmup_epochs": 1.0}, "--warmup-steps and --warmup-epochs contradict"),
+        ({"warmup_steps": 5, "warmup_share": 0.1}, "--warmup-steps and --warmup-share contradict"),
+        ({"warmup_epochs": 1.0, "warmup_share": 0.1}, "--warmup-epochs and --warmup-share contradict"),
+        ({"warmup_share": 1.0}, "--warmup-share must lie below 1"),
+        ({"warmup_share": 0.0}, "--warmup-share must be above 0"),
+        ({"warmup_start": -0.1}, "--warmup-start must lie in"),
+        ({"reduce_dtype": "bf16"}, "--reduce-dtype bf16 is of sharded runs"),
     ],
 )
 def test_options_that_contradict(options: dict[str, object], message: str) -> None:

@@ -109,6 +109,18 @@ def test_checkpoints_are_safetensors_and_json(sharded: Path) -> None:
     assert offsets["model.embedding.weight"] == {"saved_offsets": [0, 0]}
 
 
+def test_torch_reads_them_too(sharded: Path) -> None:
+    hf = pytest.importorskip("torch.distributed.checkpoint.hf_storage")
+    expected = tensors(sharded)
+    read = {name: torch.empty_like(t) for name, t in expected.items() if t.ndim}
+    folder = sharded / "checkpoints" / "step-0000008"
+    with pytest.warns(UserWarning, match="single process"):
+        torch.distributed.checkpoint.load(
+            read, storage_reader=hf.HuggingFaceStorageReader(str(folder)), no_dist=True
+        )
+    assert all(torch.equal(read[name], expected[name]) for name in read)
+
+
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_a_resumed_run_equals_an_uninterrupted_one(sharded: Path, tmp_path: Path, sharding: str) -> None:
     config = token(tmp_path, sharding=sharding, keep_checkpoints=1, val_every=3)

@@ -93,8 +93,10 @@ class World:
         """
         if self.device.type not in ("cpu", "cuda"):
             raise UserError(f"--sharding works on CUDA GPUs and CPUs, not on {self.device.type}")
-        shape = (self.size // self.local_size, self.local_size) if per_node else (self.size,)
-        return init_device_mesh(self.device.type, shape)
+        if per_node:
+            shape = (self.size // self.local_size, self.local_size)
+            return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
 
     def cpu_group(self) -> dist.ProcessGroup:
         """A further group of all ranks, for what they exchange beside the training."""

@@ -33,7 +33,7 @@ class Encoder:
 
     Args:
         prompt: The words around questions and answers.
-        tokenizer: Knows the image token (see :func:`localign.vlm.modeling.add_special_tokens`).
+        tokenizer: Knows the image token (see :func:`localign.vlm.vocabulary.add_special_tokens`).
         num_image_tokens: Tokens an image takes.
         max_length: The longest example, in tokens; what is beyond is cut off.
         text_limit: ``max_length`` counts the text alone, and an image's tokens come on top, as published.

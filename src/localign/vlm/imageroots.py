@@ -31,14 +31,17 @@ class ImageRoots:
 
     def path(self, image: str, root: int) -> Path:
         """Where an image lies in the given root, which its path fits."""
+        return Path(self._joined(image, root))
+
+    def _joined(self, image: str, root: int) -> str:  # text: a million paths as objects take long
         prefix, folder = self.roots[root]
-        return folder / image.removeprefix(prefix)
+        return os.path.join(folder, image.removeprefix(prefix))
 
     def find(self, image: str) -> int:
         """The first root that has the image, or MISSING. Folders are listed once, and files not opened."""
         for number, (prefix, _) in enumerate(self.roots):
             if image.startswith(prefix):
-                folder, name = os.path.split(self.path(image, number))
+                folder, name = os.path.split(self._joined(image, number))
                 if folder not in self._listings:
                     self._listings[folder] = _listing(folder)
                 if name in self._listings[folder]:
@@ -50,13 +53,13 @@ class ImageRoots:
         self._listings.clear()
 
 
-def _root(root: str) -> tuple[str, Path]:
+def _root(root: str) -> tuple[str, str]:
     prefix, equals, folder = root.partition("=")
     if not equals or os.path.isdir(root):
         prefix, folder = "", root
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder of images {folder}")
-    return prefix.rstrip("/") + "/" if prefix else "", Path(folder)
+    return prefix.rstrip("/") + "/" if prefix else "", folder
 
 
 def _listing(folder: str) -> frozenset[str]:
