@@ -98,7 +98,7 @@ def test_bench_probe_shows_equal_recalls(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("bench cats", "--what takes one of [labels, probe]"),
+        ("bench cats", "--what takes one of [labels, probe, vlm]"),
         ("bench labels --epochs 2", "--epochs has no effect on bench labels"),
         ("bench probe --patch-size 14", "--patch-size has no effect on bench probe"),
         ("bench labels --images 0", "--images must be above 0"),

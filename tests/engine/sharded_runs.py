@@ -251,11 +251,12 @@ def part(config: TrainConfig, **events: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    size = os.environ.get("WORLD_SIZE", "1")
+    several = int(size) > 1
     if several:  # one group for all runs
         dist.init_process_group("gloo")
     for values in json.loads(sys.argv[1]):
-        os.environ["LOCAL_WORLD_SIZE"] = str(values["events"].pop("local_size", os.environ["WORLD_SIZE"]))
+        os.environ["LOCAL_WORLD_SIZE"] = str(values["events"].pop("local_size", size))
         config, events = TrainConfig(**values["config"]), values["events"]
         if "stop_before" in events:
             run_until(config, events.pop("stop_before"), **events)

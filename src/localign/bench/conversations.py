@@ -63,7 +63,14 @@ WRAPPING = 6
 """Tokens around a question and its answer: In, colon, newline, Out, colon, end of sequence."""
 SHORTEST_TURN = 12
 """Tokens with their wrapping; where the scale leaves a turn less, a conversation has fewer turns."""
-WORDS = ["a", "all", "and", "are", "at", "back", "been", "big", "blue", "by", "can", "car", "cat", "day", "dog", "down", "each", "find", "first", "food", "for", "from", "green", "had", "has", "have", "her", "his", "house", "how", "in", "is", "it", "just", "large", "like", "long", "look", "made", "make", "man", "many", "may", "more", "most", "of", "on", "one", "or", "out", "people", "red", "side", "small", "street", "table", "that", "the", "there", "they", "this", "time", "to", "tree", "two", "water", "what", "white", "who", "with", "woman"]
+WORDS = (
+    "a", "all", "and", "are", "at", "back", "been", "big", "blue", "by", "can", "car", "cat", "day",
+    "dog", "down", "each", "find", "first", "food", "for", "from", "green", "had", "has", "have", "her",
+    "his", "house", "how", "in", "is", "it", "just", "large", "like", "long", "look", "made", "make",
+    "man", "many", "may", "more", "most", "of", "on", "one", "or", "out", "people", "red", "side",
+    "small", "street", "table", "that", "the", "there", "they", "this", "time", "to", "tree", "two",
+    "water", "what", "white", "who", "with", "woman",
+)  # fmt: skip
 PICTURES = 8
 """Different images."""
 

@@ -80,12 +80,18 @@ def probe_tables(content: dict[str, Any]) -> list[Table]:
 def vlm_tables(content: dict[str, Any]) -> list[Table]:
     """What each way trains on in a second, and where the difference comes from."""
     title = (
-        "{llm} Llama, {conversations} conversations ({text_only} of text alone), {image_tokens} tokens an image, "
-        "{micro_batch} to a micro-batch"
+        "Training with the language model {llm}, {image_tokens} tokens an image\n"
+        "{conversations} conversations ({text_only} of text alone), {micro_batch} to a micro-batch"
     ).format(**content)
     cuda = content["hardware"]["device"].startswith("cuda")
     others = list(content["ways"][0].get("times_faster", {}))
-    numbers = ["tokens/s", "padding, %", *(f"times faster than {other}" for other in others), "loading, s"]
+    numbers = (
+        "tokens/s",
+        "padding, %",
+        "steps, s",
+        "loading, s",
+        *(f"times faster than {o}" for o in others),
+    )
     table = _table(title, content, ("way",), (*numbers, *(("MFU, %", "peak, GiB") if cuda else ())))
     for row in content["ways"]:
         if not row["fits"]:
@@ -95,8 +101,8 @@ def vlm_tables(content: dict[str, Any]) -> list[Table]:
         cells = [
             f"{row['tokens_per_second']:,.0f}",
             f"{100 * row['padding']:.0f}",
+            *(_seconds(row[key], cuda) for key in ("seconds", "loading_seconds")),
             *(f"{f['wall']:.2f}" + ("" if cuda else f" (CPU {f['cpu']:.2f})") for f in faster),
-            f"{row['loading_seconds']['wall']:.1f}",
         ]
         if cuda:
             cells += [
@@ -105,6 +111,10 @@ def vlm_tables(content: dict[str, Any]) -> list[Table]:
             ]
         table.add_row(row["way"], *cells)
     return [table]
+
+
+def _seconds(timing: dict[str, float], wall_alone: bool) -> str:
+    return f"{timing['wall']:.1f}" + ("" if wall_alone else f" (CPU {timing['cpu']:.1f})")
 
 
 def _bench_vlm(config: BenchConfig) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def bench_vlm(config: BenchConfig) -> dict[str, Any]:
     measured = _measure(task, passes, config.repeats or REPEATS)
     _check_equal_losses(measured, passes, tolerance=2e-2 if device.type == "cuda" else 1e-4)
     return {
-        "llm": config.llm or "tiny",
+        "llm": Path(config.llm or "tiny").name,
         "parameters": {
             "llm": sum(p.numel() for p in model.language_model.parameters()),
             "vision": sum(p.numel() for p in model.vision.parameters()),

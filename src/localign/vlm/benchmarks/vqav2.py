@@ -35,15 +35,14 @@ class VQAv2(OpenEnded):
         folder = root / "download" / "vqa-v2"
         path = folder / "v2_val2014_annotations.json"
         asked = _texts(folder / "v2_val2014_questions.json")
-        images: dict[int, str] = {}
+        images = _Images(folder / "images_val2014")
         for annotation in _annotations(path):
             text = asked.get(annotation.question)
             if text is None:
                 raise UserError(f"{path}: there is no question {annotation.question} in {folder}")
-            name = f"COCO_val2014_{annotation.image:012d}.jpg"
             yield Question(
                 id=str(annotation.question),
-                image=images.setdefault(annotation.image, str(folder / "images_val2014" / name)),
+                image=images[annotation.image],
                 message=short_answer(text),
                 split="val2014",
                 payload={
@@ -65,6 +64,17 @@ class VQAv2(OpenEnded):
             for value, rows in sorted(rows_by(sample[name] for sample in samples).items()):
                 found[f"{figure}[{value}]"] = Ratio(scores[rows], rows=rows)
         return found
+
+
+class _Images(dict[int, str]):
+    """Paths by image id; one string for all questions on an image."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, image: int) -> str:
+        return self.setdefault(image, str(self._folder / f"COCO_val2014_{image:012d}.jpg"))
 
 
 class _Annotation(NamedTuple):
