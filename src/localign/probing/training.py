@@ -21,7 +21,6 @@ from localign import rng
 from localign.data.loader import SampleStream
 from localign.engine.config import Precision
 from localign.engine.distributed import World
-from localign.engine.memory import keep_freed_memory
 from localign.errors import RunFailure, UserError
 from localign.probing.features import DTYPES, Batch, Features, Rows
 from localign.probing.heads import Geometry, build_head
@@ -234,7 +233,6 @@ def train_heads(
         UserError: the warm-up is longer than the training, or the batch does not divide among ranks.
         RunFailure: a loss is not finite.
     """
-    keep_freed_memory()
     steps, warmup = config.resolved(len(features))
     ends = config.epoch_ends(len(features))
     members = [(seed, spec) for spec in specs for seed in config.all_seeds]
