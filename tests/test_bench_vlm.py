@@ -24,8 +24,10 @@ from localign.bench.conversations import (
     drawn_tokenizer,
     write_conversations,
 )
-from localign.bench.flops import useful_flops
+from localign.bench.flops import peak_flops, useful_flops
+from localign.bench.run import vlm_tables
 from localign.bench.timing import Timing
+from localign.bench.vlm_setup import training_options
 from localign.cli import main
 from localign.engine.task import BatchPlan
 from localign.errors import RunFailure
@@ -114,7 +116,7 @@ def test_a_word_is_a_token_and_a_record_as_long_as_drawn(tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def task(llm: Path, tmp_path_factory: pytest.TempPathFactory) -> VLMTask:
     config = BenchConfig(what="vlm", llm=str(llm), image_tokens=16, batch_size=4)
-    options = bench.training_options(config, tmp_path_factory.mktemp("data"))
+    options = training_options(config, tmp_path_factory.mktemp("data"))
     return VLMTask(options, *build_vlm(options))
 
 
@@ -151,11 +153,23 @@ def test_useful_flops_are_what_torch_counts(task: VLMTask, trained: bool) -> Non
     assert 2 * masked > 0.03 * expected  # so it would show if attention were not counted
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA GeForce GT 710", None)],
+)
+def test_the_peak_of_a_gpu_is_by_its_name(
+    name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+    assert peak_flops(torch.device("cpu")) is None
+
+
 def test_the_median_of_each_step_counts() -> None:
     timings = {(0, 0): 1.0, (1, 0): 9.0, (2, 0): 2.0, (0, 1): 30.0, (1, 1): 10.0, (2, 1): 20.0}
     measured = bench.Measured({key: Timing(wall, 2 * wall) for key, wall in timings.items()})
     assert measured.cost() == Timing(22, 44)
-    assert [t.wall for t in measured.passes()] == [31, 19, 22]
+    assert [t.wall for t in measured.repeats()] == [31, 19, 22]
 
 
 def test_a_token_more_in_the_same_time_is_faster() -> None:
@@ -175,10 +189,19 @@ def test_bench_vlm_measures_every_way(llm: Path, tmp_path: Path, capsys: pytest.
     assert 0 < rows["padded, grouped"]["padding"] < rows["padded"]["padding"]
     assert rows["padded"]["times_faster"]["padded"] == {"wall": 1, "cpu": 1}
     for row in rows.values():
-        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"]["wall"])
+        for clock, seconds in row["seconds"].items():
+            assert row["tokens_per_second"][clock] == pytest.approx(row["tokens"] / seconds)
+        assert row["seconds_of_repeats"] == [row["seconds"]]
         assert row["loading_seconds"]["wall"] > 0
         assert row["mfu"] is None
         assert row["peak_bytes"] is None
+    # On a GPU its memory and the share of its peak are told too.
+    gpu = {"mfu": 0.4321, "peak_bytes": 3 * 2**30}
+    ways = [row | gpu for row in content["ways"][:-1]] + [{**content["ways"][-1], **gpu, "mfu": None}]
+    (table,) = vlm_tables(content | {"ways": ways, "hardware": content["hardware"] | {"device": "cuda:0"}})
+    *_, mfu, peak = table.columns
+    assert (mfu.header, [*mfu.cells]) == ("MFU, %", [*["43"] * 5, "–"])
+    assert (peak.header, [*peak.cells]) == ("peak, GiB", ["3.0"] * 6)
     shown = capsys.readouterr().out
     assert "64 conversations (4 of text alone), 2 to a micro-batch" in shown
     assert str(out) in shown

@@ -65,6 +65,15 @@ COMMANDS: dict[str, Command] = {
         "make the published mixtures of conversations",
         ("what",),
     ),
+    "vlm eval": Command(
+        commands.eval_config, commands.vlm_eval, "put benchmarks to a vision-language model", ("model",)
+    ),
+    "vlm score": Command(
+        commands.score_config, commands.vlm_score, "score answers again, or compare models", ("runs",)
+    ),
+    "vlm show": Command(
+        commands.show_config, commands.vlm_show, "draw questions with true and answered boxes", ("answers",)
+    ),
     "vlm demo": Command(
         commands.vlm_demo_config,
         commands.vlm_demo,
@@ -195,7 +204,10 @@ def normalise(argv: Sequence[str], command: Command) -> list[str]:
                 out.append(token)
             elif positional:
                 name = positional.pop(0)
-                out += [f"--{name}", _as_json_list(name, [token]) if _is_list(fields[name]) else token]
+                tokens = [token]
+                while _is_list(fields[name]) and rest and not rest[0].startswith("-"):
+                    tokens.append(rest.pop(0))
+                out += [f"--{name}", _as_json_list(name, tokens) if _is_list(fields[name]) else token]
             else:
                 raise UserError(f"unexpected argument {token!r}")
             continue

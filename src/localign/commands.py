@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from localign.pretraining import PretrainConfig
     from localign.probe import ProbeCommandConfig
     from localign.reproduce import ReproduceConfig
+    from localign.vlm.benchmarks.options import EvalConfig, ScoreConfig, ShowConfig
     from localign.vlm.chat import ChatConfig
     from localign.vlm.config import VLMConfig
     from localign.vlm.demo import VLMDemoConfig
@@ -136,6 +137,24 @@ def vlm_export_config() -> type:
     from localign.vlm.options import VLMExportConfig
 
     return VLMExportConfig
+
+
+def eval_config() -> type:
+    from localign.vlm.benchmarks.options import EvalConfig
+
+    return EvalConfig
+
+
+def score_config() -> type:
+    from localign.vlm.benchmarks.options import ScoreConfig
+
+    return ScoreConfig
+
+
+def show_config() -> type:
+    from localign.vlm.benchmarks.options import ShowConfig
+
+    return ShowConfig
 
 
 def demo(config: DemoConfig) -> None:
@@ -283,6 +302,24 @@ def vlm_export(config: VLMExportConfig) -> None:
     model.to(dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
     processor = LocalignVLMProcessor.for_model(model, tokenizer)
     print(f"export     {save_vlm(model, processor, Path(config.out))}")
+
+
+def vlm_eval(config: EvalConfig) -> None:
+    from localign.vlm.benchmarks.run import run_eval
+
+    run_eval(config)
+
+
+def vlm_score(config: ScoreConfig) -> None:
+    from localign.vlm.benchmarks.rescoring import run_score
+
+    run_score(config)
+
+
+def vlm_show(config: ShowConfig) -> None:
+    from localign.vlm.benchmarks.show import run_show
+
+    run_show(config)
 
 
 def _say_trained(folder: Path, results: dict[str, Any]) -> None:

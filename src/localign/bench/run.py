@@ -84,37 +84,30 @@ def vlm_tables(content: dict[str, Any]) -> list[Table]:
         "{conversations} conversations ({text_only} of text alone), {micro_batch} to a micro-batch"
     ).format(**content)
     cuda = content["hardware"]["device"].startswith("cuda")
-    others = list(content["ways"][0].get("times_faster", {}))
-    numbers = (
-        "tokens/s",
-        "padding, %",
-        "steps, s",
-        "loading, s",
-        *(f"times faster than {o}" for o in others),
-    )
+    others = next((list(row["times_faster"]) for row in content["ways"] if row["fits"]), [])
+    numbers = ("tokens/s", "padding, %", *(f"times faster than {other}" for other in others))
     table = _table(title, content, ("way",), (*numbers, *(("MFU, %", "peak, GiB") if cuda else ())))
+    loading = max(row["loading_seconds"]["wall"] for row in content["ways"])
+    table.caption = (
+        f"{table.caption}\nwithout loading, which took at most {loading:.1f} s for all conversations"
+    )
     for row in content["ways"]:
         if not row["fits"]:
             table.add_row(row["way"], "does not fit")
             continue
-        faster = [row["times_faster"][other] for other in others]
-        cells = [
-            f"{row['tokens_per_second']:,.0f}",
-            f"{100 * row['padding']:.0f}",
-            *(_seconds(row[key], cuda) for key in ("seconds", "loading_seconds")),
-            *(f"{f['wall']:.2f}" + ("" if cuda else f" (CPU {f['cpu']:.2f})") for f in faster),
-        ]
+        speeds = [(row["tokens_per_second"], ",.0f")]
+        speeds += [(row["times_faster"][other], ".2f") for other in others]
+        speed, *faster = (_in_both_times(*s, wall_alone=cuda) for s in speeds)
+        cells = [speed, f"{100 * row['padding']:.0f}", *faster]
         if cuda:
-            cells += [
-                "–" if row["mfu"] is None else f"{100 * row['mfu']:.0f}",
-                f"{row['peak_bytes'] / 2**30:.1f}",
-            ]
+            mfu = "–" if row["mfu"] is None else f"{100 * row['mfu']:.0f}"
+            cells += [mfu, f"{row['peak_bytes'] / 2**30:.1f}"]
         table.add_row(row["way"], *cells)
     return [table]
 
 
-def _seconds(timing: dict[str, float], wall_alone: bool) -> str:
-    return f"{timing['wall']:.1f}" + ("" if wall_alone else f" (CPU {timing['cpu']:.1f})")
+def _in_both_times(value: dict[str, float], form: str, wall_alone: bool) -> str:
+    return f"{value['wall']:{form}}" + ("" if wall_alone else f" (CPU {value['cpu']:{form}})")
 
 
 def _bench_vlm(config: BenchConfig) -> dict[str, Any]:

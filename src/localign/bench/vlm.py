@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,20 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PretrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from localign.bench.config import BenchConfig
-from localign.bench.conversations import (
-    IMAGE_TOKENS,
-    MAX_LENGTH,
-    MIX,
-    drawn_conversations,
-    drawn_tokenizer,
-    write_conversations,
-)
+from localign.bench.conversations import MIX
 from localign.bench.flops import peak_flops, useful_flops
 from localign.bench.timing import Timing, hardware, timed
+from localign.bench.vlm_setup import training_options
 from localign.engine.batch import to_device
 from localign.engine.distributed import choose_device
 from localign.engine.log import say
@@ -33,36 +25,12 @@ from localign.engine.task import BatchPlan, StepResult
 from localign.errors import RunFailure
 from localign.vlm.batching import VLMBatch
 from localign.vlm.build import build_vlm
-from localign.vlm.config import Batching, Sampler, VLMConfig
+from localign.vlm.config import Batching, Sampler
 from localign.vlm.modeling import LocalignVLM
 from localign.vlm.prompts import IGNORED
-from localign.vlm.shapes import text_config
 from localign.vlm.task import VLMTask
 
-BATCH, STEPS, REPEATS, TINY_IMAGE_TOKENS = 16, 16, 3, 64
-"""16 conversations are one rank's share of the published 128 over 8 ranks."""
-SMALL_WIDTH = 1024
-"""Language models narrower than that see through a small ViT, others through CLIP's ViT-L/14."""
-LLAMAS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vocab_size": 1024,
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-    },
-    "1b": {
-        "vocab_size": 128_256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
-}
-"""Arguments of the Llama architecture; 1b has the shapes of Llama 3.2."""
-LLAMA_7B = "meta-llama/Llama-2-7b-hf"
+REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -130,7 +98,7 @@ class Measured:
             Timing.median([t for (_, s), t in self.timings.items() if s == step]) for step in steps
         )
 
-    def passes(self) -> list[Timing]:
+    def repeats(self) -> list[Timing]:
         """Of each repeat."""
         repeats = sorted({repeat for repeat, _ in self.timings})
         return [Timing.total(t for (r, _), t in self.timings.items() if r == repeat) for repeat in repeats]
@@ -181,48 +149,6 @@ def bench_vlm(config: BenchConfig) -> dict[str, Any]:
         "hardware": hardware(device),
         "ways": _rows(measured, passes, device),
     }
-
-
-def training_options(config: BenchConfig, folder: Path) -> VLMConfig:
-    """Draw conversations and a language model's config into the folder, and name them as a training would."""
-    llm_config = _llm_config(config.llm or "tiny")
-    width = llm_config.get_text_config().hidden_size
-    image_tokens = config.image_tokens or (TINY_IMAGE_TOKENS if width < SMALL_WIDTH else IMAGE_TOKENS)
-    side, scale = math.isqrt(image_tokens), image_tokens / IMAGE_TOKENS
-    tokenizer = drawn_tokenizer()
-    text = llm_config.get_text_config()
-    text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    text.pad_token_id = tokenizer.pad_token_id
-    for part in (llm_config, tokenizer):
-        part.save_pretrained(folder / "llm")
-    batch, steps = config.batch_size or BATCH, config.steps or STEPS
-    text_only = batch * (steps // STEPS)
-    drawn = drawn_conversations(batch * steps - text_only, text_only, scale, config.seed)
-    shrink = math.sqrt(scale)
-    size = max(1, round(640 * shrink)), max(1, round(480 * shrink))
-    vit: dict[str, Any] = {"backbone": ("clip-vit-l",), "image_size": 14 * side}
-    if width < SMALL_WIDTH:
-        sizes = {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
-        vit = {"backbone": ("vit_tiny_patch16_224",), "image_size": 8 * side, "model_kwargs": sizes}
-    return VLMConfig(
-        data=(str(write_conversations(drawn, folder, size, config.seed)),),
-        llm=str(folder / "llm"),
-        llm_weights="none",
-        weights="none",
-        stage=config.stage or "finetune",
-        max_length=round(MAX_LENGTH * scale),
-        batch_size=batch,
-        micro_batch=config.micro_batch,
-        grad_checkpointing=config.grad_checkpointing,
-        seed=config.seed,
-        **vit,
-    )
-
-
-def _llm_config(name: str) -> PretrainedConfig:
-    if name in LLAMAS:
-        return LlamaConfig(**LLAMAS[name], max_position_embeddings=4096)
-    return text_config(LLAMA_7B if name == "7b" else name)
 
 
 def _load(task: VLMTask, steps: int) -> Pass:
@@ -288,7 +214,7 @@ def _timed_step(
         torch.cuda.reset_peak_memory_stats(task.device)
     loss = whole_logits_loss if way.whole_logits else task.step
     sums, timing = timed(lambda: _step(task, optimizer, batches, loss), task.device)
-    return sums.cpu().double(), timing, torch.cuda.max_memory_allocated(task.device) if cuda else 0
+    return sums, timing, torch.cuda.max_memory_allocated(task.device) if cuda else 0
 
 
 def _step(
@@ -297,7 +223,7 @@ def _step(
     batches: Sequence[VLMBatch],
     loss: Callable[[LocalignVLM, VLMBatch], StepResult],
 ) -> Tensor:
-    """As the loop takes a step."""
+    """As the loop takes a step; returns the float64 sums of loss and labelled tokens."""
     model, device = task.model, task.device
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -310,7 +236,7 @@ def _step(
         sums += torch.stack([result.loss_sum.detach(), result.weight.detach()]).to(sums)
     scale_and_clip(model, 1 / sums[1].clamp(min=1), task.config.clip_grad)
     optimizer.step()
-    return sums
+    return sums.cpu().double()
 
 
 def whole_logits_loss(model: LocalignVLM, batch: VLMBatch) -> StepResult:
@@ -363,13 +289,14 @@ def _rows(
         if found.fits:
             cost = found.cost()
             row["seconds"] = asdict(cost)
-            row["tokens_per_second"] = done.tokens / cost.wall
-            row["tokens_per_second_of_passes"] = [done.tokens / t.wall for t in found.passes()]
+            row["seconds_of_repeats"] = [asdict(timing) for timing in found.repeats()]
+            row["tokens_per_second"] = {"wall": done.tokens / cost.wall, "cpu": done.tokens / cost.cpu}
             row["times_faster"] = {
                 other: _times_faster(seconds_per_token[way.name], seconds_per_token[other])
                 for other in (PADDED, PLAIN)
                 if other in seconds_per_token
             }
+            # Peaks are of bfloat16, in which CUDA computes here.
             row["mfu"] = done.flops / cost.wall / peak if peak else None
             row["peak_bytes"] = found.peak_bytes or None
         rows.append(row)

@@ -84,10 +84,10 @@ class Checkpoints:
         """
         path = self.path(step)
         with replacing_folder(path) as temporary:
-            save_file(_tensors(self.included_state(module)), temporary / MODEL_FILE)
+            save_file(_tensors(self._included_state(module)), temporary / MODEL_FILE)
             save_file(_tensors(optimizer_tensors(module, optimizer)), temporary / OPTIMIZER_FILE)
             if ema is not None:
-                save_file(_tensors(self.included_state(ema)), temporary / EMA_FILE)
+                save_file(_tensors(self._included_state(ema)), temporary / EMA_FILE)
             (temporary / STATE_FILE).write_text(state_text(step, state), encoding="utf-8")
         self._tidy(step, state.get("best"))
         return path
@@ -95,7 +95,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Until what was saved is there."""
 
-    def included_state(self, module: nn.Module) -> dict[str, Tensor]:
+    def _included_state(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's tensors that checkpoints hold, by name."""
         return {name: tensor for name, tensor in module.state_dict().items() if self.included(name)}
 

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from localign.errors import UserError
@@ -75,11 +74,12 @@ class World:
 
     @contextmanager
     def without_sync(self, module: nn.Module, skip: bool) -> Iterator[None]:
-        """Inside, gradients stay on their rank if ``skip``: for all but the last micro-batch of a step."""
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(not skip)
-            yield
-        elif skip and isinstance(module, DistributedDataParallel):
+        """Inside, gradients stay on their rank if ``skip``: for all but the last micro-batch of a step.
+
+        A sharded module exchanges them after every one: kept, they would be whole on every rank, which is what
+        sharding is there to avoid.
+        """
+        if skip and isinstance(module, DistributedDataParallel):
             with module.no_sync():
                 yield
         else:

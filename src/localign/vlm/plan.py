@@ -30,6 +30,9 @@ from localign.vlm.vocabulary import ROWS_MULTIPLE
 _MASTER, _GRADIENT, _MOMENTS, _FROZEN = 4, 4, 8, 2
 """Bytes per parameter: fp32 weights, fp32 gradients, AdamW's two moments; bf16 where nothing is trained."""
 
+_RANKS_PER_NODE = 8
+"""What hybrid sharding is planned for."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -79,7 +82,9 @@ def plan_vlm(config: VLMConfig) -> tuple[LocalignVLM, Plan]:
     }
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trainable
-    share = config.plan_ranks if config.sharding == "full" else 1
+    share = {"none": 1, "full": config.plan_ranks, "hybrid": min(config.plan_ranks, _RANKS_PER_NODE)}[
+        config.sharding
+    ]
     taken = trainable * (_MASTER + _GRADIENT + _MOMENTS) // share + frozen * _FROZEN
     records = _records(config)
     steps = warmup = None

@@ -149,7 +149,7 @@ def test_mcnemar_by_hand(fewer: int, more: int, p_value: float) -> None:
 
 
 def test_mcnemar_of_many_questions_is_that_of_the_normal_distribution() -> None:
-    fewer, more = 49_500, 50_500
+    fewer, more = 4_900, 5_100
     found = mcnemar(samples([1.0] * fewer + [0.0] * more), samples([0.0] * fewer + [1.0] * more))
     z = (more - fewer - 1) / math.sqrt(fewer + more)
     assert found.p_value == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.01)

@@ -144,7 +144,7 @@ def test_figures_over_some_samples_draw_those() -> None:
         chosen = torch.zeros(12)
         chosen[torch.from_numpy(rows)] = 1
         everything = FIGURES[name] if name != "ratio" else lambda r: Ratio(SCORES[r])
-        alone = Draws(draws.of(np.arange(12)) * chosen, torch.arange(12))
+        alone = Draws(draws.of(np.arange(12)).T * chosen, torch.arange(12))
         torch.testing.assert_close(
             part.replicates(draws), everything(np.arange(12)).replicates(alone), equal_nan=True
         )

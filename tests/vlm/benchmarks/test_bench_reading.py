@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
@@ -390,3 +392,47 @@ def test_textvqa_wants_ten_answers(tmp_path: Path) -> None:
     write_json(path, content)
     with pytest.raises(UserError, match="record 1: there are 9 answers, not 10"):
         benchmark("textvqa").read(root, allow_partial=True)
+
+
+# -- size ----------------------------------------------------------------------------------------------------
+
+READ_AND_MEASURE = """
+import resource, sys, time
+from localign.vlm.benchmarks.table import benchmark
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+suite = benchmark("vqav2")
+before, begin = peak(), time.process_time()
+data = suite.read(sys.argv[1], allow_partial=True)
+print(len(data.questions), time.process_time() - begin, peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_200000_questions_are_read_in_little_time_and_memory(tmp_path: Path) -> None:
+    root = write_vqav2(tmp_path) / "download/vqa-v2"
+    answers = [["yes", "no", f"w{n % 997}", f"w{n % 7919}", "2"] * 2 for n in range(200_000)]
+    questions = [{"question_id": n, "image_id": 393225, "question": f"What is {n}?"} for n in range(200_000)]
+    annotations = [
+        {
+            "question_type": "what is",
+            "multiple_choice_answer": given[0],
+            "answers": [
+                {"answer": answer, "answer_confidence": "yes", "answer_id": position}
+                for position, answer in enumerate(given, start=1)
+            ],
+            "image_id": 393225,
+            "answer_type": "other",
+            "question_id": number,
+        }
+        for number, given in enumerate(answers)
+    ]
+    write_json(root / "v2_val2014_questions.json", {"questions": questions})
+    write_json(root / "v2_val2014_annotations.json", {"annotations": annotations})
+    done = subprocess.run(
+        [sys.executable, "-c", READ_AND_MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    count, seconds, megabytes = map(float, done.stdout.split())
+    assert count == 200_000
+    assert seconds < 10  # 3 to 5 where the processor is not shared
+    assert megabytes < 500

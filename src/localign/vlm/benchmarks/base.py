@@ -6,11 +6,13 @@ all share: the order of questions and subsets of it, the checks of counts and im
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -154,7 +156,8 @@ class Benchmark(ABC):
         """
         if limit is not None and limit < 1:
             raise UserError(f"a limit is a number of questions per split, at least 1; {limit} is none")
-        found = list(self.questions(Path(root)))
+        with _no_collection():
+            found = list(self.questions(Path(root)))
         self._check_ids(found)
         missing = self._count_differences(found)
         found = subset(published_order(found), limit)
@@ -205,6 +208,18 @@ class Benchmark(ABC):
         if self.expected_images is not None and images != self.expected_images and not differences:
             differences.append(f"questions on {images} images where there are {self.expected_images}")
         return differences
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nothing that is read is garbage, and to walk millions of new objects for it takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def published_order(questions: Sequence[Question]) -> list[Question]:

@@ -38,7 +38,7 @@ def _corners(xs: Iterable[float], ys: Iterable[float]) -> Corners:
 class BoxFrame:
     """What a model's coordinates are shares of, and in which unit.
 
-    Padding lies evenly on both sides; code that puts an odd pixel on one side is off by half a pixel.
+    Padding is added to the original image, on both sides, an odd pixel to the right or below.
 
     Raises:
         UserError: The parts do not go together.
@@ -103,16 +103,16 @@ class BoxFrame:
         ys = (y * height / self.scale - top for y in (y1, y2))
         return _corners(xs, ys)
 
-    def _canvas(self, size: Size) -> tuple[tuple[float, float], tuple[float, float]]:
+    def _canvas(self, size: Size) -> tuple[tuple[int, int], tuple[int, int]]:
         """Where the image begins in what the model sees, and how large that is, in pixels of the original."""
-        width, height = float(size.width), float(size.height)
+        width, height = size
         if self.layout == "padded-square":
-            width = height = max(width, height)
+            width = height = max(size)
         elif self.input_size is not None:
             rows, columns = self.input_size
-            reduction = max(height / rows, width / columns)
-            width, height = reduction * columns, reduction * rows
-        return ((width - size.width) / 2, (height - size.height) / 2), (width, height)
+            width = max(size.width, round(size.height * columns / rows))
+            height = max(size.height, round(size.width * rows / columns))
+        return ((width - size.width) // 2, (height - size.height) // 2), (width, height)
 
 
 ORIGINAL = BoxFrame()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -29,22 +29,24 @@ class Draws:
     """
 
     def __init__(self, weights: Tensor, unit: Tensor) -> None:
-        self._weights = weights.double()
+        self._weights = (
+            weights.double().T.contiguous()
+        )  # units first: picking rows is far faster than columns
         self._unit = unit
 
     def __len__(self) -> int:
         """The number of replicates, R."""
-        return len(self._weights)
+        return self._weights.shape[1]
 
     def sums(self, values: NDArray[np.float64], rows: Rows) -> Tensor:
         """The sum of a value per sample over some samples, float64 ``(R,)``."""
-        per_unit = torch.zeros(self._weights.shape[1], dtype=torch.float64)
+        per_unit = torch.zeros(len(self._weights), dtype=torch.float64)
         per_unit.index_add_(0, self._unit[torch.from_numpy(rows)], torch.from_numpy(values))
-        return self._weights @ per_unit
+        return per_unit @ self._weights
 
     def of(self, rows: Rows) -> Tensor:
-        """How often some samples are drawn, float64 ``(R, rows)``."""
-        return self._weights[:, self._unit[torch.from_numpy(rows)]]
+        """How often some samples are drawn, float64 ``(rows, R)``."""
+        return self._weights[self._unit[torch.from_numpy(rows)]]
 
 
 class Statistic(Protocol):
@@ -120,18 +122,25 @@ class _Curve:
         self._scores = scores[order]
         self._labels = np.asarray(labels, dtype=bool)[order]
         self._rows = (np.arange(len(order)) if rows is None else rows)[order]
-        # Samples of one score come together: the last of each such group.
-        self._ends = torch.from_numpy(np.flatnonzero(np.append(np.diff(self._scores) > 0, len(order) > 0)))
+        self._positives = torch.from_numpy(np.flatnonzero(self._labels))
 
-    def _counts(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Positives and negatives per group of equal scores, ascending, float64 ``(R, groups)``."""
-        weights, labels = draws.of(self._rows), torch.from_numpy(self._labels)
-        sums = [(weights * chosen).cumsum(dim=1)[:, self._ends] for chosen in (labels, ~labels)]
-        positives, negatives = (torch.diff(s, dim=1, prepend=s.new_zeros(len(s), 1)) for s in sums)
-        return positives, negatives
+    def _places(self, side: Literal["left", "right"], of_positives: bool = False) -> Tensor:
+        """For each positive: how many samples (or positives) score less, or (right) not more, int64 ``(P,)``."""
+        positives = self._scores[self._labels]
+        return torch.from_numpy(np.searchsorted(positives if of_positives else self._scores, positives, side))
+
+    def _weights(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """How often positives are drawn ``(P, R)``, and the first k samples together ``(n + 1, R)``; float64."""
+        weights = draws.of(self._rows)
+        return weights[self._positives], _totals(weights)
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(self._scores), torch.from_numpy(self._labels).long()
+
+
+def _totals(weights: Tensor) -> Tensor:
+    """The sum of the first k rows, for k = 0, 1, ..., all."""
+    return torch.cat([weights.new_zeros(1, weights.shape[1]), weights.cumsum(dim=0)])
 
 
 class Auroc(_Curve):
@@ -145,9 +154,12 @@ class Auroc(_Curve):
         return float(binary_auroc(*self._tensors()))
 
     def replicates(self, draws: Draws) -> Tensor:
-        positives, negatives = self._counts(draws)
-        below = negatives.cumsum(dim=1) - negatives / 2  # a tie is half right
-        return (positives * below).sum(1) / (positives.sum(1) * negatives.sum(1))
+        """Pairs in order over all pairs of a positive and a negative; a tie is half in order."""
+        positives, totals = self._weights(draws)
+        beaten = (totals[self._places("left")] + totals[self._places("right")]) / 2
+        count = positives.sum(0)
+        # Among themselves positives beat each other half of the time, whatever they score.
+        return ((positives * beaten).sum(0) - count**2 / 2) / (count * (totals[-1] - count))
 
 
 class AveragePrecision(_Curve):
@@ -161,10 +173,13 @@ class AveragePrecision(_Curve):
         return float(binary_average_precision(*self._tensors()))
 
     def replicates(self, draws: Draws) -> Tensor:
-        positives, negatives = (counts.flip(1) for counts in self._counts(draws))
-        hits = positives.cumsum(dim=1)
-        precision = hits / (hits + negatives.cumsum(dim=1)).clamp(min=1)
-        return (precision * positives).sum(1) / positives.sum(1)
+        """The mean over positives of the share of positives among what scores as high."""
+        positives, totals = self._weights(draws)
+        of_positives = _totals(positives)
+        as_high = totals[-1] - totals[self._places("left")]
+        hits = of_positives[-1] - of_positives[self._places("left", of_positives=True)]
+        # Where nothing scores as high, the positive itself was not drawn.
+        return (positives * hits / as_high.clamp(min=1)).sum(0) / positives.sum(0)
 
 
 def one_vs_one_auroc(probabilities: ArrayLike, labels: ArrayLike, rows: Rows | None = None) -> Statistic:

@@ -1,0 +1,90 @@
+"""Config classes of the commands that put benchmarks to models."""
+
+# Annotations stay types here: the command line is made from these classes.
+
+from dataclasses import dataclass
+from typing import Literal
+
+from localign.errors import UserError
+
+Scoring = Literal["default", "published", "strict"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Put benchmarks to a vision-language model; one that was cut off is continued, and nothing is asked twice."""
+
+    model: str = ""
+    """A run folder of `localign vlm train`, its export, or an image-text-to-text model of transformers."""
+    benchmarks: tuple[str, ...] = ()
+    """Which: refcoco, ocid-ref, tallyqa, vsr, ai2d, textvqa, textvqa-ocr, vqav2, vizwiz, pope, gqa."""
+    data: str = ""
+    """Folder that holds download/, with the benchmarks' official files."""
+    out: str = "eval"
+    """Folder of answers and results."""
+    limit: int | None = None
+    """Questions of each split, at most; default all. A smaller subset is part of every larger one."""
+    allow_partial: bool = False
+    """Go on where files hold other numbers of questions than the official ones, or images are missing."""
+    batch_size: int = 16
+    """Questions asked together, on each rank; it changes no answer."""
+    scoring: Scoring = "default"
+    """published: all by the published rules, faults included. strict: answers and truth normalised alike, where a
+    benchmark has that. default: words by the published rules, boxes in the frame that the model declares."""
+    boxes: str | None = None
+    """What coordinates in answers mean, as LAYOUT:0-SCALE: original:0-1 (shares of the image), letterboxed:336x336:0-1,
+    ...; default what the model declares."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on CUDA, float32 elsewhere."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+    def __post_init__(self) -> None:
+        if not self.model or not self.benchmarks or not self.data:
+            raise UserError("eval needs a model, --benchmarks and --data")
+        if len(set(self.benchmarks)) < len(self.benchmarks):
+            raise UserError("--benchmarks takes names, each once")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Score answers again, without the model; with several folders compare their models."""
+
+    runs: tuple[str, ...] = ()
+    """Folders that `localign vlm eval` wrote. The first of several is what the others are compared with."""
+    scoring: Scoring = "default"
+    """default, published or strict, as for `localign vlm eval`."""
+    out: str | None = None
+    """Folder of the comparison; default "comparison". Of a single folder, scores are written into it."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UserError("score what? give folders of `localign vlm eval`")
+        if len(set(self.runs)) < len(self.runs):
+            raise UserError("a folder is compared with others, not with itself")
+        if len(self.runs) == 1 and self.out is not None:
+            raise UserError("--out has no effect with a single folder: its scores are written into it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """Draw questions and answers: the picture, the true box and the model's, and the words."""
+
+    answers: str = ""
+    """An answers.jsonl that `localign vlm eval` wrote, or its folder."""
+    wrong: bool = False
+    """Only answers with less than the full score."""
+    benchmarks: tuple[str, ...] = ()
+    """Only questions of these; default all."""
+    limit: int = 20
+    """Pictures, at most."""
+    out: str = "shown"
+    """Folder to write PNG files into."""
+
+    def __post_init__(self) -> None:
+        if not self.answers:
+            raise UserError("show what? give an answers.jsonl of `localign vlm eval`")
+        if self.limit < 1:
+            raise UserError(f"--limit must be at least 1, not {self.limit}")

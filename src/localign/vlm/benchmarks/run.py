@@ -1,0 +1,185 @@
+"""`localign vlm eval`: benchmarks put to a model, over all ranks, continued wherever it was cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from localign.engine import run as runs
+from localign.engine.distributed import World, world
+from localign.engine.lock import lock
+from localign.engine.log import Bar
+from localign.errors import RunFailure
+from localign.vlm.benchmarks.base import MAX_NEW_TOKENS, Answer, Benchmark, Question, QuestionSet
+from localign.vlm.benchmarks.boxes import BoxFrame
+from localign.vlm.benchmarks.models import AnsweringModel, fingerprint_of, open_model
+from localign.vlm.benchmarks.options import EvalConfig
+from localign.vlm.benchmarks.responses import ResponseWriter, read_responses, response_key
+from localign.vlm.benchmarks.results import (
+    judge,
+    outcome_of,
+    show_results,
+    with_scoring,
+    write_answers,
+)
+
+Suites = Sequence[tuple[Benchmark, QuestionSet]]
+
+
+def run_eval(config: EvalConfig) -> None:
+    """Everything from the official files to results.json and a table.
+
+    Raises:
+        UserError: Data, model or options do not do; said before the weights are loaded.
+    """
+    with world(config.device) as ranks:
+        frame = None if config.boxes is None else BoxFrame.parse(config.boxes)
+        suites = [
+            (suite, suite.read(config.data, limit=config.limit, allow_partial=config.allow_partial))
+            for suite in [with_scoring(name, config.scoring) for name in config.benchmarks]
+        ]
+        low = config.dtype == "bfloat16" or (config.dtype == "auto" and ranks.device.type == "cuda")
+        # Reading all weights takes a while: one process does it for all.
+        fingerprint = ranks.gather(fingerprint_of(config.model) if ranks.is_main else "")[0]
+        dtype = torch.bfloat16 if low else torch.float32
+        model = open_model(config.model, fingerprint, ranks.device, dtype, frame)
+        results = evaluate(model, suites, Path(config.out), ranks, config.batch_size, config.model)
+        if results is not None:
+            _say(results, Path(config.out))
+
+
+def evaluate(
+    model: AnsweringModel, suites: Suites, folder: Path, ranks: World, batch_size: int, name: str = "model"
+) -> dict[str, Any] | None:
+    """Ask what was not asked before, score everything, and write ``answers.jsonl`` and ``results.json``.
+
+    Args:
+        model: What is asked.
+        suites: Benchmarks and their questions.
+        folder: Of answers and results; made if it is not there.
+        ranks: This process among all; each asks its share.
+        batch_size: Questions asked together.
+        name: What the results call the model.
+
+    Returns:
+        The content of ``results.json``; None on all ranks but the main one.
+
+    Raises:
+        UserError: The model's answers could not be scored, an image cannot be read, or another process is writing
+            into the folder.
+    """
+    check(model, suites)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder) if ranks.is_main else None
+    try:
+        asked = [_keyed(model, suite, question) for suite, data in suites for question in data.questions]
+        known = read_responses(folder, model.frame)
+        ranks.barrier()  # nobody writes before everybody has read
+        ask(model, [one for one in asked if one.key not in known], folder, ranks, batch_size)
+        ranks.barrier()
+        return _finish(model, suites, asked, folder, name) if ranks.is_main else None
+    finally:
+        if held is not None:
+            held.close()
+
+
+def check(model: AnsweringModel, suites: Suites) -> None:
+    """Whether all answers could be scored, before one is asked for. Raises UserError if not."""
+    for suite, data in suites:
+        for choices in dict.fromkeys(question.choices for question in data.questions):
+            if choices:
+                model.check_choices(choices)
+        words = next((question for question in data.questions if not question.choices), None)
+        if words is not None:
+            suite.score(words, Answer(frame=model.frame))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    benchmark: str
+    question: Question
+    prompt: str
+    key: str
+
+
+def _keyed(model: AnsweringModel, suite: Benchmark, question: Question) -> _Asked:
+    prompt = model.prompt(question.message)
+    return _Asked(suite.name, question, prompt, response_key(model.identity, suite, question, prompt))
+
+
+def ask(
+    model: AnsweringModel, pending: Sequence[_Asked], folder: Path, ranks: World, batch_size: int
+) -> None:
+    """Put this rank's share of questions to the model; answers are on the disk as soon as their batch is done."""
+    mine = pending[ranks.rank :: ranks.size]
+    if not mine:
+        return
+    writer = ResponseWriter(folder, ranks.rank)
+    bar = Bar("questions", len(pending)) if ranks.is_main else None
+    done = 0
+    try:
+        for batch in _batches(mine, batch_size):
+            answers = _answers(model, [one.question for one in batch])
+            writer.add((one.key, one.question.id, answer) for one, answer in zip(batch, answers, strict=True))
+            done += len(batch)
+            if bar is not None:
+                bar.at(min(done * ranks.size, len(pending)), len(pending))
+    finally:
+        writer.close()
+        if bar is not None:
+            bar.close()
+
+
+def _batches(pending: Sequence[_Asked], size: int) -> Iterator[list[_Asked]]:
+    """Of one benchmark and one mode each, and of the longest prompts first: what does not fit, fails at once."""
+    for _, group in groupby(pending, key=lambda one: (one.benchmark, one.question.mode)):
+        members = sorted(group, key=lambda one: -len(one.prompt))
+        for begin in range(0, len(members), size):
+            yield members[begin : begin + size]
+
+
+def _answers(model: AnsweringModel, questions: Sequence[Question]) -> list[Answer]:
+    if questions[0].choices:
+        return [Answer(probabilities=tuple(row)) for row in model.choice_probabilities(questions)]
+    return [Answer(text=text) for text in model.answer_texts(questions, MAX_NEW_TOKENS)]
+
+
+def _finish(
+    model: AnsweringModel, suites: Suites, asked: Sequence[_Asked], folder: Path, name: str
+) -> dict[str, Any]:
+    answers = read_responses(folder, model.frame)
+    missing = sum(one.key not in answers for one in asked)
+    if missing:
+        raise RunFailure(
+            f"{missing} answers are missing in {folder}: do all ranks write to the same file system?"
+        )
+    rest = iter(asked)
+    judged = []
+    for suite, data in suites:
+        own = [next(rest) for _ in data.questions]
+        judged.append(judge(suite, data, [answers[one.key] for one in own], [one.prompt for one in own]))
+    versions = {key: value for key, value in runs.provenance().items() if key != "time"}
+    results = {
+        "command": "vlm eval",
+        "model": {
+            "name": name,
+            **model.identity,
+            "boxes": None if model.frame is None else str(model.frame),
+        },
+        "benchmarks": {part.benchmark.name: outcome_of(part) for part in judged},
+        "versions": versions,
+    }
+    write_answers(folder, judged)
+    runs.write_results(folder, results)
+    return results
+
+
+def _say(results: Mapping[str, Any], folder: Path) -> None:
+    show_results(results["benchmarks"])
+    print(f"answers    {folder / 'answers.jsonl'}")
+    print(f"results    {folder / runs.RESULTS_FILE}")

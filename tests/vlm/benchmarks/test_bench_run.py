@@ -1,0 +1,198 @@
+"""An evaluation: what is asked, what is remembered, what it leaves behind, whatever interrupts it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_files import write_image
+from bench_models import ALONE, CPU, Killed, ScriptedModel, suites
+
+from localign.engine.distributed import World
+from localign.errors import UserError
+from localign.vlm.benchmarks import run
+from localign.vlm.benchmarks.boxes import BoxFrame
+from localign.vlm.benchmarks.run import Suites, evaluate
+from localign.vlm.benchmarks.vsr import VSR
+
+NAMES = ("pope", "refcoco", "gqa", "tallyqa", "vqav2")
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Suites:
+    return suites(tmp_path_factory.mktemp("data"), *NAMES)
+
+
+@pytest.fixture(scope="module")
+def whole(asked: Suites, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The evaluation that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    evaluate(ScriptedModel(), asked, folder, ALONE, 3)
+    return folder
+
+
+def ids(asked: Suites) -> list[str]:
+    return [question.id for _, data in asked for question in data.questions]
+
+
+def assert_same(folder: Path, expected: Path) -> None:
+    for name in ("results.json", "answers.jsonl"):
+        assert (folder / name).read_text() == (expected / name).read_text()
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+def test_every_question_is_asked_once_and_logged(asked: Suites, tmp_path: Path) -> None:
+    model = ScriptedModel()
+    results = evaluate(model, asked, tmp_path, ALONE, 2, "name")
+    assert sorted(model.asked) == sorted(ids(asked))
+    records = lines(tmp_path)
+    assert [(r["benchmark"], r["id"]) for r in records] == [
+        (suite.name, question.id) for suite, data in asked for question in data.questions
+    ]
+    for record in records:
+        assert record["prompt"] == f"Q: {record['message']} A:"
+        assert {"answer", "parsed", "truth", "score"} <= record.keys()
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    assert results is not None
+    assert results["model"] == {"name": "name", "weights": "one", "boxes": "original:0-1"}
+
+
+def test_results_say_what_they_are_of(asked: Suites, tmp_path: Path) -> None:
+    model = ScriptedModel()
+    model._words = lambda question: "" if question.id == "RefCOCO-7-9" else "[0, 0, 1, 1]"  # type: ignore[method-assign]
+    results = evaluate(model, asked, tmp_path, ALONE, 8)
+    assert results is not None
+    pope, refcoco = (results["benchmarks"][name] for name in ("pope", "refcoco"))
+    assert pope["questions"] == 6
+    assert pope["splits"] == {"adversarial": 2, "popular": 2, "random": 2}
+    assert (pope["version"], pope["scoring"], pope["limit"]) == (1, "published", None)
+    assert pope["notes"][0].startswith("2 questions in 'adversarial' where there are 3000")
+    assert pope["invalid"] == 0
+    assert (refcoco["scoring"], refcoco["invalid"]) == ("declared", 1)
+    figure = refcoco["figures"]["invalid__RefCOCO"]
+    assert figure["value"] == pytest.approx(100 / 3)
+    assert 0 <= figure["interval"][0] <= figure["value"] <= figure["interval"][1] <= 100
+    assert set(pope["headline"]) <= pope["figures"].keys()
+
+
+def test_an_unchanged_run_asks_nothing(asked: Suites, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    evaluate(ScriptedModel(patience=0), asked, tmp_path, ALONE, 3)
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("batches", range(7))
+def test_a_run_that_was_cut_off_is_continued(
+    asked: Suites, whole: Path, tmp_path: Path, batches: int
+) -> None:
+    first, second = ScriptedModel(patience=batches), ScriptedModel()
+    with pytest.raises(Killed):
+        evaluate(first, asked, tmp_path, ALONE, 3)
+    assert not (tmp_path / "results.json").exists()
+    evaluate(second, asked, tmp_path, ALONE, 5)
+    assert sorted(first.asked + second.asked) == sorted(ids(asked))
+    assert_same(tmp_path, whole)
+
+
+def test_answers_cut_off_anywhere_are_asked_again(asked: Suites, whole: Path, tmp_path: Path) -> None:
+    content = (whole / "responses/rank0.jsonl").read_bytes()
+    file = tmp_path / "responses/rank0.jsonl"
+    file.parent.mkdir()
+    for end in range(0, len(content), 211):
+        file.write_bytes(content[:end])
+        model = ScriptedModel()
+        evaluate(model, asked[:1], tmp_path, ALONE, 4)
+        assert len(model.asked) == max(0, 6 - content[:end].count(b"\n"))
+        assert sorted(file.read_bytes().splitlines()[:6]) == sorted(content.splitlines()[:6])
+
+
+@pytest.mark.parametrize("other", [{"weights": "two"}, {"words": "In: {}\nOut:"}])
+def test_another_model_or_prompt_gets_no_old_answer(
+    asked: Suites, whole: Path, tmp_path: Path, other: dict[str, str]
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    model = ScriptedModel(**other)
+    evaluate(model, asked, tmp_path, ALONE, 3)
+    assert sorted(model.asked) == sorted(ids(asked))
+    evaluate(
+        ScriptedModel(patience=0), asked, tmp_path, ALONE, 3
+    )  # the old answers are still the old model's
+    assert_same(tmp_path, whole)
+
+
+def test_a_changed_question_image_or_version_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    data = suites(tmp_path / "data", "vsr")
+    [(suite, questions)] = data
+    evaluate(ScriptedModel(), data, out, ALONE, 3)
+
+    first, *rest = questions.questions
+    changed = replace(questions, questions=[replace(first, message="Otherwise?"), *rest])
+    model = ScriptedModel()
+    evaluate(model, [(suite, changed)], out, ALONE, 3)
+    assert model.asked == [first.id]
+
+    write_image(Path(first.image), (80, 60))
+    model = ScriptedModel()
+    evaluate(model, data, out, ALONE, 3)
+    assert model.asked == [first.id]
+
+    monkeypatch.setattr(VSR, "version", 2)
+    model = ScriptedModel()
+    evaluate(model, data, out, ALONE, 3)
+    assert sorted(model.asked) == sorted(ids(data))
+
+
+def test_a_larger_subset_asks_only_what_is_new(tmp_path: Path) -> None:
+    small, large = ScriptedModel(), ScriptedModel()
+    results = evaluate(small, suites(tmp_path, "pope", "gqa", limit=1), tmp_path / "out", ALONE, 3)
+    assert results is not None
+    assert [results["benchmarks"][name]["limit"] for name in ("pope", "gqa")] == [1, 1]
+    everything = suites(tmp_path, "pope", "gqa")
+    evaluate(large, everything, tmp_path / "out", ALONE, 3)
+    assert len(small.asked) == 4
+    assert sorted(small.asked + large.asked) == sorted(ids(everything))
+
+
+def test_ranks_share_the_questions(
+    asked: Suites, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(World, "barrier", lambda self: None)
+    shares = []
+    for rank in (2, 1):  # the main rank has the last word
+        model = ScriptedModel()
+        pending = [run._keyed(model, s, q) for s, data in asked for q in data.questions]
+        run.ask(model, pending, tmp_path, World(rank, 3, rank, CPU), 2)
+        shares.append(model.asked)
+    main = ScriptedModel()
+    pending = [run._keyed(main, s, q) for s, data in asked for q in data.questions]
+    run.ask(main, pending, tmp_path, World(0, 3, 0, CPU), 2)
+    assert sorted([*shares[0], *shares[1], *main.asked]) == sorted(ids(asked))
+    assert max(map(len, (*shares, main.asked))) - min(map(len, (*shares, main.asked))) <= 1
+    evaluate(ScriptedModel(patience=0), asked, tmp_path, ALONE, 3)  # and one rank goes on from three
+    assert_same(tmp_path, whole)
+
+
+def test_what_cannot_be_scored_is_refused_before_anything_is_asked(asked: Suites, tmp_path: Path) -> None:
+    model = ScriptedModel(frame=None)
+    with pytest.raises(UserError, match="does not say which frame its boxes are in"):
+        evaluate(model, asked, tmp_path, ALONE, 3)
+    published = suites(tmp_path, "refcoco")
+    published[0][0].scoring = "published"
+    with pytest.raises(UserError, match="score them as declared"):
+        evaluate(ScriptedModel(frame=BoxFrame("padded-square")), published, tmp_path, ALONE, 3)
+    suite, data = suites(tmp_path, "pope")[0]
+    long = [replace(question, choices=("Certainly", "No")) for question in data.questions]
+    with pytest.raises(UserError, match="too long"):
+        evaluate(ScriptedModel(), [(suite, replace(data, questions=long))], tmp_path, ALONE, 3)
+    assert model.asked == []
+    assert not (tmp_path / "responses").exists()
