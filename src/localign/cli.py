@@ -80,7 +80,10 @@ COMMANDS: dict[str, Command] = {
         "compare models with and without alignment, on drawn scenes",
     ),
     "bench": Command(
-        commands.bench_config, commands.bench, "measure the probing benchmark's speed", ("what",)
+        commands.bench_config,
+        commands.bench,
+        "measure speed beside the plain way: labels, probe, vlm",
+        ("what",),
     ),
     "reproduce": Command(
         commands.reproduce_config,
