@@ -29,10 +29,13 @@ from localign.vlm.losses import VocabularyHead, next_token_loss
 from localign.vlm.vision import VisionTower
 from localign.vlm.vocabulary import add_special_tokens, end_tokens, resize_embeddings
 
+_CACHE_NAMES = ("cache", "past_key_values")
+"""Of the language models' argument: from transformers 5.24 on, and before."""
+
 
 @dataclass
 class VLMOutput(ModelOutput):
-    """What the model gives: with labels the losses, without them the logits."""
+    """What the model gives with labels; without them it gives what the language model does."""
 
     loss: Tensor | None = None
     """float32 scalar: ``loss_sum`` over ``label_count``."""
@@ -41,13 +44,7 @@ class VLMOutput(ModelOutput):
     label_count: Tensor | None = None
     """int64 scalar: how many labelled tokens were predicted."""
     logits: Tensor | None = None
-    """``(rows, tokens, vocabulary)``."""
-    past_key_values: Any = None
-    """The cache of keys and values."""
-    hidden_states: tuple[Tensor, ...] | None = None
-    """Of the language model's layers, where asked for."""
-    attentions: tuple[Tensor, ...] | None = None
-    """Of the language model's layers, where asked for."""
+    """None: no more of them are made than the loss needs at a time."""
 
 
 class LocalignVLM(PreTrainedModel, GenerationMixin):
@@ -206,12 +203,11 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> VLMOutput:
-        """Logits, or with labels the loss.
+    ) -> ModelOutput:
+        """The language model's output, ``logits`` among it; with labels a :class:`VLMOutput`.
 
         Args:
             input_ids: int64 ``(rows, tokens)``, with an image token for every token of every image.
@@ -223,10 +219,9 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
             cu_seqlens: int32 ``(sequences + 1,)``, the borders of the sequences in the one, packed row.
             labels: int64 ``(rows, tokens)``, aligned with ``input_ids``, -100 where nothing is learned. With
                 them ``logits`` is None.
-            past_key_values: Cache of the tokens before these.
             inputs_embeds: ``(rows, tokens, width)`` instead of ``input_ids``, images included.
             logits_to_keep: How many last positions get logits (0: all), or which.
-            kwargs: Further arguments of the language model.
+            kwargs: Further arguments of the language model, such as the cache of the tokens before these.
 
         Raises:
             UserError: A sequence is longer than the language model's positions, or the language model cannot
@@ -240,14 +235,15 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         elif pixel_values is not None:
             raise ValueError("inputs_embeds have their images already; pixel_values go with input_ids")
         assert inputs_embeds is not None
+        cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
         if cu_seqlens is not None:
-            if past_key_values is not None or position_ids is None or inputs_embeds.shape[0] != 1:
+            if cache is not None or position_ids is None or inputs_embeds.shape[0] != 1:
                 raise ValueError("a packed row is the only row, has position_ids and no cache")
             longest = int(torch.diff(cu_seqlens).max())
             self._check_length(longest)
             kwargs |= packed_arguments(self.language_model, inputs_embeds, position_ids, cu_seqlens, longest)
         else:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             self._check_length(int(past) + inputs_embeds.shape[1])
             kwargs["attention_mask"] = attention_mask
         kwargs |= {"inputs_embeds": inputs_embeds, "return_dict": True}
@@ -257,15 +253,8 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
             return self._losses(labels, cu_seqlens, kwargs)
         if cu_seqlens is not None:
             kwargs["use_cache"] = False
-        outputs = self.language_model(
-            past_key_values=past_key_values, logits_to_keep=logits_to_keep, **kwargs
-        )
-        return VLMOutput(
-            logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        outputs: ModelOutput = self.language_model(logits_to_keep=logits_to_keep, **kwargs)
+        return outputs
 
     def _losses(self, labels: Tensor, cu_seqlens: Tensor | None, arguments: dict[str, Any]) -> VLMOutput:
         decoder = self.language_model.get_decoder()
