@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from localign.cli import main
-from localign.vlm.demo import ANSWERS_FILE, VLMDemoConfig, run_vlm_demo
+from localign.vlm.demo import EVALUATION, VLMDemoConfig, run_vlm_demo
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,34 @@ def test_every_kind_of_question_is_asked_and_scored(demo: Path) -> None:
     results = json.loads((demo / "results.json").read_text())
     (seed,) = results["models"]["baseline-mlp"]
     assert set(seed["kinds"]) == set(results["guessing"]) == set(results["config"]["kinds"])
-    answers = (demo / "baseline-mlp-seed0" / ANSWERS_FILE).read_text().splitlines()
+    evaluation = demo / "baseline-mlp-seed0" / EVALUATION
+    answers = (evaluation / "answers.jsonl").read_text().splitlines()
+    figures = json.loads((evaluation / "results.json").read_text())["benchmarks"]["scenes"]["figures"]
     assert sum(kind["questions"] for kind in seed["kinds"].values()) == len(answers)
     for kind, summary in seed["kinds"].items():
         low, high = summary["interval"]
         assert 0 <= low <= summary["accuracy"] <= high <= 1, kind
+        assert 100 * summary["accuracy"] == pytest.approx(figures[f"accuracy__Scenes-{kind}"]["value"])
+
+
+def test_a_model_is_asked_by_hand_as_the_demo_asks_it(demo: Path, tmp_path: Path) -> None:
+    run = demo / "baseline-mlp-seed0"
+    options = [
+        "--benchmarks",
+        "scenes",
+        "--data",
+        str(demo / "test"),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["vlm", "eval", str(run), *options]) == 0
+    one, other = (
+        json.loads((folder / "results.json").read_text())["benchmarks"]
+        for folder in (run / EVALUATION, tmp_path)
+    )
+    assert one == other
 
 
 @pytest.mark.slow

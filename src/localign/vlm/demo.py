@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -21,18 +22,16 @@ from localign.backbones import EMBEDDED
 from localign.demo import DemoConfig
 from localign.engine import run as runs
 from localign.engine import train
-from localign.engine.distributed import choose_device
+from localign.engine.distributed import World, choose_device
 from localign.engine.log import Stopwatch, say
 from localign.errors import UserError, near
-from localign.files import replace_text
 from localign.report.tables import paired
 from localign.vlm.adapters import AdapterName
-from localign.vlm.answering import Asked, greedy_answers
-from localign.vlm.build import load_vlm
+from localign.vlm.benchmarks.models import fingerprint_of, open_model
+from localign.vlm.benchmarks.run import evaluate
+from localign.vlm.benchmarks.scenes import Scenes, guessing
 from localign.vlm.config import VLMConfig
-from localign.vlm.processing import LocalignVLMProcessor
-from localign.vlm.questions import KINDS, AskedQuestion, read_questions, write_dataset
-from localign.vlm.scoring import guessing, score, summarise
+from localign.vlm.questions import KINDS, write_dataset
 from localign.vlm.task import VLMTask
 from localign.vlm.tinylm import TinyLMConfig, train_tiny_lm
 
@@ -45,7 +44,10 @@ MODELS: dict[str, tuple[bool, AdapterName]] = {
     "aligned-truncated": (True, "truncated"),
 }
 """Name in results -> whether the backbone is aligned, adapter."""
-ANSWERS_FILE = "answers.jsonl"
+EVALUATION = "eval"
+"""Folder of a model's answers and results, in its run folder."""
+_TOGETHER = 128
+"""Questions that are asked at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +138,13 @@ def run_vlm_demo(config: VLMDemoConfig) -> dict[str, Any]:
         for name in config.models:
             say(f"seed {seed}: {name}")
             models[name].append(_trained_and_asked(config, name, seed, test_file))
-    known, asked = ([a.question for a in read_questions(file)] for file in (train_file, test_file))
     results = {
         "command": "vlm demo",
         "config": asdict(config),
         "versions": runs.provenance(),
         "seconds": clock.elapsed,
         "models": models,
-        "guessing": guessing(known, asked),
+        "guessing": guessing(*(Scenes().questions(file.parent) for file in (train_file, test_file))),
         "notes": [
             "Scenes are drawn, and the language model is small: the figures compare adapters, and say nothing "
             "about photographs.",
@@ -198,37 +199,28 @@ def _trained_and_asked(config: VLMDemoConfig, name: str, seed: int, test_file: P
     out = Path(vlm.out)
     if not (out / runs.RESULTS_FILE).is_file():
         train(VLMTask(vlm), vlm, "vlm train")
-    asked = read_questions(test_file)
-    answers = _answers(config, out, asked)
-    scored = [score(a, answer) for a, answer in zip(asked, answers, strict=True)]
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
-    return {"seed": seed, "loss": losses[-1], "kinds": summarise(scored)}
+    return {"seed": seed, "loss": losses[-1], "kinds": _asked(config, out, test_file.parent)}
 
 
-def _answers(config: VLMDemoConfig, out: Path, asked: Sequence[AskedQuestion]) -> list[str]:
-    path = out / ANSWERS_FILE
-    if path.is_file():
-        answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
-        if len(answers) == len(asked):
-            return answers
-    model, tokenizer = load_vlm(out)
-    model.to(device=choose_device(config.device)).eval()  # type: ignore[call-arg]
-    questions = [Asked(a.question.message, a.image) for a in asked]
-    processor = LocalignVLMProcessor.for_model(model, tokenizer)
-    answers = list(greedy_answers(model, processor, questions, batch_size=128, max_new_tokens=64))
-    lines = [
-        {
-            "id": a.id,
-            "kind": a.question.kind,
-            "question": a.question.message,
-            "truth": a.question.answer,
-            "answer": text,
+def _asked(config: VLMDemoConfig, out: Path, test: Path) -> dict[str, Any]:
+    """What a model scores on each kind of question, as `vlm eval` has it, in shares of 1; nothing is asked twice."""
+    suite = Scenes()
+    alone = World(0, 1, 0, choose_device(config.device))
+    model = open_model(str(out), fingerprint_of(str(out)), alone.device, torch.float32)
+    results = evaluate(model, [(suite, suite.read(test))], out / EVALUATION, alone, _TOGETHER, str(out))
+    assert results is not None
+    outcome = results["benchmarks"][suite.name]
+    found = {}
+    for kind, questions in outcome["splits"].items():
+        figure = outcome["figures"][f"accuracy__Scenes-{kind}"]
+        found[kind] = {
+            "accuracy": figure["value"] / 100,
+            "interval": [end / 100 for end in figure["interval"]],
+            "questions": questions,
         }
-        for a, text in zip(asked, answers, strict=True)
-    ]
-    replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    return answers
+    return found
 
 
 def _table(results: dict[str, Any]) -> Table:

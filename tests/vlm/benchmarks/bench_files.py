@@ -12,6 +12,7 @@ from PIL import Image
 
 from localign.vlm.benchmarks.base import Answer, Benchmark, QuestionSet, Sample
 from localign.vlm.benchmarks.boxes import ORIGINAL, BoxFrame
+from localign.vlm.questions import KINDS, write_dataset
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -377,6 +378,12 @@ def write_gqa(root: Path) -> Path:
     return root
 
 
+def write_scenes(root: Path, scenes: int = 3, kinds: Sequence[str] = KINDS, questions: int = 8) -> Path:
+    """Questions on drawn scenes of the split "test"."""
+    write_dataset(root, "test", scenes, questions, kinds)
+    return root
+
+
 WRITERS = {
     "refcoco": write_refcoco,
     "ocid-ref": write_ocid_ref,
@@ -389,4 +396,5 @@ WRITERS = {
     "vizwiz": write_vizwiz,
     "pope": write_pope,
     "gqa": write_gqa,
+    "scenes": write_scenes,
 }

@@ -11,9 +11,9 @@ import os
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -84,6 +84,8 @@ class QuestionSet:
     """Questions of each split, at most."""
     missing: tuple[str, ...] = field(default=())
     """In what the data fall short of the official ones, a line each; belongs beside every figure."""
+    allow_partial: bool = False
+    """Whether they may."""
 
 
 class Benchmark(ABC):
@@ -108,7 +110,7 @@ class Benchmark(ABC):
     expected_images: ClassVar[int | None] = None
     """How many different images the questions are on, where that is known."""
     headline: ClassVar[tuple[str, ...]]
-    """The figures that stand for the benchmark in tables."""
+    """The figures that stand for the benchmark in tables, where its questions have them."""
     scorings: ClassVar[tuple[str, ...]] = ("published",)
 
     def __init__(self, scoring: str | None = None) -> None:
@@ -146,7 +148,7 @@ class Benchmark(ABC):
         """The questions, in the published order, once counts and images are checked.
 
         Args:
-            root: The data root: holds ``download``, which holds the official files.
+            root: The data root; official files are in ``download`` there.
             limit: Questions of each split, at most; a smaller subset is part of every larger one.
             allow_partial: Go on with fewer or more questions than the official files hold, and without those whose
                 image is missing, and say so in the result.
@@ -167,13 +169,35 @@ class Benchmark(ABC):
                 f"{len(absent)} of {len(found)} questions are left out because their image is missing, for example "
                 f"{absent[0].image}"
             )
-        if missing and not allow_partial:
-            raise UserError(
-                f"the data of {self.name} are not whole: {'; '.join(missing)} (--allow-partial goes on regardless)"
-            )
+        self._check_whole(missing, allow_partial)
         if not there:
             raise UserError(f"there is not one question of {self.name} whose image is there, below {root}")
-        return QuestionSet(self.complete(there), limit, tuple(missing))
+        return QuestionSet(self.complete(there), limit, tuple(missing), allow_partial)
+
+    def readable(self, data: QuestionSet, unreadable: Collection[str]) -> QuestionSet:
+        """The questions without those whose image turned out to be damaged when it was opened.
+
+        Args:
+            data: As read.
+            unreadable: Ids of these questions.
+
+        Raises:
+            UserError: There are some and data may not be partial, or no question is left.
+        """
+        lost = [question for question in data.questions if question.id in unreadable]
+        if not lost:
+            return data
+        note = (
+            f"{len(lost)} of {len(data.questions)} questions are left out because their image cannot be read, for "
+            f"example {lost[0].image}"
+        )
+        self._check_whole([note], data.allow_partial)
+        if len(lost) == len(data.questions):
+            raise UserError(
+                f"there is not one question of {self.name} whose image can be read, for example {lost[0].image}"
+            )
+        kept = [question for question in data.questions if question.id not in unreadable]
+        return replace(data, questions=kept, missing=(*data.missing, note))
 
     def score(self, question: Question, answer: Answer) -> Sample:
         """The score of one answer, with all that :meth:`aggregate` needs.
@@ -190,6 +214,12 @@ class Benchmark(ABC):
     def aggregate(self, samples: Sequence[Sample]) -> dict[str, float | None]:
         """All figures by name, in percent; None where one is not defined on these samples."""
         return {name: percent(statistic.value()) for name, statistic in self.statistics(samples).items()}
+
+    def _check_whole(self, missing: Sequence[str], allow_partial: bool) -> None:
+        if missing and not allow_partial:
+            raise UserError(
+                f"the data of {self.name} are not whole: {'; '.join(missing)} (--allow-partial goes on regardless)"
+            )
 
     def _check_ids(self, questions: Sequence[Question]) -> None:
         if len({question.id for question in questions}) < len(questions):

@@ -17,9 +17,9 @@ class EvalConfig:
     model: str = ""
     """A run folder of `localign vlm train`, its export, or an image-text-to-text model of transformers."""
     benchmarks: tuple[str, ...] = ()
-    """Which: refcoco, ocid-ref, tallyqa, vsr, ai2d, textvqa, textvqa-ocr, vqav2, vizwiz, pope, gqa."""
+    """Which: refcoco, ocid-ref, tallyqa, vsr, ai2d, textvqa, textvqa-ocr, vqav2, vizwiz, pope, gqa; scenes."""
     data: str = ""
-    """Folder that holds download/, with the benchmarks' official files."""
+    """Folder that holds download/, with the benchmarks' official files; for scenes, what `vlm demo` wrote as "test"."""
     out: str = "eval"
     """Folder of answers and results."""
     limit: int | None = None

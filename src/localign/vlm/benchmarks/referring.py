@@ -8,8 +8,8 @@ are compared with a truth rounded to two decimals. Answers that name no box are 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from localign.vlm.benchmarks.boxes import (
     parse_published,
     published_truth,
 )
-from localign.vlm.benchmarks.metrics import Ratio, Statistic, rows_by
+from localign.vlm.benchmarks.metrics import Ratio, Rows, Statistic, rows_by
 
 ROUNDING = 1.0
 """Pixels by which a true box may reach over the border of its image, as sums of decimals do."""
@@ -80,21 +80,12 @@ class Referring(Benchmark):
         }
 
     def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
-        """For every part P the share of right answers, of answers without a box (``invalid__P``), and the mean
-        intersection over union (``iou__P``, 0 for answers without a box)."""
+        """Of every part, see :func:`box_figures`."""
         rows = rows_by(sample["split"] for sample in samples)
-        columns: dict[str, list[Any]] = {
-            "accuracy": [sample["score"] for sample in samples],
-            "invalid": [sample["fault"] is not None for sample in samples],
-            "iou": [sample["iou"] for sample in samples],
+        parts = {
+            part: np.concatenate([rows[split] for split in splits]) for part, splits in self.parts().items()
         }
-        found: dict[str, Statistic] = {}
-        for figure, values in columns.items():
-            column = np.asarray(values, dtype=np.float64)
-            for part, splits in self.parts().items():
-                chosen = np.concatenate([rows[split] for split in splits])
-                found[f"{figure}__{part}"] = Ratio(column[chosen], rows=chosen)
-        return found
+        return box_figures(samples, parts)
 
     def _frame_of(self, answer: Answer) -> BoxFrame:
         if answer.frame is None:
@@ -108,6 +99,28 @@ class Referring(Benchmark):
                 "they were"
             )
         return answer.frame
+
+
+def box_figures(samples: Sequence[Sample], parts: Mapping[str, Rows]) -> dict[str, Statistic]:
+    """For every part P the share of right answers, of answers without a box (``invalid__P``), and the mean
+    intersection over union (``iou__P``, 0 for answers without a box).
+
+    Args:
+        samples: Of :class:`Referring`, where a part has them.
+        parts: Names, and which samples each is over.
+    """
+    found: dict[str, Statistic] = {}
+    for figure, value in _FIGURES.items():
+        for part, chosen in parts.items():
+            found[f"{figure}__{part}"] = Ratio([value(samples[row]) for row in chosen], rows=chosen)
+    return found
+
+
+_FIGURES: dict[str, Callable[[Sample], float]] = {
+    "accuracy": lambda sample: float(sample["score"]),
+    "invalid": lambda sample: float(sample["fault"] is not None),
+    "iou": lambda sample: float(sample["iou"]),
+}
 
 
 def checked_box(

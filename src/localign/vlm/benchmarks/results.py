@@ -117,6 +117,7 @@ def outcome_of(judged: Judged) -> dict[str, Any]:
     """A benchmark's part of ``results.json``; figures in percent with their 95 % intervals."""
     suite, records = judged.benchmark, judged.records
     ranges = intervals(suite, records)
+    values = suite.aggregate(records)
     splits = Counter(record["split"] for record in records)
     return {
         "version": suite.version,
@@ -126,11 +127,8 @@ def outcome_of(judged: Judged) -> dict[str, Any]:
         "limit": judged.limit,
         "notes": list(judged.notes),
         "invalid": sum(map(invalid, records)),
-        "headline": list(suite.headline),
-        "figures": {
-            name: {"value": value, "interval": ranges[name]}
-            for name, value in suite.aggregate(records).items()
-        },
+        "headline": [name for name in suite.headline if name in values],
+        "figures": {name: {"value": value, "interval": ranges[name]} for name, value in values.items()},
     }
 
 

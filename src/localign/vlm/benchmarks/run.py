@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from localign.engine import run as runs
 from localign.engine.distributed import World, world
 from localign.engine.lock import lock
 from localign.engine.log import Bar
-from localign.errors import RunFailure
+from localign.errors import RunFailure, UserError
 from localign.vlm.benchmarks.base import MAX_NEW_TOKENS, Answer, Benchmark, Question, QuestionSet
 from localign.vlm.benchmarks.boxes import BoxFrame
 from localign.vlm.benchmarks.models import AnsweringModel, fingerprint_of, open_model
@@ -27,6 +27,7 @@ from localign.vlm.benchmarks.results import (
     with_scoring,
     write_answers,
 )
+from localign.vlm.images import open_image
 
 Suites = Sequence[tuple[Benchmark, QuestionSet]]
 
@@ -70,8 +71,8 @@ def evaluate(
         The content of ``results.json``; None on all ranks but the main one.
 
     Raises:
-        UserError: The model's answers could not be scored, an image cannot be read, or another process is writing
-            into the folder.
+        UserError: The model's answers could not be scored, or another process is writing into the folder. An image
+            cannot be read and data may not be partial; this is said once all other questions were asked.
     """
     check(model, suites)
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,9 +81,11 @@ def evaluate(
         asked = [_keyed(model, suite, question) for suite, data in suites for question in data.questions]
         known = read_responses(folder, model.frame)
         ranks.barrier()  # nobody writes before everybody has read
-        ask(model, [one for one in asked if one.key not in known], folder, ranks, batch_size)
-        ranks.barrier()
-        return _finish(model, suites, asked, folder, name) if ranks.is_main else None
+        pending = [one for one in asked if one.key not in known]
+        unreadable = ranks.gather(ask(model, pending, folder, ranks, batch_size))
+        if not ranks.is_main:
+            return None
+        return _finish(model, suites, asked, set(chain.from_iterable(unreadable)), folder, name)
     finally:
         if held is not None:
             held.close()
@@ -94,9 +97,9 @@ def check(model: AnsweringModel, suites: Suites) -> None:
         for choices in dict.fromkeys(question.choices for question in data.questions):
             if choices:
                 model.check_choices(choices)
-        words = next((question for question in data.questions if not question.choices), None)
-        if words is not None:
-            suite.score(words, Answer(frame=model.frame))
+        words = {question.split: question for question in data.questions if not question.choices}
+        for question in words.values():
+            suite.score(question, Answer(frame=model.frame))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +117,25 @@ def _keyed(model: AnsweringModel, suite: Benchmark, question: Question) -> _Aske
 
 def ask(
     model: AnsweringModel, pending: Sequence[_Asked], folder: Path, ranks: World, batch_size: int
-) -> None:
-    """Put this rank's share of questions to the model; answers are on the disk as soon as their batch is done."""
+) -> list[str]:
+    """Put this rank's share of questions to the model; answers are on the disk as soon as their batch is done.
+
+    Returns:
+        The keys of questions that were not asked because their image cannot be read.
+    """
+    unreadable: list[str] = []
     mine = pending[ranks.rank :: ranks.size]
     if not mine:
-        return
+        return unreadable
     writer = ResponseWriter(folder, ranks.rank)
     bar = Bar("questions", len(pending)) if ranks.is_main else None
     done = 0
     try:
         for batch in _batches(mine, batch_size):
-            answers = _answers(model, [one.question for one in batch])
-            writer.add((one.key, one.question.id, answer) for one, answer in zip(batch, answers, strict=True))
+            answers = _answers(model, batch)
+            writer.add((one.key, one.question.id, answer) for one, answer in answers)
+            answered = {one.key for one, _ in answers}
+            unreadable += [one.key for one in batch if one.key not in answered]
             done += len(batch)
             if bar is not None:
                 bar.at(min(done * ranks.size, len(pending)), len(pending))
@@ -133,6 +143,7 @@ def ask(
         writer.close()
         if bar is not None:
             bar.close()
+    return unreadable
 
 
 def _batches(pending: Sequence[_Asked], size: int) -> Iterator[list[_Asked]]:
@@ -143,17 +154,43 @@ def _batches(pending: Sequence[_Asked], size: int) -> Iterator[list[_Asked]]:
             yield members[begin : begin + size]
 
 
-def _answers(model: AnsweringModel, questions: Sequence[Question]) -> list[Answer]:
+def _answers(model: AnsweringModel, batch: Sequence[_Asked]) -> list[tuple[_Asked, Answer]]:
+    """Answers to the questions of a batch whose image can be read."""
+    try:
+        return list(zip(batch, _said(model, [one.question for one in batch]), strict=True))
+    except UserError:
+        # Only now: to decode every image twice would cost more than to ask this batch again.
+        broken = {image for image in {one.question.image for one in batch} if not _can_be_read(image)}
+        if not broken:
+            raise
+    rest = [one for one in batch if one.question.image not in broken]
+    return list(zip(rest, _said(model, [one.question for one in rest]), strict=True)) if rest else []
+
+
+def _said(model: AnsweringModel, questions: Sequence[Question]) -> list[Answer]:
     if questions[0].choices:
         return [Answer(probabilities=tuple(row)) for row in model.choice_probabilities(questions)]
     return [Answer(text=text) for text in model.answer_texts(questions, MAX_NEW_TOKENS)]
 
 
+def _can_be_read(image: str) -> bool:
+    try:
+        open_image(image)
+    except UserError:
+        return False
+    return True
+
+
 def _finish(
-    model: AnsweringModel, suites: Suites, asked: Sequence[_Asked], folder: Path, name: str
+    model: AnsweringModel,
+    suites: Suites,
+    asked: Sequence[_Asked],
+    unreadable: Collection[str],
+    folder: Path,
+    name: str,
 ) -> dict[str, Any]:
     answers = read_responses(folder, model.frame)
-    missing = sum(one.key not in answers for one in asked)
+    missing = sum(one.key not in answers and one.key not in unreadable for one in asked)
     if missing:
         raise RunFailure(
             f"{missing} answers are missing in {folder}: do all ranks write to the same file system?"
@@ -162,7 +199,9 @@ def _finish(
     judged = []
     for suite, data in suites:
         own = [next(rest) for _ in data.questions]
-        judged.append(judge(suite, data, [answers[one.key] for one in own], [one.prompt for one in own]))
+        known = [one for one in own if one.key in answers]
+        found = suite.readable(data, {one.question.id for one in own if one.key not in answers})
+        judged.append(judge(suite, found, [answers[one.key] for one in known], [one.prompt for one in known]))
     versions = {key: value for key, value in runs.provenance().items() if key != "time"}
     results = {
         "command": "vlm eval",
@@ -174,6 +213,8 @@ def _finish(
         "benchmarks": {part.benchmark.name: outcome_of(part) for part in judged},
         "versions": versions,
     }
+    # Answers of this evaluation beside results of another one would not go together.
+    (folder / runs.RESULTS_FILE).unlink(missing_ok=True)
     write_answers(folder, judged)
     runs.write_results(folder, results)
     return results

@@ -21,6 +21,7 @@ BENCHMARKS = {
     "vizwiz": "vizwiz.VizWiz",
     "pope": "pope.POPE",
     "gqa": "gqa.GQA",
+    "scenes": "scenes.Scenes",
 }
 """Module of this folder and class, by the class's ``name``; imported when asked for."""
 
