@@ -128,13 +128,13 @@ def _instances(boxes: Mapping[int, tuple[int, list[float]]]) -> dict[str, Any]:
 
 
 def write_ocid_ref(root: Path) -> Path:
-    """One expression at each end of the three degrees of clutter but the last, whose takes end at 20."""
-    takes = {"12": 0, "13": 9, "14": 10, "15": 16, "16": 17}
+    """One expression at each end of the three degrees of clutter."""
+    takes = {"12": 0, "13": 9, "14": 10, "15": 16, "16": 17, "17": 20}
     content = {
         name: {
             "scene_path": f"ARID20/floor/rgb/r{name}.png",
             "bbox": "[64, 48, 128, 96]",
-            "sentence": f"the red box {name}",
+            "sentence": f"the «red» box {name}",
             "take_id": take,
             "scene_id": "x",
         }
@@ -159,7 +159,9 @@ def write_tallyqa(root: Path) -> Path:
             "image": f"VG_100K{'_2' if simple else ''}/{name}.jpg",
             "answer": answer,
             "data_source": "imported_genome",
-            "question": f"How many things are in picture {name}?",
+            "question": f"How many things are in picture {name}?"
+            if name != "5"
+            else "How many cafés are there?",
             "image_id": int(name),
             "question_id": int(name),
             "issimple": simple,
@@ -223,7 +225,7 @@ def _diagram(name: str, choices: list[str], right: int) -> dict[str, Any]:
 TEXTVQA_ANSWERS = {
     34602: ["nokia"] * 6 + ["Nokia!"] * 2 + ["phone", ""],
     34603: ["the 5"] * 3 + ["five"] + ["7"] * 6,
-    34604: ["dakota"] * 2 + ["unanswerable"] * 8,
+    34604: ["Zürich"] * 2 + ["unanswerable"] * 8,
 }
 
 
@@ -310,7 +312,7 @@ def write_vqav2(root: Path) -> Path:
 
 
 VIZWIZ_ANSWERS: list[tuple[int, list[str]]] = [
-    (1, ["basil leaves"] * 4 + ["basil"] * 5 + ["unanswerable"]),
+    (1, ["thé au basilic"] * 4 + ["basil"] * 5 + ["unanswerable"]),
     (0, ["unanswerable"] * 9 + [""]),
     (0, ["unanswerable"] * 7 + ["unsuitable"] * 3),
     (1, ["don't know"] * 3 + ["Two"] * 5 + ["2"] * 2),
@@ -344,7 +346,7 @@ def write_pope(root: Path, random_labels: Sequence[str] = ("yes", "no")) -> Path
             {
                 "question_id": number,
                 "image": "COCO_val2014_000000000123.jpg",
-                "text": f"Is there a snowboard in the image, {split}?",
+                "text": f"Is there a {'snowboard' if label == 'no' else 'piñata'} in the image, {split}?",
                 "label": label,
             }
             for number, label in enumerate(labels, start=1)
@@ -361,7 +363,7 @@ def write_gqa(root: Path) -> Path:
             "semantic": [{"operation": "select", "argument": "food (1)", "dependencies": []}],
             "entailed": ["202225915"],
             "equivalent": [name],
-            "question": f"Is it overcast in {name}?",
+            "question": f"Is it overcast in {name if balanced else 'Łódź'}?",
             "imageId": "n578701",
             "isBalanced": balanced,
             "groups": {"global": None, "local": "10c"},

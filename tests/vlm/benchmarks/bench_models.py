@@ -158,3 +158,68 @@ def save_tiny_llava(folder: Path, before_answers: str = "") -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def save_tiny_idefics(folder: Path) -> Path:
+    """A random Idefics3 of transformers', as SmolVLM is: large images are cut into tiles, of which there are as many
+    as an image's shape asks for.
+
+    Args:
+        folder: Where to.
+    """
+    from tiny_vlm import tiny_tokenizer
+    from transformers import (
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessor,
+        Idefics3Processor,
+    )
+
+    tokenizer = tiny_tokenizer(pad=True)
+    marks = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    torch.manual_seed(0)
+    model = Idefics3ForConditionalGeneration(
+        Idefics3Config(
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+            pad_token_id=tokenizer.pad_token_id,
+            scale_factor=2,
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 8,
+                "initializer_range": 0.3,
+            },
+            text_config={
+                "model_type": "llama",
+                "vocab_size": len(tokenizer),
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "initializer_range": 0.3,
+                "pad_token_id": tokenizer.pad_token_id,
+                "bos_token_id": 0,
+                "eos_token_id": 1,
+            },
+        )
+    )
+    processor = Idefics3Processor(
+        image_processor=Idefics3ImageProcessor(
+            size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, do_image_splitting=True
+        ),
+        tokenizer=tokenizer,
+        image_seq_len=4,
+        chat_template=(
+            "{% for m in messages %}{{ m.role | capitalize }}:{% for p in m.content %}"
+            "{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}<end_of_utterance>\n"
+            "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+        ),
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

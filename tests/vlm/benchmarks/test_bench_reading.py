@@ -64,6 +64,20 @@ def test_questions_are_whole_and_the_same_wherever_they_are_read(name: str, tmp_
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
+def test_other_letters_than_ascii_are_read_however_they_are_written(name: str, tmp_path: Path) -> None:
+    root = WRITERS[name](tmp_path)
+    escaped = benchmark(name).read(root, allow_partial=True).questions
+    assert any(not (q.message + repr(q.payload)).isascii() for q in escaped)
+    for path in (*root.rglob("*.json"), *root.rglob("*.jsonl")):
+        lines = path.read_text().split("\n")
+        path.write_text(
+            "\n".join(json.dumps(json.loads(line), ensure_ascii=False) if line else "" for line in lines),
+            encoding="utf-8",
+        )
+    assert benchmark(name).read(root, allow_partial=True).questions == escaped
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
 def test_miniatures_are_refused_unless_partial_data_are_allowed(name: str, tmp_path: Path) -> None:
     root = WRITERS[name](tmp_path)
     with pytest.raises(UserError, match=f"the data of {name} are not whole") as refusal:
@@ -237,6 +251,27 @@ def test_choices(name: str, choices: tuple[str, ...], tmp_path: Path) -> None:
     assert LETTERS[25] == "Z"
 
 
+def test_ai2d_compares_four_letters_whatever_the_number_of_choices(tmp_path: Path) -> None:
+    root = write_ai2d(tmp_path)
+    path = root / "download/ai2d/val_qa/questions/2.png.json"
+    content = json.loads(path.read_text())
+    (record,) = content["questions"].values()
+
+    def of(**fields: object) -> Path:
+        write_json(path, content | {"questions": {"How many?": record | fields}})
+        return root
+
+    data = benchmark("ai2d").read(of(answerTexts=["1", "2"], correctAnswer=1), allow_partial=True)
+    question = next(q for q in data.questions if q.id == "2-0")
+    assert question.message.startswith("How many?\nA. 1\nB. 2\nAnswer")
+    assert question.choices == tuple("ABCD")
+    for texts, label in (["1", "2"], 2), ([*"12345"], 4):
+        with pytest.raises(UserError, match=f"there is no answer {label} among the first 4"):
+            benchmark("ai2d").read(of(answerTexts=texts, correctAnswer=label), allow_partial=True)
+    write_json(path, content | {"questions": {}})  # an image without questions
+    assert {q.id for q in benchmark("ai2d").read(root, allow_partial=True).questions} == {"10-0", "10-1"}
+
+
 @pytest.mark.parametrize("instruction", ["", f"\n{SHORT}"], ids=["stripped", "with an instruction"])
 def test_textvqa_has_one_instruction_with_and_without_ocr(instruction: str, tmp_path: Path) -> None:
     root = write_textvqa(tmp_path, instruction)
@@ -355,6 +390,18 @@ def test_bad_records_are_named(fields: dict[str, object], line: str, tmp_path: P
         ("vizwiz", "vizwiz/val.json", '[{"answers": []}]', "record 0: the field 'image' is missing"),
         ("ocid-ref", "ocid-ref/val_expressions.json", '{"1": {"bbox": "x"}}', "not a list in JSON"),
         ("ocid-ref", "ocid-ref/val_expressions.json", '{"1": {"bbox": "[1, 2]"}}', "not four numbers"),
+        (
+            "ocid-ref",
+            "ocid-ref/val_expressions.json",
+            '{"1": {"bbox": "[0, 0, 642, 480]"}}',
+            "none in an image of 640 x 480",
+        ),
+        (
+            "ocid-ref",
+            "ocid-ref/val_expressions.json",
+            '{"1": {"bbox": "[0, 0, 9, 9]", "scene_path": "r", "sentence": "s", "take_id": 21}}',
+            "there is no take 21",
+        ),
         ("ai2d", "ai2d/ai2d_test_ids.csv", "id\n", "holds image numbers"),
         ("ai2d", "ai2d/val_qa/questions/x.png.json", "{}", "not named after the number of its image"),
         ("pope", "pope/coco_pope_popular.json", '{"label": "maybe"}', "the label is yes or no, not 'maybe'"),

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_files import write_image
+from bench_files import truncate, write_image
 from bench_models import ALONE, CPU, Killed, ScriptedModel, suites
 
 from localign.engine.distributed import World
 from localign.errors import UserError
 from localign.vlm.benchmarks import run
+from localign.vlm.benchmarks.base import Question
 from localign.vlm.benchmarks.boxes import BoxFrame
 from localign.vlm.benchmarks.run import Suites, evaluate
+from localign.vlm.benchmarks.table import BENCHMARKS
 from localign.vlm.benchmarks.vsr import VSR
+from localign.vlm.images import open_image
 
 NAMES = ("pope", "refcoco", "gqa", "tallyqa", "vqav2")
 
@@ -99,6 +103,85 @@ def test_a_run_that_was_cut_off_is_continued(
     evaluate(second, asked, tmp_path, ALONE, 5)
     assert sorted(first.asked + second.asked) == sorted(ids(asked))
     assert_same(tmp_path, whole)
+
+
+def test_a_run_that_ends_while_it_writes_leaves_no_results_of_another_one(
+    asked: Suites, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(ScriptedModel(weights="two"), asked, tmp_path, ALONE, 3)
+    write = run.write_answers
+
+    def killed(*arguments: Any) -> None:
+        write(*arguments)
+        raise Killed
+
+    monkeypatch.setattr(run, "write_answers", killed)
+    with pytest.raises(Killed):
+        evaluate(ScriptedModel(), asked, tmp_path, ALONE, 3)
+    monkeypatch.setattr(run, "write_answers", write)
+    assert not (tmp_path / "results.json").exists()
+    evaluate(ScriptedModel(patience=0), asked, tmp_path, ALONE, 3)
+    assert_same(tmp_path, whole)
+
+
+class LookingModel(ScriptedModel):
+    """Opens the images of what it is asked, as every other model does."""
+
+    def _listened(self, questions: Sequence[Question]) -> Sequence[Question]:
+        for question in questions:
+            open_image(question.image)
+        return super()._listened(questions)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_questions_on_a_truncated_image_are_counted_and_named(name: str, tmp_path: Path) -> None:
+    [(suite, data)] = suites(tmp_path / "data", name)
+    broken = Path(data.questions[0].image)
+    content = broken.read_bytes()
+    truncate(broken)
+    lost = [question.id for question in data.questions if question.image == str(broken)]
+    kept = [question for question in data.questions if question.id not in lost]
+    model = LookingModel()
+    if not kept:
+        with pytest.raises(
+            UserError, match=f"not one question of {name} whose image can be read.*{broken.name}"
+        ):
+            evaluate(model, [(suite, data)], tmp_path / "out", ALONE, 3)
+        return
+    results = evaluate(model, [(suite, data)], tmp_path / "out", ALONE, 3)
+    assert results is not None
+    outcome = results["benchmarks"][name]
+    assert outcome["questions"] == len(kept)
+    assert outcome["notes"][-1] == (
+        f"{len(lost)} of {len(data.questions)} questions are left out because their image cannot be read, for example "
+        f"{broken}"
+    )
+    rest = evaluate(ScriptedModel(), [(suite, replace(data, questions=kept))], tmp_path / "rest", ALONE, 3)
+    assert rest is not None
+    assert outcome["figures"] == rest["benchmarks"][name]["figures"]
+
+    broken.write_bytes(content)  # once it is mended, what was left out is asked, and nothing else
+    again = LookingModel()
+    results = evaluate(again, [(suite, data)], tmp_path / "out", ALONE, 3)
+    assert sorted(again.asked) == sorted(lost)
+    assert results is not None
+    assert results["benchmarks"][name]["questions"] == len(data.questions)
+
+
+def test_a_truncated_image_is_refused_where_data_must_be_whole_once_all_others_are_asked(
+    tmp_path: Path,
+) -> None:
+    [(suite, data)] = suites(tmp_path / "data", "vsr")
+    truncate(Path(data.questions[1].image))
+    model, out = LookingModel(), tmp_path / "out"
+    with pytest.raises(
+        UserError, match=r"vsr are not whole: 1 of 4 questions are left out .*--allow-partial"
+    ):
+        evaluate(model, [(suite, replace(data, allow_partial=False))], out, ALONE, 2)
+    assert len(model.asked) == 3
+    assert not (out / "results.json").exists()
+    evaluate(LookingModel(), [(suite, data)], out, ALONE, 2)
+    assert len(lines(out)) == 3
 
 
 def test_answers_cut_off_anywhere_are_asked_again(asked: Suites, whole: Path, tmp_path: Path) -> None:

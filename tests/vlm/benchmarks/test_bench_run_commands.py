@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_files import WRITERS
+from bench_files import WRITERS, truncate
 from bench_models import ALONE, ScriptedModel, save_tiny_llava, save_tiny_vlm, suites
 from PIL import Image
 
@@ -319,8 +319,13 @@ def test_bad_use_of_show_is_one_line(
 
 
 @pytest.mark.slow
-def test_two_ranks_and_a_killed_run_equal_one(data: Path, models: Path, tmp_path: Path) -> None:
+def test_two_ranks_and_a_killed_run_equal_one(models: Path, tmp_path: Path) -> None:
     from engine_runs import kill_all, start
+
+    data = tmp_path / "data"
+    for name in NAMES:
+        WRITERS[name](data)
+    truncate(data / "download/refcoco/train2014/COCO_train2014_000000000456.jpg")
 
     def program(out: str) -> tuple[str, str]:
         arguments = (
@@ -334,7 +339,9 @@ def test_two_ranks_and_a_killed_run_equal_one(data: Path, models: Path, tmp_path
         said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said.decode()
     assert len(list((tmp_path / "two" / "responses").iterdir())) == 2
-    assert content(tmp_path / "one" / "results.json") == content(tmp_path / "two" / "results.json")
+    one = content(tmp_path / "one" / "results.json")
+    assert one["benchmarks"]["refcoco"]["notes"][-1].startswith("1 of 5 questions are left out")
+    assert one == content(tmp_path / "two" / "results.json")
 
     process = start(2, *program("killed"))
     deadline = time.monotonic() + 120
@@ -348,4 +355,4 @@ def test_two_ranks_and_a_killed_run_equal_one(data: Path, models: Path, tmp_path
     process = start(1, *program("killed"))
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said.decode()
-    assert content(tmp_path / "killed" / "results.json") == content(tmp_path / "one" / "results.json")
+    assert content(tmp_path / "killed" / "results.json") == one

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_models import CPU, save_tiny_llava, save_tiny_vlm, suites
+from bench_models import CPU, save_tiny_idefics, save_tiny_llava, save_tiny_vlm, suites
 
 from localign.errors import UserError
 from localign.vlm.benchmarks.base import Question
@@ -19,7 +19,11 @@ from localign.vlm.benchmarks.models import (
     open_model,
 )
 
-SAVERS: dict[str, Callable[[Path], Path]] = {"localign": save_tiny_vlm, "transformers": save_tiny_llava}
+SAVERS: dict[str, Callable[[Path], Path]] = {
+    "localign": save_tiny_vlm,
+    "llava": save_tiny_llava,
+    "idefics": save_tiny_idefics,
+}
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +107,14 @@ def test_image_marks_in_a_question_mark_nothing(
     folders: dict[str, Path], questions: dict[str, list[Question]]
 ) -> None:
     marked = next(question for question in questions["ai2d"] if "<image>" in question.message)
-    model = opened(folders["transformers"])
+    model = opened(folders["llava"])
     assert model.prompt(marked.message).count("<image>") == 1
     assert len(model.choice_probabilities([marked])) == 1
 
 
 def test_a_model_declares_the_frame_of_its_boxes(folders: dict[str, Path], tmp_path: Path) -> None:
     assert opened(folders["localign"]).frame == ORIGINAL
-    assert opened(folders["transformers"]).frame is None
+    assert opened(folders["llava"]).frame is None
     assert opened(save_tiny_vlm(tmp_path / "letterbox", resize="letterbox")).frame is None
     square = BoxFrame("padded-square")
     assert {opened(folder, square).frame for folder in folders.values()} == {square}

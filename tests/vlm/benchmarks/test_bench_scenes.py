@@ -235,10 +235,8 @@ def test_an_evaluation_has_a_table_of_the_kinds_that_are_asked(
         == 0
     )
     assert "Scenes-referring" in capsys.readouterr().out
-    assert (
-        main(["vlm", "show", str(tmp_path / "one"), "--out", str(tmp_path / "shown"), "--limit", "99"]) == 0
-    )
-    assert len(list((tmp_path / "shown").iterdir())) == len(data.questions)
+    assert main(["vlm", "show", str(tmp_path / "one"), "--out", str(tmp_path / "shown"), "--limit", "2"]) == 0
+    assert len(list((tmp_path / "shown").iterdir())) == 2
 
 
 def test_a_model_without_a_frame_is_refused_before_anything_is_asked(tmp_path: Path) -> None:

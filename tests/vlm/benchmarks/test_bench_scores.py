@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from bench_files import (
+    WRITERS,
     by_id,
     likely,
     scored,
     words,
     write_ai2d,
     write_gqa,
+    write_json,
     write_ocid_ref,
     write_pope,
     write_refcoco,
@@ -115,12 +118,14 @@ def test_ocid_ref(tmp_path: Path) -> None:
         "14": "[0.1, 0.1, 0.1, 0.2]",  # no width
         "15": "[0.1, 0.1, 0.2, 0.12]",  # 0.2
         "16": "[0, 0, 1, 1]",  # the whole image: 1
+        "17": "",
     }
     figures = suite.aggregate(scored(suite, data, words(answers)))
-    expected = {"Minimum": 100, "Medium": 0, "Maximum": 100, "All": 60}
+    expected = {"Minimum": 100, "Medium": 0, "Maximum": 50, "All": 50}
     assert {part: figures[f"accuracy__OCIDRef-{part}"] for part in expected} == pytest.approx(expected)
     assert figures["invalid__OCIDRef-Medium"] == 50
-    assert figures["invalid__OCIDRef-All"] == pytest.approx(20)
+    assert figures["invalid__OCIDRef-All"] == pytest.approx(100 / 3)
+    assert figures["iou__OCIDRef-All"] == pytest.approx(100 * (1 + 0.3 + 0 + 0.2 + 1 + 0) / 6)
 
 
 def sixteen(**probabilities: float) -> list[float]:
@@ -215,12 +220,30 @@ def test_ai2d(tmp_path: Path) -> None:
     )
 
 
+def test_tallyqa_with_classes_and_a_split_missing(tmp_path: Path) -> None:
+    root = write_tallyqa(tmp_path)
+    path = root / "download/tally-qa/test.json"
+    write_json(
+        path, [record | {"answer": 1} for record in json.loads(path.read_text()) if record["issimple"]]
+    )
+    suite = benchmark("tallyqa")
+    data = suite.read(root, allow_partial=True)
+    figures = suite.aggregate(scored(suite, data, likely(dict.fromkeys("123", sixteen(n1=0.7, n2=0.3)))))
+    known = {"Accuracy": 100, "AUCROC": None, "AUCPR": 100}  # one class: nothing to tell it from
+    expected: dict[str, float | None] = {
+        f"accuracy__TallyQA-{part}-{figure}": value if part != "complex" else None
+        for part in ("simple", "complex", "final")
+        for figure, value in known.items()
+    }
+    assert figures == expected
+
+
 @pytest.mark.parametrize(("name", "figure"), [("textvqa", "TextVQA-Pure"), ("textvqa-ocr", "TextVQA-OCR")])
 def test_textvqa(tmp_path: Path, name: str, figure: str) -> None:
     suite = benchmark(name)
     data = suite.read(write_textvqa(tmp_path), allow_partial=True)
-    samples = scored(suite, data, words({"34602": "Nokia", "34603": "Five", "34604": "Dakota."}))
-    # eight annotators say "nokia"; four say "5" once "the 5" and "five" are both rewritten; two say "dakota"
+    samples = scored(suite, data, words({"34602": "Nokia", "34603": "Five", "34604": "ZÜRICH."}))
+    # eight annotators say "nokia"; four say "5" once "the 5" and "five" are both rewritten; two say "zürich"
     assert [by_id(samples)[name]["score"] for name in ("34602", "34603", "34604")] == pytest.approx(
         [1, 1, 0.6]
     )
@@ -253,13 +276,23 @@ def test_vqav2(tmp_path: Path) -> None:
     assert symmetric.aggregate(scored(symmetric, data, words(VQA)))["accuracy"] == pytest.approx(97.5)
 
 
-def test_an_empty_answer_matches_an_empty_annotation_as_published(tmp_path: Path) -> None:
-    suite = benchmark("vqav2")
-    data = suite.read(write_vqav2(tmp_path), allow_partial=True)
-    samples = by_id(scored(suite, data, words(dict.fromkeys(VQA, ""))))
-    assert {name: sample["score"] for name, sample in samples.items()} == pytest.approx(
-        {"262148000": 0, "262148001": 0.3, "262148002": 0, "393225000": 0}
-    )
+@pytest.mark.parametrize(
+    ("name", "scores"),
+    [
+        ("vqav2", {"262148000": 0, "262148001": 0.3, "262148002": 0, "393225000": 0}),
+        ("textvqa", {"34602": 0.3, "34603": 0, "34604": 0}),
+        ("vizwiz", {"0": 0, "1": 0.3, "2": 0, "3": 0}),
+        ("gqa", {"201307251": 0, "201640614": 0, "202225914": 0}),
+        ("ocid-ref", dict.fromkeys(("12", "13", "14", "15", "16", "17"), 0)),
+    ],
+)
+def test_an_empty_answer_matches_an_empty_annotation_as_published(
+    tmp_path: Path, name: str, scores: dict[str, float]
+) -> None:
+    suite = benchmark(name)
+    data = suite.read(WRITERS[name](tmp_path), allow_partial=True)
+    samples = by_id(scored(suite, data, words(dict.fromkeys(scores, ""))))
+    assert {name: sample["score"] for name, sample in samples.items()} == pytest.approx(scores)
 
 
 def test_vizwiz(tmp_path: Path) -> None:
