@@ -32,8 +32,8 @@ def write_image(path: Path, size: tuple[int, int] = (8, 6)) -> None:
 
 
 def truncate(path: Path) -> None:
-    """Cut off the end of a file."""
-    path.write_bytes(path.read_bytes()[:-20])
+    """Cut off the end of an image: more than what follows the pixels, without which PNG files can be read."""
+    path.write_bytes(path.read_bytes()[:-30])
 
 
 # -- answers from a script -----------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -129,23 +131,34 @@ def _with_words(picture: Image.Image, words: Sequence[tuple[str, tuple[int, int,
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most ``width`` pixels, broken between words, within those that are too long, and where they break."""
-    lines: list[str] = []
+    """At most ``_LINES`` lines of at most ``width`` pixels, broken between words, within those that are too long, and
+    where they break."""
+    lines = list(islice(_lines(text, width), _LINES + 1))
+    return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], "…"]
+
+
+def _lines(text: str, width: int) -> Iterator[str]:
     for paragraph in text.splitlines() or [""]:
         line = ""
         for word in paragraph.split():
             longer = f"{line} {word}".strip()
-            if _font().getlength(longer) <= width:
+            if _fits(longer, width):
                 line = longer
                 continue
-            lines += [line] if line else []
-            while _font().getlength(word) > width:
-                fits = next(n for n in range(len(word) - 1, 0, -1) if _font().getlength(word[:n]) <= width)
-                lines.append(word[:fits])
-                word = word[fits:]
+            if line:
+                yield line
+            while not _fits(word, width):
+                too_long = range(2, len(word) + 1)
+                end = 1 + bisect_left(too_long, True, key=lambda n: not _fits(word[:n], width))
+                yield word[:end]
+                word = word[end:]
             line = word
-        lines.append(line)
-    return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], "…"]
+        yield line
+
+
+def _fits(text: str, width: int) -> bool:
+    # To measure thousands of letters takes its time, and hardly any is narrower than a pixel.
+    return len(text) <= width and _font().getlength(text) <= width
 
 
 @cache
