@@ -117,6 +117,15 @@ def outcome_of(judged: Judged) -> dict[str, Any]:
     """A benchmark's part of ``results.json``; figures in percent with their 95 % intervals."""
     suite, records = judged.benchmark, judged.records
     ranges = intervals(suite, records)
+    figures = {
+        name: {"value": value, "interval": ranges[name]} for name, value in suite.aggregate(records).items()
+    }
+    return facts_of(judged) | {"figures": figures}
+
+
+def facts_of(judged: Judged) -> dict[str, Any]:
+    """What was asked and how it was scored, JSON-able."""
+    suite, records = judged.benchmark, judged.records
     splits = Counter(record["split"] for record in records)
     return {
         "version": suite.version,
@@ -127,10 +136,6 @@ def outcome_of(judged: Judged) -> dict[str, Any]:
         "notes": list(judged.notes),
         "invalid": sum(map(invalid, records)),
         "headline": list(suite.headline),
-        "figures": {
-            name: {"value": value, "interval": ranges[name]}
-            for name, value in suite.aggregate(records).items()
-        },
     }
 
 
