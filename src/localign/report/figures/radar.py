@@ -189,7 +189,7 @@ def radar_figure(
         for model, scores in panel.models.items():
             _draw_model(ax, scores, scale, style[model])
         if panel.title:
-            ax.set_title(panel.title.replace("$", r"\$"), fontweight="bold", pad=2)
+            ax.set_title(panel.title.replace("$", r"\$"), fontweight="bold", pad=9)
     legend_below(figure, handles)
     return figure
 

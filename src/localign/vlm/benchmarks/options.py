@@ -16,6 +16,8 @@ class EvalConfig:
 
     model: str = ""
     """A run folder of `localign vlm train`, its export, or an image-text-to-text model of transformers."""
+    revision: str | None = None
+    """Of a model of the Hub: its branch, tag or commit; default main. Results hold the commit that it stood for."""
     benchmarks: tuple[str, ...] = ()
     """Which: refcoco, ocid-ref, tallyqa, vsr, ai2d, textvqa, textvqa-ocr, vqav2, vizwiz, pope, gqa."""
     data: str = ""
