@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import hf_hub_download
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -316,11 +317,9 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
         return None
     if Path(name).exists():
         raise UserError(f"{name} holds no model: it has no {CONFIG_FILE}")
-    version = {} if revision is None else {"revision": revision}
-    commit = getattr(_loaded(name, AutoConfig.from_pretrained, name, **version), "_commit_hash", None)
-    if commit is None:
-        raise UserError(f"the version of {name} is not known; give a folder")
-    return str(commit)
+    # A file of the cache lies below the commit that it is of.
+    path = Path(_loaded(name, hf_hub_download, name, CONFIG_FILE, revision=revision))
+    return path.parent.name
 
 
 def fingerprint_of(name: str, commit: str | None = None) -> str:
