@@ -98,7 +98,10 @@ def test_bench_probe_shows_equal_recalls(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("bench cats", "--what takes one of [labels, probe, vlm]"),
+        ("bench cats", "--what takes one of [labels, probe, vlm, answers]"),
+        ("bench answers --device cuda", "--device has no effect on bench answers"),
+        ("bench answers --images 3", "--images has no effect on bench answers"),
+        ("bench answers --questions 0", "--questions must be above 0"),
         ("bench labels --epochs 2", "--epochs has no effect on bench labels"),
         ("bench probe --patch-size 14", "--patch-size has no effect on bench probe"),
         ("bench labels --images 0", "--images must be above 0"),

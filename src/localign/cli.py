@@ -82,7 +82,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         commands.bench_config,
         commands.bench,
-        "measure speed beside the plain way: labels, probe, vlm",
+        "measure speed beside the plain way: labels, probe, vlm, answers",
         ("what",),
     ),
     "reproduce": Command(

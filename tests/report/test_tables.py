@@ -17,7 +17,6 @@ from localign.report.tables import (
     per_class,
     recall_grid,
     signed,
-    t_quantile,
     to_html,
     to_markdown,
     to_terminal,
@@ -71,16 +70,6 @@ def test_seeds_that_lack_a_value_are_left_out_as_a_pair() -> None:
 def test_nothing_to_compare_is_not_zero() -> None:
     assert paired([0.5, 0.6], []) == Difference(pytest.approx(0.55), None, None, None, 0)
     assert signed(paired([], [])) == "–"
-
-
-def test_t_quantiles_join_where_the_table_ends() -> None:
-    assert t_quantile(1) == pytest.approx(12.7062, abs=1e-4)
-    assert t_quantile(31) == pytest.approx(2.03951, abs=1e-4)
-    assert t_quantile(100) == pytest.approx(1.98397, abs=1e-4)
-    values = [t_quantile(n) for n in range(1, 200)]
-    assert values == sorted(values, reverse=True)
-    with pytest.raises(ValueError, match="degree"):
-        t_quantile(0)
 
 
 def test_rows_come_local_first_and_transformer_first(results: dict[str, Any]) -> None:

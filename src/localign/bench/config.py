@@ -13,13 +13,13 @@ from localign.errors import UserError
 class BenchConfig:
     """Measure a part of localign against the plain way of doing it, in one run."""
 
-    what: Literal["labels", "probe", "vlm"] = "labels"
+    what: Literal["labels", "probe", "vlm", "answers"] = "labels"
     """labels: reducing label maps against a loop over patches. probe: all heads in one pass against a run for
-    each. vlm: training steps on packed batches against padded ones."""
+    each. vlm: training steps on packed batches against padded ones. answers: reading VQAv2's files and scoring."""
     out: str | None = None
     """JSON file of the measurements; default runs/bench-WHAT.json."""
     seed: int = 0
-    """Of drawn label maps or conversations, or of heads."""
+    """Of drawn label maps, conversations or answers, or of heads."""
     images: int | None = None
     """labels: label maps, default 64. probe: scenes to train heads on, default 600; a quarter as many to judge
     them on."""
@@ -51,9 +51,11 @@ class BenchConfig:
     """vlm: what is trained, as in vlm train; default finetune."""
     grad_checkpointing: bool = False
     """vlm: recompute activations in the backward pass."""
+    questions: int | None = None
+    """answers: questions, default as many as VQAv2's 214354."""
     repeats: int | None = None
     """How often each way is measured. labels: default 5 (its loops once), probe: default 1, the best counting;
-    vlm: default 3, of whose steps the medians count."""
+    vlm: default 3, of whose steps the medians count. answers: default 1, the best counting."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -70,12 +72,15 @@ class BenchConfig:
                 "stage",
                 "grad_checkpointing",
             ),
+            "answers": ("questions",),
         }
         for name in {name for names in own.values() for name in names}.difference(own[self.what]):
             if getattr(self, name) not in (None, False):
                 raise UserError(f"--{name.replace('_', '-')} has no effect on bench {self.what}")
+        if self.what == "answers" and self.device not in ("auto", "cpu"):
+            raise UserError("--device has no effect on bench answers")
         positive = ("images", "image_size", "patch_size", "epochs", "repeats", "image_tokens", "batch_size",
-                    "micro_batch", "steps")  # fmt: skip
+                    "micro_batch", "steps", "questions")  # fmt: skip
         for name in positive:
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -106,6 +106,20 @@ def vlm_tables(content: dict[str, Any]) -> list[Table]:
     return [table]
 
 
+def answers_tables(content: dict[str, Any]) -> list[Table]:
+    """What each way takes to read the files and to score an answer to every question."""
+    title = "{questions:,} questions of VQAv2, ten annotators each".format(**content)
+    numbers = ("loading, s", "memory at its peak, MB", "scoring, s")
+    table = _table(title, content, ("way",), numbers)
+    for row in content["ways"]:
+        peak = row["peak_bytes"]
+        loading, scoring = (
+            _in_both_times(row[part], ".1f", wall_alone=False) for part in ("loading", "scoring")
+        )
+        table.add_row(row["way"], loading, "–" if peak is None else f"{peak / 1e6:,.0f}", scoring)
+    return [table]
+
+
 def _in_both_times(value: dict[str, float], form: str, wall_alone: bool) -> str:
     return f"{value['wall']:{form}}" + ("" if wall_alone else f" (CPU {value['cpu']:{form}})")
 
@@ -114,6 +128,12 @@ def _bench_vlm(config: BenchConfig) -> dict[str, Any]:
     from localign.bench.vlm import bench_vlm  # transformers take a while to import
 
     return bench_vlm(config)
+
+
+def _bench_answers(config: BenchConfig) -> dict[str, Any]:
+    from localign.bench.answers import bench_answers
+
+    return bench_answers(config)
 
 
 def _percent(value: float | None) -> str:
@@ -135,5 +155,6 @@ _MEASUREMENTS: dict[str, tuple[Callable[[BenchConfig], dict[str, Any]], Callable
     "labels": (bench_labels, labels_tables),
     "probe": (bench_probe, probe_tables),
     "vlm": (_bench_vlm, vlm_tables),
+    "answers": (_bench_answers, answers_tables),
 }
 """What measures, and how it is shown."""

@@ -10,13 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-T_QUANTILES = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
-    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
-    2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
-)  # fmt: skip
-"""97.5 % quantiles of Student's t for 1..30 degrees of freedom."""
-_Z = 1.959964
+from localign.seeds import half_width
 
 TASK_NAMES = {
     "local": "local (per patch)",
@@ -83,20 +77,6 @@ class Grid:
 # -- statistics ------------------------------------------------------------------------------------------
 
 
-def t_quantile(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t: a table up to 30 degrees of freedom, then its expansion in 1/n.
-
-    Raises:
-        ValueError: fewer than one degree of freedom.
-    """
-    if degrees < 1:
-        raise ValueError(f"Student's t needs at least one degree of freedom, not {degrees}")
-    if degrees <= len(T_QUANTILES):
-        return T_QUANTILES[degrees - 1]
-    first = (_Z**3 + _Z) / (4 * degrees)
-    return _Z + first + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * degrees**2)
-
-
 def paired(baseline: Sequence[float | None], aligned: Sequence[float | None]) -> Difference:
     """Means and the paired difference with its 95 % t-interval.
 
@@ -115,13 +95,8 @@ def paired(baseline: Sequence[float | None], aligned: Sequence[float | None]) ->
         return Difference(means[0], means[1], None, None, 0)
     differences = [float(a) - float(b) for b, a in pairs if a is not None and b is not None]
     mean = sum(differences) / len(differences)
-    half = None
-    if len(differences) > 1:
-        variance = sum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
-        half = t_quantile(len(differences) - 1) * math.sqrt(variance / len(differences))
-    return Difference(
-        _mean([p[0] for p in pairs]), _mean([p[1] for p in pairs]), mean, half, len(differences)
-    )
+    means = [_mean(side) for side in zip(*pairs, strict=True)]
+    return Difference(means[0], means[1], mean, half_width(differences), len(differences))
 
 
 def _repeated(values: Sequence[float | None], count: int) -> list[float | None]:
@@ -152,7 +127,7 @@ def before_after(results: Mapping[str, Any]) -> list[Row]:
     """Macro recall of every source, task and head, before and after alignment, paired over seeds.
 
     The interval is mean +- t * s / sqrt(n) with n - 1 degrees of freedom, s the standard deviation of the
-    per-seed differences; t comes from :func:`t_quantile`.
+    per-seed differences; t comes from :func:`~localign.seeds.t_quantile`.
     """
     runs = {name: side for name, side in probe_runs(results).items() if name in SIDES}
     rows = []

@@ -19,6 +19,7 @@ from localign.vlm.benchmarks import intervals as module
 from localign.vlm.benchmarks.base import Sample
 from localign.vlm.benchmarks.intervals import (
     bootstrap,
+    difference_over_seeds,
     interval_over_seeds,
     intervals,
     mcnemar,
@@ -44,6 +45,10 @@ def samples(scores: Sequence[float], per_image: int = 1) -> list[Sample]:
 
 
 SUITE = benchmark("vqav2")
+
+
+def scores_of(found: Sequence[Sample]) -> dict[str, float]:
+    return {sample["id"]: sample["score"] for sample in found}
 
 
 def accuracy_interval(found: Sequence[Sample]) -> tuple[float, float]:
@@ -107,7 +112,9 @@ def test_models_that_answered_different_questions_are_not_compared(tmp_path: Pat
     with pytest.raises(UserError, match="different questions: 1 were put to one of them alone, for example"):
         paired_differences(SUITE, found, found[1:])
     with pytest.raises(UserError, match="different questions"):
-        mcnemar(found, [*found[1:], found[1]])
+        paired_differences(SUITE, found, [*found[1:], found[1]])
+    with pytest.raises(UserError, match="different questions"):
+        mcnemar(scores_of(found), scores_of(found[1:]))
 
 
 @pytest.mark.slow
@@ -143,26 +150,39 @@ def test_the_interval_of_a_difference_covers_it(monkeypatch: pytest.MonkeyPatch)
 def test_mcnemar_by_hand(fewer: int, more: int, p_value: float) -> None:
     first = [1.0] * fewer + [0.0] * more + [1.0, 0.0] * 4
     second = [0.0] * fewer + [1.0] * more + [1.0, 0.0] * 4
-    found = mcnemar(samples(first), samples(second)[::-1])
+    found = mcnemar(scores_of(samples(first)), scores_of(samples(second)[::-1]))
     assert found[:2] == (fewer, more)
     assert found.p_value == pytest.approx(p_value)
 
 
 def test_mcnemar_of_many_questions_is_that_of_the_normal_distribution() -> None:
     fewer, more = 4_900, 5_100
-    found = mcnemar(samples([1.0] * fewer + [0.0] * more), samples([0.0] * fewer + [1.0] * more))
+    first, second = (dict(enumerate([float(i)] * fewer + [float(1 - i)] * more)) for i in (1, 0))
+    found = mcnemar(*({str(name): score for name, score in side.items()} for side in (first, second)))
     z = (more - fewer - 1) / math.sqrt(fewer + more)
     assert found.p_value == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.01)
 
 
 def test_intervals_over_seeds() -> None:
-    # mean 70, deviation 2; t of 2 degrees of freedom is 4.303
+    # mean 70, deviation 2; t of 2 degrees of freedom is 4.3027
     assert interval_over_seeds([68, 70, 72]) == pytest.approx(
-        [70 - 4.303 * 2 / 3**0.5, 70 + 4.303 * 2 / 3**0.5]
+        [70 - 4.3027 * 2 / 3**0.5, 70 + 4.3027 * 2 / 3**0.5]
     )
     assert interval_over_seeds([70]) is None
     wide = interval_over_seeds([0, 1] * 15) or [math.nan, math.nan]  # 29 degrees of freedom: 2.045
     assert (wide[1] - wide[0]) / 2 == pytest.approx(2.0452 * np.std([0, 1] * 15, ddof=1) / 30**0.5, rel=1e-3)
+
+
+def test_differences_over_seeds_are_paired_where_there_are_as_many() -> None:
+    # differences 1, 2, 3: mean 2, deviation 1
+    half = 4.3027 / 3**0.5
+    assert difference_over_seeds([60, 70, 80], [61, 72, 83]) == pytest.approx([2 - half, 2 + half])
+    # Welch: variances 4/2 and 1/3 of the means, (7/3)^2 / (4 + 1/18) = 1.34 degrees of freedom, rounded down
+    half = 12.7062 * (4 / 2 + 1 / 3) ** 0.5
+    apart = difference_over_seeds([60 - 2**0.5, 60 + 2**0.5], [71, 72, 73])
+    assert apart == pytest.approx([12 - half, 12 + half])
+    assert difference_over_seeds([60], [61, 62]) is None
+    assert difference_over_seeds([60, 60], [61, 61, 61]) == [1, 1]
 
 
 def test_z_scores_by_hand() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shlex
 import shutil
@@ -17,8 +16,7 @@ from PIL import Image
 
 from localign.cli import main
 from localign.vlm.benchmarks import base, run
-from localign.vlm.benchmarks.comparing import compare
-from localign.vlm.benchmarks.results import judge_again, read_answers
+from localign.vlm.benchmarks.results import read_answers
 from localign.vlm.benchmarks.run import evaluate
 from localign.vlm.benchmarks.show import ANSWERED, TRUE, drawn, file_name
 
@@ -49,12 +47,10 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Evaluations "one" and "two" of scripted models on the same questions, and "less" with fewer benchmarks."""
+    """An evaluation "one" of a scripted model."""
     root = tmp_path_factory.mktemp("scripted")
     asked = suites(root / "data", "refcoco", "gqa", "vqav2", "pope")
-    for name in ("one", "two"):
-        evaluate(ScriptedModel(weights=name), asked, root / name, ALONE, 8, name)
-    evaluate(ScriptedModel(), asked[:2], root / "less", ALONE, 8, "less")
+    evaluate(ScriptedModel(), asked, root / "one", ALONE, 8, "one")
     return root
 
 
@@ -128,6 +124,7 @@ def test_a_finished_evaluation_loads_no_weights(
         ("MODEL --benchmarks refcoco --data DATA --allow-partial --boxes x", "'x' is no box frame"),
         ("LLAVA --benchmarks refcoco --data DATA --allow-partial", "does not say which frame its boxes are"),
         ("MODEL --benchmarks gqa --data DATA --scoring x", "--scoring takes one of"),
+        ("MODEL --revision v1 --benchmarks gqa --data DATA --allow-partial", "is of models of the Hub"),
     ],
 )
 def test_bad_use_is_one_line(
@@ -178,68 +175,6 @@ def test_published_and_strict_scoring_differ(tmp_path: Path) -> None:
     assert accuracy() == 0  # the published rule takes the hyphen out of the prediction alone
     localign(f"vlm score {tmp_path / 'out'} --scoring strict")
     assert accuracy() == 50
-
-
-def test_models_are_compared(scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    localign(f"vlm score {scripted / 'one'} {scripted / 'two'} --out {tmp_path}")
-    assert "McNemar" in capsys.readouterr().out
-    found = content(tmp_path / "comparison.json")
-    one, two = (content(scripted / name / "results.json") for name in ("one", "two"))
-    assert found["first"] == "one"
-    for name, part in found["benchmarks"].items():
-        assert part["outcomes"] == {"one": one["benchmarks"][name], "two": two["benchmarks"][name]}
-        for figure, difference in part["differences"]["two"].items():
-            values = [results["benchmarks"][name]["figures"][figure]["value"] for results in (one, two)]
-            if None in values:  # an area under a curve, of a class that does not occur
-                assert difference["value"] is None
-            else:
-                assert difference["value"] == pytest.approx(values[1] - values[0])
-    scores = found["z_scores"]["scores"]
-    headline = set(scores["one"])
-    assert {"gqa: accuracy", "pope: accuracy__POPE-final-Accuracy"} <= headline
-    for figure in headline:
-        pair = sorted([scores["one"][figure], scores["two"][figure]])
-        assert pair == pytest.approx([0, 0]) or pair == pytest.approx([-1, 1])
-    with (tmp_path / "comparison.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * sum(len(part["figures"]) for part in one["benchmarks"].values())
-    assert {row["difference"] for row in rows if row["model"] == "one"} == {""}
-    markdown = (tmp_path / "comparison.md").read_text()
-    assert markdown.startswith("| benchmark | figure | model |")
-    assert "- pope: 2 questions in 'adversarial' where there are 3000" in markdown
-
-
-def test_tests_of_a_comparison_are_right(tmp_path: Path) -> None:
-    asked = suites(tmp_path, "vsr")
-    truth = {question.id: question.payload["label"] for _, data in asked for question in data.questions}
-    for name, right in (("good", 4), ("bad", 1)):  # of four questions
-        model = ScriptedModel()
-        chosen = {
-            q: label if number < right else 1 - label for number, (q, label) in enumerate(truth.items())
-        }
-        model._numbers = lambda q, n, chosen=chosen: [1.0 - chosen[q.id], chosen[q.id]]  # type: ignore[method-assign,misc]
-        evaluate(model, asked, tmp_path / name, ALONE, 3)
-    pool = {
-        name: {
-            "vsr": judge_again(
-                read_answers(tmp_path / name / "answers.jsonl")["vsr"],
-                "default",
-                content(tmp_path / name / "results.json")["benchmarks"]["vsr"],
-            )
-        }
-        for name in ("bad", "good")
-    }
-    part = compare(pool)["benchmarks"]["vsr"]
-    expected = {"first_better": 0, "second_better": 3, "p_value": 0.25}
-    assert part["mcnemar"]["good"] == pytest.approx(expected)
-    assert part["differences"]["good"]["accuracy__VSR-ExactMatch"]["value"] == 75
-
-
-def test_benchmarks_that_some_lack_are_left_out(scripted: Path, tmp_path: Path) -> None:
-    localign(f"vlm score {scripted / 'one'} {scripted / 'less'} --out {tmp_path}")
-    found = content(tmp_path / "comparison.json")
-    assert list(found["benchmarks"]) == ["refcoco", "gqa"]
-    assert "pope is left out: not all of the models answered it" in found["notes"]
 
 
 def test_bad_use_of_score_is_one_line(

@@ -7,7 +7,7 @@ number of images alone: two models judged on the same questions are compared on 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from localign.errors import UserError
 from localign.probing.bootstrap import CHUNK_BYTES, REPLICATES, interval, replicate_weights
+from localign.report.tables import paired
+from localign.seeds import half_width, half_width_apart
 from localign.vlm.benchmarks.base import Benchmark, Sample
 from localign.vlm.benchmarks.metrics import Draws
 
@@ -67,25 +69,44 @@ def paired_differences(
         UserError: The models did not answer the same questions.
     """
     check_paired(first, second)
-    values = [benchmark.aggregate(samples) for samples in (first, second)]
-    draws = [bootstrap(benchmark, samples, replicates) for samples in (first, second)]
+    sides = [Figures(benchmark.aggregate(s), bootstrap(benchmark, s, replicates)) for s in (first, second)]
+    return differences(*sides)
+
+
+class Figures(NamedTuple):
+    """A benchmark's figures, in percent, and what they are on resampled images."""
+
+    values: Mapping[str, float | None]
+    draws: Mapping[str, Tensor]
+    """As :func:`bootstrap` gives them; of several training seeds the mean, which has the images' spread alone."""
+
+
+def differences(first: Figures, second: Figures) -> dict[str, Difference]:
+    """How far two models' figures on the same questions are apart."""
     found = {}
-    for name in draws[0]:
-        before, after = (value.get(name) for value in values)
-        difference = None if before is None or after is None else after - before
-        found[name] = Difference(difference, interval(draws[1][name] - draws[0][name]))
+    for name, draws in first.draws.items():
+        before, after = first.values.get(name), second.values.get(name)
+        value = None if before is None or after is None else after - before
+        found[name] = Difference(value, interval(second.draws[name] - draws))
     return found
 
 
 def check_paired(first: Sequence[Sample], second: Sequence[Sample]) -> None:
     """Refuse to compare answers to different questions. Raises UserError."""
-    ids = [{sample["id"] for sample in samples} for samples in (first, second)]
-    if ids[0] != ids[1] or len(first) != len(second):
-        alone = sorted(ids[0] ^ ids[1])
+    check_same(*([sample["id"] for sample in samples] for samples in (first, second)))
+
+
+def check_same(first: Collection[str], second: Collection[str]) -> None:
+    """Refuse to compare answers to different questions, told by their ids. Raises UserError."""
+    if len(first) != len(second) or set(first) != set(second):
+        alone = sorted(set(first) ^ set(second))
         example = f", for example {alone[0]}" if alone else ""
         raise UserError(
             f"the models answered different questions: {len(alone)} were put to one of them alone{example}"
         )
+
+
+_ROUNDING = 1e-9
 
 
 class McNemar(NamedTuple):
@@ -97,18 +118,23 @@ class McNemar(NamedTuple):
     """Of as uneven a division, or more, if either model were as likely to be the better one; two-sided, exact."""
 
 
-def mcnemar(first: Sequence[Sample], second: Sequence[Sample]) -> McNemar:
+def mcnemar(first: Mapping[str, float], second: Mapping[str, float]) -> McNemar:
     """McNemar's exact test on the scores of two models; of soft scores, the sign test, which it then is.
 
-    Other than :func:`paired_differences` it takes questions for independent, also where they share an image.
+    Other than :func:`paired_differences` it takes questions for independent, also where they share an image. Of models
+    trained with several seeds, give every question's mean score.
+
+    Args:
+        first: Scores by question.
+        second: The other model's.
 
     Raises:
         UserError: The models did not answer the same questions.
     """
-    check_paired(first, second)
-    scores = [{sample["id"]: sample["score"] for sample in samples} for samples in (first, second)]
-    gains = [scores[1][name] - score for name, score in scores[0].items()]
-    fewer, more = sum(gain < 0 for gain in gains), sum(gain > 0 for gain in gains)
+    check_same(first, second)
+    gains = [second[name] - score for name, score in first.items()]
+    # Means over seeds may differ in their last bit where they are the same.
+    fewer, more = sum(gain < -_ROUNDING for gain in gains), sum(gain > _ROUNDING for gain in gains)
     return McNemar(fewer, more, _sign_test(fewer, more))
 
 
@@ -120,29 +146,31 @@ def _sign_test(first: int, second: int) -> float:
     return min(1.0, 2 * math.exp(float(torch.logsumexp(log_ways, 0)) - throws * math.log(2)))
 
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_STUDENT = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-)
-
-
 def interval_over_seeds(values: Sequence[float]) -> list[float] | None:
     """The 95 % interval of the mean over training runs that differ in their seed, by Student's t.
 
     It says what other seeds would give on the same questions; :func:`intervals` says what other images would give to
-    the same model. For a gain, give the runs' differences. None for a single run.
+    the same models. None for a single run.
     """
-    if len(values) < 2:
+    half = half_width(values)
+    return None if half is None else _around(float(np.mean(values)), half)
+
+
+def difference_over_seeds(first: Sequence[float], second: Sequence[float]) -> list[float] | None:
+    """The 95 % interval of the second model's mean over seeds minus the first's.
+
+    As many runs on either side are taken for pairs, by their position (Student); otherwise none are (Welch). None
+    where a side has a single run: nothing tells how far another run of it would lie.
+    """
+    if min(len(first), len(second)) < 2:
         return None
-    table = np.asarray(values, dtype=np.float64)
-    freedom = len(table) - 1
-    # Beyond the table: the first terms of the expansion around the normal quantile.
-    quantile = (
-        _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.960 + 2.372 / freedom + 2.82 / freedom**2
-    )
-    half = quantile * float(table.std(ddof=1)) / math.sqrt(len(table))
-    return [float(table.mean()) - half, float(table.mean()) + half]
+    found = paired(first, second)
+    half = found.half_width if len(first) == len(second) else half_width_apart(first, second)
+    return None if half is None else _around(float(np.mean(second) - np.mean(first)), half)
+
+
+def _around(middle: float, half: float) -> list[float]:
+    return [middle - half, middle + half]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import hf_hub_download
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -206,6 +207,7 @@ class TransformersModel(_OnDevice):
         device: Where it works.
         dtype: Of the weights.
         frame: What coordinates in its answers refer to; nothing is known of it by itself.
+        commit: Of a model of the Hub, the version that is loaded.
 
     Raises:
         UserError: There is no such model, or it has no chat template.
@@ -218,10 +220,13 @@ class TransformersModel(_OnDevice):
         device: torch.device,
         dtype: torch.dtype,
         frame: BoxFrame | None = None,
+        commit: str | None = None,
     ) -> None:
         super().__init__(fingerprint, device, dtype, frame)
         self._name = name
-        self._processor = _loaded(name, AutoProcessor.from_pretrained, name)
+        self._version = {} if commit is None else {"revision": commit}
+        self.identity |= self._version
+        self._processor = _loaded(name, AutoProcessor.from_pretrained, name, **self._version)
         if not getattr(self._processor, "chat_template", None):
             raise UserError(f"the processor of {name} has no chat template, so questions cannot be put to it")
         self.tokenizer = self._processor.tokenizer
@@ -263,7 +268,8 @@ class TransformersModel(_OnDevice):
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _load(self) -> Any:
-        return _loaded(self._name, AutoModelForImageTextToText.from_pretrained, self._name, dtype=self._dtype)
+        load = AutoModelForImageTextToText.from_pretrained
+        return _loaded(self._name, load, self._name, dtype=self._dtype, **self._version)
 
 
 def open_model(
@@ -272,6 +278,7 @@ def open_model(
     device: torch.device,
     dtype: torch.dtype,
     frame: BoxFrame | None = None,
+    commit: str | None = None,
 ) -> LocalignModel | TransformersModel:
     """The model of a name, its weights not yet loaded.
 
@@ -281,6 +288,7 @@ def open_model(
         device: Where it works.
         dtype: Of the weights.
         frame: What coordinates in its answers refer to, where it does not say so itself.
+        commit: As of :func:`hub_commit`.
 
     Raises:
         UserError: There is no such model.
@@ -289,23 +297,44 @@ def open_model(
     config = _config(name)
     if folder is not None and config.get("model_type") == LocalignVLMConfig.model_type:
         return LocalignModel(folder, fingerprint, device, dtype, frame)
-    return TransformersModel(name if folder is None else str(folder), fingerprint, device, dtype, frame)
+    known = name if folder is None else str(folder)
+    return TransformersModel(known, fingerprint, device, dtype, frame, commit)
 
 
-def fingerprint_of(name: str) -> str:
+def hub_commit(name: str, revision: str | None = None) -> str | None:
+    """The commit that a branch, tag or commit of a model on the Hub stands for; None of a folder.
+
+    Args:
+        name: As :func:`open_model` takes it.
+        revision: Default the main branch.
+
+    Raises:
+        UserError: There is no such model or revision, or a folder is asked for one.
+    """
+    if export_folder(name) is not None:
+        if revision is not None:
+            raise UserError(f"--revision is of models of the Hub; {name} is a folder")
+        return None
+    if Path(name).exists():
+        raise UserError(f"{name} holds no model: it has no {CONFIG_FILE}")
+    # A file of the cache lies below the commit that it is of.
+    path = Path(_loaded(name, hf_hub_download, name, CONFIG_FILE, revision=revision))
+    return path.parent.name
+
+
+def fingerprint_of(name: str, commit: str | None = None) -> str:
     """What stands for a model's weights and configuration: a hash of its files, or its commit on the Hub.
+
+    Args:
+        name: As :func:`open_model` takes it.
+        commit: As of :func:`hub_commit`; default that of the main branch.
 
     Raises:
         UserError: There is no such model.
     """
     folder = export_folder(name)
     if folder is None:
-        if Path(name).exists():
-            raise UserError(f"{name} holds no model: it has no {CONFIG_FILE}")
-        commit = getattr(_loaded(name, AutoConfig.from_pretrained, name), "_commit_hash", None)
-        if commit is None:
-            raise UserError(f"the version of {name} is not known; give a folder")
-        return f"{name}@{commit}"
+        return f"{name}@{commit or hub_commit(name)}"
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith(".") and path.suffix != ".md":

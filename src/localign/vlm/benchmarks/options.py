@@ -16,6 +16,8 @@ class EvalConfig:
 
     model: str = ""
     """A run folder of `localign vlm train`, its export, or an image-text-to-text model of transformers."""
+    revision: str | None = None
+    """Of a model of the Hub: its branch, tag or commit; default main. Results hold the commit that it stood for."""
     benchmarks: tuple[str, ...] = ()
     """Which: refcoco, ocid-ref, tallyqa, vsr, ai2d, textvqa, textvqa-ocr, vqav2, vizwiz, pope, gqa; scenes."""
     data: str = ""
@@ -50,22 +52,23 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """Score answers again, without the model; with several folders compare their models."""
+    """Score answers again, without the model; with several folders compare their models, in tables and figures."""
 
     runs: tuple[str, ...] = ()
-    """Folders that `localign vlm eval` wrote. The first of several is what the others are compared with."""
+    """Folders that `localign vlm eval` wrote, each maybe as NAME=folder; the first is what the others are compared
+    with. Folders of one NAME (given again, or NAME=runs/eval-seed*) are trainings with different seeds.
+    PANEL/NAME=folder, or FIGURE/PANEL/NAME=folder, puts models into panels, each with a first one of its own."""
     scoring: Scoring = "default"
     """default, published or strict, as for `localign vlm eval`."""
     out: str | None = None
-    """Folder of the comparison; default "comparison". Of a single folder, scores are written into it."""
+    """Folder of the comparison's tables and figures; default "comparison". Of a single folder, scores are written into
+    it."""
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise UserError("score what? give folders of `localign vlm eval`")
         if len(set(self.runs)) < len(self.runs):
             raise UserError("a folder is compared with others, not with itself")
-        if len(self.runs) == 1 and self.out is not None:
-            raise UserError("--out has no effect with a single folder: its scores are written into it")
 
 
 @dataclass(frozen=True, kw_only=True)

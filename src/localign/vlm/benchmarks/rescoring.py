@@ -9,8 +9,11 @@ from typing import Any
 
 from localign.engine import run as runs
 from localign.errors import UserError
-from localign.vlm.benchmarks.comparing import Pool, compare, comparison_table, write_comparison
+from localign.vlm.benchmarks.comparing import compare
+from localign.vlm.benchmarks.comparison_figures import comparison_drawings
+from localign.vlm.benchmarks.comparison_tables import comparison_table, write_comparison
 from localign.vlm.benchmarks.options import ScoreConfig
+from localign.vlm.benchmarks.pool import Contender, read_entries
 from localign.vlm.benchmarks.results import (
     ANSWERS_FILE,
     Judged,
@@ -21,6 +24,7 @@ from localign.vlm.benchmarks.results import (
     show_results,
     write_answers,
 )
+from localign.vlm.benchmarks.summary import Summary, summary_of
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,39 @@ def run_score(config: ScoreConfig) -> None:
     Raises:
         UserError: A folder holds no answers, or models answered different questions.
     """
-    evaluations = [_scored(Path(run), config.scoring) for run in config.runs]
-    if len(evaluations) == 1:
-        _write(evaluations[0])
+    entries = read_entries(config.runs)
+    folders = list(dict.fromkeys(folder for entry in entries for folder in entry.folders))
+    if len(folders) == 1:
+        if len(config.runs) > 1 or Path(config.runs[0]) != folders[0]:
+            raise UserError(
+                f"{config.runs[0]}: a single folder has nothing to be compared with; give more, or no name"
+            )
+        if config.out is not None:
+            raise UserError("--out has no effect with a single folder: its scores are written into it")
+        _write(_scored(folders[0], config.scoring))
         return
-    names = _names([evaluation.folder for evaluation in evaluations])
-    pool: Pool = {n: evaluation.judged for n, evaluation in zip(names, evaluations, strict=True)}
+    found = {folder: _summarised(folder, config.scoring) for folder in folders}
+    pool = [Contender(entry, tuple(found[folder][1] for folder in entry.folders)) for entry in entries]
     comparison = compare(pool) | {
-        "models": {n: e.results["model"] for n, e in zip(names, evaluations, strict=True)}
+        "models": {entry.label: [found[folder][0] for folder in entry.folders] for entry in entries}
     }
     screen().print(comparison_table(comparison))
     for note in comparison["notes"]:
         print(f"note       {note}")
-    for path in write_comparison(Path(config.out or "comparison"), comparison):
+    out = Path(config.out or "comparison")
+    drawings, undrawn = comparison_drawings(comparison)
+    for reason in undrawn:
+        print(f"note       {reason}")
+    paths = write_comparison(out, comparison)
+    for path in paths + [path for drawing in drawings for path in drawing.save(out)]:
         print(f"written    {path}")
+
+
+def _summarised(folder: Path, scoring: str) -> tuple[dict[str, Any], dict[str, Summary]]:
+    """What the model is, and what its answers came to."""
+    evaluation = _scored(folder, scoring)
+    model = {"folder": str(folder), **evaluation.results["model"]}
+    return model, {name: summary_of(judged) for name, judged in evaluation.judged.items()}
 
 
 def _scored(folder: Path, scoring: str) -> _Evaluation:
@@ -69,9 +92,3 @@ def _write(evaluation: _Evaluation) -> None:
     show_results(outcomes)
     print(f"answers    {answers}")
     print(f"results    {path}")
-
-
-def _names(folders: list[Path]) -> list[str]:
-    """The folders' own names, or their paths where these are not different."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,15 @@ def outcome_of(judged: Judged) -> dict[str, Any]:
     """A benchmark's part of ``results.json``; figures in percent with their 95 % intervals."""
     suite, records = judged.benchmark, judged.records
     ranges = intervals(suite, records)
-    values = suite.aggregate(records)
+    figures = {
+        name: {"value": value, "interval": ranges[name]} for name, value in suite.aggregate(records).items()
+    }
+    return facts_of(judged, figures) | {"figures": figures}
+
+
+def facts_of(judged: Judged, figures: Collection[str]) -> dict[str, Any]:
+    """What was asked and how it was scored, JSON-able; ``figures`` are the names of those there are."""
+    suite, records = judged.benchmark, judged.records
     splits = Counter(record["split"] for record in records)
     return {
         "version": suite.version,
@@ -127,8 +135,7 @@ def outcome_of(judged: Judged) -> dict[str, Any]:
         "limit": judged.limit,
         "notes": list(judged.notes),
         "invalid": sum(map(invalid, records)),
-        "headline": [name for name in suite.headline if name in values],
-        "figures": {name: {"value": value, "interval": ranges[name]} for name, value in values.items()},
+        "headline": [name for name in suite.headline if name in figures],
     }
 
 

@@ -17,7 +17,7 @@ from localign.engine.log import Bar
 from localign.errors import RunFailure, UserError
 from localign.vlm.benchmarks.base import MAX_NEW_TOKENS, Answer, Benchmark, Question, QuestionSet
 from localign.vlm.benchmarks.boxes import BoxFrame
-from localign.vlm.benchmarks.models import AnsweringModel, fingerprint_of, open_model
+from localign.vlm.benchmarks.models import AnsweringModel, fingerprint_of, hub_commit, open_model
 from localign.vlm.benchmarks.options import EvalConfig
 from localign.vlm.benchmarks.responses import ResponseWriter, read_responses, response_key
 from localign.vlm.benchmarks.results import (
@@ -45,13 +45,19 @@ def run_eval(config: EvalConfig) -> None:
             for suite in [with_scoring(name, config.scoring) for name in config.benchmarks]
         ]
         low = config.dtype == "bfloat16" or (config.dtype == "auto" and ranks.device.type == "cuda")
-        # Reading all weights takes a while: one process does it for all.
-        fingerprint = ranks.gather(fingerprint_of(config.model) if ranks.is_main else "")[0]
+        # Reading all weights takes a while, and a branch may move: one process does it for all.
+        commit, fingerprint = ranks.gather(_version(config) if ranks.is_main else (None, ""))[0]
         dtype = torch.bfloat16 if low else torch.float32
-        model = open_model(config.model, fingerprint, ranks.device, dtype, frame)
+        model = open_model(config.model, fingerprint, ranks.device, dtype, frame, commit)
         results = evaluate(model, suites, Path(config.out), ranks, config.batch_size, config.model)
         if results is not None:
             _say(results, Path(config.out))
+
+
+def _version(config: EvalConfig) -> tuple[str | None, str]:
+    """The commit of a model of the Hub, and what stands for the weights."""
+    commit = hub_commit(config.model, config.revision)
+    return commit, fingerprint_of(config.model, commit)
 
 
 def evaluate(

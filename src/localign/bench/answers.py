@@ -1,0 +1,196 @@
+"""Reading VQAv2's files and scoring answers to them, against the plain way: JSON as it is, and every word each time.
+
+The files are drawn, in the official layout and as large as the official ones: with a question on each of which ten
+annotators said something, mostly the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from localign import rng
+from localign.bench.config import BenchConfig
+from localign.bench.timing import Timing, hardware, timed
+from localign.errors import RunFailure
+from localign.vlm.benchmarks.answers import VQAV2
+from localign.vlm.benchmarks.base import Answer
+from localign.vlm.benchmarks.table import benchmark
+
+QUESTIONS, PER_IMAGE = 214_354, 5.292
+"""Of the official validation files."""
+VOCABULARY = 20_000
+OURS, PLAIN = "localign", "plain"
+CPU = torch.device("cpu")
+_FOLDER = Path("download") / "vqa-v2"
+_NAMES = ("v2_val2014_questions.json", "v2_val2014_annotations.json")
+
+
+def bench_answers(config: BenchConfig) -> dict[str, Any]:
+    """Draw the files, and measure each way in a process of its own.
+
+    Raises:
+        RunFailure: The ways disagree about a score.
+    """
+    count = config.questions or QUESTIONS
+    with TemporaryDirectory() as folder:
+        predictions = write_files(Path(folder), count, config.seed)
+        (Path(folder) / "predictions.json").write_text(json.dumps(predictions), encoding="utf-8")
+        ways = []
+        for way in (OURS, PLAIN):
+            runs = [_in_own_process(way, folder) for _ in range(config.repeats or 1)]
+            ways.append(_best(way, runs))
+    check_equal(*(way.pop("scores") for way in ways))
+    return {"questions": count, "hardware": hardware(CPU) | {"threads": 1}, "ways": ways}
+
+
+def _best(way: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "way": way,
+        "scores": runs[0]["scores"],
+        "peak_bytes": runs[0]["peak_bytes"],
+        **{part: asdict(Timing.best([run[part] for run in runs])) for part in ("loading", "scoring")},
+    }
+
+
+def check_equal(first: dict[str, float], second: dict[str, float]) -> None:
+    """Raises RunFailure if scores differ."""
+    if first != second:
+        different = next(name for name in first if first[name] != second.get(name))
+        raise RunFailure(f"the ways disagree about the score of question {different}")
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def write_files(root: Path, count: int, seed: int) -> dict[str, str]:
+    """Questions and annotations below a data root, and empty files for the images.
+
+    Returns:
+        A prediction by question id.
+    """
+    draw = rng.generator(seed, "bench answers")
+    words = _vocabulary(draw)
+    frequent = 1 / np.arange(1, len(words) + 1)
+    # Three different answers to a question, given by about seven, two and one of ten.
+    candidates = draw.choice(len(words), (count, 3), p=frequent / frequent.sum())
+    given = draw.choice(3, (count, 10), p=(0.7, 0.2, 0.1))
+    images = (np.arange(count) / PER_IMAGE).astype(int)
+    questions, annotations, predictions = [], [], {}
+    for i in range(count):
+        answers = [words[candidates[i, k]] for k in given[i]]
+        common = {"image_id": int(images[i]), "question_id": i}
+        questions.append(common | {"question": f"What is the thing number {i} in the picture?"})
+        annotations.append(
+            common
+            | {
+                "question_type": f"what is {i % 65}",
+                "answer_type": ("yes/no", "number", "other")[i % 3],
+                "multiple_choice_answer": answers[0],
+                "answers": [
+                    {"answer": answer, "answer_confidence": "yes", "answer_id": k + 1}
+                    for k, answer in enumerate(answers)
+                ],
+            }
+        )
+        predictions[str(i)] = _as_said(answers[int(draw.integers(10))], i)
+    folder = root / _FOLDER
+    (folder / "images_val2014").mkdir(parents=True)
+    for name, part in zip(_NAMES, ({"questions": questions}, {"annotations": annotations}), strict=True):
+        (folder / name).write_text(json.dumps(part), encoding="utf-8")
+    for image in range(int(images[-1]) + 1):
+        (folder / "images_val2014" / f"COCO_val2014_{image:012d}.jpg").touch()
+    return predictions
+
+
+def _vocabulary(draw: np.random.Generator) -> list[str]:
+    """The commonest answers, then drawn words, some of two and some with punctuation."""
+    words = ["yes", "no", "2", "white", "1", "3", "0", "black", "t-shirt", "don't know", "10:30", "1,000"]
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    while len(words) < VOCABULARY:
+        word = "".join(draw.choice(letters, int(draw.integers(3, 10))))
+        words.append(f"{word} {words[-1]}"[:20] if len(words) % 4 == 0 else word)
+    return words
+
+
+def _as_said(answer: str, number: int) -> str:
+    """As a model may write it."""
+    return (answer, answer.capitalize(), f"{answer}.", f"the {answer}")[number % 4]
+
+
+# -- ways ----------------------------------------------------------------------------------------------------
+
+
+def _in_own_process(way: str, root: str) -> dict[str, Any]:
+    """In a fresh process, so that the peak of its memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measured, way, root).result()
+
+
+def measured(way: str, root: str) -> dict[str, Any]:
+    """Seconds of loading and scoring, bytes that loading took at its peak, and the scores by question."""
+    torch.set_num_threads(1)
+    predictions = json.loads((Path(root) / "predictions.json").read_text(encoding="utf-8"))
+    load, score = _WAYS[way]
+    before = _memory("VmRSS")
+    content, loading = timed(functools.partial(load, Path(root)), CPU)
+    peak = _memory("VmHWM")
+    scores, scoring = timed(functools.partial(score, content, predictions), CPU)
+    taken = None if peak is None or before is None else peak - before
+    return {"loading": loading, "scoring": scoring, "peak_bytes": taken, "scores": scores}
+
+
+def _memory(field: str) -> int | None:
+    """Resident bytes of this process; None where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field)), None)
+
+
+def _load(root: Path) -> Any:
+    return benchmark("vqav2").read(root, allow_partial=True).questions
+
+
+def _score(questions: Any, predictions: dict[str, str]) -> dict[str, float]:
+    suite = benchmark("vqav2")
+    samples = [suite.score(question, Answer(text=predictions[question.id])) for question in questions]
+    suite.aggregate(samples)
+    return {sample["id"]: sample["score"] for sample in samples}
+
+
+def _load_plainly(root: Path) -> Any:
+    return [json.loads((root / _FOLDER / name).read_text(encoding="utf-8")) for name in _NAMES]
+
+
+def _score_plainly(content: Any, predictions: dict[str, str]) -> dict[str, float]:
+    """Annotator by annotator, each against the others, and every answer rewritten where it comes."""
+    truth: Callable[[str], str] = getattr(VQAV2.truth, "__wrapped__", VQAV2.truth)
+    scores = {}
+    for annotation in content[1]["annotations"]:
+        name = str(annotation["question_id"])
+        said = VQAV2.prediction(predictions[name])
+        answers = [truth(answer["answer"]) for answer in annotation["answers"]]
+        shares = []
+        for left_out in range(len(answers)):
+            others = [answer for k, answer in enumerate(answers) if k != left_out]
+            shares.append(min(1.0, sum(answer == said for answer in others) / 3))
+        scores[name] = sum(shares) / len(shares)
+    return scores
+
+
+_WAYS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, float]]]] = {
+    OURS: (_load, _score),
+    PLAIN: (_load_plainly, _score_plainly),
+}

@@ -1,0 +1,257 @@
+"""Models over benchmarks on common scales: a radar, each axis scaled by mean and deviation of the pool of models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from localign.report.captions import Words
+from localign.report.figures.drawing import (
+    WIDTH,
+    Drawing,
+    headline,
+    legend_below,
+    legend_height,
+    short_names,
+)
+from localign.report.style import ALIGNED, BASELINE, MUTED, PAPER, RULE, new_figure, styled
+
+FEWEST = 3
+"""Axes that make a radar."""
+INNERMOST = 0.1
+"""Radius of the smallest z-score that the rings hold; a model there is still seen apart from the centre."""
+_ONE = 7.6
+"""Width of a figure of one panel, inches."""
+_ACROSS, _ASPECT = 1.62, 0.76
+"""Half a panel's width where the outermost ring's radius is 1, for names beside it; and its height by its width."""
+COLOURS = (BASELINE, ALIGNED, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F5AA8", "#8C6D46", "#4D4D4D")
+MARKERS = "osD^vPX*<"
+"""Colours can be told apart by colour-blind readers, markers by all."""
+DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.2)))
+"""Once all colours are taken."""
+HEADER = (
+    "panel", "axis", "model", "value", "mean", "population_deviation", "models_on_axis", "z", "radius",
+    "radius_at_mean", "radius_per_deviation",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One figure of a benchmark, and its spread within the pool of models."""
+
+    label: str
+    mean: float
+    """Percent."""
+    deviation: float
+    """Population standard deviation (divided by n), points of percent."""
+    models: int
+    """Of the pool, that have it."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one axis, in percent."""
+
+    value: float
+    z: float
+    """Distance from the axis's mean in its deviations; 0 where all models agree."""
+    interval: tuple[float, float] | None = None
+    """95 %, over images."""
+    seeds: tuple[float, ...] = ()
+    """Of single trainings."""
+    difference: float | None = None
+    """From the first model of its panel, in points."""
+    certain: bool = False
+    """Whether the difference's 95 % interval over images leaves out 0."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Models that are held against each other."""
+
+    title: str
+    models: Mapping[str, Sequence[Score | None]]
+    """Names to scores, one for each axis; None where the model did not answer the benchmark."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where a z-score is drawn: ``radius = at_mean + per_deviation * z``, 1 at the outermost ring."""
+
+    reach: int
+    """The outermost ring's z-score; the innermost ring's is its negative."""
+
+    @property
+    def per_deviation(self) -> float:
+        """Radius of one standard deviation."""
+        return (1 - INNERMOST) / (2 * self.reach)
+
+    @property
+    def at_mean(self) -> float:
+        """Radius of the pool's mean."""
+        return (1 + INNERMOST) / 2
+
+    def radius(self, z: float) -> float:
+        """Of a z-score, 0..1."""
+        return self.at_mean + self.per_deviation * z
+
+
+def scale_of(scores: Sequence[float]) -> Scale:
+    """The smallest number of whole deviations, 2 at least, that holds all z-scores."""
+    return Scale(max(2, math.ceil(max((abs(z) for z in scores), default=0) - 1e-9)))
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a model's line is drawn."""
+
+    colour: str
+    marker: str
+    dash: Any
+
+
+def looks(names: Sequence[str]) -> dict[str, Look]:
+    """One for each name; the first two are the report's before and after."""
+    count = len(COLOURS)
+    return {
+        name: Look(
+            COLOURS[i % count],
+            MARKERS[(i + i // count) % len(MARKERS)],
+            DASHES[(i // count) % len(DASHES)],
+        )
+        for i, name in enumerate(dict.fromkeys(names))
+    }
+
+
+def radar_drawing(
+    axes: Sequence[Axis],
+    panels: Sequence[Panel],
+    scale: Scale,
+    style: Mapping[str, Look],
+    name: str = "radar",
+) -> Drawing:
+    """All panels in one figure, with the scaling in its data.
+
+    Args:
+        axes: At least three.
+        panels: With scores on these axes.
+        scale: Of all panels, so that they can be compared.
+        style: Looks by model.
+        name: Of the files.
+    """
+    figure = radar_figure(axes, panels, scale, style)
+    rows = tuple(
+        (
+            panel.title, axis.label, model, score.value, axis.mean, axis.deviation, axis.models, score.z,
+            scale.radius(score.z), scale.at_mean, scale.per_deviation,
+        )
+        for panel in panels
+        for model, scores in panel.models.items()
+        for axis, score in zip(axes, scores, strict=True)
+        if score is not None
+    )  # fmt: skip
+    return Drawing(name, figure, _WORDS, HEADER, rows)
+
+
+@styled
+def radar_figure(
+    axes: Sequence[Axis], panels: Sequence[Panel], scale: Scale, style: Mapping[str, Look]
+) -> Figure:
+    """Panels side by side, two in a row."""
+    models = list(dict.fromkeys(model for panel in panels for model in panel.models))
+    handles: list[Any] = [
+        Line2D([], [], label=name, **_line(style[model]))
+        for model, name in zip(models, short_names(models, 40), strict=True)
+    ]
+    handles.append(Patch(facecolor="none", edgecolor="none", label="under names: mean ± deviation, %"))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    width = WIDTH if columns > 1 else _ONE
+    titles = 0.3 if any(panel.title for panel in panels) else 0
+    figure = new_figure(
+        width, (_ASPECT * width / columns + titles) * rows + 0.4 + legend_height(handles, width)
+    )
+    headline(figure, "Benchmarks, in standard deviations from the mean of the models compared")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for ax in grid.flat[len(panels) :]:
+        ax.set_axis_off()
+    for ax, panel in zip(grid.flat, panels, strict=False):
+        _draw_web(ax, axes, scale)
+        for model, scores in panel.models.items():
+            _draw_model(ax, scores, scale, style[model])
+        if panel.title:
+            ax.set_title(panel.title.replace("$", r"\$"), fontweight="bold", pad=9)
+    legend_below(figure, handles)
+    return figure
+
+
+def _line(look: Look) -> dict[str, Any]:
+    return {
+        "color": look.colour, "linestyle": look.dash, "marker": look.marker, "markersize": 4.6,
+        "markeredgecolor": PAPER, "markeredgewidth": 0.5, "linewidth": 1.5,
+    }  # fmt: skip
+
+
+def _directions(count: int) -> np.ndarray[Any, Any]:
+    """Unit vectors ``(count, 2)``, clockwise from the top."""
+    angles = math.pi / 2 - 2 * math.pi * np.arange(count) / count
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _draw_web(ax: Axes, axes: Sequence[Axis], scale: Scale) -> None:
+    directions = _directions(len(axes))
+    ring = np.concatenate([directions, directions[:1]])
+    for z in range(-scale.reach, scale.reach + 1):
+        heavy = {"color": MUTED, "linewidth": 1.0} if z == 0 else {"color": RULE, "linewidth": 0.8}
+        ax.plot(*(scale.radius(z) * ring).T, zorder=1, **heavy)  # type: ignore[arg-type]
+        # Beside the first axis, halfway to the second: no model's marker is there.
+        x, y = scale.radius(z) * (directions[0] + directions[1]) / 2
+        ax.text(x, y, "mean" if z == 0 else f"{z:+d}".replace("-", "\u2212"), fontsize=6.5, color=MUTED,
+                ha="center", va="center", zorder=4,
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.6, "alpha": 0.8})  # fmt: skip
+    names = short_names([axis.label for axis in axes], 24)
+    for (x, y), axis, label in zip(directions, axes, names, strict=True):
+        ax.plot([0, x], [0, y], color=RULE, linewidth=0.8, zorder=1)
+        across = "center" if abs(x) < 0.1 else ("left" if x > 0 else "right")
+        up = "bottom" if y > 0.85 else ("top" if y < -0.85 else "center")
+        spread = (
+            f"{axis.mean:.1f} ± {axis.deviation:.1f}" if axis.deviation > 0 else f"{axis.mean:.1f}, all alike"
+        )
+        ax.text(1.07 * x, 1.07 * y, f"{label}\n{spread}", ha=across, va=up, fontsize=7.5, linespacing=1.15)
+    ax.set_xlim(-_ACROSS, _ACROSS)
+    ax.set_ylim(-_ASPECT * _ACROSS, _ASPECT * _ACROSS)
+    ax.set_aspect("equal")
+    ax.set_axis_off()
+
+
+def _draw_model(ax: Axes, scores: Sequence[Score | None], scale: Scale, look: Look) -> None:
+    """A line from axis to axis, open where a benchmark is missing."""
+    directions = _directions(len(scores))
+    points = [
+        None if score is None else scale.radius(score.z) * direction
+        for score, direction in zip(scores, directions, strict=True)
+    ]
+    for start, end in pairwise([*points, points[0]]):
+        if start is not None and end is not None:
+            ax.plot(*np.stack([start, end]).T, **(_line(look) | {"marker": "none", "zorder": 2}))
+    known = [point for point in points if point is not None]
+    if known:
+        ax.plot(*np.stack(known).T, **(_line(look) | {"linestyle": "none", "zorder": 3}))
+
+
+_WORDS: Words = (
+    "Radar charts of benchmarks, one line per model, each axis in standard deviations from the pool's mean.",
+    "Every axis is scaled by the mean and the population standard deviation over the models compared, which stand "
+    "under its name in percent; rings are deviations from the mean. So equal distances are not equal gains, and with "
+    "other models the picture is another one: the bars show the same figures in percent, with intervals. A gap is a "
+    "benchmark that a model did not answer.",
+)

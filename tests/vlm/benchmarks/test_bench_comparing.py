@@ -1,0 +1,366 @@
+"""Comparisons: of single models, over training seeds, in panels, with gaps, as tables and as figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bench_models import ALONE, ScriptedModel, suites
+
+from localign.cli import main, parse
+from localign.errors import UserError
+from localign.recipes import read_recipe, recipe_names
+from localign.vlm.benchmarks.comparing import Comparison, compare
+from localign.vlm.benchmarks.comparison_figures import comparison_drawings
+from localign.vlm.benchmarks.intervals import interval_over_seeds
+from localign.vlm.benchmarks.pool import Contender, Entry, read_entries
+from localign.vlm.benchmarks.results import judge_again, read_answers
+from localign.vlm.benchmarks.run import evaluate
+from localign.vlm.benchmarks.summary import Summary, summary_of
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Evaluations a1, a2, b1, b2, b3 of scripted models on the same questions, and "less" with fewer benchmarks."""
+    root = tmp_path_factory.mktemp("scripted")
+    asked = suites(root / "data", "refcoco", "gqa", "vqav2", "pope")
+    for name in ("a1", "a2", "b1", "b2", "b3"):
+        evaluate(ScriptedModel(weights=name), asked, root / name, ALONE, 8, name)
+    evaluate(ScriptedModel(), asked[:2], root / "less", ALONE, 8, "less")
+    return root
+
+
+def score(command: str, root: Path, out: Path) -> Comparison:
+    """The comparison of folders below a root."""
+    assert main(["vlm", "score", *shlex.split(command.replace("@", f"{root}/")), "--out", str(out)]) == 0
+    found: Comparison = json.loads((out / "comparison.json").read_text())
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], command: str) -> str:
+    """The one line of a comparison that must be refused."""
+    capsys.readouterr()
+    assert main(["vlm", "score", *shlex.split(command)]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0
+    return said
+
+
+def results(root: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((root / name / "results.json").read_text())["benchmarks"]
+    return found
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def summaries(folder: Path) -> dict[str, Summary]:
+    """What a comparison takes from an evaluation."""
+    outcomes = json.loads((folder / "results.json").read_text())["benchmarks"]
+    records = read_answers(folder / "answers.jsonl")
+    return {name: summary_of(judge_again(part, "default", outcomes[name])) for name, part in records.items()}
+
+
+def contender(name: str, *folders: Path) -> Contender:
+    return Contender(Entry("", "", name, folders), tuple(map(summaries, folders)))
+
+
+# -- single models -------------------------------------------------------------------------------------------
+
+
+def test_models_are_compared(scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = score("@a1 @b1", scripted, tmp_path)
+    assert "McNemar" in capsys.readouterr().out
+    assert found["panels"] == [{"figure": "", "panel": "", "models": ["a1", "b1"]}]
+    one, two = (results(scripted, name) for name in ("a1", "b1"))
+    for name, part in found["benchmarks"].items():
+        for model, own in (("a1", one), ("b1", two)):
+            for figure, outcome in part["outcomes"][model]["figures"].items():
+                assert {k: outcome[k] for k in ("value", "interval")} == own[name]["figures"][figure]
+                assert outcome["interval_over_seeds"] is None
+        for figure, difference in part["differences"]["b1"].items():
+            values = [own[name]["figures"][figure]["value"] for own in (one, two)]
+            if None in values:  # an area under a curve, of a class that does not occur
+                assert difference["value"] is None
+            else:
+                assert difference["value"] == pytest.approx(values[1] - values[0])
+    scores = found["z_scores"]["scores"]
+    assert {"gqa: accuracy", "pope: accuracy__POPE-final-Accuracy"} <= set(scores["a1"])
+    for figure in scores["a1"]:
+        pair = sorted([scores["a1"][figure], scores["b1"][figure]])
+        assert pair == pytest.approx([0, 0]) or pair == pytest.approx([-1, 1])
+    lines = rows(tmp_path / "comparison.csv")
+    assert len(lines) == 2 * sum(len(part["figures"]) for part in one.values())
+    assert {row["difference"] for row in lines if row["model"] == "a1"} == {""}
+    assert {row["against"] for row in lines if row["model"] == "b1"} == {"a1"}
+    markdown = (tmp_path / "comparison.md").read_text()
+    assert markdown.startswith("| benchmark | figure | model |")
+    assert "over seeds" not in markdown
+    assert "- pope: 2 questions in 'adversarial' where there are 3000" in markdown
+
+
+def test_tests_of_a_comparison_are_right(tmp_path: Path) -> None:
+    asked = suites(tmp_path, "vsr")
+    truth = {question.id: question.payload["label"] for _, data in asked for question in data.questions}
+    for name, right in (("good", 4), ("bad", 1)):  # of four questions
+        model = ScriptedModel()
+        chosen = {
+            q: label if number < right else 1 - label for number, (q, label) in enumerate(truth.items())
+        }
+        model._numbers = lambda q, n, chosen=chosen: [1.0 - chosen[q.id], chosen[q.id]]  # type: ignore[method-assign,misc]
+        evaluate(model, asked, tmp_path / name, ALONE, 3)
+    pool = [contender(name, tmp_path / name) for name in ("bad", "good")]
+    part = compare(pool)["benchmarks"]["vsr"]
+    assert part["mcnemar"]["good"] == pytest.approx({"first_better": 0, "second_better": 3, "p_value": 0.25})
+    assert part["differences"]["good"]["accuracy__VSR-ExactMatch"]["value"] == 75
+
+
+def test_mean_z_scores_have_intervals_over_images(scripted: Path, tmp_path: Path) -> None:
+    found = score("@a1 @b1 @b2", scripted, tmp_path)["z_scores"]
+    for model, average in found["averages"].items():
+        assert average["value"] == pytest.approx(np.mean(list(found["scores"][model].values())))
+        low, high = average["interval"]
+        assert low <= average["value"] <= high
+        assert low < high
+
+
+def test_a_missing_benchmark_is_a_gap(scripted: Path, tmp_path: Path) -> None:
+    found = score("@a1 @less @b1", scripted, tmp_path)
+    assert list(found["benchmarks"]) == ["refcoco", "gqa", "vqav2", "pope"]
+    assert list(found["benchmarks"]["pope"]["outcomes"]) == ["a1", "b1"]
+    assert list(found["benchmarks"]["pope"]["differences"]) == ["b1"]
+    assert "pope: not answered by less" in found["notes"]
+    assert (
+        "| pope | POPE-final-Accuracy | less | – | – | – | – | – |"
+        in (tmp_path / "comparison.md").read_text()
+    )
+    for name in ("radar.csv", "bars.csv"):
+        assert {row["axis"] for row in rows(tmp_path / name) if row["model"] == "less"} == {
+            *("RefCOCO", "RefCOCO+", "RefCOCOg", "GQA")
+        }
+
+
+# -- seeds ---------------------------------------------------------------------------------------------------
+
+
+def test_folders_of_one_name_are_training_seeds(
+    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = score("before=@a1 before=@a2 after=@b1 after=@b2", scripted, tmp_path)
+    assert "over seeds" in " ".join(capsys.readouterr().out.split())
+    seeds = {
+        name: results(scripted, name)["gqa"]["figures"]["accuracy"]["value"]
+        for name in ("a1", "a2", "b1", "b2")
+    }
+    outcome = found["benchmarks"]["gqa"]["outcomes"]["before"]["figures"]["accuracy"]
+    assert outcome["seeds"] == [seeds["a1"], seeds["a2"]]
+    assert outcome["value"] == pytest.approx((seeds["a1"] + seeds["a2"]) / 2)
+    assert outcome["interval_over_seeds"] == pytest.approx(interval_over_seeds([seeds["a1"], seeds["a2"]]))
+    difference = found["benchmarks"]["gqa"]["differences"]["after"]["accuracy"]
+    gains = [seeds["b1"] - seeds["a1"], seeds["b2"] - seeds["a2"]]
+    assert difference["value"] == pytest.approx(sum(gains) / 2)
+    assert difference["interval_over_seeds"] == pytest.approx(interval_over_seeds(gains))
+    assert [model["name"] for model in found["models"]["after"]] == ["b1", "b2"]
+
+
+def test_an_interval_over_images_is_of_the_mean_over_seeds(scripted: Path) -> None:
+    """A second seed that answered everything alike changes nothing; one that did not makes it narrower or wider."""
+    shutil.copytree(scripted / "a1", scripted / "again", dirs_exist_ok=True)
+    alone, twice, both = (
+        compare([contender("m", *(scripted / name for name in names))])["benchmarks"]["vqav2"]["outcomes"][
+            "m"
+        ]
+        for names in (("a1",), ("a1", "again"), ("a1", "b1"))
+    )
+    for figure, found in alone["figures"].items():
+        assert twice["figures"][figure]["value"] == pytest.approx(found["value"])
+        assert twice["figures"][figure]["interval"] == pytest.approx(found["interval"])
+    assert both["figures"]["accuracy"]["interval"] != alone["figures"]["accuracy"]["interval"]
+
+
+def test_a_pattern_stands_for_seeds_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in (10, 2, 1):
+        (tmp_path / f"seed{number}").mkdir()
+    (entry,) = read_entries([f"m={tmp_path}/seed*"])
+    assert [folder.name for folder in entry.folders] == ["seed1", "seed2", "seed10"]
+    with pytest.raises(UserError, match="no folder matches"):
+        read_entries([f"m={tmp_path}/none*"])
+
+
+def test_more_seeds_of_one_model_are_not_paired(scripted: Path, tmp_path: Path) -> None:
+    found = score("before=@a1 before=@a2 after=@b*", scripted, tmp_path)["benchmarks"]["gqa"]
+    assert len(found["outcomes"]["after"]["figures"]["accuracy"]["seeds"]) == 3
+    low, high = found["differences"]["after"]["accuracy"]["interval_over_seeds"]
+    assert low <= found["differences"]["after"]["accuracy"]["value"] <= high
+    found = score("before=@a1 after=@b*", scripted, tmp_path)["benchmarks"]["gqa"]
+    assert found["differences"]["after"]["accuracy"]["interval_over_seeds"] is None
+
+
+def test_a_benchmark_that_some_seed_lacks_does_not_count(scripted: Path, tmp_path: Path) -> None:
+    found = score("a=@a1 b=@b1 b=@less", scripted, tmp_path)
+    assert "b" not in found["benchmarks"]["pope"]["outcomes"]
+    assert "pope: not all training seeds of b answered it, so none counts" in found["notes"]
+
+
+def test_a_model_alone_has_seeds_but_no_differences(
+    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = score("m=@a1 m=@a2", scripted, tmp_path)
+    assert found["benchmarks"]["gqa"]["differences"] == {}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no radar is drawn: its scales are those of several models, and there is one" in said
+    assert "McNemar" not in said
+    assert not (tmp_path / "radar.png").exists()
+    assert (tmp_path / "bars.png").read_bytes().startswith(PNG)
+
+
+# -- panels --------------------------------------------------------------------------------------------------
+
+
+def test_panels_have_a_first_model_of_their_own_and_one_scale(scripted: Path, tmp_path: Path) -> None:
+    found = score("C/plain=@a1 C/aligned=@a2 S/plain=@b1 S/aligned=@b2", scripted, tmp_path)
+    assert [panel["models"] for panel in found["panels"]] == [
+        ["C/plain", "C/aligned"],
+        ["S/plain", "S/aligned"],
+    ]
+    assert set(found["benchmarks"]["gqa"]["differences"]) == {"C/aligned", "S/aligned"}
+    values = [
+        results(scripted, name)["gqa"]["figures"]["accuracy"]["value"] for name in ("a1", "a2", "b1", "b2")
+    ]
+    assert found["z_scores"]["means"]["gqa: accuracy"] == pytest.approx(np.mean(values))
+    assert found["z_scores"]["deviations"]["gqa: accuracy"] == pytest.approx(np.std(values))
+    lines = [row for row in rows(tmp_path / "radar.csv") if row["axis"] == "GQA"]
+    assert [(row["panel"], row["model"]) for row in lines] == [
+        *(("C", "plain"), ("C", "aligned"), ("S", "plain"), ("S", "aligned"))
+    ]
+    assert [float(row["value"]) for row in lines] == pytest.approx(values)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"radar.png", "bars-C.png", "bars-S.png"}
+
+
+def test_a_model_in_two_figures_counts_once(scripted: Path, tmp_path: Path) -> None:
+    plain = score("@a1 @a2 @b1", scripted, tmp_path / "plain")["z_scores"]
+    found = score(
+        "5/CLIP/plain=@a1 5/CLIP/aligned=@a2 12/CLIP/other=@b1 12/CLIP/aligned=@a2",
+        scripted,
+        tmp_path / "figures",
+    )
+    assert found["z_scores"]["means"] == pytest.approx(plain["means"])
+    assert found["z_scores"]["scores"]["5/CLIP/aligned"] == pytest.approx(plain["scores"]["a2"])
+    assert found["z_scores"]["scores"]["12/CLIP/aligned"] == found["z_scores"]["scores"]["5/CLIP/aligned"]
+    names = {path.name for path in (tmp_path / "figures").glob("*.svg")}
+    assert names == {"radar-5.svg", "radar-12.svg", "bars-5-CLIP.svg", "bars-12-CLIP.svg"}
+
+
+def test_the_papers_figures_are_a_recipe() -> None:
+    """Every training of the recipe has a recipe of its own, and all of them are in one pool."""
+    entries = read_entries(parse("vlm score", ["--config", "vlm-figures"]).runs)
+    assert read_recipe("vlm-figures").command == "vlm score"
+    assert {entry.figure for entry in entries} == {"figure 5", "figure 11", "figure 12", "figure 13"}
+    trained = {folder.name for entry in entries for folder in entry.folders}
+    assert {f"vlm/{name}" for name in trained} <= set(recipe_names())
+    main_runs = [entry for entry in entries if entry.figure == "figure 5"]
+    assert len({entry.panel for entry in main_runs}) == 4
+    assert {entry.name for entry in main_runs} == {"baseline MLP", "aligned decoder"}
+
+
+# -- figures -------------------------------------------------------------------------------------------------
+
+
+def test_the_scaling_is_in_the_radars_data(scripted: Path, tmp_path: Path) -> None:
+    score("@a1 @a2 @b1 @b2", scripted, tmp_path)
+    lines = rows(tmp_path / "radar.csv")
+    by_axis: dict[str, list[Mapping[str, float]]] = {}
+    for row in lines:
+        numbers = {name: float(text) for name, text in row.items() if name not in ("panel", "axis", "model")}
+        by_axis.setdefault(row["axis"], []).append(numbers)
+    for models in by_axis.values():
+        values = [row["value"] for row in models]
+        for row in models:
+            assert (row["mean"], row["population_deviation"]) == pytest.approx(
+                (np.mean(values), np.std(values))
+            )
+            if row["population_deviation"] > 0:
+                assert row["z"] == pytest.approx((row["value"] - row["mean"]) / row["population_deviation"])
+            else:
+                assert row["z"] == 0
+            assert row["radius"] == pytest.approx(
+                row["radius_at_mean"] + row["radius_per_deviation"] * row["z"]
+            )
+            assert 0 < row["radius"] <= 1
+    assert len({(row["radius_at_mean"], row["radius_per_deviation"]) for row in lines}) == 1
+
+
+def test_fewer_than_three_axes_make_no_radar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = suites(tmp_path / "data", "gqa", "vqav2")
+    for name in ("a", "b"):
+        evaluate(ScriptedModel(weights=name), asked, tmp_path / name, ALONE, 8, name)
+    score("@a @b", tmp_path, tmp_path / "out")
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "no radar is drawn: it takes 3 figures that several models have, not 2; the bars have all figures"
+        in said
+    )
+    assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {"bars.svg"}
+
+
+def test_an_axis_that_one_model_alone_has_is_left_to_the_bars(scripted: Path) -> None:
+    pool = [contender("a", scripted / "a1"), contender("b", scripted / "less")]
+    drawings, notes = comparison_drawings(compare(pool))
+    radar, bars = drawings
+    assert "POPE" not in {row[1] for row in radar.rows}
+    assert "POPE" in {row[1] for row in bars.rows}
+    assert "POPE is not on the radar: no other model has it" in notes
+
+
+# -- bad use -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("@a1 @a1", "with itself"),
+        ("x=@a1 y=@a1", "with itself"),
+        ("x=@a1", "a single folder has nothing to be compared with"),
+        ("x=@a1 x=@a1/.", "the same folder twice"),
+        ("x=@a1 y=@a2 y=@a1", "belongs to two different models, x and y"),
+        ("=@a1 @a2", "a model's name is NAME, PANEL/NAME or FIGURE/PANEL/NAME"),
+        ("a/b/c/d=@a1 @a2", "a model's name is NAME, PANEL/NAME or FIGURE/PANEL/NAME"),
+        ("a//b=@a1 @a2", "a model's name is NAME"),
+        ("x= @a2", "there is no folder after the ="),
+        ("x=@none* @a2", "no folder matches"),
+        ("P/x=@a1 y=@a2", "either all models are in panels"),
+        ("x=@a1 y=@nothing", "there is no file"),
+        ("a1=@a2 @a1", "two models go by the name a1"),
+    ],
+)
+def test_bad_use_is_one_line(
+    command: str, said: str, scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = f" --out {tmp_path / 'out'}"
+    assert said in refused(capsys, command.replace("@", f"{scripted}/") + out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_different_questions_are_not_compared(
+    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limited = suites(tmp_path / "data", "refcoco", limit=1)
+    evaluate(ScriptedModel(), limited, tmp_path / "limited", ALONE, 8)
+    said = refused(capsys, f"a={scripted / 'a1'} b={tmp_path / 'limited'}")
+    assert "refcoco of a and b: the models answered different questions" in said
+    assert "different questions" in refused(capsys, f"a={scripted / 'a1'} a={tmp_path / 'limited'}")
+    others = suites(tmp_path / "data", "vsr")
+    evaluate(ScriptedModel(), others, tmp_path / "others", ALONE, 8)
+    said = refused(capsys, f"a={scripted / 'less'} b={tmp_path / 'others'}")
+    assert "there is no benchmark that two of the models answered" in said

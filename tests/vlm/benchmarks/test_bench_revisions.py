@@ -1,0 +1,78 @@
+"""Models of the Hub, from a cache that a test fills: which commit was evaluated, and no other's answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_files import WRITERS
+from bench_models import save_tiny_llava
+from safetensors.torch import load_file, save_file
+
+OLD, NEW = "a" * 40, "b" * 40
+MODEL = "someone/tiny"
+PROGRAM = """
+import shlex, sys
+from localign.cli import main
+for line in sys.stdin:
+    print("exit", main(shlex.split(line)), flush=True)
+"""
+
+
+def fill_cache(home: Path) -> None:
+    """Two commits with different weights: ``main`` is the newer one, ``v1`` the older."""
+    root = home / "hub" / f"models--{MODEL.replace('/', '--')}"
+    old, new = (root / "snapshots" / commit for commit in (OLD, NEW))
+    save_tiny_llava(old)
+    shutil.copytree(old, new)
+    weights = load_file(new / "model.safetensors")
+    changed = {name: weight.flip(0).contiguous() for name, weight in weights.items()}
+    save_file(changed, new / "model.safetensors", {"format": "pt"})
+    (root / "refs").mkdir()
+    for name, commit in (("v1", OLD), ("main", NEW)):
+        (root / "refs" / name).write_text(commit)
+
+
+def model_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())["model"]
+    return found
+
+
+@pytest.mark.slow
+def test_a_revision_is_recorded_pinned_and_part_of_the_answers_keys(tmp_path: Path) -> None:
+    fill_cache(tmp_path / "home")
+    WRITERS["gqa"](tmp_path / "data")
+    common = f"--benchmarks gqa --data {tmp_path / 'data'} --allow-partial --device cpu"
+    runs = [("", "one"), (f"--revision {NEW}", "one"), ("--revision v1", "one"), ("--revision v1", "other")]
+    commands = [f"vlm eval {MODEL} {version} {common} --out {tmp_path / out}" for version, out in runs]
+    commands.append(f"vlm eval {MODEL} --revision v2 {common} --out {tmp_path / 'none'}")
+    responses, models = tmp_path / "one" / "responses" / "rank0.jsonl", []
+    counts = []
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            input=command,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+            check=False,
+        )
+        assert ("exit 2" if "v2" in command else "exit 0") in done.stdout, done.stderr
+        models.append(model_of(tmp_path / "one"))
+        counts.append(len(responses.read_text().splitlines()))
+    assert f"cannot load the model {MODEL}" in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert [model["revision"] for model in models] == [NEW, NEW, OLD, OLD, OLD]
+    assert models[0]["weights"] == f"{MODEL}@{NEW}"
+    # A commit by its own name is the same model, and another commit is another one.
+    assert counts == [counts[0], counts[0], *[2 * counts[0]] * 3]
+    one, other = ((tmp_path / name / "answers.jsonl").read_text() for name in ("one", "other"))
+    assert one == other
+    answers = [json.loads(line)["text"] for line in responses.read_text().splitlines()]
+    assert answers[: counts[0]] != answers[counts[0] :]
