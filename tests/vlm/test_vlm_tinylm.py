@@ -50,10 +50,29 @@ def test_the_tokenizer_loses_nothing(task: TinyLMTask, text: str) -> None:
     assert task.tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_digits_stand_alone_and_words_of_the_questions_are_tokens(task: TinyLMTask) -> None:
+def test_a_coordinate_is_a_piece_and_other_digits_stand_alone() -> None:
+    box = "[0.12, 0.30, 1.00, 0.5]"
+    tokenizer = train_tokenizer([box] * 20, 1024)
+    assert tokenizer.tokenize(box) == ["[", "0.12", ",Ġ", "0.30", ",Ġ", "1.00", ",Ġ", "0.5", "]"]
+    assert tokenizer.tokenize("12345") == list("12345")
+    # What only looks like one falls apart.
+    assert tokenizer.tokenize("10.12") == ["1", "0", ".", "1", "2"]
+    assert tokenizer.tokenize("0.123") == ["0", ".", "1", "2", "3"]
+
+
+def test_words_that_all_questions_of_a_kind_share_are_one_token(task: TinyLMTask, data: str) -> None:
+    tokenizer, asked = task.tokenizer, prompt_format("in-out")
+    how, who = "Answer the question using a single word or phrase.", "What is at [0.50, 0.50]?"
+    tokens = tokenizer.tokenize(asked.text(tokenizer, f"{who}\n{how}"))
+    assert tokens[-1] == f"\n{how}\nOut:".replace(" ", "Ġ").replace("\n", "Ċ")
+    question = 'Please provide the bounding box coordinate of the region this sentence describes: "{}"'
+    tokens = [tokenizer.tokenize(asked.text(tokenizer, question.format(name))) for name in ("red ring", "a")]
+    assert tokens[0][0] == tokens[1][0]  # up to the quotes
+    assert "describes" in tokens[0][0]
+
+
+def test_choices_are_tokens(task: TinyLMTask) -> None:
     tokenizer = task.tokenizer
-    tokens = tokenizer.tokenize("[0.12, 0.30, 12345")
-    assert tokens == ["[", "0", ".", "1", "2", ",Ġ", "0", ".", "3", "0", ",Ġ", "1", "2", "3", "4", "5"]
     # Benchmarks compare the probabilities of choices by their first and only token.
     for choice in ("True", "False", "Yes", "No", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"):
         assert len(tokenizer(choice, add_special_tokens=False)["input_ids"]) == 1
@@ -64,7 +83,7 @@ def test_special_tokens_have_their_parts(task: TinyLMTask) -> None:
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     assert (tokenizer.unk_token, tokenizer.pad_token) == ("<unk>", "<PAD>")
     assert [tokenizer.bos_token_id, tokenizer.eos_token_id] == [0, 1]
-    assert task.model.config.vocab_size == len(tokenizer) <= 768
+    assert task.model.config.vocab_size == len(tokenizer) <= 1024
 
 
 def test_a_tokenizer_is_a_function_of_its_texts() -> None:

@@ -22,6 +22,7 @@ from localign.backbones import EMBEDDED
 from localign.demo import DemoConfig
 from localign.engine import run as runs
 from localign.engine import train
+from localign.engine.config import Precision
 from localign.engine.distributed import World, choose_device
 from localign.engine.log import Stopwatch, say
 from localign.errors import UserError, near
@@ -46,6 +47,8 @@ MODELS: dict[str, tuple[bool, AdapterName]] = {
 """Name in results -> whether the backbone is aligned, adapter."""
 EVALUATION = "eval"
 """Folder of a model's answers and results, in its run folder."""
+LLM_WIDTH, LLM_MLP_WIDTH = 128, 320
+"""Of the language model: small enough to converge on a laptop."""
 _TOGETHER = 128
 """Questions that are asked at a time."""
 
@@ -67,18 +70,20 @@ class VLMDemoConfig:
     """The first seed, and that of the alignment."""
     scenes: int = 10_000
     """Scenes to train on."""
-    questions: int = 5
+    questions: int = 8
     """Questions on a scene, at most."""
-    test_scenes: int = 400
+    test_scenes: int = 1000
     """Scenes to ask about."""
     llm_steps: int = 300
     """Steps in which the language model learns its language."""
-    steps: int = 1000
+    steps: int = 2000
     """Steps of a vision-language model."""
     batch_size: int = 32
     """Scenes per step."""
-    lr: float = 2e-3
+    lr: float = 3e-3
     """Peak learning rate of the vision-language models."""
+    precision: Precision = "auto"
+    """Of the vision-language models' training: fp32, bf16, or auto (bf16 where the device multiplies in it)."""
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
@@ -110,6 +115,7 @@ class VLMDemoConfig:
             steps=self.steps,
             batch_size=self.batch_size,
             lr=self.lr,
+            precision=self.precision if self.precision != "auto" else fast_precision(self.device),
             min_lr_ratio=0.02,
             weight_decay=0.05,
             betas=(0.9, 0.98),
@@ -120,6 +126,14 @@ class VLMDemoConfig:
             log_every=20,
             resume="auto",
         )
+
+
+def fast_precision(device: str) -> Precision:
+    """bf16 where the device has instructions for it (four to five times the products per second on a CPU)."""
+    if choose_device(device).type != "cpu":
+        return "auto"
+    has = torch.cpu.get_capabilities()
+    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
 
 
 def run_vlm_demo(config: VLMDemoConfig) -> dict[str, Any]:
@@ -176,6 +190,8 @@ def _prepare(config: VLMDemoConfig, folder: Path, train_file: Path) -> None:
         out=str(folder / "llm"),
         steps=config.llm_steps,
         warmup_steps=config.llm_steps // 10,
+        width=LLM_WIDTH,
+        mlp_width=LLM_MLP_WIDTH,
         seed=config.seed,
         device=config.device,
         resume="auto",

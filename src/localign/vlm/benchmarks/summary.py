@@ -30,7 +30,9 @@ def summary_of(judged: Judged) -> Summary:
     """All figures, on the images and on resampled ones, and the score of every question."""
     suite, records = judged.benchmark, judged.records
     figures = Figures(suite.aggregate(records), bootstrap(suite, records))
-    return Summary(facts_of(judged, figures.values), figures, {record["id"]: record["score"] for record in records})
+    return Summary(
+        facts_of(judged, figures.values), figures, {record["id"]: record["score"] for record in records}
+    )
 
 
 @dataclass(frozen=True)
