@@ -126,11 +126,15 @@ def language_model(config: VLMConfig) -> tuple[PreTrainedModel, PreTrainedTokeni
         if config.llm_weights == "none":
             with rng.seeded_globals(config.seed, "language model"):
                 llm = AutoModelForCausalLM.from_config(
-                    AutoConfig.from_pretrained(config.llm), dtype=torch.float32
+                    AutoConfig.from_pretrained(config.llm),
+                    dtype=torch.float32,
+                    attn_implementation=config.llm_attention,
                 )
         else:
-            llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+            llm = AutoModelForCausalLM.from_pretrained(
+                config.llm, dtype=torch.float32, attn_implementation=config.llm_attention
+            )
+    except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(config.llm, error) from None
     return llm, tokenizer
 

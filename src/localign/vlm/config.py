@@ -62,6 +62,9 @@ class VLMConfig(TrainConfig):
     """Causal language model: a name on the Hugging Face Hub or a folder in transformers' format."""
     llm_weights: Literal["pretrained", "none"] = "pretrained"
     """none: the architecture alone, with random weights."""
+    llm_attention: str = "sdpa"
+    """Attention of the language model, by transformers' names: sdpa (on CUDA packed rows go through torch's varlen
+    kernel), eager, flash_attention_2, ..."""
     init: str | None = None
     """Start from this exported model's adapter and language model (an earlier stage); backbone, adapter and llm are
     then the model's own."""
@@ -137,5 +140,7 @@ class VLMConfig(TrainConfig):
             raise UserError(f"--plan-ranks must be at least 1, not {self.plan_ranks}")
         if not self.backbone:
             raise UserError("--backbone names none")
+        if self.init is not None and self.llm_attention != "sdpa":
+            raise UserError("--llm-attention goes with --llm; the model of --init has its own")
         if self.init is not None and self.llm:
             raise UserError("--init has its own language model; leave --llm out")

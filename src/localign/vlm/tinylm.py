@@ -7,17 +7,16 @@ the questions, and nothing of images. It is written in transformers' format, as 
 # Annotations stay types here: the command line is made from this module's config class.
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from localign import rng
 from localign.data.loader import SampleStream
@@ -28,23 +27,9 @@ from localign.errors import UserError
 from localign.files import replacing_folder
 from localign.vlm.prompts import IGNORED, prompt_format
 from localign.vlm.records import open_files, read_records
+from localign.vlm.tinytokenizer import train_tokenizer
 
 PROMPT = "in-out"
-BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<PAD>"
-# What merges stay within. The words that all questions of a kind share are one piece each, and so are coordinates: a
-# box is then four tokens and their separators, a question about a dozen, and the small model's time goes into what
-# differs. Other digits stand alone, as in Llama; marks keep the space that follows them, words the one before.
-_PIECES = "|".join(
-    (
-        r"(?<!\d)[01]\.\d\d?(?!\d)",  # a coordinate
-        r"(?:\n\p{Lu}[^\n\p{N}]*)+",  # lines after the first: how to answer
-        r'[^\n"\p{N}]{30,}"',  # what leads to something in quotes
-        r"\p{N}",
-        r"[^\s\p{L}\p{N}]+ ?",
-        r" ?\p{L}+",
-        r"\s",
-    )
-)
 _VAL_BATCH = 64
 
 Turns = tuple[tuple[str, str], ...]
@@ -104,41 +89,6 @@ def train_tiny_lm(config: TinyLMConfig) -> Outcome:
         RunFailure: Training does not recover from non-finite losses.
     """
     return train(TinyLMTask(config), config, "vlm tinylm")
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: it writes ``<s>`` before a text, gives every coordinate a token and loses nothing.
-
-    Args:
-        texts: What the merges are learned from.
-        vocab_size: Most tokens; fewer where there is nothing left to merge.
-    """
-    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS, EOS, UNK, PAD],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=UNK,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 class TextBatch(NamedTuple):

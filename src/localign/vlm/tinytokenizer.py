@@ -1,0 +1,52 @@
+"""A byte-level BPE for a small language model, trained from scratch on the few sentences that it is to know.
+
+What a small model spends its time on are tokens. So merges go across words, as far as the vocabulary lasts: the
+sentences of a question, with what they ask about, are then one token or a few, and a coordinate is one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<PAD>"
+
+_PIECES = r"(?<!\d)[01]\.\d\d?(?!\d)|\p{N}|[^\p{N}]+"
+"""What merges stay within: coordinates, other digits by themselves, as in Llama, and all that stands between them."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: it writes ``<s>`` before a text, gives every coordinate a token and loses nothing.
+
+    Args:
+        texts: What merges are learned from.
+        vocab_size: Most tokens; fewer where there is nothing left to merge.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, UNK, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
