@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from localign import commands
 from localign._version import __version__
-from localign.errors import RunFailure, UserError, near
+from localign.errors import RunFailure, RunStopped, UserError, near
 
 EXIT_OK, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
 
@@ -318,6 +318,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunFailure as error:
         print(f"localign: {error}", file=sys.stderr)
         return EXIT_FAILURE
+    except RunStopped:
+        return EXIT_OK  # the run has said so
     except KeyboardInterrupt:
         print("localign: interrupted; continue with --resume", file=sys.stderr)
         return EXIT_FAILURE

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from localign.alignment import AlignConfig, AlignTask
 from localign.data.loader import Batch
 from localign.engine import Outcome, StepResult, train
+from localign.engine.checkpoint import STATE_FILE
+from localign.engine.checksums import FILES, SEAL, facts_of, sealed
 from localign.engine.log import LOG_FILE, read_log
 
 COMMAND = "align"
@@ -160,6 +162,13 @@ def run_ranks(ranks: int, config: dict[str, Any], **meddling: Any) -> None:
 def weights(folder: Path, step: int, file: str = "model.safetensors") -> dict[str, Tensor]:
     """Tensors of a checkpoint."""
     return load_file(folder / "checkpoints" / f"step-{step:07d}" / file)
+
+
+def reseal(checkpoint: Path) -> None:
+    """Make what was changed in a checkpoint count as written so."""
+    file = checkpoint / STATE_FILE
+    state = {k: v for k, v in json.loads(file.read_text()).items() if k not in (FILES, SEAL)}
+    file.write_text(json.dumps(sealed(state, facts_of(checkpoint.glob("*.safetensors")))))
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
