@@ -309,9 +309,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(__version__)
         return EXIT_OK
+    return exit_code(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str]) -> int | None:
+    name, rest = split_command(arguments)
+    return COMMANDS[name].run(parse(name, rest))
+
+
+def exit_code(action: Callable[[], int | None]) -> int:
+    """Do something; what goes wrong in a known way becomes one line on standard error, and the exit code."""
     try:
-        name, rest = split_command(arguments)
-        return COMMANDS[name].run(parse(name, rest)) or EXIT_OK
+        return action() or EXIT_OK
     except UserError as error:
         print(f"localign: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from localign.backbones.weights import load_strict
-from localign.engine.checksums import FILES, FileFacts, check_seal, facts_of, files_problem, sealed
+from localign.engine.checksums import FILES, FileFacts, facts_of, files_problem, read_sealed, sealed_text
 from localign.errors import UserError
 from localign.files import replace_text, replacing_folder
 
@@ -173,9 +173,7 @@ class Checkpoints:
         """
         path = self.path(step)
         with reading(path), _named(STATE_FILE):
-            state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-            check_seal(state)
-            return state
+            return read_sealed((path / STATE_FILE).read_text(encoding="utf-8"))
 
     def load(self, step: int) -> Loaded:
         """Check a checkpoint and read it.
@@ -210,7 +208,7 @@ class Checkpoints:
 
 def state_text(step: int, state: Mapping[str, Any], files: Mapping[str, FileFacts]) -> str:
     """The content of a checkpoint's JSON file; ``files`` are the others of its folder."""
-    return json.dumps(sealed({"step": step, **state}, files), indent=1)
+    return sealed_text({"step": step, **state}, files)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 FILES, SEAL = "files", "checksum"
 _BLOCK = 2**22
 _DIGEST_SIZE = 16
+_UNSEALED = "0" * 2 * _DIGEST_SIZE
+"""In the place of a file's own digest, while that is computed."""
 _THREADS = 4
 """Files that are read at a time; hashing runs outside of Python's lock."""
 
@@ -36,32 +38,36 @@ def facts_of(paths: Iterable[Path]) -> dict[str, FileFacts]:
         return {path.name: facts for path, facts in zip(paths, threads.map(file_facts, paths), strict=True)}
 
 
-def sealed(content: Mapping[str, Any], files: Mapping[str, FileFacts]) -> dict[str, Any]:
-    """The content of a checkpoint's JSON file with what it says about the checkpoint's files and itself."""
-    whole = {**content, FILES: dict(files)}
-    return {**whole, SEAL: _seal(whole)}
+def sealed_text(content: Mapping[str, Any], files: Mapping[str, FileFacts]) -> str:
+    """The text of a checkpoint's JSON file, with what it says about the checkpoint's files and itself."""
+    text = json.dumps({**content, FILES: dict(files), SEAL: _UNSEALED}, indent=1)
+    return _with_seal(text, _UNSEALED, _digest(text))
 
 
-def _seal(content: Mapping[str, Any]) -> str:
-    # Through JSON and back: as it will be read, with lists for tuples.
-    plain = json.loads(json.dumps(content))
-    text = json.dumps(plain, sort_keys=True)
-    return blake2b(text.encode(), digest_size=_DIGEST_SIZE).hexdigest()
-
-
-def check_seal(state: Any) -> bool:
-    """Whether the content of a JSON file says what its checkpoint holds; an older localign's does not.
+def read_sealed(text: str) -> dict[str, Any]:
+    """The content of a checkpoint's JSON file. An older localign's has no seal, and is taken as it is.
 
     Raises:
         ValueError: It is not what was written.
     """
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+    content = json.loads(text)
+    if not isinstance(content, dict) or not isinstance(content.get("step"), int):
         raise ValueError("it does not say which step it is of")
-    if FILES not in state and SEAL not in state:
-        return False
-    if state.get(SEAL) != _seal({k: v for k, v in state.items() if k != SEAL}):
+    seal = content.get(SEAL)
+    if seal is None and FILES not in content:
+        return content
+    if not isinstance(seal, str) or _digest(_with_seal(text, seal, _UNSEALED)) != seal:
         raise ValueError("it is not what was written (its checksum differs)")
-    return True
+    return content
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode(), digest_size=_DIGEST_SIZE).hexdigest()
+
+
+def _with_seal(text: str, old: str, new: str) -> str:
+    before, found, after = text.rpartition(f'"{SEAL}": "{old}"')
+    return f'{before}"{SEAL}": "{new}"{after}' if found else text
 
 
 def files_problem(folder: Path, files: Mapping[str, FileFacts]) -> str:
@@ -81,5 +87,9 @@ def files_problem(folder: Path, files: Mapping[str, FileFacts]) -> str:
     ]
     if not problems:
         found = facts_of(there.values())
-        problems = [f"{name} is not what was written (its checksum differs)" for name in found if found[name] != files[name]]
+        problems = [
+            f"{name} is not what was written (its checksum differs)"
+            for name in found
+            if found[name] != files[name]
+        ]
     return "; ".join(sorted(problems))
