@@ -266,9 +266,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Writer, "write_data", failing)
-    with pytest.raises(
-        RunFailure, match=r"checkpoint of step 2 could not be written: .*No space left"
-    ) as caught:
+    with pytest.raises(RunFailure, match=r"cannot write the checkpoint of step 2: .*No space left") as caught:
         run(token(tmp_path))
     assert "\n" not in str(caught.value)
 

@@ -41,7 +41,7 @@ class Fault:
     """One thing that goes wrong."""
 
     kind: str
-    """A key of :data:`STRIKES`."""
+    """A key of one of the tables below."""
     step: int
     """The first step that it can happen in, counted from 0."""
     rank: int = 0
@@ -68,15 +68,16 @@ class Now:
     """What this process does, for faults to know when they are due."""
 
     step = -1
-    fault: Fault | None = None
+    waiting: list[Fault] = []  # noqa: RUF012
 
     @classmethod
-    def due(cls, rank: int) -> bool:
-        """Whether the fault strikes here; once."""
-        if cls.fault is None or cls.fault.rank != rank or cls.step < cls.fault.step:
-            return False
-        cls.fault = None
-        return True
+    def due(cls, kind: str) -> bool:
+        """Whether a fault strikes here; once."""
+        for fault in cls.waiting:
+            if fault.kind == kind and fault.rank == my_rank() and cls.step >= fault.step:
+                cls.waiting.remove(fault)
+                return True
+        return False
 
 
 def my_rank() -> int:
@@ -136,27 +137,27 @@ def no_writes(number: int) -> Callable[[], None]:
     return strike
 
 
-def before(owner: Any, name: str, strike: Callable[[Any], None]) -> None:
+def before(kind: str, owner: Any, name: str, strike: Callable[[Any], None]) -> None:
     """Let a fault that is due strike before a function does its work; it gets the function's first argument."""
     function = getattr(owner, name)
 
     def struck(*args: Any, **kwargs: Any) -> Any:
-        if Now.due(my_rank()):
+        if Now.due(kind):
             strike(args[0] if args else None)
         return function(*args, **kwargs)
 
     setattr(owner, name, struck)
 
 
-def half_a_file(number: int) -> Callable[[], None]:
+def half_a_file(number: int) -> Callable[[str], None]:
     """A signal while a checkpoint's tensors are half written."""
 
-    def install() -> None:
+    def install(kind: str) -> None:
         for module in (checkpoints, sharded):
             save_file = module.save_file
 
             def struck(tensors: Any, path: Path, save: Any = save_file, **kwargs: Any) -> None:
-                if Now.due(my_rank()):
+                if Now.due(kind):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(b"half")
                     os.kill(os.getpid(), number)
@@ -183,8 +184,8 @@ def slow_disk() -> None:
     files.fsync_path = sharded.fsync_path = slow
 
 
-def at(owner: Any, name: str, strike: Callable[[Any], None]) -> Callable[[], None]:
-    return lambda: before(owner, name, strike)
+def at(owner: Any, name: str, strike: Callable[[Any], None]) -> Callable[[str], None]:
+    return lambda kind: before(kind, owner, name, strike)
 
 
 def die(_: object) -> None:
@@ -209,7 +210,7 @@ ON_THE_DISK: dict[str, Callable[[Path], None]] = {
     "run folder gone": take_away,
 }
 """In a step too; they take the run folder."""
-ELSEWHERE: dict[str, Callable[[], None]] = {
+ELSEWHERE: dict[str, Callable[[str], None]] = {
     "kill -9 while saving": half_a_file(signal.SIGKILL),
     "SIGTERM while saving": half_a_file(signal.SIGTERM),
     "kill -9 before a rename": at(files, "put_in_place", die),
@@ -220,21 +221,19 @@ ELSEWHERE: dict[str, Callable[[], None]] = {
 """Installed before the run; they strike when the step was reached."""
 
 
-def install(fault: Fault | None, out: Path) -> Callable[[int], None]:
-    """Prepare a fault; what is returned is to be called at each step."""
-    Now.fault, Now.step = fault, -1
-    if fault is not None and fault.kind in ELSEWHERE:
-        ELSEWHERE[fault.kind]()
-        sharded.put_in_place = files.put_in_place
+def install(faults: list[Fault], out: Path) -> Callable[[int], None]:
+    """Prepare faults; what is returned is to be called at each step."""
+    Now.waiting, Now.step = faults, -1
+    for fault in faults:
+        if fault.kind in ELSEWHERE:
+            ELSEWHERE[fault.kind](fault.kind)
+            sharded.put_in_place = files.put_in_place
 
     def at_step(number: int) -> None:
         Now.step = number
-        if fault is None or fault.kind in ELSEWHERE or not Now.due(my_rank()):
-            return
-        if fault.kind in ON_THE_DISK:
-            ON_THE_DISK[fault.kind](out)
-        else:
-            IN_A_STEP[fault.kind]()
+        for kind in [fault.kind for fault in Now.waiting]:
+            if kind not in ELSEWHERE and Now.due(kind):
+                ON_THE_DISK[kind](out) if kind in ON_THE_DISK else IN_A_STEP[kind]()
 
     return at_step
 
@@ -262,8 +261,7 @@ class StruckTokens(TokenTask):
 def run_part(job: dict[str, Any]) -> None:
     """One part of a run, in this process."""
     torch.set_num_threads(1)
-    fault = Fault(**job["fault"]) if job["fault"] else None
-    at_step = install(fault, Path(job["config"]["out"]))
+    at_step = install([Fault(**fault) for fault in job["faults"]], Path(job["config"]["out"]))
     if job["elsewhere"]:
         live_elsewhere()
     task: StruckAlignment | StruckTokens
@@ -365,8 +363,7 @@ class Server:
     def do(
         self,
         config: AlignConfig | TrainConfig,
-        fault: Fault | None = None,
-        *,
+        *faults: Fault,
         ranks: int = 1,
         elsewhere: bool = False,
         patience: float = 120.0,
@@ -376,7 +373,7 @@ class Server:
 
         Args:
             config: Of the run.
-            fault: What happens.
+            faults: What happens.
             ranks: Processes.
             elsewhere: On another host and at another time.
             patience: Seconds after which processes are killed.
@@ -384,7 +381,7 @@ class Server:
         """
         job = {
             "config": asdict(config), "tokens": not isinstance(config, AlignConfig), "ranks": ranks,
-            "fault": asdict(fault) if fault else None, "elsewhere": elsewhere, "meddling": meddling,
+            "faults": [asdict(fault) for fault in faults], "elsewhere": elsewhere, "meddling": meddling,
             "patience": patience, "output": str(self.output),
         }  # fmt: skip
         assert self.process.stdin is not None

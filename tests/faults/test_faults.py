@@ -133,8 +133,8 @@ class Campaign:
         self.is_align = isinstance(config, AlignConfig)
         self.meddling = {"poison": POISON if self.is_align else POISON[0]}
 
-    def part(self, config: Any, fault: Fault | None = None, **options: Any) -> Outcome:
-        return self.forks.do(config, fault, ranks=self.ranks, **options, **self.meddling)
+    def part(self, config: Any, *faults: Fault, **options: Any) -> Outcome:
+        return self.forks.do(config, *faults, ranks=self.ranks, **options, **self.meddling)
 
     def run(self, kinds: list[str]) -> None:
         """Let faults happen in order, at random steps; then let the run end, and compare it."""
@@ -155,20 +155,20 @@ class Campaign:
     def strike(self, fault: Fault) -> None:
         """One part of the run, ended by a fault; or, if the fault ends none, by a request to stop right after."""
         config = replace(self.config, workers=1) if "worker" in fault.kind else self.config
-        outcome = self.part(config, fault)
+        faults = [fault]
+        if fault.kind in GOES_ON:
+            faults.append(Fault("SIGTERM in a step", fault.step + 1))
+        outcome = self.part(config, *faults)
         told = f"{fault}: {outcome.codes}\n{outcome.output}"
         assert "Traceback" not in outcome.output, told
         if fault.kind in ENDS_BY_KILL:
             assert KILLED in outcome.codes, told
-        elif fault.kind in STOPS:
+        elif fault.kind in STOPS + GOES_ON:
             assert outcome.codes == [0] * self.ranks, told
             assert "stopped after step" in outcome.output, told
-        elif fault.kind in GOES_ON:
-            assert outcome.codes == [0] * self.ranks, told
-            self.again()
         elif fault.kind in RANKS:
             assert sorted(outcome.codes) == [KILLED, 1], told
-            assert outcome.seconds < 3.0 + 20, told
+            assert outcome.seconds < 3.0 + 60, told  # where nothing else runs it is 4
             (line,) = outcome.lines
             assert "lost another rank" in line, told
         else:
@@ -177,14 +177,6 @@ class Campaign:
             word = "a loader worker died" if "worker" in fault.kind else "cannot write"
             assert word in outcome.lines[0], told
             self.mend(fault)
-
-    def again(self) -> None:
-        """A run that has ended goes back to an earlier checkpoint, so that more can happen to it."""
-        for name in ("results.json", "export"):
-            path = self.out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        store = Checkpoints(self.out / "checkpoints")
-        shutil.rmtree(store.path(store.steps()[-1]))
 
     def mend(self, fault: Fault) -> None:
         """What somebody does about the disk."""
@@ -209,7 +201,7 @@ class Campaign:
         file.unlink()
         if kind != "file missing":
             file.write_bytes(content)
-        outcome = self.part(self.config, Fault("kill -9 in a step", newest - 1))
+        outcome = self.part(self.config, Fault("SIGTERM in a step", newest))
         assert f"continuing from the checkpoint before: step {before}" in outcome.output, outcome.output
         assert f"{store.path(newest)} is damaged: " in outcome.output, outcome.output
         assert str(file.name) in outcome.output, outcome.output

@@ -122,9 +122,12 @@ class Checkpoints:
         self._prune()
 
     def best(self) -> dict[str, Any] | None:
-        """``{"step": ..., "val_loss": ...}`` of the best checkpoint, if one is marked."""
-        path = self.folder / BEST_FILE
-        return json.loads(path.read_text()) if path.is_file() else None
+        """``{"step": ..., "val_loss": ...}`` of the best checkpoint, if one is marked legibly."""
+        try:
+            best = json.loads((self.folder / BEST_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return best if isinstance(best, dict) and isinstance(best.get("step"), int) else None
 
     def _prune(self) -> None:
         best, steps = (self.best() or {}).get("step"), self.steps()

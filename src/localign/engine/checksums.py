@@ -87,9 +87,6 @@ def files_problem(folder: Path, files: Mapping[str, FileFacts]) -> str:
     ]
     if not problems:
         found = facts_of(there.values())
-        problems = [
-            f"{name} is not what was written (its checksum differs)"
-            for name in found
-            if found[name] != files[name]
-        ]
+        changed = [name for name in found if found[name] != files[name]]
+        problems = [f"{name} is not what was written (its checksum differs)" for name in changed]
     return "; ".join(sorted(problems))

@@ -19,6 +19,7 @@ from localign._version import __version__
 from localign.engine.config import PLACES, RESUMABLE, Resume, TrainConfig
 from localign.errors import UserError
 from localign.files import replace_text
+from localign.plainyaml import load_yaml
 
 CONFIG_FILE, RESULTS_FILE = "config.yaml", "results.json"
 
@@ -67,11 +68,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{folder} is no run folder: it has no {CONFIG_FILE}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise UserError(f"{path} was not written by localign")
     return content
@@ -190,8 +191,11 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / RESULTS_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {RESULTS_FILE}") from error
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(results, dict):
+        raise UserError(f"{path} was not written by localign")
+    return results

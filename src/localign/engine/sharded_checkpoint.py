@@ -86,6 +86,7 @@ class ShardedCheckpoints(Checkpoints):
         """
         self.wait()
         path = self.path(step)
+        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.world.gather(path.with_name(f".{path.name}.{os.getpid()}.tmp"))[0]
         # As text at once: what the state refers to may have changed when the thread comes to it.
         publish = partial(self._publish, temporary, step, json.dumps(state), state.get("best"))
@@ -110,7 +111,7 @@ class ShardedCheckpoints(Checkpoints):
             future.result()
         except (CheckpointException, Exception) as error:
             cause = _first_cause(error)
-            raise RunFailure(f"the checkpoint of step {step} could not be written: {cause}") from error
+            raise RunFailure(f"cannot write the checkpoint of step {step}: {cause}") from error
 
     def restore(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
@@ -177,7 +178,7 @@ class _Writer(dcp.StorageWriter):
             tensors[item.index.fqn] = tensor.detach().cpu().contiguous()
             offsets[item.index.fqn] = {"saved_offsets": list(data.chunk.offsets)}
             written.append((item.index, tensor.nbytes))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not to come back
         file = self.folder / f"shard-{self.rank:05d}.safetensors"
         save_file(tensors, file, metadata={OFFSETS_KEY: json.dumps(offsets), "format": "pt"})
         fsync_path(file)
@@ -213,7 +214,7 @@ class _Reader(dcp.StorageReader):
         """The tensors there are, from the headers of all files.
 
         Raises:
-            ValueError: A part of a tensor is in none of them.
+            ValueError: A part of a tensor is in none of them, or does not say where it belongs.
         """
         chunks: dict[str, list[described.ChunkStorageMetadata]] = {}
         dtypes: dict[str, torch.dtype] = {}
@@ -222,7 +223,8 @@ class _Reader(dcp.StorageReader):
                 offsets = json.loads((content.metadata() or {}).get(OFFSETS_KEY, "{}"))
                 for name in content.keys():  # noqa: SIM118  (no dictionary)
                     part = content.get_slice(name)
-                    begin, shape = torch.Size(offsets[name]["saved_offsets"]), torch.Size(part.get_shape())
+                    shape = torch.Size(part.get_shape())
+                    begin = _begin(offsets, name, len(shape))
                     chunks.setdefault(name, []).append(described.ChunkStorageMetadata(begin, shape))
                     dtypes[name] = _DTYPES[part.get_dtype()]
                     self._files[described.MetadataIndex(name, begin)] = file
@@ -259,6 +261,17 @@ class _Reader(dcp.StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return True
+
+
+def _begin(offsets: Any, name: str, dimensions: int) -> torch.Size:
+    """Where a part begins in its tensor."""
+    told = offsets.get(name) if isinstance(offsets, dict) else None
+    begin = told.get("saved_offsets") if isinstance(told, dict) else None
+    if not isinstance(begin, list) or len(begin) != dimensions:
+        raise ValueError(f"a part of {name} does not say where it belongs")
+    if not all(type(number) is int and 0 <= number < 2**62 for number in begin):
+        raise ValueError(f"a part of {name} belongs nowhere: {begin}")
+    return torch.Size(begin)
 
 
 def _whole(
