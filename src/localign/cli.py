@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from localign import commands
 from localign._version import __version__
-from localign.errors import RunFailure, UserError, near
+from localign.errors import RunFailure, RunStopped, UserError, near
 
 EXIT_OK, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
 
@@ -309,15 +309,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(__version__)
         return EXIT_OK
+    return exit_code(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str]) -> int | None:
+    name, rest = split_command(arguments)
+    return COMMANDS[name].run(parse(name, rest))
+
+
+def exit_code(action: Callable[[], int | None]) -> int:
+    """Do something; what goes wrong in a known way becomes one line on standard error, and the exit code."""
     try:
-        name, rest = split_command(arguments)
-        return COMMANDS[name].run(parse(name, rest)) or EXIT_OK
+        return action() or EXIT_OK
     except UserError as error:
         print(f"localign: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except RunFailure as error:
         print(f"localign: {error}", file=sys.stderr)
         return EXIT_FAILURE
+    except RunStopped:
+        return EXIT_OK  # the run has said so
     except KeyboardInterrupt:
         print("localign: interrupted; continue with --resume", file=sys.stderr)
         return EXIT_FAILURE

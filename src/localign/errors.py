@@ -14,6 +14,10 @@ class RunFailure(Exception):
     """A run that began well and cannot go on: shown as one line; the command exits with 1."""
 
 
+class RunStopped(Exception):
+    """A run that was asked to stop (SIGTERM, SIGUSR1) and can be continued; the command exits with 0."""
+
+
 def near(name: str, known: Iterable[str], count: int = 5) -> str:
     """A tail for an error line that names the known strings nearest to ``name``.
 

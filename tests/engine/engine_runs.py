@@ -22,8 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from localign.alignment import AlignConfig, AlignTask
+from localign.cli import exit_code
 from localign.data.loader import Batch
 from localign.engine import Outcome, StepResult, train
+from localign.engine.checkpoint import STATE_FILE
+from localign.engine.checksums import FILES, SEAL, facts_of, sealed_text
 from localign.engine.log import LOG_FILE, read_log
 
 COMMAND = "align"
@@ -162,6 +165,13 @@ def weights(folder: Path, step: int, file: str = "model.safetensors") -> dict[st
     return load_file(folder / "checkpoints" / f"step-{step:07d}" / file)
 
 
+def reseal(checkpoint: Path) -> None:
+    """Make what was changed in a checkpoint count as written so."""
+    file = checkpoint / STATE_FILE
+    state = {k: v for k, v in json.loads(file.read_text()).items() if k not in (FILES, SEAL)}
+    file.write_text(sealed_text(state, facts_of(checkpoint.glob("*.safetensors"))))
+
+
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two sets of tensors are bitwise equal."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -183,4 +193,4 @@ def logged(folder: Path, field: str) -> dict[int, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     options = json.loads(sys.argv[1])
-    run(AlignConfig(**options["config"]), **options["meddling"])
+    sys.exit(exit_code(lambda: run(AlignConfig(**options["config"]), **options["meddling"]) and None))

@@ -55,7 +55,7 @@ def test_a_death_while_saving_leaves_the_previous_checkpoint(
     with pytest.raises(Killed):
         store.save(2, module, optimizer, {"x": 2}, ema=module)
     assert store.steps() == [1]
-    assert store.load(1).state == {"step": 1, "x": 1}
+    assert store.load(1).state.items() >= {"step": 1, "x": 1}.items()
 
 
 @pytest.mark.parametrize("call", ["fsync_path", "replace"])
@@ -204,7 +204,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, name: str, how:
 def test_state_is_readable_json(tmp_path: Path) -> None:
     module, optimizer = small()
     path = Checkpoints(tmp_path).save(3, module, optimizer, {"digest": "00ff"})
-    assert json.loads((path / "state.json").read_text()) == {"step": 3, "digest": "00ff"}
+    state = json.loads((path / "state.json").read_text())
+    assert (state["step"], state["digest"]) == (3, "00ff")
+    assert state["files"]["model.safetensors"]["bytes"] == (path / "model.safetensors").stat().st_size
     assert sorted(p.name for p in path.iterdir()) == [
         "model.safetensors",
         "optimizer.safetensors",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import furthest, logged, make_images, same_bits, tiny
+from engine_runs import furthest, logged, make_images, reseal, same_bits, tiny
 from engine_runs import run as align
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -74,6 +74,7 @@ def stopped(sharded: Path, tmp_path: Path) -> TrainConfig:
     for file in ("config.yaml", "checkpoints/step-0000006/state.json"):
         path = tmp_path / "run" / file
         path.write_text(path.read_text().replace(str(sharded), config.out))
+    reseal(path.parent)
     return config
 
 
@@ -154,6 +155,7 @@ def split(folder: Path, rows: int) -> None:
             for n, t in held.items()
         }
         write_shard(folder / f"shard-{number:05d}.safetensors", held, begins)
+    reseal(folder)
 
 
 def write_shard(file: Path, content: dict[str, Tensor], begins: dict[str, list[int]]) -> None:
@@ -179,6 +181,7 @@ def test_a_missing_part_is_noticed(stopped: TrainConfig) -> None:
     folder = Path(stopped.out) / "checkpoints" / "step-0000006"
     split(folder, 3)
     (folder / SHARD).unlink()
+    reseal(folder)
     line = refusal(stopped)
     assert "step-0000006 is damaged: a part of " in line
 
@@ -194,6 +197,7 @@ def renamed(config: TrainConfig, old: str, new: str) -> None:
     content = load_file(file)
     content[new] = content.pop(old)
     write_shard(file, content, {name: [0] * t.ndim for name, t in content.items()})
+    reseal(file.parent)
 
 
 def test_tensors_that_are_missing_or_extra_are_named(stopped: TrainConfig) -> None:
@@ -262,9 +266,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Writer, "write_data", failing)
-    with pytest.raises(
-        RunFailure, match=r"checkpoint of step 2 could not be written: .*No space left"
-    ) as caught:
+    with pytest.raises(RunFailure, match=r"cannot write the checkpoint of step 2: .*No space left") as caught:
         run(token(tmp_path))
     assert "\n" not in str(caught.value)
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from localign import rng
 from localign.data.sources import ImageSource, UnreadableImage
+from localign.engine.stopping import leave_stopping_to_main
 from localign.errors import RunFailure, UserError
 
 REPLACEMENT_ATTEMPTS = 100
@@ -385,6 +386,7 @@ def data_loader(
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers; no traceback from each
+    leave_stopping_to_main()
 
 
 def served(loader: DataLoader[T]) -> Iterator[T]:

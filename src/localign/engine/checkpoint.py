@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from localign.backbones.weights import load_strict
+from localign.engine.checksums import FILES, FileFacts, facts_of, files_problem, read_sealed, sealed_text
 from localign.errors import UserError
 from localign.files import replace_text, replacing_folder
 
@@ -25,7 +26,12 @@ MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 EMA_FILE = "ema.safetensors"
 BEST_FILE = "best.json"
+STATE_FIELDS = frozenset(
+    {"fingerprint", "task", "guard", "digest", "bad_images", "seconds", "best", "validation"}
+)
+"""What the loop needs of a checkpoint's JSON file."""
 _STEP_FOLDER = re.compile(r"step-(\d+)$")
+_DAMAGED = ".damaged"
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,13 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps there are complete checkpoints of, ascending."""
+        return [step for step in self.all_steps() if (self.path(step) / STATE_FILE).is_file()]
+
+    def all_steps(self) -> list[int]:
+        """The steps there are folders of, ascending, whatever is in them."""
         if not self.folder.is_dir():
             return []
-        found = (_STEP_FOLDER.match(p.name) for p in self.folder.iterdir() if (p / STATE_FILE).is_file())
+        found = (_STEP_FOLDER.match(p.name) for p in self.folder.iterdir() if p.is_dir())
         return sorted(int(m.group(1)) for m in found if m)
 
     def path(self, step: int) -> Path:
@@ -88,7 +98,8 @@ class Checkpoints:
             save_file(_tensors(optimizer_tensors(module, optimizer)), temporary / OPTIMIZER_FILE)
             if ema is not None:
                 save_file(_tensors(self._included_state(ema)), temporary / EMA_FILE)
-            (temporary / STATE_FILE).write_text(state_text(step, state), encoding="utf-8")
+            files = facts_of(temporary.iterdir())
+            (temporary / STATE_FILE).write_text(state_text(step, state, files), encoding="utf-8")
         self._tidy(step, state.get("best"))
         return path
 
@@ -111,15 +122,51 @@ class Checkpoints:
         self._prune()
 
     def best(self) -> dict[str, Any] | None:
-        """``{"step": ..., "val_loss": ...}`` of the best checkpoint, if one is marked."""
-        path = self.folder / BEST_FILE
-        return json.loads(path.read_text()) if path.is_file() else None
+        """``{"step": ..., "val_loss": ...}`` of the best checkpoint, if one is marked legibly."""
+        try:
+            best = json.loads((self.folder / BEST_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return best if isinstance(best, dict) and isinstance(best.get("step"), int) else None
 
     def _prune(self) -> None:
-        best = (self.best() or {}).get("step")
-        for step in self.steps()[: -self.keep]:
+        best, steps = (self.best() or {}).get("step"), self.steps()
+        for step in steps[: -self.keep]:
             if step != best:
                 shutil.rmtree(self.path(step), ignore_errors=True)
+        for aside in self.folder.glob(f"step-*{_DAMAGED}"):
+            step_folder = _STEP_FOLDER.match(aside.name.removesuffix(_DAMAGED))
+            if step_folder and int(step_folder.group(1)) <= max(steps, default=-1):
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def set_aside(self, step: int) -> Path:
+        """Rename a damaged checkpoint, so that it counts no longer; it goes when its step is saved again."""
+        path = self.path(step)
+        aside = path.with_name(path.name + _DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        return aside
+
+    def unmark_best(self) -> None:
+        """No checkpoint is the best."""
+        (self.folder / BEST_FILE).unlink(missing_ok=True)
+
+    def verify(self, step: int) -> bool:
+        """Read all files of a checkpoint and compare them with what was written.
+
+        Returns:
+            Whether it has checksums; without them nothing but its JSON file was read.
+
+        Raises:
+            UserError: It is damaged; the line says where.
+        """
+        path, state = self.path(step), self.state(step)
+        if FILES not in state:
+            return False
+        with reading(path):
+            if problem := files_problem(path, state[FILES]):
+                raise ValueError(problem)
+        return True
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds beside tensors.
@@ -128,15 +175,19 @@ class Checkpoints:
             UserError: It is damaged.
         """
         path = self.path(step)
-        with reading(path):
-            return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        with reading(path), _named(STATE_FILE):
+            return read_sealed((path / STATE_FILE).read_text(encoding="utf-8"))
 
     def load(self, step: int) -> Loaded:
-        """Read a checkpoint.
+        """Check a checkpoint and read it.
 
         Raises:
             UserError: It is damaged.
         """
+        self.verify(step)
+        return self._read(step)
+
+    def _read(self, step: int) -> Loaded:
         path, state = self.path(step), self.state(step)
         with reading(path):
             model, optimizer = load_file(path / MODEL_FILE), load_file(path / OPTIMIZER_FILE)
@@ -146,21 +197,21 @@ class Checkpoints:
     def restore(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
     ) -> None:
-        """Put a checkpoint's tensors where they came from.
+        """Put the tensors of a checkpoint that was verified where they came from.
 
         Raises:
-            UserError: It is damaged, or lacks or has tensors that it should not; they are named.
+            UserError: It cannot be read, or lacks or has tensors that it should not; they are named.
         """
-        path, loaded = self.path(step), self.load(step)
+        path, loaded = self.path(step), self._read(step)
         load_module(module, loaded.model, path / MODEL_FILE, self.included)
         load_optimizer_tensors(module, optimizer, loaded.optimizer, path / OPTIMIZER_FILE)
         if ema is not None:
             load_module(ema, loaded.ema or {}, path / EMA_FILE, self.included)
 
 
-def state_text(step: int, state: Mapping[str, Any]) -> str:
-    """The content of a checkpoint's JSON file."""
-    return json.dumps({"step": step, **state}, indent=1)
+def state_text(step: int, state: Mapping[str, Any], files: Mapping[str, FileFacts]) -> str:
+    """The content of a checkpoint's JSON file; ``files`` are the others of its folder."""
+    return sealed_text({"step": step, **state}, files)
 
 
 @contextmanager
@@ -169,7 +220,19 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {str(error).splitlines()[0]}") from error
+        raise UserError(f"checkpoint {path} is damaged: {_cause(error)}") from error
+
+
+@contextmanager
+def _named(file: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def remove_leftovers(*folders: Path) -> None:

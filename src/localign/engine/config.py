@@ -76,6 +76,8 @@ class TrainConfig:
     """Newest checkpoints to keep; the best is kept besides."""
     val_every: int | None = None
     """Steps between validations; default only at the end."""
+    timeout: float = 1800.0
+    """Seconds that the ranks of a run wait for one of them that no longer answers, before they end it."""
     resume: Resume = "never"
     """must (or --resume alone): continue the run in --out; auto: continue it if there is one; never: refuse
     to write into one."""
@@ -93,7 +95,7 @@ class TrainConfig:
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} contradict each other; give one")
         positive = ("steps", "epochs", "warmup_epochs", "warmup_share", "micro_batch", "lr", "clip_grad", "eps",
-                    "log_every", "checkpoint_every", "keep_checkpoints", "val_every")  # fmt: skip
+                    "log_every", "checkpoint_every", "keep_checkpoints", "val_every", "timeout")  # fmt: skip
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -122,9 +124,14 @@ RESUMABLE: frozenset[str] = frozenset(
     {
         "out", "micro_batch", "device", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
         "val_every", "resume", "tensorboard", "wandb", "compile", "grad_checkpointing", "attention", "config",
+        "timeout",
     }
 )  # fmt: skip
 """Fields that may differ when a run is continued: they change neither the samples nor the mathematics."""
+
+PLACES: frozenset[str] = frozenset({"data", "images", "val", "weights"})
+"""Fields that name files and folders. They may have moved when a run is continued, under the same last name: other
+data and other weights show in the task's fingerprint."""
 
 
 def with_warmup_steps(config: Config, samples: int) -> Config:

@@ -6,6 +6,7 @@ Beside this module only ``sharding`` and ``sharded_checkpoint`` call torch.distr
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from localign.errors import UserError
+from localign.errors import RunFailure, UserError
 
 T = TypeVar("T")
-_TIMEOUT = timedelta(minutes=30)
+TIMEOUT = 1800.0
+"""Seconds that ranks wait for one another, where nothing else is said."""
+_LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|[Tt]imed out|Socket Timeout|Connection refused")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class World:
     device: torch.device
     local_size: int = 1
     """Processes on this node."""
+    timeout: float = TIMEOUT
+    """Seconds that ranks wait for one another."""
 
     @property
     def is_main(self) -> bool:
@@ -64,6 +69,21 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return any(self.gather(flag))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one rank cannot do inside (UserError, RunFailure), all have failed to do: none waits for it."""
+        problem: Exception | None = None
+        try:
+            yield
+        except (UserError, RunFailure) as error:
+            problem = error
+        found = self.gather(problem)
+        if problem is not None:
+            raise problem
+        for other in found:
+            if other is not None:
+                raise other
 
     def replicate(self, module: nn.Module) -> nn.Module:
         """The module with gradients averaged over ranks."""
@@ -100,7 +120,7 @@ class World:
 
     def cpu_group(self) -> dist.ProcessGroup:
         """A further group of all ranks, for what they exchange beside the training."""
-        group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
         assert isinstance(group, dist.ProcessGroup)
         return group
 
@@ -133,12 +153,16 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def world(device: str = "auto", sharded: bool = False) -> Iterator[World]:
+def world(device: str = "auto", sharded: bool = False, timeout: float = TIMEOUT) -> Iterator[World]:
     """The process group of a ``torchrun`` launch, or a world of one. gloo on CPU, nccl on CUDA.
 
     Args:
         device: As for :func:`choose_device`.
         sharded: A world of one has a process group too, which sharding needs.
+        timeout: Seconds that ranks wait for one another.
+
+    Raises:
+        RunFailure: From inside, where another rank died or did not answer in time.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -150,9 +174,17 @@ def world(device: str = "auto", sharded: bool = False) -> Iterator[World]:
     if ours:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-        dist.init_process_group(backend, timeout=_TIMEOUT, **alone)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
     try:
-        yield World(rank, size, local_rank, chosen, local_size)
+        yield World(rank, size, local_rank, chosen, local_size, timeout)
+    except RuntimeError as error:
+        # gloo has no error class of its own; nccl's watchdog ends the process by itself.
+        if size == 1 or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+            raise
+        told = str(error).splitlines()[0].partition(" This is typically")[0]
+        raise RunFailure(
+            f"rank {rank} lost another rank, which died or did not answer for {timeout:g} s (--timeout): {told}"
+        ) from error
     finally:
         if ours:
             dist.destroy_process_group()

@@ -13,6 +13,8 @@ from localign.errors import RunFailure
 from localign.files import replacing
 
 MOST_IN_A_ROW = 3
+MOST_KEPT = 20
+"""Skipped steps whose batches are kept: a long run may skip many."""
 FOLDER = "nonfinite"
 
 
@@ -46,10 +48,9 @@ class NonFiniteGuard:
         for number, batch in enumerate(batches):
             tensors = {name: t.cpu().contiguous() for name, t in tensors_of(batch).items()}
             facts = {"step": step, "rank": self.rank, "loss": str(loss), "grad_norm": str(grad_norm)}
-            with replacing(
-                self.folder / f"step-{step:07d}-rank-{self.rank}-batch-{number}.safetensors"
-            ) as path:
+            with replacing(self.folder / f"{_stem(step, self.rank)}{number}.safetensors") as path:
                 save_file(tensors, path, metadata={"localign": json.dumps(facts)})
+        self._drop_old()
         if self.in_a_row >= MOST_IN_A_ROW:
             raise RunFailure(
                 f"loss or gradient not finite in {self.in_a_row} steps in a row (last: step {step}, loss {loss}, "
@@ -57,8 +58,17 @@ class NonFiniteGuard:
                 "a lower learning rate, a larger --eps or --weight-decay 0.1"
             )
 
+    def _drop_old(self) -> None:
+        for step in self.skipped[-MOST_KEPT - 1 : -MOST_KEPT]:
+            for path in self.folder.glob(f"{_stem(step, self.rank)}*"):
+                path.unlink(missing_ok=True)
+
     def state_dict(self) -> dict[str, Any]:
         return {"in_a_row": self.in_a_row, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.in_a_row, self.skipped = int(state["in_a_row"]), list(state["skipped"])
+
+
+def _stem(step: int, rank: int) -> str:
+    return f"step-{step:07d}-rank-{rank}-batch-"

@@ -52,14 +52,18 @@ class JsonLines:
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """The entries of a run's log; a last line that was cut off by a kill is left out."""
+    """The entries of a run's log, up to a line that is none: one that was cut off by a kill, in general the last."""
     path = Path(folder) / LOG_FILE
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    entries: list[dict[str, Any]] = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.split("\n"):
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            break
+        entries.append(entry)
     return entries
 
 

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from localign import rng
 from localign.engine import run as runs
 from localign.engine.batch import sample_digest, to_device
-from localign.engine.checkpoint import Checkpoints, remove_leftovers
+from localign.engine.checkpoint import STATE_FIELDS, Checkpoints
 from localign.engine.config import TrainConfig, batch_shares, total_steps, with_warmup_steps
+from localign.engine.disk import writing
 from localign.engine.distributed import World, world
 from localign.engine.guards import NonFiniteGuard
-from localign.engine.lock import lock
-from localign.engine.log import Bar, JsonLines, Log, Sink, Stopwatch, TensorBoard, WandB, say
+from localign.engine.log import Bar, Log, Stopwatch, say
+from localign.engine.opening import open_folder, open_log
 from localign.engine.optim import averaged, build_optimizer, decayed_names, learning_rate, scale_and_clip
 from localign.engine.sharded_checkpoint import ShardedCheckpoints
-from localign.engine.sharding import fill_whole, hollow_copy, reshard, shard
-from localign.engine.task import BatchPlan, Task
+from localign.engine.sharding import fill_whole, hollow_copy, reshard, shard_task
+from localign.engine.stopping import StopRequest, stop_requests
+from localign.engine.task import BatchPlan, Task, batch_plan
 from localign.engine.totals import Totals
-from localign.errors import RunFailure
+from localign.errors import RunFailure, RunStopped, UserError
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ def train(task: Task, config: TrainConfig, command: str) -> Outcome:
 
     Raises:
         UserError: Bad options or data, or a run folder that does not fit.
-        RunFailure: Training does not recover from non-finite losses, a loader worker dies, or a checkpoint of a
-            sharded run cannot be written.
+        RunFailure: Training does not recover from non-finite losses, a loader worker or another rank dies, or
+            something cannot be written.
+        RunStopped: SIGTERM or SIGUSR1 came; there is a checkpoint of the last step.
     """
-    with world(config.device, sharded=config.sharding != "none") as here:
-        loop = Loop(task, config, command, here)
+    sharded = config.sharding != "none"
+    with stop_requests() as stop, world(config.device, sharded, config.timeout) as here:
+        loop = Loop(task, config, command, here, stop)
         try:
             return loop.run()
         finally:
@@ -64,13 +67,16 @@ def train(task: Task, config: TrainConfig, command: str) -> Outcome:
 class Loop:
     """State of one run on one rank."""
 
-    def __init__(self, task: Task, config: TrainConfig, command: str, here: World) -> None:
+    def __init__(self, task: Task, config: TrainConfig, command: str, here: World, stop: StopRequest) -> None:
         self.per_rank, self.micro_batch = batch_shares(config, here.size)
         config = with_warmup_steps(config, task.samples())
         self.task, self.config, self.command, self.world = task, config, command, here
+        self.stop = stop
+        self.stopping = False  # known to all ranks alike
         self.folder = Path(config.out)
         self.steps = total_steps(config, task.samples())
         self.log = Log([])
+        self._bar: Bar | None = None
         self.mesh = here.mesh(per_node=config.sharding == "hybrid") if config.sharding != "none" else None
         if self.mesh is not None:
             task.shard_units(
@@ -92,7 +98,8 @@ class Loop:
         """Let go of the log and the folder; a checkpoint that is being written is finished, if it can be."""
         with suppress(RunFailure):
             self.checkpoints.wait()
-        self.log.close()
+        with suppress(OSError):  # what could not be written has been said already
+            self.log.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -105,7 +112,9 @@ class Loop:
         self.ema = averaged(task.module, config.ema) if config.ema is not None else None
         decayed = decayed_names(task.module)  # while every parameter is whole
         if self.mesh is not None:
-            self._shard(self.mesh)
+            self._hollow = hollow_copy(task.module) if self.world.is_main else None
+            modules = [task.module, *([self.ema.module] if self.ema is not None else [])]
+            shard_task(task, modules, self.mesh, self._in_bf16, config.reduce_dtype)
         task.to(self.world.device)
         if self.ema is not None:
             self.ema.to(self.world.device)
@@ -119,7 +128,9 @@ class Loop:
         if config.compile:
             task.compile()
         self.model = task.module if self.mesh is not None else self.world.replicate(task.module)
-        self._open_log(resumed_at)
+        if self.world.is_main:
+            with self._writing():
+                self.log, self._bar = open_log(self.command, config, self.steps, resumed_at)
         # Dropout and the like draw from torch's generator; it is keyed by the step, and the caller's is kept.
         cuda = [self.world.device] if self.world.device.type == "cuda" else []
         with torch.random.fork_rng(cuda):
@@ -127,10 +138,12 @@ class Loop:
         return self._finish()
 
     def _train(self) -> None:
-        config, clock = self.config, Stopwatch()
+        config = self.config
+        self.stopping = self.world.any(self.stop.made)
+        self._validate_if_due(self.seconds)  # a run that was stopped has put it off
+        totals, clock = Totals(self.world.device), Stopwatch()
         batches = self.task.batches(self._plan(start=self.step))
-        totals = Totals(self.world.device)
-        while self.step < self.steps:
+        while self.step < self.steps and not self.stopping:
             rate = learning_rate(self.step, self.steps, config)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -144,17 +157,37 @@ class Loop:
             # Neither validation nor saving is training time; the last of both comes with the results.
             spent = self.seconds + clock.elapsed
             with clock.paused():
-                if config.val_every and self.step % config.val_every == 0 and self.step < self.steps:
-                    self._validate(spent)
+                if self.stopping:
+                    self._save(spent)
+                    break
+                self._validate_if_due(spent)
                 if self.step % config.checkpoint_every == 0 and self.step < self.steps:
                     self._save(spent)
+        if self.stopping:
+            self._stop()
+
+    def _stop(self) -> None:
+        """End the run where it is. Its checkpoint is there, if it has taken a step at all."""
+        self.checkpoints.wait()
+        by = next(filter(None, self.world.gather(self.stop.by)))
+        line = f"{by}: stopped after step {self.step} of {self.steps}; --resume auto continues {self.folder}"
+        if self.world.is_main:
+            say(line)
+        raise RunStopped(line)
+
+    def _validate_if_due(self, spent: float) -> None:
+        every = self.config.val_every
+        if not every or not self.step or self.step % every or self.step >= self.steps or self.stopping:
+            return
+        if self.validation.get("step") != self.step:
+            self._validate(spent)
 
     def _step(self, batches: Iterator[Any], totals: Totals, clock: Stopwatch) -> Any:
         """One optimizer step over this rank's micro-batches; returns the last of them."""
         module, count = self.task.module, self.per_rank // self.micro_batch
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(2, device=self.world.device)
+        sums = torch.zeros(3, device=self.world.device)  # of the loss, of its weight, of requests to stop
         seen: list[Any] = []
         metrics: list[dict[str, tuple[Tensor, Tensor]]] = []
         for number in range(count):
@@ -168,8 +201,9 @@ class Loop:
                     result = self.task.step(self.model, batch)
                 # Gradients of sums: dividing by what all ranks and micro-batches went over comes last.
                 result.loss_sum.backward()
-            sums += torch.stack([result.loss_sum.detach(), result.weight.detach()]).to(sums)
+            sums[:2] += torch.stack([result.loss_sum.detach(), result.weight.detach()]).to(sums)
             metrics.append(result.metrics)
+        sums[2] = float(self.stop.made)
         sums = self.world.sum(sums)
         # The exchange has averaged over ranks what is to be summed.
         scale = self.world.size / sums[1].clamp(min=1)
@@ -181,7 +215,7 @@ class Loop:
             if self.ema is not None:
                 self.ema.update_parameters(module)
             self.guard.passed()
-            totals.add_step(sums, grad_norm)
+            totals.add_step(sums[:2], grad_norm)
             for values in metrics:
                 totals.add(values)
         else:
@@ -189,7 +223,10 @@ class Loop:
             number = self.step + 1  # as the log counts
             if self.world.is_main:
                 say(f"step {number}: loss {float(loss)}, gradient norm {float(grad_norm)}; skipped")
-            self.guard.skip(number, seen, float(loss), float(grad_norm))
+            with self._writing():
+                self.guard.skip(number, seen, float(loss), float(grad_norm))
+        # Ranks agree by what they have exchanged; one that is alone hears what came since.
+        self.stopping = bool(sums[2] > 0) or (self.world.size == 1 and self.stop.made)
         return seen[-1]
 
     # -- around a step ---------------------------------------------------------------------------------
@@ -202,32 +239,8 @@ class Loop:
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self._in_bf16)
 
-    def _shard(self, mesh: DeviceMesh) -> None:
-        """Shard the module and its average; the main rank keeps an empty copy for the export."""
-        task = self.task
-        self._hollow = hollow_copy(task.module) if self.world.is_main else None
-        for module in (task.module, self.ema.module) if self.ema is not None else (task.module,):
-            shard(
-                module,
-                task.shard_units(module),
-                task.unsharded(module),
-                mesh=mesh,
-                compute_dtype=torch.bfloat16 if self._in_bf16 else None,
-                reduce_dtype=torch.bfloat16 if self.config.reduce_dtype == "bf16" else torch.float32,
-            )
-
     def _plan(self, start: int) -> BatchPlan:
-        return BatchPlan(
-            seed=self.config.seed,
-            global_batch=self.config.batch_size,
-            micro_batch=self.micro_batch,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            workers=self.config.workers,
-            start_step=start,
-            end_step=self.steps,
-            pin_memory=self.world.device.type == "cuda",
-        )
+        return batch_plan(self.config, self.world, self.micro_batch, start, self.steps)
 
     def _note(self, batch: Any) -> None:
         self.digest = (self.digest + sample_digest(batch)) % (1 << 64)
@@ -253,7 +266,8 @@ class Loop:
         }
         if self.world.is_main:
             entry |= self.task.monitor(batch)
-        self.log.write(self.step, **entry)
+        with self.world.together(), self._writing():
+            self.log.write(self.step, **entry)
         self.task.check_skipped(self._gather_bad())
         totals.reset()
         clock.restart()
@@ -270,7 +284,8 @@ class Loop:
         module.train()
         self.validation = {"step": self.step, "metrics": metrics}
         if metrics:
-            self.log.write(self.step, **metrics)
+            with self.world.together(), self._writing():
+                self.log.write(self.step, **metrics)
             value = metrics.get("val_loss", math.inf)
             if math.isfinite(value) and (self.best is None or value < self.best["val_loss"]):
                 self.best = {"step": self.step, "val_loss": value}
@@ -289,43 +304,32 @@ class Loop:
         return Checkpoints(folder, config.keep_checkpoints, included)
 
     def _open_folder(self) -> int | None:
-        problem: Exception | None = None
         resumed_at: int | None = None
         # One rank looks and writes; all act on what it found, a refusal included.
-        if self.world.is_main:
-            try:
-                resumed_at = runs.choose_start(self.folder, self.config.resume, self.checkpoints.steps())
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = lock(self.folder)
-                if self.config.resume != "never" and (self.folder / runs.CONFIG_FILE).is_file():
-                    runs.check_same_config(self.folder, self.command, self.config)
-                else:
-                    runs.save_config(self.folder, self.command, self.config)
-                remove_leftovers(self.folder, self.checkpoints.folder, self.guard.folder)
-            except Exception as error:
-                problem = error
-        problem, resumed_at = self.world.gather((problem, resumed_at))[0]
-        if problem is not None:
-            raise problem
-        return resumed_at
+        with self.world.together():
+            if self.world.is_main:
+                resumed_at, self._lock = open_folder(
+                    self.folder, self.command, self.config, self.checkpoints, self.guard.folder
+                )
+        return self.world.gather(resumed_at)[0]
 
-    def _open_log(self, resumed_at: int | None) -> None:
-        self._bar: Bar | None = None
-        if not self.world.is_main:
-            return
-        self._bar = Bar(self.command, self.steps, self.step)
-        sinks: list[Sink] = [JsonLines(self.folder, resumed_at), self._bar]
-        if self.config.tensorboard:
-            sinks.append(TensorBoard(self.folder, resumed_at))
-        if self.config.wandb:
-            sinks.append(WandB(self.folder, self.config.wandb, runs.plain(self.config)))
-        self.log = Log(sinks)
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Inside, what cannot be written ends the run with a line that says where it can be taken up again."""
+        with writing(self.folder, self._whence):
+            runs.check_there(self.folder)
+            yield
+
+    def _whence(self) -> str:
+        steps = self.checkpoints.steps()
+        return f"--resume continues from step {steps[-1]}" if steps else "there is no checkpoint"
 
     def _gather_bad(self) -> dict[str, str]:
         """The unreadable images that any rank has met; those not in the log yet are named there."""
         bad = {name: reason for part in self.world.gather(self.bad) for name, reason in part.items()}
         for name in (n for n in bad if n not in self.named):
-            self.log.write(self.step, skipped_image=name, reason=bad[name])
+            with self._writing():
+                self.log.write(self.step, skipped_image=name, reason=bad[name])
         self.named |= bad.keys()
         return bad
 
@@ -334,6 +338,7 @@ class Loop:
             return  # writing it again would be a moment without it
         bad, digest = self._gather_bad(), self._global_digest()
         ema = self.ema.module if self.ema is not None else None
+        state: dict[str, Any] = {}
         if self.world.is_main:
             state = {
                 "config": runs.plain(self.config),
@@ -346,14 +351,15 @@ class Loop:
                 "best": self.best,
                 "validation": self.validation,
             }
-            self.checkpoints.save(self.step, self.task.module, self.optimizer, state, ema)
-        elif self.mesh is not None:
-            self.checkpoints.save(self.step, self.task.module, self.optimizer, {}, ema)
+        with self.world.together(), self._writing():
+            if self.world.is_main or self.mesh is not None:
+                self.checkpoints.save(self.step, self.task.module, self.optimizer, state, ema)
         self.saved_at = self.step
-        self.world.barrier()
 
     def _restore(self, step: int) -> None:
         state = self.checkpoints.state(step)
+        if lacking := sorted(STATE_FIELDS - state.keys()):
+            raise UserError(f"checkpoint {self.checkpoints.path(step)} does not say: {', '.join(lacking)}")
         runs.check_same_fingerprint(self.folder, state["fingerprint"], self.task.fingerprint())
         ema = self.ema.module if self.ema is not None else None
         self.checkpoints.restore(step, self.task.module, self.optimizer, ema)
@@ -368,9 +374,10 @@ class Loop:
         self.named = set(self.bad)
         self.seconds = float(state["seconds"])
         self.best, self.validation = state["best"], state["validation"]
-        # A kill may have come between saving and marking.
-        if self.world.is_main and self.best is not None and self.checkpoints.best() != self.best:
-            self.checkpoints.mark_best(**self.best)
+        # A kill may have come between saving and marking; and what was marked later may be damaged.
+        if self.world.is_main and self.checkpoints.best() != self.best:
+            with self._writing():
+                self.checkpoints.mark_best(**self.best) if self.best else self.checkpoints.unmark_best()
 
     def _finish(self) -> Outcome:
         # A run that was killed after its last checkpoint has validated already, and logged it.
@@ -380,36 +387,20 @@ class Loop:
         self.checkpoints.wait()
         self.bad = self._gather_bad()
         results = {
-            "command": self.command,
-            "config": runs.plain(self.config),
-            "versions": runs.provenance(),
-            "steps": self.step,
-            "images": self.step * self.config.batch_size,
-            "seconds": round(self.seconds, 3),
-            "images_per_second": self.step * self.config.batch_size / self.seconds if self.seconds else None,
+            **runs.training_facts(self.command, self.config, self.step, self.seconds),
             "world_size": self.world.size,
             "samples_digest": f"{self._global_digest():016x}",
-            "skipped_images": {
-                "count": len(self.bad),
-                "share": len(self.bad) / self.task.samples(),
-                "images": self.bad,
-            },
+            "skipped_images": runs.bad_images_facts(self.bad, self.task.samples()),
             "skipped_steps": self.guard.skipped,
             "final": metrics,
             "best": self.best,
             **self.task.summary(),
-        }  # fmt: skip
+        }
         module = self.ema.module if self.ema is not None else self.task.module
         whole = fill_whole(self._hollow, module) if self.mesh is not None else module
-        if self.world.is_main:
-            assert whole is not None
-            facts = {
-                "command": self.command,
-                "run": runs.plain(self.config),
-                "steps": self.step,
-                **runs.provenance(),
-            }
-            self.task.export(whole, self.folder / "export", facts)
-            runs.write_results(self.folder, results)
-        self.world.barrier()
+        with self.world.together(), self._writing():
+            if self.world.is_main:
+                assert whole is not None
+                self.task.export(whole, self.folder / "export", runs.export_facts(results))
+                runs.write_results(self.folder, results)
         return Outcome(self.folder, results, self.world.is_main)

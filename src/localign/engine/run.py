@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 import subprocess
@@ -15,9 +16,10 @@ import torch
 import yaml
 
 from localign._version import __version__
-from localign.engine.config import RESUMABLE, Resume
+from localign.engine.config import PLACES, RESUMABLE, Resume, TrainConfig
 from localign.errors import UserError
 from localign.files import replace_text
+from localign.plainyaml import load_yaml
 
 CONFIG_FILE, RESULTS_FILE = "config.yaml", "results.json"
 
@@ -66,11 +68,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{folder} is no run folder: it has no {CONFIG_FILE}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise UserError(f"{path} was not written by localign")
     return content
@@ -89,9 +91,19 @@ def check_same_config(folder: Path, command: str, config: Any) -> None:
         )
     old, new = saved["config"], plain(config)
     fields = [f for f in sorted({*old, *new}) if f not in RESUMABLE and old.get(f) != new.get(f)]
+    fields = [f for f in fields if f not in PLACES or not _moved(old.get(f), new.get(f))]
     if fields:
         listed = "; ".join(f"{f}: {old.get(f)!r} there, {new.get(f)!r} now" for f in fields)
         raise UserError(f"cannot resume {folder} with another config: {listed}")
+
+
+def _moved(old: Any, new: Any) -> bool:
+    """Whether two places, or lists of them, differ only in the folders above their last name."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return all(a == b or _moved(a, b) for a, b in zip(old, new, strict=True))
+    if not isinstance(old, str) or not isinstance(new, str):
+        return False
+    return bool(Path(new).name) and Path(old).name == Path(new).name
 
 
 def check_same_fingerprint(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:
@@ -105,8 +117,8 @@ def check_same_fingerprint(folder: Path, old: dict[str, str], new: dict[str, str
         raise UserError(f"cannot resume {folder}: changed since it began: {', '.join(changed)}")
 
 
-def choose_start(folder: Path, resume: Resume, steps: list[int]) -> int | None:
-    """The step to continue from, or None for a fresh run.
+def check_start(folder: Path, resume: Resume, steps: list[int]) -> bool:
+    """Whether a run is there that is to be continued, from its beginning if need be.
 
     Raises:
         UserError: There is nothing to resume, or a run that would be overwritten.
@@ -119,7 +131,49 @@ def choose_start(folder: Path, resume: Resume, steps: list[int]) -> int | None:
         raise UserError(
             f"{folder} already holds a run (at {at}); continue it with --resume, or give another --out"
         )
-    return steps[-1] if steps and resume != "never" else None
+    return started
+
+
+def check_there(folder: Path) -> None:
+    """Refuse to write into a run folder that was deleted or unmounted: what would come about is no run.
+
+    Raises:
+        FileNotFoundError: It is gone.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(errno.ENOENT, "the run folder is gone", str(folder))
+
+
+def training_facts(command: str, config: TrainConfig, steps: int, seconds: float) -> dict[str, Any]:
+    """What ``results.json`` says of any training first.
+
+    Args:
+        command: The localign command.
+        config: Of the run.
+        steps: Taken.
+        seconds: Of training alone.
+    """
+    images = steps * config.batch_size
+    return {
+        "command": command,
+        "config": plain(config),
+        "versions": provenance(),
+        "steps": steps,
+        "images": images,
+        "seconds": round(seconds, 3),
+        "images_per_second": images / seconds if seconds else None,
+    }
+
+
+def bad_images_facts(bad: dict[str, str], samples: int) -> dict[str, Any]:
+    """What ``results.json`` says of the unreadable images (name -> reason) among those of an epoch."""
+    return {"count": len(bad), "share": len(bad) / samples, "images": bad}
+
+
+def export_facts(results: dict[str, Any]) -> dict[str, Any]:
+    """What is kept with exported weights."""
+    facts = {"command": results["command"], "run": results["config"], "steps": results["steps"]}
+    return {**facts, **results["versions"]}
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> Path:
@@ -137,8 +191,11 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / RESULTS_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {RESULTS_FILE}") from error
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(results, dict):
+        raise UserError(f"{path} was not written by localign")
+    return results

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata as described
@@ -37,6 +37,8 @@ from localign.engine.checkpoint import (
     reading,
     state_text,
 )
+from localign.engine.checksums import FileFacts, facts_of, file_facts
+from localign.engine.disk import reason
 from localign.engine.distributed import World
 from localign.errors import RunFailure, UserError
 from localign.files import fsync_path, put_in_place
@@ -84,9 +86,10 @@ class ShardedCheckpoints(Checkpoints):
         """
         self.wait()
         path = self.path(step)
+        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.world.gather(path.with_name(f".{path.name}.{os.getpid()}.tmp"))[0]
         # As text at once: what the state refers to may have changed when the thread comes to it.
-        publish = partial(self._publish, temporary, step, state_text(step, state), state.get("best"))
+        publish = partial(self._publish, temporary, step, json.dumps(state), state.get("best"))
         writer = _Writer(temporary, self.world.rank, publish)
         moments = {OPTIMIZER + name: tensor for name, tensor in optimizer_tensors(module, optimizer).items()}
         tensors = {**self._module_tensors(module, ema), **moments}
@@ -108,7 +111,7 @@ class ShardedCheckpoints(Checkpoints):
             future.result()
         except (CheckpointException, Exception) as error:
             cause = _first_cause(error)
-            raise RunFailure(f"the checkpoint of step {step} could not be written: {cause}") from error
+            raise RunFailure(f"cannot write the checkpoint of step {step}: {cause}") from error
 
     def restore(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
@@ -141,8 +144,18 @@ class ShardedCheckpoints(Checkpoints):
                     seen.add(id(tensor))
         return tensors
 
-    def _publish(self, temporary: Path, step: int, state: str, best: Mapping[str, Any] | None) -> None:
-        (temporary / STATE_FILE).write_text(state, encoding="utf-8")
+    def _publish(
+        self,
+        temporary: Path,
+        step: int,
+        state: str,
+        best: Mapping[str, Any] | None,
+        files: Mapping[str, FileFacts],
+    ) -> None:
+        # A rank that holds no part of any tensor has a file too, but no result to tell of it.
+        untold = (p for p in temporary.iterdir() if p.name not in files)
+        text = state_text(step, json.loads(state), {**files, **facts_of(untold)})
+        (temporary / STATE_FILE).write_text(text, encoding="utf-8")
         put_in_place(temporary, self.path(step))
         self._tidy(step, best)
 
@@ -150,13 +163,13 @@ class ShardedCheckpoints(Checkpoints):
 class _Writer(dcp.StorageWriter):
     """Writes this rank's parts into a file; on the main rank, publishes the folder when all have written."""
 
-    def __init__(self, folder: Path, rank: int, publish: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, rank: int, publish: Callable[[Mapping[str, FileFacts]], None]) -> None:
         self.folder, self.rank, self.publish = folder, rank, publish
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         tensors: dict[str, Tensor] = {}
         offsets: dict[str, dict[str, list[int]]] = {}
-        results = []
+        written = []
         for item in plan.items:
             tensor, data = planner.resolve_data(item), item.tensor_data
             assert isinstance(tensor, Tensor), f"{item.index.fqn} is no tensor"
@@ -164,15 +177,16 @@ class _Writer(dcp.StorageWriter):
             assert item.index.fqn not in tensors, f"a rank holds two parts of {item.index.fqn}"
             tensors[item.index.fqn] = tensor.detach().cpu().contiguous()
             offsets[item.index.fqn] = {"saved_offsets": list(data.chunk.offsets)}
-            results.append(WriteResult(item.index, tensor.nbytes, None))
-        self.folder.mkdir(parents=True, exist_ok=True)
+            written.append((item.index, tensor.nbytes))
+        self.folder.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not to come back
         file = self.folder / f"shard-{self.rank:05d}.safetensors"
         save_file(tensors, file, metadata={OFFSETS_KEY: json.dumps(offsets), "format": "pt"})
         fsync_path(file)
-        return _done(results)
+        told = file.name, file_facts(file)  # each rank reads its own
+        return _done([WriteResult(index, size, told) for index, size in written])
 
     def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
-        self.publish()
+        self.publish(dict(result.storage_data for part in results for result in part))
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
 
@@ -200,7 +214,7 @@ class _Reader(dcp.StorageReader):
         """The tensors there are, from the headers of all files.
 
         Raises:
-            ValueError: A part of a tensor is in none of them.
+            ValueError: A part of a tensor is in none of them, or does not say where it belongs.
         """
         chunks: dict[str, list[described.ChunkStorageMetadata]] = {}
         dtypes: dict[str, torch.dtype] = {}
@@ -209,7 +223,8 @@ class _Reader(dcp.StorageReader):
                 offsets = json.loads((content.metadata() or {}).get(OFFSETS_KEY, "{}"))
                 for name in content.keys():  # noqa: SIM118  (no dictionary)
                     part = content.get_slice(name)
-                    begin, shape = torch.Size(offsets[name]["saved_offsets"]), torch.Size(part.get_shape())
+                    shape = torch.Size(part.get_shape())
+                    begin = _begin(offsets, name, len(shape))
                     chunks.setdefault(name, []).append(described.ChunkStorageMetadata(begin, shape))
                     dtypes[name] = _DTYPES[part.get_dtype()]
                     self._files[described.MetadataIndex(name, begin)] = file
@@ -248,6 +263,17 @@ class _Reader(dcp.StorageReader):
         return True
 
 
+def _begin(offsets: Any, name: str, dimensions: int) -> torch.Size:
+    """Where a part begins in its tensor."""
+    told = offsets.get(name) if isinstance(offsets, dict) else None
+    begin = told.get("saved_offsets") if isinstance(told, dict) else None
+    if not isinstance(begin, list) or len(begin) != dimensions:
+        raise ValueError(f"a part of {name} does not say where it belongs")
+    if not all(type(number) is int and 0 <= number < 2**62 for number in begin):
+        raise ValueError(f"a part of {name} belongs nowhere: {begin}")
+    return torch.Size(begin)
+
+
 def _whole(
     name: str, dtype: torch.dtype, parts: list[described.ChunkStorageMetadata]
 ) -> described.TensorStorageMetadata:
@@ -282,6 +308,8 @@ def _room_for(name: str, part: Any, parameters: Mapping[str, Tensor]) -> Tensor:
 def _first_cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError | SafetensorError):
+        return reason(error)
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

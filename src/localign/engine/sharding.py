@@ -11,6 +11,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from localign.engine.task import Task
+
 
 def shard(
     module: nn.Module,
@@ -41,6 +43,29 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
     for part in (*units, module):
         fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+
+
+def shard_task(
+    task: Task, modules: Iterable[nn.Module], mesh: DeviceMesh, in_bf16: bool, reduce_dtype: str
+) -> None:
+    """Shard a task's module, and its average, as the task says.
+
+    Args:
+        task: Names the units and what stays whole.
+        modules: Its module, and copies of it.
+        mesh: As of :func:`shard`.
+        in_bf16: Whether units compute in bfloat16.
+        reduce_dtype: fp32 or bf16, of sums of gradients.
+    """
+    for module in modules:
+        shard(
+            module,
+            task.shard_units(module),
+            task.unsharded(module),
+            mesh=mesh,
+            compute_dtype=torch.bfloat16 if in_bf16 else None,
+            reduce_dtype=torch.bfloat16 if reduce_dtype == "bf16" else torch.float32,
+        )
 
 
 def reshard(module: nn.Module) -> None:

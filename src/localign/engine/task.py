@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localign.engine.config import TrainConfig
 from localign.engine.distributed import World
 from localign.errors import UserError
 
@@ -30,6 +31,28 @@ class BatchPlan:
     start_step: int
     end_step: int
     pin_memory: bool
+
+
+def batch_plan(config: TrainConfig, here: World, micro_batch: int, start: int, end: int) -> BatchPlan:
+    """A rank's plan.
+
+    Args:
+        config: Of the run.
+        here: The rank.
+        micro_batch: Samples per forward pass.
+        start, end: The first step, and one past the last.
+    """
+    return BatchPlan(
+        seed=config.seed,
+        global_batch=config.batch_size,
+        micro_batch=micro_batch,
+        rank=here.rank,
+        world_size=here.size,
+        workers=config.workers,
+        start_step=start,
+        end_step=end,
+        pin_memory=here.device.type == "cuda",
+    )
 
 
 @dataclass

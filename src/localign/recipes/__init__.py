@@ -15,6 +15,7 @@ from typing import Any
 from jsonargparse import get_loader
 
 from localign.errors import UserError, near
+from localign.plainyaml import load_yaml
 
 FOLDER = Path(str(files("localign"))) / "recipes"
 _NO_RECIPES = "worlds"
@@ -95,11 +96,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file is not readable, or holds something else.
     """
-    load = get_loader("yaml")  # takes 1e-3 for a number, as the command line does
     try:
-        content = load(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the loader's own errors, whichever it uses
-        raise UserError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
+        # Its loader takes 1e-3 for a number, as the command line does.
+        content = load_yaml(path.read_text(encoding="utf-8"), get_loader("yaml"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
