@@ -4,7 +4,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.localign-installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast check format install clean
+.PHONY: demo test test-fast test-slow check format install clean
 
 install: $(STAMP)
 
@@ -16,10 +16,13 @@ demo: $(STAMP)
 	$(BIN)/localign demo --out runs/demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not thorough"
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not thorough"
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m thorough
 
 check: $(STAMP)
 	$(BIN)/ruff check .
