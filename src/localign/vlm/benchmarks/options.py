@@ -9,6 +9,9 @@ from localign.errors import UserError
 
 Scoring = Literal["default", "published", "strict"]
 
+IN_LMMS_EVAL = ("tallyqa", "vsr", "ocid-ref")
+"""Our benchmarks that lmms-eval lacks, and has from us; every other name is one of its own tasks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -17,9 +20,15 @@ class EvalConfig:
     model: str = ""
     """A run folder of `localign vlm train`, its export, or an image-text-to-text model of transformers."""
     benchmarks: tuple[str, ...] = ()
-    """Which: refcoco, ocid-ref, tallyqa, vsr, ai2d, textvqa, textvqa-ocr, vqav2, vizwiz, pope, gqa."""
+    """Which: refcoco, ocid-ref, tallyqa, vsr, ai2d, textvqa, textvqa-ocr, vqav2, vizwiz, pope, gqa. With --engine
+    lmms-eval: tallyqa, vsr, ocid-ref, and names of that package's own tasks, as pope or mmstar."""
     data: str = ""
-    """Folder that holds download/, with the benchmarks' official files."""
+    """Folder that holds download/, with the benchmarks' official files. Own tasks of lmms-eval fetch theirs."""
+    engine: Literal["localign", "lmms-eval"] = "localign"
+    """Who asks and averages: localign, or the package lmms-eval (the extra localign[lmms-eval]), in one process and
+    from the beginning each time."""
+    task_folders: tuple[str, ...] = ()
+    """Folders of further tasks, with --engine lmms-eval; for example its own on local data."""
     out: str = "eval"
     """Folder of answers and results."""
     limit: int | None = None
@@ -40,12 +49,29 @@ class EvalConfig:
     """auto, cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
-        if not self.model or not self.benchmarks or not self.data:
+        without_data = self.engine == "lmms-eval" and not set(IN_LMMS_EVAL) & set(self.benchmarks)
+        if not self.model or not self.benchmarks or not (self.data or without_data):
             raise UserError("eval needs a model, --benchmarks and --data")
+        if self.engine == "localign" and self.task_folders:
+            raise UserError("--task-folders has no effect without --engine lmms-eval")
+        if without_data:
+            self._refuse_what_is_of_benchmarks()
         if len(set(self.benchmarks)) < len(self.benchmarks):
             raise UserError("--benchmarks takes names, each once")
         if self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
+
+    def _refuse_what_is_of_benchmarks(self) -> None:
+        given = {
+            "--data": self.data != "",
+            "--allow-partial": self.allow_partial,
+            "--scoring": self.scoring != "default",
+            "--boxes": self.boxes is not None,
+        }
+        for option in [option for option, is_given in given.items() if is_given]:
+            raise UserError(
+                f"{option} has no effect on lmms-eval's own tasks, only on {', '.join(IN_LMMS_EVAL)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
