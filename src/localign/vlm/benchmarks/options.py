@@ -32,7 +32,8 @@ class EvalConfig:
     out: str = "eval"
     """Folder of answers and results."""
     limit: int | None = None
-    """Questions of each split, at most; default all. A smaller subset is part of every larger one."""
+    """Questions of each split, at most; default all. A smaller subset is part of every larger one. Of lmms-eval's own
+    tasks: questions of each task."""
     allow_partial: bool = False
     """Go on where files hold other numbers of questions than the official ones, or images are missing."""
     batch_size: int = 16

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 
@@ -76,8 +76,8 @@ class LocalignLMM(lmms):
         model = open_model(str(name), fingerprint_of(str(name)), device, getattr(torch, dtype))
         return cls(model, int(extra.get("batch_size") or 1))
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """For every request the loss of a choice, and whether greedy decoding gives it.
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """For every request the pair of a choice's loss and whether greedy decoding gives it.
 
         lmms-eval takes the smallest value as the likeliest: these are losses, minus the logarithm of the
         probability of the choice's one token as the answer's first, whatever the interface's name says. All choices
@@ -86,7 +86,7 @@ class LocalignLMM(lmms):
         Raises:
             UserError: A choice is not one token, or an image cannot be read.
         """
-        found: list[tuple[float, bool]] = [(math.inf, False)] * len(requests)
+        found: list[GenerationResult] = [None] * len(requests)
         of_question: dict[_Document, list[int]] = {}
         for number, request in enumerate(requests):
             context, _, visual, document, task, split = request.args
@@ -97,7 +97,9 @@ class LocalignLMM(lmms):
             for question, row in zip(batch, rows, strict=True):
                 for number in of_question[question]:
                     share = float(row[self.asked_model.token(self._choice(requests[number]))])
-                    found[number] = (-math.log(max(share, sys.float_info.min)), share >= float(row.max()))
+                    pair = -math.log(max(share, sys.float_info.min)), share >= float(row.max())
+                    # lmms-eval 0.7.3 makes text of any answer but this, of a pair too.
+                    found[number] = GenerationResult(text=pair)
         return found
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

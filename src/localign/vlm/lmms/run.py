@@ -120,10 +120,7 @@ def _evaluate(
     own: dict[str, Any] = {}
     for name in config.benchmarks:
         task = ours.get(name)
-        # Our tasks have their limit already, of each split.
-        output = _run(
-            asked, name if task is None else task, None if task else config.limit, manager, config.batch_size
-        )
+        output = _run(asked, name, task, config, manager)
         _save(output, config.model, folder / OUTPUT_FOLDER / name)
         if task is None:
             own |= {part: _numbers(found) for part, found in output["results"].items()}
@@ -140,19 +137,25 @@ def _evaluate(
     return results
 
 
-def _run(asked: Any, task: Any, limit: int | None, manager: Any, batch_size: int) -> dict[str, Any]:
-    """One task, or a group of lmms-eval's, asked and scored."""
+def _run(asked: Any, name: str, task: Any, config: EvalConfig, manager: Any) -> dict[str, Any]:
+    """One task, or a group of lmms-eval's, asked and scored; ``task`` is there where it is one of ours."""
     from lmms_eval.evaluator import simple_evaluate
     from tenacity import RetryError
 
     try:
         found: dict[str, Any] = simple_evaluate(
-            model=asked, tasks=[task], task_manager=manager, limit=limit, batch_size=batch_size
+            model=asked,
+            tasks=[name if task is None else task],
+            task_manager=manager,
+            limit=config.limit if task is None else None,  # ours have theirs already, of each split
+            batch_size=config.batch_size,
         )
     except RetryError as error:  # it tries five times, whatever is wrong
         cause = error.last_attempt.exception()
         first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise RunFailure(f"lmms-eval fails on {task}: {first}") from cause
+        raise RunFailure(f"lmms-eval fails on {name}: {first}") from cause
+    except ImportError as error:
+        raise UserError(f"lmms-eval's task {name} needs a package that is missing: {error}") from None
     return found
 
 
@@ -173,8 +176,16 @@ def _save(output: dict[str, Any], model: str, folder: Path) -> None:
     content = {name: value for name, value in output.items() if name != "samples"}
     tracker.save_results_aggregated(content, samples, get_datetime_str())
     for name in output["configs"]:
-        # It empties the samples that it writes.
-        tracker.save_results_samples(name, [dict(sample) for sample in samples[name]])
+        tracker.save_results_samples(name, [_brief(sample, name) for sample in samples[name]])
+
+
+def _brief(sample: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """A sample for lmms-eval's file; of our tasks, what is the same for every figure is there once."""
+    if task not in IN_LMMS_EVAL:
+        return dict(sample)
+    scored = {name: value for name, value in sample.items() if isinstance(value, dict) and "score" in value}
+    rest = {name: value for name, value in sample.items() if name not in scored}
+    return rest | next(iter(scored.values()))
 
 
 def _judged(task: Any, samples: list[Any], model: LocalignModel | TransformersModel) -> Judged:
@@ -204,7 +215,8 @@ def _say(results: Mapping[str, Any], folder: Path) -> None:
         table.add_column("figure")
         table.add_column("value", justify="right")
         for task, figures in results["tasks"].items():
-            for number, (figure, value) in enumerate(figures.items()):
+            shown = {name: value for name, value in figures.items() if "_stderr" not in name}
+            for number, (figure, value) in enumerate(shown.items()):
                 table.add_row("" if number else task, figure, f"{value:.4f}")
         screen().print(table)
     print(f"answers    {folder / ANSWERS_FILE}")

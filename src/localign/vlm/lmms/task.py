@@ -130,6 +130,6 @@ def _figure(suite: Benchmark, name: str, samples: Sequence[Sample]) -> float | N
 
 
 def _loss(result: Any) -> float:
-    """Of a pair (loss, is greedy), which lmms-eval 0.7.3 hands on as its text."""
+    """Of a pair (loss, is greedy); where another model gives it, lmms-eval 0.7.3 hands on its text."""
     pair = ast.literal_eval(result) if isinstance(result, str) else result
     return float(pair[0])
