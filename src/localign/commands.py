@@ -305,9 +305,13 @@ def vlm_export(config: VLMExportConfig) -> None:
 
 
 def vlm_eval(config: EvalConfig) -> None:
+    if config.engine == "lmms-eval":
+        from localign.vlm.lmms.run import run_lmms_eval
+
+        return run_lmms_eval(config)
     from localign.vlm.benchmarks.run import run_eval
 
-    run_eval(config)
+    return run_eval(config)
 
 
 def vlm_score(config: ScoreConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +26,19 @@ def tiny_tower(**backbone: Any) -> VisionTower:
 
 
 def tiny_vlm(
-    kind: str = "llama", adapter: AdapterName = "mlp", *, pad: bool = False, **llm: Any
+    kind: str = "llama",
+    adapter: AdapterName = "mlp",
+    *,
+    pad: bool = False,
+    words: Sequence[str] = (),
+    **llm: Any,
 ) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
-    """A random model in eval mode, and its tokenizer."""
+    """A random model in eval mode, and its tokenizer, to which ``words`` are one token each."""
     tower = tiny_tower()
     tokenizer = tiny_tokenizer(pad=pad, bos=kind == "llama")
+    if words:
+        tokenizer.add_tokens(list(words))
+        llm["vocab_size"] = len(tokenizer)
     language_model = tiny_llm(kind, **llm) if isinstance(kind, str) else kind
     adapted = fresh_adapter(adapter, tower, TEXT_WIDTH)
     with torch.no_grad():

@@ -83,13 +83,13 @@ def suites(root: Path, *names: str, limit: int | None = None) -> list[tuple[Benc
     return found
 
 
-def save_tiny_vlm(folder: Path, seed: int = 0, **options: Any) -> Path:
-    """A random model as ``localign vlm export`` writes it."""
+def save_tiny_vlm(folder: Path, seed: int = 0, words: Sequence[str] = (), **options: Any) -> Path:
+    """A random model as ``localign vlm export`` writes it; ``words`` are one token each."""
     from vlm_models import tiny_processor, tiny_vlm
 
     from localign.vlm.build import save_vlm
 
-    model, tokenizer = tiny_vlm(seed=seed, max_position_embeddings=2048)
+    model, tokenizer = tiny_vlm(seed=seed, words=words, max_position_embeddings=2048)
     for name, value in options.items():
         setattr(model.config, name, value)
     return save_vlm(model, tiny_processor(model, tokenizer), folder)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from bench_models import CPU, save_tiny_idefics, save_tiny_llava, save_tiny_vlm, suites
+from vlm_models import picture
 
 from localign.errors import UserError
+from localign.vlm.answering import Asked
 from localign.vlm.benchmarks.base import Question
 from localign.vlm.benchmarks.boxes import ORIGINAL, BoxFrame
 from localign.vlm.benchmarks.models import (
@@ -78,6 +80,18 @@ def test_probabilities_are_those_of_the_letters_after_the_prompt(
     letters = [model.tokenizer.encode(c, add_special_tokens=False)[0] for c in question.choices]
     expected = logits.softmax(0)[letters].tolist()
     assert model.choice_probabilities([question])[0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_questions_without_an_image(kind: str, folders: dict[str, Path]) -> None:
+    model = opened(folders[kind])
+    asked = [Asked("Say hello."), Asked("What is the capital of France?")]
+    texts = model.answer_texts(asked, 8)
+    assert texts == [model.answer_texts([question], 8)[0] for question in asked]
+    assert model.answer_texts([asked[0]._replace(image=picture(0))], 8) != texts[:1]
+    rows = model.first_tokens(asked)
+    assert rows.sum(dim=1).tolist() == pytest.approx([1, 1])
+    assert "pixel_values" not in model._batch(asked)
 
 
 @pytest.mark.parametrize("kind", SAVERS)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from huggingface_hub import hf_hub_download
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -36,6 +37,18 @@ from localign.vlm.processing import LocalignVLMProcessor
 from localign.vlm.prompts import IGNORED, clean, prompt_format
 
 _BLOCK = 2**24
+
+
+class Put(Protocol):
+    """What is put to a model; a :class:`Question` is."""
+
+    @property
+    def message(self) -> str:
+        """Without the prompt format's words."""
+
+    @property
+    def image(self) -> Any:
+        """A PIL image, a path, or None."""
 
 
 class AnsweringModel(Protocol):
@@ -87,15 +100,15 @@ class _OnDevice(ABC):
         """The message with all words of the prompt format."""
 
     @abstractmethod
-    def answer_texts(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
-        """Greedy answers."""
+    def answer_texts(self, questions: Sequence[Put], max_new_tokens: int) -> list[str]:
+        """Greedy answers to a batch; either all are on an image or none is."""
 
     @abstractmethod
     def _first_tokens(self, choice: str) -> list[int]:
         """The tokens that an answer of this choice consists of, without those that end it."""
 
     @abstractmethod
-    def _batch(self, questions: Sequence[Question]) -> Mapping[str, Any]:
+    def _batch(self, questions: Sequence[Put]) -> Mapping[str, Any]:
         """What the model takes, on its device, padded on the left."""
 
     @cached_property
@@ -109,20 +122,27 @@ class _OnDevice(ABC):
 
     def check_choices(self, choices: Sequence[str]) -> None:
         """Raises UserError if a choice is not one token, or two are the same."""
-        if len({self._token(choice) for choice in choices}) < len(choices):
+        if len({self.token(choice) for choice in choices}) < len(choices):
             raise UserError(
                 f"the model's tokenizer has one token for several of the choices {', '.join(choices)}"
             )
 
     def choice_probabilities(self, questions: Sequence[Question]) -> list[list[float]]:
         """From one forward pass; shares of the whole vocabulary, so they need not sum to 1."""
-        rows = first_token_probabilities(self.model, self._batch(questions))
         return [
-            row[[self._token(choice) for choice in question.choices]].tolist()
-            for row, question in zip(rows, questions, strict=True)
+            row[[self.token(choice) for choice in question.choices]].tolist()
+            for row, question in zip(self.first_tokens(questions), questions, strict=True)
         ]
 
-    def _token(self, choice: str) -> int:
+    def first_tokens(self, questions: Sequence[Put]) -> Tensor:
+        """How likely each token is as an answer's first, float64 ``(questions, vocabulary)``; one forward pass.
+
+        Either all questions are on an image or none is.
+        """
+        return first_token_probabilities(self.model, self._batch(questions))
+
+    def token(self, choice: str) -> int:
+        """The one token of a choice, as an answer of it begins. Raises UserError if it is not one."""
         if choice not in self._tokens:
             tokens = self._first_tokens(choice)
             if len(tokens) != 1 or str(self.tokenizer.decode(tokens)).strip() != choice:
@@ -169,7 +189,7 @@ class LocalignModel(_OnDevice):
     def prompt(self, message: str) -> str:
         return self._form.text(self.tokenizer, message)
 
-    def answer_texts(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
+    def answer_texts(self, questions: Sequence[Put], max_new_tokens: int) -> list[str]:
         asked = [Asked(question.message, question.image) for question in questions]
         return list(
             greedy_answers(
@@ -185,8 +205,8 @@ class LocalignModel(_OnDevice):
     def _processor(self) -> LocalignVLMProcessor:
         return LocalignVLMProcessor.for_model(self.model, self.tokenizer)
 
-    def _batch(self, questions: Sequence[Question]) -> Mapping[str, Any]:
-        images = [open_image(question.image) for question in questions]
+    def _batch(self, questions: Sequence[Put]) -> Mapping[str, Any]:
+        images = [None if question.image is None else open_image(question.image) for question in questions]
         return self._processor(text=[q.message for q in questions], images=images).to(self._device)
 
     def _first_tokens(self, choice: str) -> list[int]:
@@ -236,12 +256,12 @@ class TransformersModel(_OnDevice):
     def prompt(self, message: str) -> str:
         return str(self._processor.apply_chat_template(_chat(message), add_generation_prompt=True))
 
-    def answer_texts(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
+    def answer_texts(self, questions: Sequence[Put], max_new_tokens: int) -> list[str]:
         return greedy_texts(self.model, self.tokenizer, self._batch(questions), max_new_tokens)
 
-    def _batch(self, questions: Sequence[Question]) -> Mapping[str, Any]:
+    def _batch(self, questions: Sequence[Put]) -> Mapping[str, Any]:
         batch = self._processor.apply_chat_template(
-            [_chat(question.message, open_image(question.image)) for question in questions],
+            [_asked(question) for question in questions],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -365,6 +385,12 @@ def _chat(message: str, image: Any = None) -> list[dict[str, Any]]:
     """A question in transformers' form. Marks of images in it mark nothing."""
     content = [{"type": "image", "image": image}, {"type": "text", "text": clean(message)}]
     return [{"role": "user", "content": content}]
+
+
+def _asked(question: Put) -> list[dict[str, Any]]:
+    if question.image is not None:
+        return _chat(question.message, open_image(question.image))
+    return [{"role": "user", "content": [{"type": "text", "text": clean(question.message)}]}]
 
 
 def _loaded(name: str, load: Any, *arguments: Any, **options: Any) -> Any:

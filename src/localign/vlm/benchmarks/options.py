@@ -9,6 +9,9 @@ from localign.errors import UserError
 
 Scoring = Literal["default", "published", "strict"]
 
+IN_LMMS_EVAL = ("tallyqa", "vsr", "ocid-ref")
+"""Our benchmarks that lmms-eval lacks, and has from us; every other name is one of its own tasks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -19,13 +22,21 @@ class EvalConfig:
     revision: str | None = None
     """Of a model of the Hub: its branch, tag or commit; default main. Results hold the commit that it stood for."""
     benchmarks: tuple[str, ...] = ()
-    """Which: refcoco, ocid-ref, tallyqa, vsr, ai2d, textvqa, textvqa-ocr, vqav2, vizwiz, pope, gqa; scenes."""
+    """Which: refcoco, ocid-ref, tallyqa, vsr, ai2d, textvqa, textvqa-ocr, vqav2, vizwiz, pope, gqa; scenes. With
+    --engine lmms-eval: tallyqa, vsr, ocid-ref, and names of that package's own tasks, as pope or mmstar."""
     data: str = ""
-    """Folder that holds download/, with the benchmarks' official files; for scenes, what `vlm demo` wrote as "test"."""
+    """Folder that holds download/, with the benchmarks' official files; for scenes, what `vlm demo` wrote as "test".
+    Own tasks of lmms-eval fetch theirs."""
+    engine: Literal["localign", "lmms-eval"] = "localign"
+    """Who asks and averages: localign, or the package lmms-eval (the extra localign[lmms-eval]), in one process and
+    from the beginning each time."""
+    task_folders: tuple[str, ...] = ()
+    """Folders of further tasks, with --engine lmms-eval; for example its own on local data."""
     out: str = "eval"
     """Folder of answers and results."""
     limit: int | None = None
-    """Questions of each split, at most; default all. A smaller subset is part of every larger one."""
+    """Questions of each split, at most; default all. A smaller subset is part of every larger one. Of lmms-eval's own
+    tasks: questions of each task."""
     allow_partial: bool = False
     """Go on where files hold other numbers of questions than the official ones, or images are missing."""
     batch_size: int = 16
@@ -42,12 +53,29 @@ class EvalConfig:
     """auto, cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
-        if not self.model or not self.benchmarks or not self.data:
+        without_data = self.engine == "lmms-eval" and not set(IN_LMMS_EVAL) & set(self.benchmarks)
+        if not self.model or not self.benchmarks or not (self.data or without_data):
             raise UserError("eval needs a model, --benchmarks and --data")
+        if self.engine == "localign" and self.task_folders:
+            raise UserError("--task-folders has no effect without --engine lmms-eval")
+        if without_data:
+            self._refuse_what_is_of_benchmarks()
         if len(set(self.benchmarks)) < len(self.benchmarks):
             raise UserError("--benchmarks takes names, each once")
         if self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
+
+    def _refuse_what_is_of_benchmarks(self) -> None:
+        given = {
+            "--data": self.data != "",
+            "--allow-partial": self.allow_partial,
+            "--scoring": self.scoring != "default",
+            "--boxes": self.boxes is not None,
+        }
+        for option in [option for option, is_given in given.items() if is_given]:
+            raise UserError(
+                f"{option} has no effect on lmms-eval's own tasks, only on {', '.join(IN_LMMS_EVAL)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

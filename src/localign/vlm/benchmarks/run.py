@@ -17,7 +17,14 @@ from localign.engine.log import Bar
 from localign.errors import RunFailure, UserError
 from localign.vlm.benchmarks.base import MAX_NEW_TOKENS, Answer, Benchmark, Question, QuestionSet
 from localign.vlm.benchmarks.boxes import BoxFrame
-from localign.vlm.benchmarks.models import AnsweringModel, fingerprint_of, hub_commit, open_model
+from localign.vlm.benchmarks.models import (
+    AnsweringModel,
+    LocalignModel,
+    TransformersModel,
+    fingerprint_of,
+    hub_commit,
+    open_model,
+)
 from localign.vlm.benchmarks.options import EvalConfig
 from localign.vlm.benchmarks.responses import ResponseWriter, read_responses, response_key
 from localign.vlm.benchmarks.results import (
@@ -39,19 +46,31 @@ def run_eval(config: EvalConfig) -> None:
         UserError: Data, model or options do not do; said before the weights are loaded.
     """
     with world(config.device) as ranks:
-        frame = None if config.boxes is None else BoxFrame.parse(config.boxes)
+        frame = frame_of(config)
         suites = [
             (suite, suite.read(config.data, limit=config.limit, allow_partial=config.allow_partial))
             for suite in [with_scoring(name, config.scoring) for name in config.benchmarks]
         ]
-        low = config.dtype == "bfloat16" or (config.dtype == "auto" and ranks.device.type == "cuda")
-        # Reading all weights takes a while, and a branch may move: one process does it for all.
-        commit, fingerprint = ranks.gather(_version(config) if ranks.is_main else (None, ""))[0]
-        dtype = torch.bfloat16 if low else torch.float32
-        model = open_model(config.model, fingerprint, ranks.device, dtype, frame, commit)
+        model = model_of(config, ranks, frame)
         results = evaluate(model, suites, Path(config.out), ranks, config.batch_size, config.model)
         if results is not None:
             _say(results, Path(config.out))
+
+
+def frame_of(config: EvalConfig) -> BoxFrame | None:
+    """What coordinates in answers refer to, if the command says so. Raises UserError if it is no frame."""
+    return None if config.boxes is None else BoxFrame.parse(config.boxes)
+
+
+def model_of(
+    config: EvalConfig, ranks: World, frame: BoxFrame | None = None
+) -> LocalignModel | TransformersModel:
+    """The model, its weights not yet loaded. Raises UserError if there is none."""
+    low = config.dtype == "bfloat16" or (config.dtype == "auto" and ranks.device.type == "cuda")
+    # Reading all weights takes a while, and a branch may move: one process does it for all.
+    commit, fingerprint = ranks.gather(_version(config) if ranks.is_main else (None, ""))[0]
+    dtype = torch.bfloat16 if low else torch.float32
+    return open_model(config.model, fingerprint, ranks.device, dtype, frame, commit)
 
 
 def _version(config: EvalConfig) -> tuple[str | None, str]:
@@ -208,22 +227,32 @@ def _finish(
         known = [one for one in own if one.key in answers]
         found = suite.readable(data, {one.question.id for one in own if one.key not in answers})
         judged.append(judge(suite, found, [answers[one.key] for one in known], [one.prompt for one in known]))
-    versions = {key: value for key, value in runs.provenance().items() if key != "time"}
-    results = {
+    results = results_of(model, name, {part.benchmark.name: outcome_of(part) for part in judged})
+    # Answers of this evaluation beside results of another one would not go together.
+    (folder / runs.RESULTS_FILE).unlink(missing_ok=True)
+    write_answers(folder, judged)
+    runs.write_results(folder, results)
+    return results
+
+
+def results_of(model: AnsweringModel, name: str, outcomes: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``results.json``.
+
+    Args:
+        model: What was asked.
+        name: What the results call it.
+        outcomes: Of every benchmark, see :func:`~localign.vlm.benchmarks.results.outcome_of`.
+    """
+    return {
         "command": "vlm eval",
         "model": {
             "name": name,
             **model.identity,
             "boxes": None if model.frame is None else str(model.frame),
         },
-        "benchmarks": {part.benchmark.name: outcome_of(part) for part in judged},
-        "versions": versions,
+        "benchmarks": dict(outcomes),
+        "versions": {key: value for key, value in runs.provenance().items() if key != "time"},
     }
-    # Answers of this evaluation beside results of another one would not go together.
-    (folder / runs.RESULTS_FILE).unlink(missing_ok=True)
-    write_answers(folder, judged)
-    runs.write_results(folder, results)
-    return results
 
 
 def _say(results: Mapping[str, Any], folder: Path) -> None:
