@@ -279,13 +279,7 @@ VQA_ANSWERS = {
 
 def write_vqav2(root: Path) -> Path:
     folder = root / "download" / "vqa-v2"
-    header = {
-        "info": {},
-        "task_type": "Open-Ended",
-        "data_type": "mscoco",
-        "data_subtype": "val2014",
-        "license": {},
-    }
+    header = {"task_type": "Open-Ended", "data_type": "mscoco", "data_subtype": "val2014", "license": {}}
     questions = [
         {"image_id": number // 1000, "question": f"What is {number}?", "question_id": number}
         for number in VQA_ANSWERS
