@@ -4,7 +4,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.localign-installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast check format install clean
+.PHONY: demo test test-fast test-slow check format install clean
 
 install: $(STAMP)
 
@@ -20,6 +20,10 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+
+# Fifty faults and more, random input by the thousand, a run of 20,000 steps: half an hour or so.
+test-slow: $(STAMP)
+	FUZZ_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz
 
 check: $(STAMP)
 	$(BIN)/ruff check .
