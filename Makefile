@@ -16,13 +16,14 @@ demo: $(STAMP)
 	$(BIN)/localign demo --out runs/demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not thorough"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not thorough"
 
+# Fifty faults and more, random input by the thousand, a run of 20,000 steps: half an hour or so.
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m thorough
+	FUZZ_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -266,6 +266,7 @@ def disk_kinds(disk: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return ["disk full, simulated", "disk read-only, simulated", "run folder gone"]
 
 
+@pytest.mark.slow
 def test_a_few_faults(
     forks: Server, disk: Path, pictures: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,6 +281,7 @@ def mixed(kinds: list[str], draw: random.Random) -> list[str]:
     return sorted(draw.sample(kinds, len(kinds)), key=lambda kind: kind in DAMAGE + PLACES)
 
 
+@pytest.mark.slow
 @pytest.mark.thorough
 def test_fifty_faults_and_more(
     forks: Server, disk: Path, pictures: tuple[Path, Path], capsys: pytest.CaptureFixture[str]

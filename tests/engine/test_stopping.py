@@ -1,0 +1,147 @@
+"""SIGTERM and SIGUSR1: a checkpoint, one line, and the run goes on later as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import COMMAND, Meddled, family, last_step, launch, logged, run, same_bits, tiny, weights
+from torch import nn
+
+from localign.alignment import AlignConfig
+from localign.cli import EXIT_OK, exit_code
+from localign.data.loader import _start_worker
+from localign.engine import train
+from localign.engine.stopping import SIGNALS, stop_requests
+from localign.errors import RunStopped
+
+STEPS = 8
+
+
+class Asked(Meddled):
+    """An alignment during whose steps signals arrive: step, counted from 0 -> signals."""
+
+    signals: dict[int, tuple[signal.Signals, ...]]
+    handlers: list[Any]
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        for number in self.signals.get(int(batch.positions[0]) // self.config.batch_size, ()):
+            os.kill(os.getpid(), number)
+        return super().step(model, batch)
+
+    def validate(self, module: nn.Module, world: Any) -> dict[str, float]:
+        for number in self.signals.get(-1, ()):
+            os.kill(os.getpid(), number)
+        return super().validate(module, world)
+
+
+def asked(config: AlignConfig, signals: dict[int, tuple[signal.Signals, ...]]) -> None:
+    task = Asked(config)
+    task.signals = signals
+    train(task, config, COMMAND)
+
+
+@pytest.fixture
+def whole(tmp_path: Path, images: Path, val: Path) -> Path:
+    """The run that is not stopped."""
+    run(tiny(tmp_path / "whole", images, val=str(val), val_every=3))
+    return tmp_path / "whole"
+
+
+def check_equal(out: Path, whole: Path) -> None:
+    for file in ("model", "optimizer"):
+        assert same_bits(*(weights(p, STEPS, f"{file}.safetensors") for p in (out, whole))), file
+    for field in ("samples", "loss", "val_loss"):
+        assert logged(out, field) == logged(whole, field), field
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_run_is_stopped_within_the_step_and_goes_on(
+    tmp_path: Path, images: Path, val: Path, whole: Path, number: signal.Signals,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    # Steps 3 and 6 have a validation after them, which is put off; the last one has the end of the run.
+    config = tiny(tmp_path / "run", images, val=str(val), val_every=3, checkpoint_every=100, resume="auto")
+    for step in (2, 4, 5, STEPS - 1):
+        with pytest.raises(RunStopped, match=f"{number.name}: stopped after step {step + 1} of {STEPS}"):
+            asked(config, {step: (number, number)})  # launcher and scheduler may both send one
+        assert last_step(Path(config.out)) == step + 1
+        assert not (tmp_path / "run" / "results.json").exists()
+        assert capsys.readouterr().err.count("\n") == 1
+    run(config)
+    check_equal(tmp_path / "run", whole)
+
+
+def test_a_signal_while_validating(tmp_path: Path, images: Path, val: Path, whole: Path) -> None:
+    config = tiny(tmp_path / "run", images, val=str(val), val_every=3, resume="auto")
+    with pytest.raises(RunStopped, match="stopped after step 4"):
+        asked(config, {-1: (signal.SIGTERM,)})
+    run(config)
+    check_equal(tmp_path / "run", whole)
+
+
+def test_the_command_ends_with_0(tmp_path: Path, images: Path) -> None:
+    config = tiny(tmp_path / "run", images)
+    assert exit_code(lambda: asked(config, {3: (signal.SIGTERM,)})) == EXIT_OK
+
+
+def test_signals_do_afterwards_what_they_did_before() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with stop_requests() as request:
+        assert not request.made
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert request.by == "SIGUSR1"
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_without_the_main_thread_there_are_no_requests() -> None:
+    seen: list[bool] = []
+
+    def elsewhere() -> None:
+        with stop_requests() as request:
+            seen.append(request.made)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+def test_loader_workers_leave_signals_to_the_main_process() -> None:
+    numbers = (*SIGNALS, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        _start_worker(0)
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 3
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds a run's processes through /proc")
+@pytest.mark.parametrize(("ranks", "whom"), [(1, "all"), (2, "ranks"), (2, "launcher")])
+def test_signals_to_processes(tmp_path: Path, images: Path, ranks: int, whom: str) -> None:
+    """Schedulers send signals to every process of a job; torchrun passes on those that it gets."""
+    config = tiny(tmp_path, images, steps=400, checkpoint_every=1000, workers=1, resume="auto")
+    process = launch(ranks, asdict(config), sleep=0.05)
+    while last_step(tmp_path) < 3:
+        assert process.poll() is None
+    processes = family(process.pid)
+    for pid in {"all": processes, "ranks": processes[1:], "launcher": processes[:1]}[whom]:
+        os.kill(pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    # torchrun itself ends with an error whenever a signal ends it; the ranks have ended well.
+    assert process.returncode == (1 if whom == "launcher" else 0), output.decode()
+    lines = [line for line in output.decode().splitlines() if "stopped after step" in line]
+    assert len(lines) == 1, output.decode()
+    step = last_step(tmp_path)
+    assert f"stopped after step {step} of 400" in lines[0]
+    assert weights(tmp_path, step)
+    assert b"ChildFailedError" not in output
+    run(replace(config, resume="must", steps=400)) if step > 395 else None

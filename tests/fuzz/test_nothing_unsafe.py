@@ -1,0 +1,73 @@
+"""The package unpickles nothing but plain values, and constructs nothing from YAML."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import localign
+
+SOURCES = sorted(Path(localign.__file__).parent.rglob("*.py"))
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle"}
+MAY_NAME_PICKLE = {"backbones/weights.py", "vlm/benchmarks/raw.py"}
+"""The error of torch's own safe reader; a reader that knows no classes."""
+RUNS_CODE = {"eval", "exec", "compile", "__import__"}
+
+
+def name_of(node: ast.expr) -> str:
+    """``a.b.c`` of a call's function."""
+    if isinstance(node, ast.Attribute):
+        return f"{name_of(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def given(call: ast.Call, keyword: str) -> object:
+    """The constant that a keyword argument is, None without it."""
+    found = [k.value for k in call.keywords if k.arg == keyword]
+    return found[0].value if found and isinstance(found[0], ast.Constant) else None
+
+
+def problems(path: Path, tree: ast.Module) -> list[str]:
+    """Calls and imports that read what could run code."""
+    here = path.relative_to(Path(localign.__file__).parent).as_posix()
+    found = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        if {n.split(".")[0] for n in names} & PICKLES and here not in MAY_NAME_PICKLE:
+            found.append(f"{here}:{node.lineno} imports {names}")
+        if not isinstance(node, ast.Call):
+            continue
+        name = name_of(node.func)
+        unsafe = (
+            (name == "torch.load" and given(node, "weights_only") is not True)
+            or (name in ("np.load", "numpy.load") and given(node, "allow_pickle") is not False)
+            or (name.startswith("yaml.") and name.endswith("load") and name != "yaml.safe_load")
+            or name.startswith("yaml.load_all")
+            or (name in ("pickle.load", "pickle.loads", "pickle.Unpickler"))
+            or name in RUNS_CODE
+            or name.startswith(("torch.hub.load", "os.system", "os.popen"))
+            or given(node, "trust_remote_code") is True
+            or given(node, "shell") is True
+        )
+        if unsafe:
+            found.append(f"{here}:{node.lineno} calls {name}")
+    return found
+
+
+def test_the_package_reads_nothing_that_runs_code() -> None:
+    assert len(SOURCES) > 100
+    found = [p for path in SOURCES for p in problems(path, ast.parse(path.read_text(encoding="utf-8")))]
+    assert not found, "\n".join(found)
+
+
+def test_what_would_be_found() -> None:
+    bad = "import pickle\ntorch.load(f)\nnp.load(f)\nyaml.load(t, L)\neval('1')\nmodel(trust_remote_code=True)\n"
+    assert len(problems(SOURCES[0], ast.parse(bad))) == 6
+    good = (
+        "torch.load(f, weights_only=True)\nnp.load(f, allow_pickle=False)\nyaml.safe_load(t)\nmodel.eval()\n"
+    )
+    assert not problems(SOURCES[0], ast.parse(good))
