@@ -321,12 +321,10 @@ def exit_code(action: Callable[[], int | None]) -> int:
     """Do something; what goes wrong in a known way becomes one line on standard error, and the exit code."""
     try:
         return action() or EXIT_OK
-    except UserError as error:
-        print(f"localign: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except RunFailure as error:
-        print(f"localign: {error}", file=sys.stderr)
-        return EXIT_FAILURE
+    except (UserError, RunFailure) as error:
+        if not error.told:
+            print(f"localign: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
     except RunStopped:
         return EXIT_OK  # the run has said so
     except KeyboardInterrupt:

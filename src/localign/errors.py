@@ -9,9 +9,15 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad use or bad input: shown as one line, without a traceback; the command exits with 2."""
 
+    told = False
+    """Whether another process of the run shows it."""
+
 
 class RunFailure(Exception):
     """A run that began well and cannot go on: shown as one line; the command exits with 1."""
+
+    told = False
+    """Whether another process of the run shows it."""
 
 
 class RunStopped(Exception):

@@ -73,7 +73,7 @@ class World:
     @contextmanager
     def together(self) -> Iterator[None]:
         """What one rank cannot do inside (UserError, RunFailure), all have failed to do: none waits for it."""
-        problem: Exception | None = None
+        problem: UserError | RunFailure | None = None
         try:
             yield
         except (UserError, RunFailure) as error:
@@ -83,6 +83,7 @@ class World:
             raise problem
         for other in found:
             if other is not None:
+                other.told = True  # by the rank that it happened to
                 raise other
 
     def replicate(self, module: nn.Module) -> nn.Module:
