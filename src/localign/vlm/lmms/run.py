@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Mapping
@@ -63,7 +64,8 @@ def run_lmms_eval(config: EvalConfig) -> None:
 
 def _require() -> None:
     try:
-        import lmms_eval.evaluator  # noqa: F401
+        importlib.import_module("lmms_eval.evaluator")
+        importlib.import_module("filelock._api")  # which lmms-eval needs, and filelock 4 lacks
     except ImportError as error:
         raise UserError(
             f"--engine lmms-eval needs the package lmms-eval ({error}); install localign[lmms-eval]"
