@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -298,6 +299,18 @@ def test_bad_use_is_one_line(
     assert said in line
     assert "\n" not in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_filelock_that_lmms_eval_cannot_use_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "filelock._api", None)  # as in version 4
+    command = f"vlm eval m --engine lmms-eval --benchmarks pope --out {tmp_path}"
+    assert main(shlex.split(command)) == 2
+    line = capsys.readouterr().err.strip()
+    assert "filelock._api" in line
+    assert "install localign[lmms-eval]" in line
+    assert "\n" not in line
 
 
 def test_several_processes_are_refused(
