@@ -6,11 +6,9 @@ import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from fuzzing import bounded, json_values
+from fuzzing import bounded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,25 +68,6 @@ def command_lines(draw: st.DrawFn) -> tuple[str, list[str]]:
 @given(command_lines())
 def test_any_command_line(capsys: pytest.CaptureFixture[str], line: tuple[str, list[str]]) -> None:
     settles(*line, capsys)
-
-
-@st.composite
-def option_files(draw: st.DrawFn) -> tuple[str, dict[Any, Any]]:
-    """A command, and options with values of any kind."""
-    name = draw(st.sampled_from(NAMES))
-    keys = st.sampled_from(FIELDS[name]) | st.sampled_from(["base", "command", "about"]) | st.text(max_size=8)
-    return name, draw(st.dictionaries(keys, json_values, max_size=4))
-
-
-@bounded
-@given(option_files())
-def test_any_options_in_a_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: tuple[str, dict[Any, Any]]
-) -> None:
-    name, values = content
-    file = tmp_path / "options.yaml"
-    file.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
-    settles(name, ["--config", str(file)], capsys)
 
 
 @bounded

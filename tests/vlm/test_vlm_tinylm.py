@@ -122,9 +122,10 @@ def test_batches_do_not_depend_on_ranks_micro_batches_or_where_a_run_began(task:
     assert sorted(whole[:60]) == list(range(60))  # an epoch has every conversation once
 
 
-def test_a_trained_model_is_a_transformers_folder(data: str, tmp_path: Path) -> None:
+def test_a_trained_model_is_a_transformers_folder(tmp_path: Path) -> None:
+    data = str(write_dataset(tmp_path / "train", "train", 400, 2))
     val = str(write_dataset(tmp_path / "val", "val", 10, 2))
-    trained = config(data, val=val, steps=30, lr=1e-2, out=str(tmp_path / "run"), log_every=1)
+    trained = config(data, val=val, steps=100, lr=1e-2, out=str(tmp_path / "run"), log_every=1)
     outcome = train_tiny_lm(trained)
     first = json.loads((outcome.folder / "log.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(math.log(outcome.results["vocabulary"]), abs=0.2)

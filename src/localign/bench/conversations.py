@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from localign import rng
 from localign.vlm.prompts import prompt_format
-from localign.vlm.tinylm import PROMPT, train_tokenizer
+from localign.vlm.tinylm import PROMPT
+from localign.vlm.tinytokenizer import train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def drawn_tokenizer() -> PreTrainedTokenizerBase:
     """A tokenizer to which each of :data:`WORDS` is one token."""
     prompt = prompt_format(PROMPT)
     texts = [" ".join(WORDS), " " + " ".join(WORDS), *WORDS, prompt.text(train_tokenizer((), 0), "a")]
-    return train_tokenizer(texts, 1022)
+    return train_tokenizer(texts, 1022, across_words=False)
 
 
 def write_conversations(drawn: Sequence[Drawn], folder: Path, image_size: tuple[int, int], seed: int) -> Path:

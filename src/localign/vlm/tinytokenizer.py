@@ -13,21 +13,26 @@ from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<PAD>"
 
-_PIECES = r"(?<!\d)[01]\.\d\d?(?!\d)|\p{N}|[^\p{N}]+"
-"""What merges stay within: coordinates, other digits by themselves, as in Llama, and all that stands between them."""
+_COORDINATES_AND_DIGITS = r"(?<!\d)[01]\.\d\d?(?!\d)|\p{N}"  # digits by themselves, as in Llama
+_SENTENCES = rf"{_COORDINATES_AND_DIGITS}|[^\p{{N}}]+"
+# Marks keep the space that follows them, words the one before.
+_WORDS = rf"{_COORDINATES_AND_DIGITS}|[^\s\p{{L}}\p{{N}}]+ ?| ?\p{{L}}+|\s"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, across_words: bool = True
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE: it writes ``<s>`` before a text, gives every coordinate a token and loses nothing.
 
     Args:
         texts: What merges are learned from.
         vocab_size: Most tokens; fewer where there is nothing left to merge.
+        across_words: Whether one token may hold several words.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.Split(Regex(_SENTENCES if across_words else _WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

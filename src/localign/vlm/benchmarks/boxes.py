@@ -209,7 +209,8 @@ def parse_published(text: str, frame: BoxFrame) -> Corners | None:
 Fault = Literal["no box", "outside the frame", "corners out of order"]
 """Why an answer names no place."""
 
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+# Each number matches in one way only: an endless row of digits takes no endless time.
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _BRACKETED = re.compile(rf"[\[(]\s*({_NUMBER})" + rf"(?:\s*,\s*|\s+)({_NUMBER})" * 3 + r"\s*[\])]")
 _NUMBERS = re.compile(rf"(?<![\w.]){_NUMBER}")
 

@@ -80,7 +80,8 @@ def read_pickle(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{path} is no pickle of plain values: {error}") from None
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is no pickle of plain values: {cause}") from None
 
 
 def records(value: Any, where: object) -> list[Any]:

@@ -57,15 +57,19 @@ def read_responses(folder: Path, frame: BoxFrame | None) -> dict[str, Answer]:
 
 
 def _response(line: str, frame: BoxFrame | None) -> tuple[str, Answer] | None:
-    """Key and answer; None of a line that is not whole."""
+    """Key and answer; None of a line that is not whole, or that no ResponseWriter wrote."""
     try:
         entry: Any = json.loads(line) if line.endswith("\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(entry, dict) or "key" not in entry:
+    if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
         return None
-    probabilities = tuple(entry.get("probabilities", ()))
-    return entry["key"], Answer(entry.get("text", ""), probabilities, frame)
+    text, probabilities = entry.get("text", ""), entry.get("probabilities", [])
+    if not isinstance(text, str) or not isinstance(probabilities, list):
+        return None
+    if not all(isinstance(p, float | int) and not isinstance(p, bool) for p in probabilities):
+        return None
+    return entry["key"], Answer(text, tuple(map(float, probabilities)), frame)
 
 
 class ResponseWriter:
