@@ -9,7 +9,7 @@ import sys
 from argparse import HelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -179,8 +179,12 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     command = COMMANDS[name]
     parser = build_parser(name)
     values = vars(parser.parse_args([_opened(token, name) for token in normalise(argv, command)]))
-    fields = {f.name for f in dataclasses.fields(command.config())}
-    return command.config()(**{k: v for k, v in values.items() if k in fields})
+    given = {f.name: values[f.name] for f in dataclasses.fields(command.config()) if f.name in values}
+    for field in dataclasses.fields(command.config()):
+        # The parser takes null for an option that is not given.
+        if given.get(field.name, field.name) is None and type(None) not in get_args(field.type):
+            raise UserError(f"{_hyphens('--' + field.name)} takes no null")
+    return command.config()(**given)
 
 
 def _opened(token: str, command: str) -> str:

@@ -248,7 +248,7 @@ def test_lists_that_name_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
     for name, line in (
         ("empty", "names no images"),
-        ("gone", "none of the 2 files .* the first is x.jpg"),
+        ("gone", "none of the 2 files .* the first is 'x.jpg'"),
         ("binary", "not a UTF-8 list"),
         ("emtpy", "no file .*; did you mean 'empty.txt'"),
     ):

@@ -6,13 +6,18 @@ import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fuzzing import bounded
-from hypothesis import given
+import yaml
+from fuzzing import bounded, json_values
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from localign.cli import COMMANDS, EXIT_BAD_INPUT, EXIT_OK, exit_code, main, parse
+
+quick = settings(bounded, phases=[Phase.explicit, Phase.generate])
+"""A parser takes tens of milliseconds to build, too many to try hundreds of smaller examples of a failure."""
 
 NAMES = ("align", "pretrain", "finetune", "probe", "vlm train", "vlm eval", "export", "list")
 FIELDS = {name: [f.name for f in dataclasses.fields(COMMANDS[name].config())] for name in NAMES}
@@ -64,13 +69,32 @@ def command_lines(draw: st.DrawFn) -> tuple[str, list[str]]:
     return name, [t for t in tokens if not t.startswith(("-h", "--h", "--print", "--config"))]
 
 
-@bounded
+@quick
 @given(command_lines())
 def test_any_command_line(capsys: pytest.CaptureFixture[str], line: tuple[str, list[str]]) -> None:
     settles(*line, capsys)
 
 
-@bounded
+@st.composite
+def option_files(draw: st.DrawFn) -> tuple[str, dict[Any, Any]]:
+    """A command, and options with values of any kind."""
+    name = draw(st.sampled_from(NAMES))
+    keys = st.sampled_from(FIELDS[name]) | st.sampled_from(["base", "command", "about"]) | st.text(max_size=8)
+    return name, draw(st.dictionaries(keys, json_values, max_size=4))
+
+
+@quick
+@given(option_files())
+def test_any_options_in_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: tuple[str, dict[Any, Any]]
+) -> None:
+    name, values = content
+    file = tmp_path / "options.yaml"
+    file.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    settles(name, ["--config", str(file)], capsys)
+
+
+@quick
 @given(st.binary(max_size=80) | st.text(alphabet="[]{}:,&*!|>-?'\"#\n ab1%@`\t", max_size=60).map(str.encode))
 def test_any_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
     file = tmp_path / "options.yaml"
@@ -113,7 +137,7 @@ def test_files_that_are_meant_ill(
     assert not Path("ran").exists()
 
 
-@bounded
+@quick
 @given(st.lists(st.text(max_size=10), min_size=1, max_size=3))
 def test_any_command(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     if arguments[0] in COMMANDS or " ".join(arguments[:2]) in COMMANDS:

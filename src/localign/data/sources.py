@@ -329,7 +329,7 @@ class FileListSource(_FileSource):
         super().__init__(path.parent, names, image_size)
         self.missing = _missing(path.parent, names)
         if len(self.missing) == len(set(names)):
-            raise UserError(f"none of the {len(names)} files in {path} exists; the first is {names[0]}")
+            raise UserError(f"none of the {len(names)} files in {path} exists; the first is {names[0]!r}")
 
 
 def list_rows(path: Path) -> Iterator[list[str]]:

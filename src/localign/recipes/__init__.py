@@ -7,6 +7,7 @@ recipe: ``base: align/clip-vit-b``.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -69,10 +70,10 @@ def _read(name: str, beside: Path | None, seen: tuple[Path, ...]) -> Recipe:
     if path in seen:
         raise UserError(f"{name} is its own base: {' -> '.join(str(p) for p in (*seen, path))}")
     values = read_yaml(path)
-    base, command, about = (values.pop(key, None) for key in ("base", "command", "about"))
+    base, command, about = (_text(values.pop(key, None), key, path) for key in ("base", "command", "about"))
     if base is None:
         return Recipe(name, values, frozenset(), command, about or "")
-    below = _read(str(base), path.parent, (*seen, path))
+    below = _read(base, path.parent, (*seen, path))
     return Recipe(
         name,
         {**below.values, **values},
@@ -82,11 +83,19 @@ def _read(name: str, beside: Path | None, seen: tuple[Path, ...]) -> Recipe:
     )
 
 
+def _text(value: Any, key: str, path: Path) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{path}: {key} takes a text, not {value!r:.60}")
+    return value
+
+
 def _find(name: str, beside: Path | None) -> Path:
-    path = Path(name).expanduser()
-    for candidate in (beside / path if beside else path, FOLDER / f"{name}.yaml"):
-        if candidate.is_file():
-            return candidate.resolve()
+    # A name may be no path at all: too long, of a home that is none, with a zero in it.
+    with suppress(OSError, ValueError, RuntimeError):
+        path = Path(name).expanduser()
+        for candidate in (beside / path if beside else path, FOLDER / f"{name}.yaml"):
+            if candidate.is_file():
+                return candidate.resolve()
     raise UserError(f"there is no file or recipe {name!r}{near(name, recipe_names())}")
 
 

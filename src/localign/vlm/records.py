@@ -95,7 +95,7 @@ def _turn(turn: Any, number: int) -> str:
             raise MalformedRecord(f"turn {number + 1} of its conversation has no {key!r}")
     role, text = turn["from"], turn["value"]
     expected = ASSISTANT if number % 2 else HUMAN
-    if role not in expected:
+    if not isinstance(role, str) or role not in expected:
         raise MalformedRecord(f"turn {number + 1} of its conversation is by {role!r}, not {_names(expected)}")
     if not isinstance(text, str):
         raise MalformedRecord(f"the value of turn {number + 1} of its conversation is not a text")

@@ -67,7 +67,7 @@ def _response(line: str, frame: BoxFrame | None) -> tuple[str, Answer] | None:
     text, probabilities = entry.get("text", ""), entry.get("probabilities", [])
     if not isinstance(text, str) or not isinstance(probabilities, list):
         return None
-    if not all(isinstance(p, float | int) and not isinstance(p, bool) for p in probabilities):
+    if not all(isinstance(p, float) or (type(p) is int and abs(p) < 2**53) for p in probabilities):
         return None
     return entry["key"], Answer(text, tuple(map(float, probabilities)), frame)
 
