@@ -62,7 +62,7 @@ def kill_during(ranks: int, config: dict[str, Any], draw: random.Random, early: 
     out = Path(config["out"])
     process = launch(ranks, config, sleep=SLEEP)
     if early:
-        time.sleep(draw.uniform(0.0, 6.0))
+        time.sleep(draw.uniform(0.0, 3.5))
     else:
         began = last_step(out)
         deadline = time.monotonic() + 60

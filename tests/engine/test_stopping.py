@@ -5,17 +5,30 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import COMMAND, Meddled, family, last_step, launch, logged, run, same_bits, tiny, weights
+from engine_runs import (
+    COMMAND,
+    Meddled,
+    family,
+    last_step,
+    launch,
+    logged,
+    run,
+    run_until,
+    same_bits,
+    tiny,
+    weights,
+)
 from torch import nn
 
 from localign.alignment import AlignConfig
 from localign.cli import EXIT_OK, exit_code
 from localign.data.loader import _start_worker
+from localign.engine import run as runs
 from localign.engine import train
 from localign.engine.stopping import SIGNALS, stop_requests
 from localign.errors import RunStopped
@@ -53,6 +66,10 @@ def whole(tmp_path: Path, images: Path, val: Path) -> Path:
     return tmp_path / "whole"
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def check_equal(out: Path, whole: Path) -> None:
     for file in ("model", "optimizer"):
         assert same_bits(*(weights(p, STEPS, f"{file}.safetensors") for p in (out, whole))), file
@@ -81,6 +98,24 @@ def test_a_signal_while_validating(tmp_path: Path, images: Path, val: Path, whol
     config = tiny(tmp_path / "run", images, val=str(val), val_every=3, resume="auto")
     with pytest.raises(RunStopped, match="stopped after step 4"):
         asked(config, {-1: (signal.SIGTERM,)})
+    run(config)
+    check_equal(tmp_path / "run", whole)
+
+
+def test_a_validation_that_was_put_off_is_logged_once(
+    tmp_path: Path, images: Path, val: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path / "run", images, val=str(val), val_every=3, checkpoint_every=100, resume="auto")
+    with pytest.raises(RunStopped):
+        asked(config, {2: (signal.SIGTERM,)})  # the validation after step 3 is put off
+    run_until(config, 4)  # and made, but no checkpoint after it
+    run_until(config, 5)
+    with pytest.raises(RunStopped):
+        asked(config, {STEPS - 1: (signal.SIGTERM,)})  # likewise the last
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_results", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
     run(config)
     check_equal(tmp_path / "run", whole)
 
@@ -144,4 +179,3 @@ def test_signals_to_processes(tmp_path: Path, images: Path, ranks: int, whom: st
     assert f"stopped after step {step} of 400" in lines[0]
     assert weights(tmp_path, step)
     assert b"ChildFailedError" not in output
-    run(replace(config, resume="must", steps=400)) if step > 395 else None

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import logged, make_images, tiny
-from fault_runs import KILLED, ON_THE_DISK, Fault, Outcome, Server, server
+from engine_runs import logged, make_images, same_bits, tiny
+from fault_kinds import ON_THE_DISK, Fault
+from fault_runs import KILLED, Outcome, Server, server
 from safetensors.torch import load_file
 from sharded_runs import token
 
@@ -251,9 +252,9 @@ class Campaign:
         last = f"step-{STEPS:07d}"
         for theirs in sorted((expected / "checkpoints" / last).glob("*.safetensors")):
             ours = self.out / "checkpoints" / last / theirs.name
-            assert ours.read_bytes() == theirs.read_bytes(), theirs.name
-        ours, theirs = (load_file(p / "export" / "model.safetensors") for p in (self.out, expected))
-        assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+            assert same_bits(load_file(ours), load_file(theirs)), theirs.name
+        exported = [load_file(p / "export" / "model.safetensors") for p in (self.out, expected)]
+        assert same_bits(*exported)
         results = [json.loads((p / "results.json").read_text()) for p in (self.out, expected)]
         for name in ("samples_digest", "skipped_steps", "best", "final", "steps"):
             assert results[0][name] == results[1][name], name

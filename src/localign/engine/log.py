@@ -31,14 +31,25 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """``log.jsonl``: one object per line. A continued run first drops what came after its checkpoint."""
+    """``log.jsonl``: one object per line. A continued run first drops what came after its checkpoint.
 
-    def __init__(self, folder: Path, resumed_at: int | None) -> None:
+    Args:
+        folder: The run folder.
+        resumed_at: The checkpoint's step; None for a fresh run.
+        validated: Whether the checkpoint knows of a validation at its step. A run that was asked to stop has saved
+            before it, and the one that continues validates: again, if it was ended before its next checkpoint.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int | None, validated: bool = True) -> None:
         path = folder / LOG_FILE
         if resumed_at is None:
             path.unlink(missing_ok=True)
         elif path.is_file():
-            kept = [json.dumps(e) for e in read_log(folder) if e["step"] <= resumed_at]
+            last = resumed_at if validated else resumed_at - 1
+            entries = read_log(folder)
+            kept = [
+                json.dumps(e) for e in entries if e["step"] <= (last if _is_validation(e) else resumed_at)
+            ]
             replace_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -49,6 +60,10 @@ class JsonLines:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def _is_validation(entry: dict[str, Any]) -> bool:
+    return "samples" not in entry and "skipped_image" not in entry
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:

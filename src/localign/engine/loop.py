@@ -79,9 +79,7 @@ class Loop:
         self._bar: Bar | None = None
         self.mesh = here.mesh(per_node=config.sharding == "hybrid") if config.sharding != "none" else None
         if self.mesh is not None:
-            task.shard_units(
-                task.module
-            )  # a task that is not to be sharded refuses before anything is written
+            task.shard_units(task.module)  # one that is not to be sharded refuses before anything is written
         self.checkpoints = self._store()
         self.guard = NonFiniteGuard(self.folder, here.rank)
         self.step = 0
@@ -130,7 +128,8 @@ class Loop:
         self.model = task.module if self.mesh is not None else self.world.replicate(task.module)
         if self.world.is_main:
             with self._writing():
-                self.log, self._bar = open_log(self.command, config, self.steps, resumed_at)
+                validated = self.validation.get("step") == resumed_at
+                self.log, self._bar = open_log(self.command, config, self.steps, resumed_at, validated)
         # Dropout and the like draw from torch's generator; it is keyed by the step, and the caller's is kept.
         cuda = [self.world.device] if self.world.device.type == "cuda" else []
         with torch.random.fork_rng(cuda):
@@ -177,9 +176,8 @@ class Loop:
 
     def _validate_if_due(self, spent: float) -> None:
         every = self.config.val_every
-        if not every or not self.step or self.step % every or self.step >= self.steps or self.stopping:
-            return
-        if self.validation.get("step") != self.step:
+        due = every and 0 < self.step < self.steps and self.step % every == 0 and not self.stopping
+        if due and self.validation.get("step") != self.step:
             self._validate(spent)
 
     def _step(self, batches: Iterator[Any], totals: Totals, clock: Stopwatch) -> Any:
@@ -316,13 +314,9 @@ class Loop:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Inside, what cannot be written ends the run with a line that says where it can be taken up again."""
-        with writing(self.folder, self._whence):
+        with writing(self.folder, self.checkpoints.whence):
             runs.check_there(self.folder)
             yield
-
-    def _whence(self) -> str:
-        steps = self.checkpoints.steps()
-        return f"--resume continues from step {steps[-1]}" if steps else "there is no checkpoint"
 
     def _gather_bad(self) -> dict[str, str]:
         """The unreadable images that any rank has met; those not in the log yet are named there."""

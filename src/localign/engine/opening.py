@@ -77,7 +77,9 @@ def newest_whole(checkpoints: Checkpoints) -> int | None:
     return None
 
 
-def open_log(command: str, config: TrainConfig, steps: int, resumed_at: int | None) -> tuple[Log, Bar]:
+def open_log(
+    command: str, config: TrainConfig, steps: int, resumed_at: int | None, validated: bool
+) -> tuple[Log, Bar]:
     """The log of a run, on the one rank that writes, and the progress bar in it.
 
     Args:
@@ -85,9 +87,10 @@ def open_log(command: str, config: TrainConfig, steps: int, resumed_at: int | No
         config: Of the run.
         steps: Of the whole run.
         resumed_at: The step that is continued from; what was logged after it is dropped.
+        validated: As of :class:`JsonLines`.
     """
     folder, bar = Path(config.out), Bar(command, steps, resumed_at or 0)
-    sinks: list[Sink] = [JsonLines(folder, resumed_at), bar]
+    sinks: list[Sink] = [JsonLines(folder, resumed_at, validated), bar]
     if config.tensorboard:
         sinks.append(TensorBoard(folder, resumed_at))
     if config.wandb:
