@@ -1,0 +1,240 @@
+"""Where each image of tar shards lies, found once and then kept in a folder of three files.
+
+``records.npy`` and ``names.npy`` are memory-mapped, so all ranks and loader workers of a machine share them;
+``index.json`` says of which shards they are. Nothing in them is unpickled; what does not fit is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localign.data.sources.base import SUFFIXES, Names
+from localign.errors import UserError
+from localign.files import replacing_folder
+
+OFFSET, SIZE, SHARD = 0, 1, 2
+"""Columns of the records."""
+
+_VERSION = 1
+_THREADS = 8
+_TOLD_FROM = 16
+_HEADER = 512
+
+
+@dataclass
+class Scan:
+    """The images of one shard."""
+
+    names: list[str] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+    """(offset, size) of each, bytes."""
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    """(name, reason) of what looks like an image and is none, or of the shard itself."""
+
+
+class TarIndex:
+    """All images of some shards, in the order of the shards.
+
+    Args:
+        records: int64 ``(images, 3)``: offset, size in bytes, and the shard's number.
+        names: Of the images.
+        problems: (name, reason) of what cannot be read.
+        folder: Where the index was read from; None: it is in memory alone.
+    """
+
+    def __init__(
+        self,
+        records: NDArray[np.int64],
+        names: Names,
+        problems: tuple[tuple[str, str], ...],
+        folder: Path | None = None,
+    ) -> None:
+        self.records, self.names, self.problems, self.folder = records, names, problems, folder
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __reduce__(self) -> tuple[Callable[..., TarIndex], tuple[Any, ...]]:
+        """To spawned workers goes where the files are, not what is in them."""
+        if self.folder is None:
+            return TarIndex, (self.records, self.names, self.problems)
+        return _load, (self.folder,)
+
+
+def scan_shard(file: IO[bytes], shard: str) -> Scan:
+    """Go through the headers of a tar file.
+
+    Args:
+        file: Seekable.
+        shard: How it is called in problems and errors.
+
+    Raises:
+        UserError: It is no uncompressed tar file, or a member's name leads out of it.
+    """
+    scan, end = Scan(), 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one
+                if tar.offset <= end:
+                    raise tarfile.ReadError("a header that leads backwards")
+                end = tar.offset
+                _note(scan, member, shard)
+            end = tar.offset
+        file.seek(end)
+        if file.read(_HEADER).strip(b"\0"):
+            raise tarfile.ReadError("no header")
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        if not scan.names:
+            raise UserError(
+                f"{shard} is not a tar file that can be read ({error}); shards are uncompressed"
+            ) from None
+        scan.problems.append((shard, f"damaged or cut short after {len(scan.names)} images: {error}"))
+    return scan
+
+
+def _note(scan: Scan, member: tarfile.TarInfo, shard: str) -> None:
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{shard} has a member whose name leads out of it, {member.name!r}; it is not read")
+    if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+        return
+    if member.isreg() and not member.issparse():
+        scan.names.append(str(path))
+        scan.places.append((member.offset_data, member.size))
+    elif not member.isdir():
+        scan.problems.append((str(path), f"in {shard} it is a link, not a file"))
+
+
+def tar_index(shards: Sequence[Path]) -> TarIndex:
+    """The index of local shards, made if it is not there yet or does not fit them.
+
+    It is kept beside the first shard, or where nothing can be written there, in the user's cache folder.
+
+    Raises:
+        UserError: A shard is missing or no tar file, leads out of itself, or all of them hold no image.
+    """
+    states = [_state(path) for path in shards]
+    identity = json.dumps([[p.name, *state] for p, state in zip(shards, states, strict=True)])
+    digest = hashlib.blake2b(f"{_VERSION}|{identity}".encode(), digest_size=16).hexdigest()
+    places = list(_folders(shards))
+    for folder in places:
+        if (index := _load_if_fits(folder, digest, states)) is not None:
+            return index
+    records, names, problems = joined(_scan_all(shards))
+    for folder in places:
+        if write_index(folder, digest, records, names, problems):
+            index = _load_if_fits(folder, digest, states)
+            if index is not None:
+                return index
+    return TarIndex(records, names, problems)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of change: a shard that has others is indexed again."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read the shard {path}: {error.strerror}") from None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _folders(shards: Sequence[Path]) -> Iterator[Path]:
+    """Where an index of these shards may lie."""
+    here = shards[0].absolute().parent
+    key = hashlib.blake2b("|".join(p.name for p in shards).encode(), digest_size=6).hexdigest()
+    yield here / f".localign-index-{key}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    full = hashlib.blake2b("|".join(str(p.absolute()) for p in shards).encode(), digest_size=12).hexdigest()
+    yield cache / "localign" / "tar-index" / full
+
+
+def _scan_all(shards: Sequence[Path]) -> Iterator[Scan]:
+    if len(shards) >= _TOLD_FROM:
+        print(f"indexing {len(shards)} shards, once", file=sys.stderr)
+
+    def scan(path: Path) -> Scan:
+        try:
+            with open(path, "rb") as file:
+                return scan_shard(file, path.name)
+        except OSError as error:
+            raise UserError(f"cannot read the shard {path}: {error.strerror}") from None
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        yield from threads.map(scan, shards)
+
+
+def joined(scans: Iterable[Scan]) -> tuple[NDArray[np.int64], Names, tuple[tuple[str, str], ...]]:
+    """Records, names and problems of shards in their order.
+
+    Raises:
+        UserError: They hold no image.
+    """
+    records, names, problems = [], [], []
+    for number, scan in enumerate(scans):  # packed one by one: lists of millions would fill the memory
+        places = np.array(scan.places, dtype=np.int64).reshape(-1, 2)
+        records.append(np.column_stack([places, np.full(len(places), number)]))
+        names.append(Names.of(scan.names))
+        problems += scan.problems
+    table = np.concatenate(records)
+    if not len(table):
+        raise UserError(
+            f"the {len(records)} shards hold no images" if len(records) > 1 else "the shard holds no images"
+        )
+    return table, Names.joined(names), tuple(problems)
+
+
+def write_index(
+    folder: Path, digest: str, records: NDArray[np.int64], names: Names, problems: Sequence[tuple[str, str]]
+) -> bool:
+    """Keep an index; False where nothing can be written, or another process does just now."""
+    try:
+        with replacing_folder(folder) as temporary:
+            np.save(temporary / "records.npy", np.column_stack([records, names.ends]))
+            np.save(temporary / "names.npy", names.block)
+            about = {"version": _VERSION, "digest": digest, "problems": list(problems)}
+            (temporary / "index.json").write_text(json.dumps(about), encoding="utf-8")
+    except OSError:
+        return False
+    return True
+
+
+def _load_if_fits(folder: Path, digest: str, states: Sequence[tuple[int, int]]) -> TarIndex | None:
+    try:
+        if json.loads((folder / "index.json").read_text(encoding="utf-8"))["digest"] != digest:
+            return None
+        index = _load(folder)
+        offsets, sizes, shards = (index.records[:, column] for column in (OFFSET, SIZE, SHARD))
+        ends = index.names.ends
+        fits = (
+            len(index) > 0
+            and 0 <= shards.min() <= shards.max() < len(states)
+            and offsets.min() >= 0 <= sizes.min()
+            and ends[0] >= 0 <= np.diff(ends).min(initial=0)
+            and ends[-1] == len(index.names.block)
+        )
+    except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError, RecursionError):
+        return None  # not there, or damaged: it is made again
+    return index if fits else None
+
+
+def _load(folder: Path) -> TarIndex:
+    about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    table = np.load(folder / "records.npy", mmap_mode="r", allow_pickle=False)
+    block = np.load(folder / "names.npy", mmap_mode="r", allow_pickle=False)
+    if table.ndim != 2 or table.shape[1] != 4 or table.dtype != np.int64 or block.dtype != np.uint8:
+        raise ValueError("not an index of shards")
+    problems = tuple((str(name), str(reason)) for name, reason in about["problems"])
+    return TarIndex(table[:, :3], Names(table[:, 3], block), problems, folder)
