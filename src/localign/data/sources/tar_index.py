@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 from localign.data.sources.base import SUFFIXES, Names
 from localign.errors import UserError
-from localign.files import replacing_folder
+from localign.files import replacing, replacing_folder
 
 OFFSET, SIZE, SHARD = 0, 1, 2
 """Columns of the records."""
 
+PORTABLE = "index.npz"
 _VERSION = 1
 _THREADS = 8
 _TOLD_FROM = 16
@@ -127,8 +128,7 @@ def tar_index(shards: Sequence[Path]) -> TarIndex:
         UserError: A shard is missing or no tar file, leads out of itself, or all of them hold no image.
     """
     states = [_state(path) for path in shards]
-    identity = json.dumps([[p.name, *state] for p, state in zip(shards, states, strict=True)])
-    digest = hashlib.blake2b(f"{_VERSION}|{identity}".encode(), digest_size=16).hexdigest()
+    digest = identity([path.name for path in shards], states)
     places = list(_folders(shards))
     for folder in places:
         if (index := _load_if_fits(folder, digest, states)) is not None:
@@ -140,6 +140,12 @@ def tar_index(shards: Sequence[Path]) -> TarIndex:
             if index is not None:
                 return index
     return TarIndex(records, names, problems)
+
+
+def identity(names: Sequence[str], states: Sequence[tuple[int, int]]) -> str:
+    """A hash of shards' names and states: an index is of these shards and no others."""
+    content = json.dumps([[name, *state] for name, state in zip(names, states, strict=True)])
+    return hashlib.blake2b(f"{_VERSION}|{content}".encode(), digest_size=16).hexdigest()
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -209,6 +215,19 @@ def write_index(
     except OSError:
         return False
     return True
+
+
+def write_portable(folder: Path, index: TarIndex, shards: Sequence[Path]) -> None:
+    """Write an index into one file, ``index.npz``, for shards that will be read from elsewhere."""
+    states = [(path.stat().st_size, 0) for path in shards]  # times are lost on the way
+    about = {"digest": identity([p.name for p in shards], states), "problems": list(index.problems)}
+    with replacing(folder / PORTABLE) as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file,
+            about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+            records=np.column_stack([index.records, index.names.ends]),
+            names=index.names.block,
+        )
 
 
 def _load_if_fits(folder: Path, digest: str, states: Sequence[tuple[int, int]]) -> TarIndex | None:
