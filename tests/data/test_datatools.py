@@ -268,6 +268,7 @@ def test_in21k_p_needs_classes_that_are_large_enough(pictures: Path, tmp_path: P
         (["data shard", "a", "b", "--quality", "80"], "no effect without --resize"),
         (["data shard", "a", "b", "--resize", "0"], "--resize must be above 0"),
         (["data shard", "a", "b", "--resize", "9", "--quality", "101"], "lies in 1..100"),
+        (["data shard", "a", "b", "--seed", "1", "--shuffle", "false"], "--seed has no effect"),
         (["data shard", "a", "b", "--shard-images", "0"], "--shard-images must be above 0"),
         (["data verify", "a", "--workers", "-1"], "-1 workers"),
         (["data stats", "a", "--images", "0"], "--images must be above 0"),

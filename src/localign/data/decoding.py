@@ -18,6 +18,8 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
+from localign.errors import RunFailure
+
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:  # announced for a later torchvision: Pillow then decodes everything, to the same pixels
@@ -125,7 +127,7 @@ def unreadable_on_failure(name: str, path: str | os.PathLike[str] = "") -> Itera
     """
     try:
         yield
-    except UnreadableImage:
+    except (UnreadableImage, RunFailure):
         raise
     except Exception as error:  # decoders raise SyntaxError, struct.error, IndexError, ... on corrupt files
         if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:

@@ -363,7 +363,7 @@ def _start_worker(worker: int) -> None:
 
 
 def served(loader: DataLoader[T]) -> Iterator[T]:
-    """One pass over a loader, whose workers end with it. Raises RunFailure where a worker died."""
+    """One pass over a loader, whose workers end with it. Raises RunFailure where a worker died or gave up."""
     # torch would raise for a dead worker from a signal handler, wherever the main process happens to be, half
     # way through a checkpoint included. Without it the loader finds out here, within five seconds.
     handler = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None
@@ -372,6 +372,8 @@ def served(loader: DataLoader[T]) -> Iterator[T]:
         signal.signal(signal.SIGCHLD, handler)
     try:
         yield from served
+    except RunFailure as error:  # a live worker's, with its traceback around it
+        raise RunFailure(str(error).strip().rpartition(f"{RunFailure.__module__}.RunFailure: ")[2]) from None
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
         first = str(error).partition("\n")[0]
         own = isinstance(error, RuntimeError) and not first.startswith("DataLoader worker")

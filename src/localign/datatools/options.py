@@ -69,6 +69,11 @@ class ShardConfig(_PackConfig):
     shuffle: bool = True
     """Pack in a shuffled order, which shards that are streamed from elsewhere need."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed and not self.shuffle:
+            raise UserError("--seed has no effect without --shuffle")
+
 
 @dataclass(frozen=True, kw_only=True)
 class In21kConfig(_PackConfig):

@@ -46,6 +46,7 @@ class ExcludingSource:
         blocks = getattr(source, "blocks", None)
         self.blocks = None if blocks is None else _left(keep, blocks)
         self.window = getattr(source, "window", 1)
+        self.notice = getattr(source, "notice", None)
 
     def __len__(self) -> int:
         return len(self.kept)

@@ -39,6 +39,7 @@ def open_source(
     - A list of files: ``.txt``, ``.csv`` or ``.jsonl``.
     - Tar shards or parquet files: one of them; a pattern such as ``shards/{000000..000099}.tar`` or
       ``data/train-*.parquet``; or a folder that holds nothing else at its top.
+    - Such shards or files by their address, such as ``s3://bucket/shards/{000000..000099}.tar`` or the folder's.
     - A mixture, ``.yaml``: see :func:`open_mixture`.
     - Any other folder: the images in it.
 
@@ -60,17 +61,31 @@ def _open(spec: str, image_size: tuple[int, int] | None, scaled_decode: bool) ->
     head, colon, split = spec.partition(":")
     if head == "scenes":
         return _open_scenes(split if colon else "train", image_size)
+    decode_size = image_size if scaled_decode else None
+    if "://" in spec:
+        return _open_remote(spec, decode_size)
     path = Path(spec).expanduser()
     suffix = path.suffix.lower()
     if suffix in MIXTURE_SUFFIXES and not path.is_dir():
         return open_mixture(path, image_size, scaled_decode)
-    decode_size = image_size if scaled_decode else None
     if suffix in LIST_SUFFIXES and not path.is_dir():
         return FileListSource(path, decode_size)
     shards = find_shards(path)
     if not shards:
         return FolderSource(path, decode_size)
     return (TarSource if shards[0].suffix.lower() == TAR else ParquetSource)(shards, decode_size)
+
+
+def _open_remote(spec: str, image_size: tuple[int, int] | None) -> ImageSource:
+    from localign.data.sources.remote import StreamedTarSource, find_remote, name_of
+
+    urls = find_remote(expanded(spec), (TAR, PARQUET))
+    kinds = {Path(name_of(url)).suffix.lower() for url in urls}
+    if kinds not in ({TAR}, {PARQUET}):
+        raise UserError(
+            f"{spec} stands for {', '.join(sorted(kinds))} files; it must be .tar or .parquet alone"
+        )
+    return (StreamedTarSource if kinds == {TAR} else ParquetSource)(urls, image_size)
 
 
 def find_shards(path: Path) -> list[Path]:
@@ -194,7 +209,8 @@ def _parts_of(file: Path) -> list[dict[str, Any]]:
 
 
 def _beside(file: Path, path: str) -> str:
-    return path if path.partition(":")[0] == "scenes" else str(file.parent / Path(path).expanduser())
+    elsewhere = "://" in path or path.partition(":")[0] == "scenes"
+    return path if elsewhere else str(file.parent / Path(path).expanduser())
 
 
 def _open_scenes(split: str, image_size: tuple[int, int] | None) -> ImageSource:

@@ -7,7 +7,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class ParquetSource(EncodedSource):
     so many row groups at a time as the memory holds. An image is called by its file and row, ``x.parquet:17``.
 
     Args:
-        files: The files.
+        files: The files, by paths or by addresses that fsspec knows.
         image_size: As for ``FolderSource``.
 
     Attributes:
@@ -55,13 +55,14 @@ class ParquetSource(EncodedSource):
         self, files: Sequence[str | os.PathLike[str]], image_size: tuple[int, int] | None = None
     ) -> None:
         super().__init__(image_size)
-        self.files = tuple(Path(file) for file in files)
+        self.files = tuple(str(file) for file in files)
         if not self.files:
             raise UserError("no parquet files to read")
         groups = []  # (file, number in the file, rows, bytes)
-        for number, path in enumerate(self.files):
-            metadata = open_parquet(path).metadata
-            place = _leaf(metadata, image_column(path))
+        for number, file in enumerate(self.files):
+            handle = open_parquet(file)
+            metadata = handle.metadata
+            place = _leaf(metadata, image_column(handle, file))
             for g in range(metadata.num_row_groups):
                 group = metadata.row_group(g)
                 groups.append((number, g, group.num_rows, group.column(place).total_uncompressed_size))
@@ -84,11 +85,12 @@ class ParquetSource(EncodedSource):
 
     @property
     def notice(self) -> str:
-        """What is different about the order."""
+        """What is different about the order, and what it costs."""
         rows = int(self.blocks.max())
-        return (
+        far = "each loader worker fetches every row group; " if _is_remote(self.files[0]) else ""
+        return far + (
             f"parquet is read by row groups of up to {rows} images, shuffled within {self.window} of them at a "
-            "time; `localign data shard` makes shards that are shuffled as a whole"
+            "time; a run continues exactly at its sample; shards of `localign data shard` are shuffled as a whole"
         )
 
     def name(self, index: int) -> str:
@@ -96,7 +98,7 @@ class ParquetSource(EncodedSource):
         group = self._group_of(index)
         file = self._groups[group, 0]
         first = self._begins[np.searchsorted(self._groups[:, 0], file)]
-        return f"{self.files[file].name}:{index - first}"
+        return f"{PurePosixPath(self.files[file]).name}:{index - first}"
 
     def encoded(self, index: int) -> bytes:
         name, group = self.name(index), self._group_of(index)
@@ -114,39 +116,60 @@ class ParquetSource(EncodedSource):
         return int(np.searchsorted(self._begins, index, side="right")) - 1
 
     def _digest(self, digest: hashlib.blake2b) -> None:
-        names = [path.name for path in self.files]
+        names = [PurePosixPath(file).name for file in self.files]
         digest.update(json.dumps([names, self._groups.tolist()]).encode())
 
 
 class _Groups:
     """The image bytes of the row groups last read; to another process it goes empty."""
 
-    def __init__(self, files: tuple[Path, ...], most: int) -> None:
+    def __init__(self, files: tuple[str, ...], most: int) -> None:
         self.files, self.most = files, most
+        self._process = os.getpid()
         self._open: OrderedDict[int, tuple[pq.ParquetFile, str]] = OrderedDict()
         self._read: OrderedDict[tuple[int, int], pa.Array] = OrderedDict()
 
     def __call__(self, file: int, group: int) -> pa.Array:
+        if os.getpid() != self._process:  # connections do not outlive a fork
+            self._open.clear()
+            self._process = os.getpid()
         key = file, group
         if key in self._read:
             self._read.move_to_end(key)
             return self._read[key]
-        handle, column = self._handle(file)
-        # One thread: a pool of them does not outlive the fork of a loader worker.
-        table = handle.read_row_group(group, columns=[column], use_threads=False)
-        array = table.column(0).combine_chunks()
-        if column.endswith(".bytes"):
-            array = array.field("bytes")
+        array = self._read_group(file, group)
         while len(self._read) >= self.most:
             self._read.popitem(last=False)
         self._read[key] = array
         return array
 
+    def _read_group(self, file: int, group: int) -> pa.Array:
+        if not _is_remote(self.files[file]):
+            return self._image_bytes(file, group)
+        from localign.data.sources.remote import patiently
+
+        def again() -> pa.Array:
+            try:
+                return self._image_bytes(file, group)
+            except Exception:
+                self._open.pop(file, None)  # the connection may be what is broken
+                raise
+
+        return patiently(again, f"row group {group} of {self.files[file]}")
+
+    def _image_bytes(self, file: int, group: int) -> pa.Array:
+        handle, column = self._handle(file)
+        # One thread: a pool of them does not outlive the fork of a loader worker.
+        table = handle.read_row_group(group, columns=[column], use_threads=False)
+        array = table.column(0).combine_chunks()
+        return array.field("bytes") if column.endswith(".bytes") else array
+
     def _handle(self, file: int) -> tuple[pq.ParquetFile, str]:
         if file not in self._open:
             while len(self._open) >= _MOST_OPEN:
-                self._open.popitem(last=False)[1][0].close()
-            self._open[file] = open_parquet(self.files[file]), image_column(self.files[file])
+                self._open.popitem(last=False)
+            handle = open_parquet(self.files[file])
+            self._open[file] = handle, image_column(handle, self.files[file])
         self._open.move_to_end(file)
         return self._open[file]
 
@@ -154,8 +177,12 @@ class _Groups:
         return _Groups, (self.files, self.most)
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """A file to read from.
+def _is_remote(file: str) -> bool:
+    return "://" in file
+
+
+def open_parquet(file: str) -> pq.ParquetFile:
+    """A file to read from, by path or address.
 
     Raises:
         UserError: pyarrow is not installed, or this is no parquet file.
@@ -166,13 +193,17 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     except ImportError:
         raise UserError("reading parquet takes pyarrow: pip install 'localign[parquet]'") from None
     try:
-        return pq.ParquetFile(path, memory_map=True)
+        if _is_remote(file):
+            from localign.data.sources.remote import opened
+
+            return pq.ParquetFile(opened(file))
+        return pq.ParquetFile(file, memory_map=True)
     except (OSError, pa.ArrowException) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-        raise UserError(f"cannot read {path} as parquet: {reason}") from None
+        raise UserError(f"cannot read {file} as parquet: {reason}") from None
 
 
-def image_column(path: Path) -> str:
+def image_column(handle: pq.ParquetFile, file: str) -> str:
     """The column of image bytes: ``image.bytes``, ``image``, or another of that kind where there is one alone.
 
     Raises:
@@ -184,7 +215,7 @@ def image_column(path: Path) -> str:
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
     found = {}
-    schema = open_parquet(path).schema_arrow
+    schema = handle.schema_arrow
     for column in schema:
         if binary(column.type):
             found[column.name] = column.name
@@ -197,7 +228,7 @@ def image_column(path: Path) -> str:
     if len(found) == 1:
         return next(iter(found.values()))
     raise UserError(
-        f"{path} has no column of image bytes called 'image'; its columns are {', '.join(schema.names)}"
+        f"{file} has no column of image bytes called 'image'; its columns are {', '.join(schema.names)}"
     )
 
 
@@ -206,7 +237,7 @@ def _leaf(metadata: Any, column: str) -> int:
     return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
 
 
-def labels_column(files: Sequence[Path]) -> tuple[list[str], NDArray[np.int64]] | None:
+def labels_column(files: Sequence[str]) -> tuple[list[str], NDArray[np.int64]] | None:
     """Class names and the class of each row, from the column ``label``; None where there is none.
 
     Raises:
@@ -240,5 +271,5 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list) else None
 
 
-def _named(files: Sequence[Path]) -> str:
+def _named(files: Sequence[str]) -> str:
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} others"

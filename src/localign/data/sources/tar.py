@@ -13,8 +13,6 @@ from localign.data.sources.base import EncodedSource
 from localign.data.sources.tar_index import OFFSET, SHARD, SIZE, tar_index
 from localign.errors import UserError
 
-_MOST_OPEN = 64
-
 
 class TarSource(EncodedSource):
     """The image members of tar shards, in the order of the shards and of their members.
@@ -59,10 +57,13 @@ class TarSource(EncodedSource):
         offset, size = int(record[OFFSET]), int(record[SIZE])
         check_bytes(size, name)
         with unreadable_on_failure(name):
-            data = os.pread(self._files(self.shards[int(record[SHARD])]), size, offset)
+            data = os.pread(self._descriptor(int(record[SHARD])), size, offset)
         if len(data) < size:
             raise UnreadableImage(name, "truncated: its shard ends before it does")
         return data
+
+    def _descriptor(self, shard: int) -> int:
+        return self._files(self.shards[shard])
 
     def _digest(self, digest: hashlib.blake2b) -> None:
         self.index.names.update(digest)
@@ -72,7 +73,8 @@ class TarSource(EncodedSource):
 class OpenFiles:
     """File descriptors for positioned reads, of the files last used; forked processes can share them."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 64) -> None:
+        self.most = most
         self._open: OrderedDict[Path, int] = OrderedDict()
 
     def __call__(self, path: Path) -> int:
@@ -81,12 +83,12 @@ class OpenFiles:
             self._open.move_to_end(path)
         else:
             self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._open) > _MOST_OPEN:
+            if len(self._open) > self.most:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[path]
 
-    def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
-        return OpenFiles, ()
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[int]]:
+        return OpenFiles, (self.most,)
 
     def __del__(self) -> None:
         for descriptor in self._open.values():

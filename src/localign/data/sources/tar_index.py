@@ -27,6 +27,12 @@ from localign.files import replacing, replacing_folder
 OFFSET, SIZE, SHARD = 0, 1, 2
 """Columns of the records."""
 
+Problems = tuple[tuple[str, str], ...]
+Contents = tuple[NDArray[np.int64], Names, Problems]
+"""Records, names and problems, see :class:`TarIndex`."""
+State = tuple[int, int]
+"""Size in bytes and time of change of a shard."""
+
 PORTABLE = "index.npz"
 _VERSION = 1
 _THREADS = 8
@@ -59,7 +65,7 @@ class TarIndex:
         self,
         records: NDArray[np.int64],
         names: Names,
-        problems: tuple[tuple[str, str], ...],
+        problems: Problems,
         folder: Path | None = None,
     ) -> None:
         self.records, self.names, self.problems, self.folder = records, names, problems, folder
@@ -71,7 +77,7 @@ class TarIndex:
         """To spawned workers goes where the files are, not what is in them."""
         if self.folder is None:
             return TarIndex, (self.records, self.names, self.problems)
-        return _load, (self.folder,)
+        return _load, (self.folder, int(self.records[:, SHARD].max()) + 1)
 
 
 def scan_shard(file: IO[bytes], shard: str) -> Scan:
@@ -128,27 +134,41 @@ def tar_index(shards: Sequence[Path]) -> TarIndex:
         UserError: A shard is missing or no tar file, leads out of itself, or all of them hold no image.
     """
     states = [_state(path) for path in shards]
-    digest = identity([path.name for path in shards], states)
-    places = list(_folders(shards))
-    for folder in places:
-        if (index := _load_if_fits(folder, digest, states)) is not None:
+    names = [path.name for path in shards]
+    return kept_index(names, states, list(_folders(shards)), lambda: joined(_scan_all(shards)))
+
+
+def kept_index(
+    shards: Sequence[str], states: Sequence[State], folders: Sequence[Path], make: Callable[[], Contents]
+) -> TarIndex:
+    """An index that is kept in one of some folders, or is made and then kept in the first that can be written.
+
+    Args:
+        shards: Names.
+        states: Of the shards: an index that was made of other ones is not taken.
+        folders: Where it may lie.
+        make: Makes it.
+    """
+    digest = identity(shards, states)
+    for folder in folders:
+        if (index := _load_if_fits(folder, digest, len(shards))) is not None:
             return index
-    records, names, problems = joined(_scan_all(shards))
-    for folder in places:
+    records, names, problems = make()
+    for folder in folders:
         if write_index(folder, digest, records, names, problems):
-            index = _load_if_fits(folder, digest, states)
+            index = _load_if_fits(folder, digest, len(shards))
             if index is not None:
                 return index
     return TarIndex(records, names, problems)
 
 
-def identity(names: Sequence[str], states: Sequence[tuple[int, int]]) -> str:
+def identity(names: Sequence[str], states: Sequence[State]) -> str:
     """A hash of shards' names and states: an index is of these shards and no others."""
     content = json.dumps([[name, *state] for name, state in zip(names, states, strict=True)])
     return hashlib.blake2b(f"{_VERSION}|{content}".encode(), digest_size=16).hexdigest()
 
 
-def _state(path: Path) -> tuple[int, int]:
+def _state(path: Path) -> State:
     """Size and time of change: a shard that has others is indexed again."""
     try:
         stat = path.stat()
@@ -182,7 +202,7 @@ def _scan_all(shards: Sequence[Path]) -> Iterator[Scan]:
         yield from threads.map(scan, shards)
 
 
-def joined(scans: Iterable[Scan]) -> tuple[NDArray[np.int64], Names, tuple[tuple[str, str], ...]]:
+def joined(scans: Iterable[Scan]) -> Contents:
     """Records, names and problems of shards in their order.
 
     Raises:
@@ -230,30 +250,37 @@ def write_portable(folder: Path, index: TarIndex, shards: Sequence[Path]) -> Non
         )
 
 
-def _load_if_fits(folder: Path, digest: str, states: Sequence[tuple[int, int]]) -> TarIndex | None:
+def _load_if_fits(folder: Path, digest: str, shards: int) -> TarIndex | None:
     try:
         if json.loads((folder / "index.json").read_text(encoding="utf-8"))["digest"] != digest:
             return None
-        index = _load(folder)
-        offsets, sizes, shards = (index.records[:, column] for column in (OFFSET, SIZE, SHARD))
-        ends = index.names.ends
-        fits = (
-            len(index) > 0
-            and 0 <= shards.min() <= shards.max() < len(states)
-            and offsets.min() >= 0 <= sizes.min()
-            and ends[0] >= 0 <= np.diff(ends).min(initial=0)
-            and ends[-1] == len(index.names.block)
-        )
+        return _load(folder, shards)
     except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError, RecursionError):
         return None  # not there, or damaged: it is made again
-    return index if fits else None
 
 
-def _load(folder: Path) -> TarIndex:
+def _load(folder: Path, shards: int) -> TarIndex:
     about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     table = np.load(folder / "records.npy", mmap_mode="r", allow_pickle=False)
     block = np.load(folder / "names.npy", mmap_mode="r", allow_pickle=False)
+    return index_from_arrays(table, block, about["problems"], shards, folder)
+
+
+def index_from_arrays(
+    table: NDArray[Any], block: NDArray[Any], problems: Any, shards: int, folder: Path | None = None
+) -> TarIndex:
+    """Arrays as they were written, of so many shards. Raises ValueError where they are no index."""
     if table.ndim != 2 or table.shape[1] != 4 or table.dtype != np.int64 or block.dtype != np.uint8:
         raise ValueError("not an index of shards")
-    problems = tuple((str(name), str(reason)) for name, reason in about["problems"])
-    return TarIndex(table[:, :3], Names(table[:, 3], block), problems, folder)
+    offsets, sizes, numbers, ends = table.T
+    fits = (
+        len(table) > 0
+        and 0 <= numbers.min() <= numbers.max() < shards
+        and offsets.min() >= 0 <= sizes.min()
+        and ends[0] >= 0 <= np.diff(ends).min(initial=0)
+        and ends[-1] == len(block)
+    )
+    if not fits:
+        raise ValueError("a damaged index of shards")
+    known = tuple((str(name), str(reason)) for name, reason in problems)
+    return TarIndex(table[:, :3], Names(table[:, 3], block), known, folder)
