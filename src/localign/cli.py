@@ -79,6 +79,27 @@ COMMANDS: dict[str, Command] = {
         commands.vlm_demo,
         "compare models with and without alignment, on drawn scenes",
     ),
+    "data shard": Command(
+        commands.shard_config, commands.data_shard, "pack images into tar shards", ("source", "out")
+    ),
+    "data verify": Command(
+        commands.data_verify_config,
+        commands.data_verify,
+        "decode every image, list the bad ones",
+        ("source",),
+    ),
+    "data stats": Command(
+        commands.stats_config,
+        commands.data_stats,
+        "how many images, how large, in which classes",
+        ("source",),
+    ),
+    "data in21k-p": Command(
+        commands.in21k_config,
+        commands.data_in21k,
+        "make the processed ImageNet-21k and its validation split",
+        ("source", "out"),
+    ),
     "bench": Command(
         commands.bench_config,
         commands.bench,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from localign.alignment.config import AlignConfig
     from localign.bench.config import BenchConfig
+    from localign.datatools.options import DataVerifyConfig, In21kConfig, ShardConfig, StatsConfig
     from localign.demo import DemoConfig
     from localign.finetuning import FinetuneConfig
     from localign.options import ExportConfig, ImportConfig, ListConfig, ReportConfig, VerifyConfig
@@ -155,6 +156,30 @@ def show_config() -> type:
     from localign.vlm.benchmarks.options import ShowConfig
 
     return ShowConfig
+
+
+def shard_config() -> type:
+    from localign.datatools.options import ShardConfig
+
+    return ShardConfig
+
+
+def data_verify_config() -> type:
+    from localign.datatools.options import DataVerifyConfig
+
+    return DataVerifyConfig
+
+
+def stats_config() -> type:
+    from localign.datatools.options import StatsConfig
+
+    return StatsConfig
+
+
+def in21k_config() -> type:
+    from localign.datatools.options import In21kConfig
+
+    return In21kConfig
 
 
 def demo(config: DemoConfig) -> None:
@@ -337,6 +362,60 @@ def _say_trained(folder: Path, results: dict[str, Any]) -> None:
         print(f"skipped    {skipped['count']} unreadable images ({skipped['share']:.2%}): {names}")
     print(f"results    {folder / 'results.json'}")
     print(f"export     {folder / 'export'}")
+
+
+def data_shard(config: ShardConfig) -> None:
+    from localign.datatools.shard import run_shard
+
+    _say_packed(run_shard(config), Path(config.out))
+
+
+def data_in21k(config: In21kConfig) -> None:
+    from localign.datatools.in21k import run_in21k
+
+    made = run_in21k(config)
+    print(f"classes    {made['kept']:,} of {made['classes']:,} have {config.min_images} images")
+    for part in ("train", "val"):
+        _say_packed(made[part], Path(config.out) / part)
+
+
+def _say_packed(about: dict[str, Any], folder: Path) -> None:
+    size = about["bytes"] / 2**20
+    print(f"packed     {about['images']:,} images, {size:,.1f} MiB, {about['shards']:,} shards: {folder}")
+    if about["left_out"]:
+        print(f"left out   {about['left_out']:,} images, see {folder / 'left-out.jsonl'}")
+
+
+def data_verify(config: DataVerifyConfig) -> int:
+    from localign.datatools.verify import run_verify
+
+    found = run_verify(config)
+    print(f"images     {found['images']:,} decoded, {len(found['bad']):,} bad")
+    for name, reason in list(found["bad"].items())[:5]:
+        print(f"           {name}: {reason}")
+    if found["checked"]:
+        print(f"checksums  {found['checked']:,} shards compared, {len(found['shards']):,} differ")
+        for name in found["shards"][:5]:
+            print(f"           {name}")
+    print(f"list       {config.out}, for --exclude")
+    return 1 if found["bad"] or found["shards"] else 0
+
+
+def data_stats(config: StatsConfig) -> None:
+    from localign.datatools.stats import run_stats
+
+    found = run_stats(config)
+    print(
+        f"images     {found['images']:,}; of {found['opened']:,} opened {found['unreadable']:,} are unreadable"
+    )
+    print("formats    " + ", ".join(f"{name} {count:,}" for name, count in found["formats"].items()))
+    spread = "{min:,.0f} to {max:,.0f}, median {median:,.0f}, mean {mean:,.1f}"
+    for name in ("width", "height", "bytes"):
+        print(f"{name:<10} {spread.format(**found[name])}")
+    if found["classes"] is not None:
+        print(
+            f"classes    {found['classes']['count']:,}; images in each " + spread.format(**found["classes"])
+        )
 
 
 def probe(config: ProbeCommandConfig) -> None:

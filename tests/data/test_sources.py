@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from localign.data import sources
+from localign.data import decoding
 from localign.data.sources import (
     FileListSource,
     FolderSource,
@@ -136,7 +136,7 @@ def test_truncated_files_stay_unreadable_where_another_library_made_pillow_toler
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("1", (300, 300)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(sources, "MAX_PIXELS", 299 * 300)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 299 * 300)
     with pytest.raises(UnreadableImage, match="300 x 300 pixels"):
         read_image(tmp_path / "bomb.png", "bomb.png")
 

@@ -21,10 +21,17 @@ from PIL import Image
 from torch import Tensor
 
 from localign.data.scenes import SceneSource, pair_presence
-from localign.data.sources import FileListSource, FolderSource, ImageSource, is_heading, list_rows
+from localign.data.sources import (
+    ExcludingSource,
+    FileListSource,
+    FolderSource,
+    ImageSource,
+    ParquetSource,
+    TarSource,
+)
+from localign.data.sources.files import LABEL_HEADERS, is_heading, list_rows
+from localign.data.sources.parquet import labels_column
 from localign.errors import UserError
-
-LABEL_HEADERS = frozenset({"label", "class"})
 
 
 class ImageLabels(Protocol):
@@ -92,7 +99,8 @@ def labels_of(source: ImageSource, spec: str) -> ImageLabels:
     """The labels of an opened source.
 
     Args:
-        source: Of class folders, of a list with a label column, or of scenes.
+        source: Of class folders, also inside of tar shards, of a list or parquet files with a label column, or of
+            scenes; or such a source without some of its images.
         spec: What it was opened by, for the error's line.
 
     Raises:
@@ -100,15 +108,26 @@ def labels_of(source: ImageSource, spec: str) -> ImageLabels:
     """
     if isinstance(source, SceneSource):
         return SceneLabels(source)
-    if isinstance(source, FolderSource):
-        labels = _folder_labels(source)
-    elif isinstance(source, FileListSource):
-        labels = _list_labels(source)
-    else:
-        raise UserError(f"{spec} has no labels of whole images")
+    labels = _class_labels(source, spec)
     if len(labels.classes) == 1:
         raise UserError(f"{spec} has a single class, {labels.classes[0]!r}; classification needs two")
     return labels
+
+
+def _class_labels(source: ImageSource, spec: str) -> ClassLabels:
+    if isinstance(source, FolderSource):
+        return _folder_labels(source)
+    if isinstance(source, TarSource):
+        folders = sorted({source.name(i).partition("/")[0] for i in range(len(source))})
+        return ClassLabels(folders, _first_folders(source, folders, spec))
+    if isinstance(source, FileListSource):
+        return _list_labels(source)
+    if isinstance(source, ParquetSource) and (found := labels_column(source.files)) is not None:
+        return ClassLabels(*found)
+    if isinstance(source, ExcludingSource):
+        labels = _class_labels(source.source, spec)
+        return ClassLabels(labels.classes, labels.codes[source.kept])
+    raise UserError(f"{spec} has no labels of whole images")
 
 
 def _folder_labels(source: FolderSource) -> ClassLabels:
@@ -118,19 +137,24 @@ def _folder_labels(source: FolderSource) -> ClassLabels:
         folders = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if not folders:
         raise UserError(f"{root} has no class folders: its images must lie in one folder per class")
+    codes = _first_folders(source, folders, str(root))
+    empty = np.flatnonzero(np.bincount(codes, minlength=len(folders)) == 0)
+    if len(empty):
+        more = f" (and {len(empty) - 1} others)" if len(empty) > 1 else ""
+        raise UserError(f"the class folder {root / folders[empty[0]]}{more} holds no image")
+    return ClassLabels(folders, codes)
+
+
+def _first_folders(source: ImageSource, folders: Sequence[str], spec: str) -> NDArray[np.int32]:
     place = {name: number for number, name in enumerate(folders)}
     codes = np.empty(len(source), dtype=np.int32)
     for index in range(len(source)):
         name = source.name(index)
         folder, slash, _ = name.partition("/")
         if not slash:
-            raise UserError(f"{root} has class folders, but {name} lies in none of them")
+            raise UserError(f"{spec} has class folders, but {name} lies in none of them")
         codes[index] = place[folder]
-    empty = np.flatnonzero(np.bincount(codes, minlength=len(folders)) == 0)
-    if len(empty):
-        more = f" (and {len(empty) - 1} others)" if len(empty) > 1 else ""
-        raise UserError(f"the class folder {root / folders[empty[0]]}{more} holds no image")
-    return ClassLabels(folders, codes)
+    return codes
 
 
 def _list_labels(source: FileListSource) -> ClassLabels:

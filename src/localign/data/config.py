@@ -1,5 +1,7 @@
 """Which images a training command sees, and how."""
 
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,7 +19,11 @@ class DataConfig:
     """Options of the training images."""
 
     data: str = "scenes"
-    """Training images: a folder (with or without class folders), a list of files (.txt), or scenes."""
+    """Training images: a folder (with or without class folders); a list of files (.txt, .csv, .jsonl); tar shards or
+    parquet files: one, a folder of them, or a pattern such as shards/{000..099}.tar; a mixture of these (.yaml); or
+    scenes."""
+    exclude: str | None = None
+    """List of training images to leave out, as `localign data verify` writes it."""
     val: str | None = None
     """Validation images, likewise; default none (for scenes: scenes:val)."""
     val_images: int | None = 2048
@@ -63,6 +69,13 @@ def planned_batches(
     )
 
 
+def say_notice(source: ImageSource) -> None:
+    """Say what is special about a source before a run starts, on one rank."""
+    notice = getattr(source, "notice", None)
+    if notice and os.environ.get("RANK", "0") == "0":
+        print(f"data       {notice}", file=sys.stderr)
+
+
 class ImageData:
     """The images of a run, opened: training stream and validation set.
 
@@ -81,7 +94,10 @@ class ImageData:
         hflip = config.hflip if config.hflip is not None else (0.0 if scenes else 0.5)
         self.transform = TrainTransform(image_size, crop, config.auto_augment, hflip)
         decode = self.transform.scaled_decode
-        self.source: ImageSource = open_source(config.data, image_size=image_size, scaled_decode=decode)
+        self.source: ImageSource = open_source(
+            config.data, image_size=image_size, scaled_decode=decode, exclude=config.exclude
+        )
+        say_notice(self.source)
         if config.crop == "none" and not scenes:
             raise UserError("--crop none is for scenes, which have the right size; photographs need a crop")
         val = config.val or ("scenes:val" if scenes else None)

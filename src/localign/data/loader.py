@@ -12,14 +12,14 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from localign import rng
-from localign.data.sources import ImageSource, UnreadableImage
+from localign.data.decoding import UnreadableImage
+from localign.data.sources import ImageSource
+from localign.data.stream import SampleStream, sample_stream
 from localign.engine.stopping import leave_stopping_to_main
 from localign.errors import RunFailure, UserError
 
@@ -41,33 +41,6 @@ class Batch(NamedTuple):
     """int64 ``(batch,)``, the images' indices in the source, replacements included."""
     bad: tuple[tuple[str, str], ...]
     """(name, reason) of the unreadable images met on the way."""
-
-
-class SampleStream:
-    """Global position -> (epoch, index): each of ``length`` images once per epoch."""
-
-    def __init__(self, seed: int, length: int, shuffle: bool = True) -> None:
-        if length < 1:
-            raise UserError("a source without images gives no stream of samples")
-        self.seed, self.length, self.shuffle = seed, length, shuffle
-        self._epoch = -1
-        self._order: NDArray[np.integer] = np.empty(0, np.int64)
-
-    def __call__(self, position: int) -> tuple[int, int]:
-        """(epoch, index) of one position."""
-        epoch, within = divmod(position, self.length)
-        return epoch, int(self._epoch_order(epoch)[within]) if self.shuffle else within
-
-    def indices(self, begin: int, end: int) -> NDArray[np.int64]:
-        """The indices of positions begin..end-1, int64 ``(end - begin,)``."""
-        return np.array([self(position)[1] for position in range(begin, end)], dtype=np.int64)
-
-    def _epoch_order(self, epoch: int) -> NDArray[np.integer]:
-        if epoch != self._epoch:
-            order = rng.generator(self.seed, "epoch order", epoch).permutation(self.length)
-            self._order = order.astype(np.int32 if self.length <= 2**31 else np.int64)
-            self._epoch = epoch
-        return self._order
 
 
 class BadImages:
@@ -237,12 +210,12 @@ class TrainLoader:
         if not 0 <= start_step <= end_step:
             raise UserError(f"steps must run upwards from 0, not from {start_step} to {end_step}")
         self.source = source
-        self.stream = SampleStream(seed, len(source), shuffle)
+        self.stream: SampleStream = sample_stream(source, seed, shuffle)
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size = rank, world_size
         self.start_step, self.end_step = start_step, end_step
         self.bad = BadImages(len(source), max_bad_share)
-        self.bad.add(tuple((name, "no such file") for name in getattr(source, "missing", ())))
+        self.bad.add(getattr(source, "unreadable", ()))
         reader = _StreamReader(source, transform, seed)
         self._loader = data_loader(reader, self._samples, workers, pin_memory, multiprocessing_context)
 
@@ -390,7 +363,7 @@ def _start_worker(worker: int) -> None:
 
 
 def served(loader: DataLoader[T]) -> Iterator[T]:
-    """One pass over a loader, whose workers end with it. Raises RunFailure where a worker died."""
+    """One pass over a loader, whose workers end with it. Raises RunFailure where a worker died or gave up."""
     # torch would raise for a dead worker from a signal handler, wherever the main process happens to be, half
     # way through a checkpoint included. Without it the loader finds out here, within five seconds.
     handler = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None
@@ -399,6 +372,8 @@ def served(loader: DataLoader[T]) -> Iterator[T]:
         signal.signal(signal.SIGCHLD, handler)
     try:
         yield from served
+    except RunFailure as error:  # a live worker's, with its traceback around it
+        raise RunFailure(str(error).strip().rpartition(f"{RunFailure.__module__}.RunFailure: ")[2]) from None
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
         first = str(error).partition("\n")[0]
         own = isinstance(error, RuntimeError) and not first.startswith("DataLoader worker")

@@ -124,7 +124,7 @@ class Planner:
         options |= {name: value for name, value in free.items() if value is not None}
         config = AlignConfig(**options, weights=self._weights(row.backbone), seed=seed)
         if config.data not in self._sources:
-            source = open_source(config.data)
+            source = open_source(config.data, exclude=config.exclude)
             self._sources[config.data] = source.fingerprint(), len(source)
         fingerprint, images = self._sources[config.data]
         return Alignment.of(

@@ -1,0 +1,28 @@
+"""Where images come from: folders, lists, tar shards, parquet files, mixtures of them, the embedded scenes."""
+
+from localign.data.decoding import UnreadableImage, read_image, to_rgb
+from localign.data.sources.base import DECODE_HEADROOM, SUFFIXES, EncodedSource, ImageSource, load_pixels
+from localign.data.sources.excluding import ExcludingSource
+from localign.data.sources.files import FileListSource, FolderSource
+from localign.data.sources.mixture import MixtureSource
+from localign.data.sources.opening import open_source
+from localign.data.sources.parquet import ParquetSource
+from localign.data.sources.tar import TarSource
+
+__all__ = [
+    "DECODE_HEADROOM",
+    "SUFFIXES",
+    "EncodedSource",
+    "ExcludingSource",
+    "FileListSource",
+    "FolderSource",
+    "ImageSource",
+    "MixtureSource",
+    "ParquetSource",
+    "TarSource",
+    "UnreadableImage",
+    "load_pixels",
+    "open_source",
+    "read_image",
+    "to_rgb",
+]

@@ -1,0 +1,223 @@
+"""Shards that lie elsewhere are fetched one by one into a bounded folder, in an order that any restart continues."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import pickle
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from localign.data.config import DataConfig, ImageData
+from localign.data.loader import TrainLoader
+from localign.data.sources import ParquetSource, open_source, remote
+from localign.data.sources.remote import StreamedTarSource
+from localign.data.stream import sample_stream
+from localign.data.transforms import TrainTransform
+from localign.datatools.options import ShardConfig
+from localign.datatools.shard import run_shard
+from localign.errors import RunFailure, UserError
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def bucket() -> str:
+    """An empty place elsewhere."""
+    return f"memory://bucket-{next(NUMBERS)}"
+
+
+def upload(folder: Path, bucket: str, pattern: str = "*") -> str:
+    for file in (path for path in folder.glob(pattern) if path.is_file()):
+        with fsspec.open(f"{bucket}/{file.name}", "wb") as out:
+            out.write(file.read_bytes())
+    return bucket
+
+
+@pytest.fixture
+def packed(pictures: Path, tmp_path: Path, bucket: str) -> str:
+    """Six shards of the pictures elsewhere, as `localign data shard` makes them."""
+    run_shard(ShardConfig(source=str(pictures), out=str(tmp_path / "packed"), shard_images=4, workers=0))
+    return upload(tmp_path / "packed", bucket)
+
+
+def contents(source) -> dict[str, bytes]:
+    return {source.name(i): source.load(i).tobytes() for i in range(len(source))}
+
+
+def test_the_images_are_those_of_the_folder(packed: str, pictures: Path, capsys) -> None:
+    source = open_source(packed)
+    assert isinstance(source, StreamedTarSource)
+    assert contents(source) == contents(open_source(str(pictures)))
+    assert capsys.readouterr().err == ""  # the index lay beside the shards
+    assert open_source(f"{packed}/{{000000..000005}}.tar").fingerprint() == source.fingerprint()
+    assert open_source(f"{packed}/*.tar").fingerprint() == source.fingerprint()
+    travelled = pickle.loads(pickle.dumps(source))
+    assert travelled.load(5).tobytes() == source.load(5).tobytes()
+
+
+@pytest.mark.parametrize("damage", ["missing", "other", "objects", "rubbish", "numbers"])
+def test_without_a_fitting_index_the_shards_are_read_once_for_one(
+    packed: str, pictures: Path, damage, capsys
+) -> None:
+    path = f"{packed}/index.npz"
+    with fsspec.open(path, "rb") as file:
+        arrays = dict(np.load(io.BytesIO(file.read())))
+    fsspec.filesystem("memory").rm(path)
+    if damage != "missing":
+        out = io.BytesIO()
+        if damage == "other":
+            arrays["about"] = np.frombuffer(b'{"digest": "other", "problems": []}', np.uint8)
+        elif damage == "objects":
+            arrays["records"] = np.array([object], dtype=object)
+        elif damage == "numbers":
+            arrays["records"] = arrays["records"] + 1000
+        np.savez(out, **arrays)
+        with fsspec.open(path, "wb") as file:
+            file.write(b"rubbish" if damage == "rubbish" else out.getvalue())
+    assert contents(open_source(packed)) == contents(open_source(str(pictures)))
+    assert "indexing 6 shards" in capsys.readouterr().err
+    open_source(packed)
+    assert capsys.readouterr().err == ""  # it is kept
+
+
+def test_only_so_many_shards_are_kept_here(packed: str, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(remote, "WINDOW", 1)
+    source = open_source(packed)
+    for index in sample_stream(source, 0).indices(0, 46):
+        source.load(int(index))
+    assert len(list((cache / "localign" / "shards").rglob("*.tar"))) == 4
+    assert not list(cache.rglob("*.tmp"))
+
+
+def test_shards_come_one_after_the_other_in_a_new_order_each_epoch(packed: str, monkeypatch) -> None:
+    monkeypatch.setattr(remote, "WINDOW", 2)
+    source = open_source(packed)
+    shard = source.index.records[:, 2]  # type: ignore[attr-defined]
+    epochs = [sample_stream(source, 7).indices(23 * e, 23 * e + 23) for e in range(3)]
+    orders = []
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(23))
+        orders.append(set(shard[epoch[:7]]))  # two of six shards, of which one alone holds less than four
+        assert len(orders[-1]) == 2
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def samples(spec: str, start: int, end: int, world: int, workers: int) -> dict[int, tuple[int, bytes]]:
+    found: dict[int, tuple[int, bytes]] = {}
+    for rank in range(world):
+        loader = TrainLoader(
+            open_source(spec),
+            TrainTransform(8),
+            seed=5,
+            global_batch=12,
+            micro_batch=2,
+            rank=rank,
+            world_size=world,
+            workers=workers,
+            start_step=start,
+            end_step=end,
+        )
+        for batch in loader:
+            for image, position, index in zip(*batch[:3], strict=True):
+                found[int(position)] = int(index), bytes(image.numpy())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_three_restarts_on_other_ranks_and_workers_change_nothing(
+    packed, rows, bucket, kind, monkeypatch
+) -> None:
+    monkeypatch.setattr(remote, "WINDOW", 2)
+    spec = packed if kind == "tar" else upload(rows, f"{bucket}-rows", "*.parquet")
+    whole = samples(spec, 0, 8, 1, 0)
+    assert len(whole) == 96
+    parts: dict[int, tuple[int, bytes]] = {}
+    for start, end, world, workers in ((0, 3, 2, 0), (3, 4, 1, 2), (4, 6, 3, 1), (6, 8, 6, 0)):
+        parts |= samples(spec, start, end, world, workers)
+    assert parts == whole
+
+
+def test_parquet_elsewhere_is_read_by_row_groups(rows: Path, bucket: str, pictures: Path) -> None:
+    source = open_source(upload(rows, bucket, "*.parquet"))
+    assert isinstance(source, ParquetSource)
+    assert list(contents(source).values()) == list(contents(open_source(str(pictures))).values())
+    assert source.fingerprint() == open_source(str(rows)).fingerprint()
+    assert "each loader worker fetches every row group" in source.notice
+
+
+def test_files_by_a_file_address_are_shards_elsewhere_too(shards: Path, pictures: Path) -> None:
+    assert contents(open_source(f"file://{shards}")) == contents(open_source(str(pictures)))
+
+
+def test_what_can_be_promised_is_said_before_a_run_starts(
+    packed: str, tmp_path: Path, rows: Path, capsys
+) -> None:
+    ImageData(DataConfig(data=packed), (8, 8))
+    said = capsys.readouterr().err
+    assert "6 shards are fetched from memory://" in said
+    assert "continues exactly at its sample" in said
+    (tmp_path / "m.yaml").write_text(f"mixture: [{{data: '{packed}'}}, {{data: {rows}}}]")
+    ImageData(DataConfig(data=str(tmp_path / "m.yaml")), (8, 8))
+    said = capsys.readouterr().err
+    assert "6 shards are fetched" in said
+    assert "row groups of up to 5 images" in said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_line_that_stays_broken_ends_the_run_and_hides_no_image(
+    packed: str, workers: int, monkeypatch
+) -> None:
+    source = open_source(packed)
+    fsspec.filesystem("memory").rm(f"{packed}/000002.tar")
+    loader = TrainLoader(
+        source, TrainTransform(8), seed=0, global_batch=23, micro_batch=23, end_step=1, workers=workers
+    )
+    with pytest.raises(RunFailure, match=r"^cannot read memory:///bucket-\d+/000002\.tar: .*000002\.tar$"):
+        list(loader)
+
+
+def test_a_line_that_breaks_once_is_tried_again(packed: str, monkeypatch) -> None:
+    source = open_source(packed)
+    plain, failed = fsspec.implementations.memory.MemoryFileSystem.get_file, []
+
+    def breaking(self, path, target, **options):
+        if not failed:
+            failed.append(path)
+            Path(target).write_bytes(b"half")
+            raise ConnectionError("reset by peer")
+        return plain(self, path, target, **options)
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "get_file", breaking)
+    assert source.load(0).size == (40, 30)
+    assert failed
+
+
+def test_a_shard_that_changed_since_the_start_ends_the_run(packed: str) -> None:
+    source = open_source(packed)
+    with fsspec.open(f"{packed}/000000.tar", "wb") as file:
+        file.write(b"x" * 100)
+    with pytest.raises(RunFailure, match="100 bytes came of"):
+        source.load(0)
+
+
+def test_addresses_that_lead_nowhere_are_one_line(bucket: str, shards: Path) -> None:
+    for spec, line in (
+        (f"{bucket}/x.tar", "there is no memory://.*x.tar"),
+        (f"{bucket}/*.tar", "no .tar or .parquet file is called like"),
+        (bucket, "no .tar or .parquet file is called like"),
+        ("nonsense://x/y.tar", "cannot reach nonsense://x/y.tar: Protocol not known"),
+        (f"{bucket}/{{a.tar,b.parquet}}", "must be .tar or .parquet alone"),
+    ):
+        with pytest.raises(UserError, match=line):
+            open_source(spec)
