@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from localign.data.loader import BadImages, Batch, EvalLoader, SampleStream, TrainLoader
+from localign.data.loader import BadImages, Batch, EvalLoader, TrainLoader
 from localign.data.sources import FileListSource, FolderSource, UnreadableImage, open_source
+from localign.data.stream import SampleStream
 from localign.data.transforms import EvalTransform, TrainTransform
 from localign.errors import RunFailure, UserError
 

@@ -9,17 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from restarts import BATCH, samples
 
 from localign.data.classification import labels_of
 from localign.data.config import DataConfig, ImageData
-from localign.data.loader import TrainLoader
 from localign.data.sources import ExcludingSource, MixtureSource, UnreadableImage, open_source
 from localign.data.sources.mixture import apportioned
 from localign.data.stream import sample_stream
-from localign.data.transforms import TrainTransform
 from localign.errors import UserError
 
-STEPS, BATCH = 12, 12
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -39,37 +38,16 @@ def specs(pictures: Path, shards: Path, rows: Path, mixture: Path, tmp_path_fact
     }
 
 
-def samples(source, start: int, end: int, world: int, workers: int) -> dict[int, tuple[int, bytes]]:
-    found: dict[int, tuple[int, bytes]] = {}
-    for rank in range(world):
-        loader = TrainLoader(
-            source,
-            TrainTransform(8),
-            seed=5,
-            global_batch=BATCH,
-            micro_batch=2,
-            rank=rank,
-            world_size=world,
-            workers=workers,
-            start_step=start,
-            end_step=end,
-        )
-        for batch in loader:
-            for image, position, index in zip(*batch[:3], strict=True):
-                found[int(position)] = int(index), bytes(image.numpy())
-    return found
-
-
 @pytest.mark.parametrize("kind", ["folder", "list", "tar", "parquet", "mixture"])
 def test_three_restarts_on_other_ranks_and_workers_change_nothing(specs, kind) -> None:
     def opened():
         return open_source(specs[kind][0], image_size=(8, 8), exclude=specs[kind][1])
 
-    whole = samples(opened(), 0, STEPS, 1, 0)  # more than two epochs
+    whole = samples(opened, 0, STEPS, 1, 0)  # more than two epochs
     assert sorted(whole) == list(range(STEPS * BATCH))
     parts: dict[int, tuple[int, bytes]] = {}
     for start, end, world, workers in ((0, 3, 2, 0), (3, 5, 1, 2), (5, 9, 3, 1), (9, STEPS, 6, 0)):
-        parts |= samples(opened(), start, end, world, workers)
+        parts |= samples(opened, start, end, world, workers)
     assert parts == whole
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
+import tarfile
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+from restarts import samples
 
 from localign.data.config import DataConfig, ImageData
+from localign.data.decoding import read_image
 from localign.data.loader import TrainLoader
 from localign.data.sources import ParquetSource, open_source, remote
 from localign.data.sources.remote import StreamedTarSource
@@ -91,6 +94,17 @@ def test_without_a_fitting_index_the_shards_are_read_once_for_one(
     assert capsys.readouterr().err == ""  # it is kept
 
 
+def test_shards_that_changed_at_their_address_are_fetched_anew(packed: str, pictures: Path) -> None:
+    open_source(packed).load(0)  # so that its shard is kept here
+    files = sorted(pictures.rglob("*.jpg"))
+    with fsspec.open(f"{packed}/000000.tar", "wb") as out, tarfile.open(fileobj=out, mode="w") as tar:
+        for file in files:  # more than before: that a file is another one is seen by its size
+            tar.add(file, f"another-{file.name}")
+    source = open_source(packed)
+    assert source.name(0) == "another-00.jpg"
+    assert source.load(0).tobytes() == read_image(files[0], "another-00.jpg").tobytes()
+
+
 def test_only_so_many_shards_are_kept_here(packed: str, cache: Path, monkeypatch) -> None:
     monkeypatch.setattr(remote, "WINDOW", 1)
     source = open_source(packed)
@@ -113,38 +127,17 @@ def test_shards_come_one_after_the_other_in_a_new_order_each_epoch(packed: str, 
     assert len({tuple(order) for order in orders}) > 1
 
 
-def samples(spec: str, start: int, end: int, world: int, workers: int) -> dict[int, tuple[int, bytes]]:
-    found: dict[int, tuple[int, bytes]] = {}
-    for rank in range(world):
-        loader = TrainLoader(
-            open_source(spec),
-            TrainTransform(8),
-            seed=5,
-            global_batch=12,
-            micro_batch=2,
-            rank=rank,
-            world_size=world,
-            workers=workers,
-            start_step=start,
-            end_step=end,
-        )
-        for batch in loader:
-            for image, position, index in zip(*batch[:3], strict=True):
-                found[int(position)] = int(index), bytes(image.numpy())
-    return found
-
-
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_three_restarts_on_other_ranks_and_workers_change_nothing(
     packed, rows, bucket, kind, monkeypatch
 ) -> None:
     monkeypatch.setattr(remote, "WINDOW", 2)
     spec = packed if kind == "tar" else upload(rows, f"{bucket}-rows", "*.parquet")
-    whole = samples(spec, 0, 8, 1, 0)
+    whole = samples(lambda: open_source(spec), 0, 8, 1, 0)
     assert len(whole) == 96
     parts: dict[int, tuple[int, bytes]] = {}
     for start, end, world, workers in ((0, 3, 2, 0), (3, 4, 1, 2), (4, 6, 3, 1), (6, 8, 6, 0)):
-        parts |= samples(spec, start, end, world, workers)
+        parts |= samples(lambda: open_source(spec), start, end, world, workers)
     assert parts == whole
 
 

@@ -147,3 +147,8 @@ class EncodedSource(ABC):
             self._digest(digest)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+
+def is_remote(spec: str) -> bool:
+    """Whether this is an address rather than a path."""
+    return "://" in spec

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from localign.data.sources.base import SUFFIXES, ImageSource
+from localign.data.sources.base import SUFFIXES, ImageSource, is_remote
 from localign.data.sources.excluding import ExcludingSource
 from localign.data.sources.files import LIST_SUFFIXES, FileListSource, FolderSource
 from localign.data.sources.mixture import MixtureSource
@@ -62,7 +62,7 @@ def _open(spec: str, image_size: tuple[int, int] | None, scaled_decode: bool) ->
     if head == "scenes":
         return _open_scenes(split if colon else "train", image_size)
     decode_size = image_size if scaled_decode else None
-    if "://" in spec:
+    if is_remote(spec):
         return _open_remote(spec, decode_size)
     path = Path(spec).expanduser()
     suffix = path.suffix.lower()
@@ -209,7 +209,7 @@ def _parts_of(file: Path) -> list[dict[str, Any]]:
 
 
 def _beside(file: Path, path: str) -> str:
-    elsewhere = "://" in path or path.partition(":")[0] == "scenes"
+    elsewhere = is_remote(path) or path.partition(":")[0] == "scenes"
     return path if elsewhere else str(file.parent / Path(path).expanduser())
 
 

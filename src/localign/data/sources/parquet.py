@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localign.data.decoding import UnreadableImage, check_bytes, unreadable_on_failure
-from localign.data.sources.base import EncodedSource
+from localign.data.sources.base import EncodedSource, is_remote
 from localign.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class ParquetSource(EncodedSource):
     def notice(self) -> str:
         """What is different about the order, and what it costs."""
         rows = int(self.blocks.max())
-        far = "each loader worker fetches every row group; " if _is_remote(self.files[0]) else ""
+        far = "each loader worker fetches every row group; " if is_remote(self.files[0]) else ""
         return far + (
             f"parquet is read by row groups of up to {rows} images, shuffled within {self.window} of them at a "
             "time; a run continues exactly at its sample; shards of `localign data shard` are shuffled as a whole"
@@ -144,7 +144,7 @@ class _Groups:
         return array
 
     def _read_group(self, file: int, group: int) -> pa.Array:
-        if not _is_remote(self.files[file]):
+        if not is_remote(self.files[file]):
             return self._image_bytes(file, group)
         from localign.data.sources.remote import patiently
 
@@ -177,10 +177,6 @@ class _Groups:
         return _Groups, (self.files, self.most)
 
 
-def _is_remote(file: str) -> bool:
-    return "://" in file
-
-
 def open_parquet(file: str) -> pq.ParquetFile:
     """A file to read from, by path or address.
 
@@ -193,7 +189,7 @@ def open_parquet(file: str) -> pq.ParquetFile:
     except ImportError:
         raise UserError("reading parquet takes pyarrow: pip install 'localign[parquet]'") from None
     try:
-        if _is_remote(file):
+        if is_remote(file):
             from localign.data.sources.remote import opened
 
             return pq.ParquetFile(opened(file))

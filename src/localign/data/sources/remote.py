@@ -6,7 +6,6 @@ as for files that are here: shards are shuffled, and images within some shards a
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -41,11 +40,6 @@ WINDOW = 8
 """Shards within which images are shuffled."""
 WAITS = (1.0, 5.0, 25.0)
 """Seconds before another try where something cannot be fetched; the last failure ends the run."""
-
-
-def is_remote(spec: str) -> bool:
-    """Whether this is an address rather than a path."""
-    return "://" in spec
 
 
 class RemoteFiles:
@@ -155,7 +149,7 @@ class StreamedTarSource(TarSource):
         self.unreadable = self.index.problems
         self.blocks = np.bincount(self.index.records[:, SHARD], minlength=len(urls))
         self.window = WINDOW
-        self._remote = RemoteFiles(self.urls, sizes, cache_folder("shards", urls), 2 * WINDOW + 2)
+        self._remote = RemoteFiles(self.urls, sizes, cache_folder("shards", urls, sizes), 2 * WINDOW + 2)
         self._files = OpenFiles(WINDOW)
 
     @property
@@ -186,10 +180,11 @@ def parent_of(url: str) -> str:
     return url.partition("?")[0].rpartition("/")[0]
 
 
-def cache_folder(what: str, urls: Sequence[str]) -> Path:
-    """Where something of these addresses is kept, for this user."""
+def cache_folder(what: str, urls: Sequence[str], sizes: Sequence[int]) -> Path:
+    """Where something of the files at these addresses is kept, for this user. Those whose size has changed have
+    another place."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "localign" / what / hashlib.blake2b("|".join(urls).encode(), digest_size=12).hexdigest()
+    return cache / "localign" / what / identity(urls, [(size, 0) for size in sizes])
 
 
 @contextmanager
@@ -251,7 +246,7 @@ def find_remote(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
 def _remote_index(urls: Sequence[str], sizes: Sequence[int]) -> TarIndex:
     states = [(size, 0) for size in sizes]
     names = [name_of(url) for url in urls]
-    folder = cache_folder("tar-index", urls)
+    folder = cache_folder("tar-index", urls, sizes)
 
     def make() -> Any:
         content = _portable(urls[0], identity(names, states), sum(sizes), len(urls))
