@@ -57,7 +57,7 @@ class Planner:
         self.config, self.world, self.heads = config, world, heads
         self.target = TARGETS[config.target]
         self.folder = Path(config.out) / config.world
-        self._sources: dict[str, tuple[str, int]] = {}
+        self._sources: dict[tuple[str, str | None], tuple[str, int]] = {}
         self._identities: dict[tuple[str, str], str] = {}
 
     def plan(self) -> Plan:
@@ -123,10 +123,11 @@ class Planner:
         free = {name: getattr(self.config, name) for name in ("device", "micro_batch", "workers")}
         options |= {name: value for name, value in free.items() if value is not None}
         config = AlignConfig(**options, weights=self._weights(row.backbone), seed=seed)
-        if config.data not in self._sources:
+        named = config.data, config.exclude
+        if named not in self._sources:
             source = open_source(config.data, exclude=config.exclude)
-            self._sources[config.data] = source.fingerprint(), len(source)
-        fingerprint, images = self._sources[config.data]
+            self._sources[named] = source.fingerprint(), len(source)
+        fingerprint, images = self._sources[named]
         return Alignment.of(
             f"{self._key(row)}, seed {seed}",
             config,
