@@ -101,6 +101,8 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["--batching", "padded"],
         ["--batching", "padded", "--micro-batch", "4"],
         ["--grad-checkpointing"],
+        ["--llm-attention", "eager"],
+        ["--llm-attention", "eager", "--batching", "padded"],
         ["--workers", "1"],
     ],
     ids=" ".join,
@@ -163,6 +165,20 @@ def test_a_second_stage_starts_from_the_first(data: Path, tmp_path: Path) -> Non
     assert main(command[:at] + command[at + 2 :]) == 0
     second = load_file(tmp_path / "second" / "export" / "model.safetensors")
     assert_close(second, first, atol=1e-6)
+
+
+def test_attention_that_cannot_be_had_is_refused(
+    data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(data, tmp_path / "run", "--llm-attention", "nonsense")
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot load the language model" in line
+    assert "nonsense" in line
+    at = command.index("--llm")
+    assert main([*command[:at], *command[at + 2 :], "--init", str(whole)]) == 2
+    assert "--llm-attention goes with --llm" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_exported_is_what_was_trained(data: Path, whole: Path) -> None:

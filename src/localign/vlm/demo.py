@@ -232,9 +232,10 @@ def _asked(config: VLMDemoConfig, out: Path, test: Path) -> dict[str, Any]:
     found = {}
     for kind, questions in outcome["splits"].items():
         figure = outcome["figures"][f"accuracy__Scenes-{kind}"]
+        bounds = figure["interval"]
         found[kind] = {
             "accuracy": figure["value"] / 100,
-            "interval": [end / 100 for end in figure["interval"]],
+            "interval": None if bounds is None else [end / 100 for end in bounds],
             "questions": questions,
         }
     return found
