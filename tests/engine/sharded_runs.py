@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from localign import rng
-from localign.data.loader import SampleStream
+from localign.data.stream import SampleStream
 from localign.engine import BatchPlan, Outcome, StepResult, Task, TrainConfig, train
 from localign.engine import sharded_checkpoint as sharded
 from localign.engine.distributed import World

@@ -12,7 +12,7 @@ import pytest
 import torch
 from vlm_data import IMAGE_TOKENS, mixed_data, record, tiny_encoder, write_json
 
-from localign.data.loader import SampleStream
+from localign.data.stream import SampleStream
 from localign.data.transforms import to_tensor
 from localign.engine.task import BatchPlan
 from localign.errors import UserError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from localign import rng
 from localign.backbones import Backbone
 from localign.bench.labels import numpy_loop
-from localign.data.loader import SampleStream
+from localign.data.stream import SampleStream
 from localign.data.transforms import EvalTransform
 from localign.probing import Geometry, HeadSpec, LabelledSource, PatchLabels, ProbeConfig, build_head
 from localign.probing.heads import TransformerHead

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from localign import rng
-from localign.data.loader import SampleStream
+from localign.data.stream import SampleStream
 from localign.engine.config import Precision
 from localign.engine.distributed import World
 from localign.errors import RunFailure, UserError

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from localign.data.loader import SampleStream
+from localign.data.stream import SampleStream
 from localign.errors import UserError
 from localign.vlm.examples import Encoder
 from localign.vlm.records import Conversations

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from localign import rng
-from localign.data.loader import SampleStream
+from localign.data.stream import SampleStream
 from localign.engine import BatchPlan, Outcome, StepResult, Task, TrainConfig, train
 from localign.engine.batch import to_device
 from localign.engine.distributed import World
