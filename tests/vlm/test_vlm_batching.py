@@ -171,7 +171,8 @@ def test_packed_and_padded_rows_of_two_sequences(data: Conversations) -> None:
     assert padded.labels[0].tolist() == [*short.labels.tolist(), *[IGNORED] * (b - a)]
     assert padded.attention_mask is not None
     assert padded.attention_mask.tolist() == [[1] * a + [0] * (b - a), [1] * b]
-    assert padded.position_ids.tolist() == [list(range(b))] * 2
+    assert padded.position_ids.tolist() == [[*range(a), *[0] * (b - a)], [*range(b)]]
+    assert packed.turns is padded.turns is None
 
 
 def test_bins_are_balanced() -> None:

@@ -52,6 +52,7 @@ def packed_sdpa(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    turns: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """One layer's attention.
@@ -66,6 +67,7 @@ def packed_sdpa(
         sliding_window: Keys that a query sees, itself included; default all before it.
         cu_seq_lens_q: int32 ``(sequences + 1,)``, the borders in a packed row, which is then the only row.
         max_length_q: The longest sequence.
+        turns: int64 ``(tokens,)``, see :func:`turns_mask`; of a packed row.
 
     Returns:
         ``(rows, tokens, heads, head width)``, and None for the weights.
@@ -79,9 +81,11 @@ def packed_sdpa(
         )
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise ValueError(f"{type(module).__name__} needs attn_implementation='eager'")
-    if max_length_q is not None and has_varlen_kernel(query, value, dropout):
+    if turns is None and max_length_q is not None and has_varlen_kernel(query, value, dropout):
         return _by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    return _by_sequence(module, query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window), None
+    return _by_sequence(
+        module, query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, turns
+    ), None
 
 
 def has_varlen_kernel(query: Tensor, value: Tensor, dropout: float) -> bool:
@@ -132,11 +136,14 @@ def _by_sequence(
     dropout: float,
     scaling: float | None,
     sliding_window: int | None,
+    turns: Tensor | None,
 ) -> Tensor:
     outputs = []
     for start, stop in pairwise(cu_seqlens.tolist()):
         window = None
-        if sliding_window is not None and stop - start > sliding_window:
+        if turns is not None:
+            window = turns_mask(turns[None, start:stop])
+        elif sliding_window is not None and stop - start > sliding_window:
             window = _window_mask(stop - start, sliding_window, query.device)
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))
         output, _ = sdpa_attention_forward(
@@ -152,6 +159,47 @@ def _window_mask(length: int, sliding_window: int, device: torch.device) -> Tens
     return ((distance >= 0) & (distance < sliding_window))[None, None]
 
 
+def turns_mask(turns: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Who sees whom where no turn sees another one.
+
+    Args:
+        turns: int64 ``(rows, tokens)``: 0 for what all later tokens see, else the turn a token belongs to.
+        attention_mask: ``(rows, tokens)``, 0 where padded.
+
+    Returns:
+        bool ``(rows, 1, tokens, tokens)``, queries by keys: True where seen. Each token sees itself, padding too.
+    """
+    queries, keys = turns[:, None, :, None], turns[:, None, None, :]
+    seen = ((keys == 0) | (keys == queries)).tril()
+    if attention_mask is not None:
+        itself = torch.eye(turns.shape[1], dtype=torch.bool, device=turns.device)
+        seen &= attention_mask[:, None, None, :].bool() | itself
+    return seen
+
+
+def check_independent_turns(model: PreTrainedModel) -> None:
+    """Raises UserError where a language model cannot keep the turns of a sequence apart."""
+    config = model.config.get_text_config()
+    if config._attn_implementation not in (PACKED_SDPA, "sdpa", "eager"):
+        raise UserError(
+            f"independent turns need --llm-attention sdpa or eager, not {config._attn_implementation}"
+        )
+    everywhere = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    windowed = getattr(config, "sliding_window", None) is not None or not everywhere
+    if not model._supports_attention_backend or model._is_stateful or windowed:
+        raise UserError(f"{type(model).__name__} cannot keep turns apart; train it with --turns conversation")
+
+
+def padded_turns(
+    model: PreTrainedModel, turns: Tensor, attention_mask: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The mask of padded rows of independent turns, in the form that the language model's attention takes."""
+    seen = turns_mask(turns, attention_mask)
+    if model.config.get_text_config()._attn_implementation != "eager":
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Let a language model whose attention is SDPA keep sequences apart without a mask; others stay."""
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
@@ -159,7 +207,12 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 
 def packed_arguments(
-    model: PreTrainedModel, inputs_embeds: Tensor, position_ids: Tensor, cu_seqlens: Tensor, longest: int
+    model: PreTrainedModel,
+    inputs_embeds: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    turns: Tensor | None = None,
 ) -> dict[str, Any]:
     """What a language model is to be called with beside a packed row's embeddings and positions.
 
@@ -172,9 +225,10 @@ def packed_arguments(
         position_ids: int64 ``(1, tokens)``, starting again with every sequence.
         cu_seqlens: int32 ``(sequences + 1,)``.
         longest: Tokens of the longest sequence.
+        turns: int64 ``(1, tokens)`` where turns are independent, see :func:`turns_mask`.
 
     Raises:
-        UserError: The model would not keep the sequences apart.
+        UserError: The model would not keep the sequences, or their turns, apart.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or LAYERS)
@@ -192,7 +246,10 @@ def packed_arguments(
     if implementation == PACKED_SDPA:
         # transformers passes four-dimensional masks on untouched. This one has no elements: it costs nothing,
         # and a layer that used it in spite of the borders would fail.
-        return {"attention_mask": inputs_embeds.new_empty((1, 1, 0, 0), dtype=torch.bool), **borders}
+        apart = {} if turns is None else {"turns": turns[0]}
+        return {"attention_mask": inputs_embeds.new_empty((1, 1, 0, 0), dtype=torch.bool), **borders, **apart}
+    if turns is not None:
+        raise UserError(f"packed rows of independent turns need --llm-attention sdpa, not {implementation}")
     if "flash" in implementation:
         return {"attention_mask": None, **borders}
     masks = create_masks_for_generate(config, inputs_embeds, None, None, position_ids=position_ids)

@@ -51,11 +51,14 @@ class VLMBatch(NamedTuple):
     labels: Tensor
     """int64, likewise: ids where they are learned, else -100. A sequence's first token has none."""
     position_ids: Tensor
-    """int64, likewise: from 0 for each sequence."""
+    """int64, likewise: from 0 for each sequence; independent turns go on where the image ends."""
     attention_mask: Tensor | None
     """int64, likewise, 0 where padded; None packed."""
     cu_seqlens: Tensor | None
     """int32 ``(records + 1,)``, where sequences begin and end in a packed row; None padded."""
+    turns: Tensor | None
+    """int64, as ``input_ids``, of independent turns: 0 for what all turns of a sequence see, else the turn. None where
+    turns see those before them."""
     images: Tensor
     """uint8 ``(images, 3, H, W)``, of the records that have one."""
     positions: Tensor
@@ -236,6 +239,7 @@ class _Rows(NamedTuple):
     position_ids: Tensor
     attention_mask: Tensor | None
     cu_seqlens: Tensor | None
+    turns: Tensor | None
 
 
 def packed_row(examples: Sequence[Example]) -> _Rows:
@@ -245,9 +249,10 @@ def packed_row(examples: Sequence[Example]) -> _Rows:
     return _Rows(
         torch.cat([example.input_ids for example in examples])[None],
         torch.cat([example.labels for example in examples])[None],
-        torch.cat([torch.arange(length) for length in lengths])[None],
+        torch.cat([example.position_ids for example in examples])[None],
         None,
         torch.tensor(borders, dtype=torch.int32),
+        torch.cat(turns)[None] if (turns := _turns(examples)) else None,
     )
 
 
@@ -256,10 +261,18 @@ def padded_rows(examples: Sequence[Example], padding: int) -> _Rows:
     longest = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), longest), padding, dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORED)
-    attention_mask = torch.zeros_like(input_ids)
+    attention_mask, positions = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    turns = torch.zeros_like(input_ids)
     for row, example in enumerate(examples):
         length = len(example.input_ids)
         input_ids[row, :length], labels[row, :length] = example.input_ids, example.labels
         attention_mask[row, :length] = 1
-    positions = torch.arange(longest).expand(len(examples), -1).contiguous()
-    return _Rows(input_ids, labels, positions, attention_mask, None)
+        positions[row, :length] = example.position_ids
+        if example.turns is not None:
+            turns[row, :length] = example.turns
+    return _Rows(input_ids, labels, positions, attention_mask, None, turns if _turns(examples) else None)
+
+
+def _turns(examples: Sequence[Example]) -> list[Tensor]:
+    """Of every example; none where turns are not independent."""
+    return [example.turns for example in examples if example.turns is not None]

@@ -20,6 +20,7 @@ Features = Literal["auto", "baseline", "aligned"]
 Resize = Literal["naive", "letterbox", "crop"]
 Batching = Literal["packed", "padded"]
 Sampler = Literal["shuffled", "grouped"]
+Turns = Literal["conversation", "independent"]
 
 WARMUP_SHARE = 0.03
 
@@ -84,6 +85,9 @@ class VLMConfig(TrainConfig):
     """Tokens of a conversation, image tokens included; what is beyond is cut off."""
     batching: Batching = "packed"
     """packed: conversations of a micro-batch in one row, with attention of each to itself alone. padded: a row each."""
+    turns: Turns = "conversation"
+    """conversation: each turn sees those before it. independent: each sees the image alone, as if it were a record of
+    its own whose image costs nothing; for questions asked one by one, whose answers would give one another away."""
     sampler: Sampler = "shuffled"
     """shuffled, or grouped: the published batches of one modality and like lengths."""
     max_bad_share: float = 0.01

@@ -116,6 +116,7 @@ class VLMDemoConfig:
             weight_decay=0.05,
             betas=(0.9, 0.98),
             max_length=512,
+            turns="independent",
             workers=self.workers,
             device=self.device,
             checkpoint_every=200,

@@ -25,6 +25,10 @@ class Example:
     """int64 ``(tokens,)``: beginning-of-sequence token, the image's tokens, text."""
     labels: Tensor
     """int64 ``(tokens,)``, aligned with ``input_ids``: the ids of answers and their ends, else -100."""
+    position_ids: Tensor
+    """int64 ``(tokens,)``, from 0; each independent turn goes on where the image ends."""
+    turns: Tensor | None = None
+    """int64 ``(tokens,)``, of independent turns: 0 for what all of them see (beginning and image), then 1, 2, ..."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Encoder:
         num_image_tokens: Tokens an image takes.
         max_length: The longest example, in tokens; what is beyond is cut off.
         text_limit: ``max_length`` counts the text alone, and an image's tokens come on top, as published.
+        independent: No turn sees another one: each is what a record of its own would be, but for the image's
+            tokens, which come once.
 
     Raises:
         UserError: The tokenizer has no image token, or the limit has no room for an image and text.
@@ -47,6 +53,7 @@ class Encoder:
     num_image_tokens: int
     max_length: int
     text_limit: bool = False
+    independent: bool = False
 
     def __post_init__(self) -> None:
         image_token_id(self.tokenizer)
@@ -71,11 +78,12 @@ class Encoder:
             num_image_tokens=self.num_image_tokens,
             max_length=self.max_length,
             text_limit=self.text_limit,
+            independent=self.independent,
         )
 
     def length(self, record: Record) -> int:
         """Tokens of a record with its image's, without a limit."""
-        ids, _, _ = self.prompt.conversation(self.tokenizer, record.turns)
+        ids, _, _, _ = _text(record, self.prompt, self.tokenizer, self.independent)
         return len(ids) + (self.num_image_tokens if record.image is not None else 0)
 
     def limit(self, has_image: bool) -> int:
@@ -91,6 +99,7 @@ def encode(
     num_image_tokens: int,
     max_length: int,
     text_limit: bool = False,
+    independent: bool = False,
 ) -> Example:
     """Tokenise one record; see :class:`Encoder` for the arguments.
 
@@ -98,17 +107,45 @@ def encode(
         NothingToLearn: No label is within the limit.
         UserError: The tokenizer has no image token.
     """
-    ids, labels, position = prompt.conversation(tokenizer, record.turns)
-    if text_limit:
-        ids, labels = ids[:max_length], labels[:max_length]
-    if record.image is not None:
-        ids[position:position] = [image_token_id(tokenizer)] * num_image_tokens
-        labels[position:position] = [IGNORED] * num_image_tokens
-    if not text_limit:
-        ids, labels = ids[:max_length], labels[:max_length]
-    if all(label == IGNORED for label in labels):
+    ids, labels, numbers, position = _text(record, prompt, tokenizer, independent)
+    image_tokens = num_image_tokens if record.image is not None else 0
+    if image_tokens:
+        ids[position:position] = [image_token_id(tokenizer)] * image_tokens
+        labels[position:position] = [IGNORED] * image_tokens
+        numbers[position:position] = [0] * image_tokens
+    limit = max_length + image_tokens if text_limit else max_length
+    if all(label == IGNORED for label in labels[:limit]):
         raise NothingToLearn(f"no answer begins within {max_length} tokens")
-    return Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64))
+    turns = torch.tensor(numbers[:limit], dtype=torch.int64)
+    return Example(
+        torch.tensor(ids[:limit], dtype=torch.int64),
+        torch.tensor(labels[:limit], dtype=torch.int64),
+        _positions(turns),
+        turns if independent else None,
+    )
+
+
+def _text(
+    record: Record, prompt: PromptFormat, tokenizer: PreTrainedTokenizerBase, independent: bool
+) -> tuple[list[int], list[int], list[int], int]:
+    """Ids, labels, each token's turn (a conversation is one turn), and where an image's tokens go."""
+    parts = [[turn] for turn in record.turns] if independent else [record.turns]
+    prompts = [prompt.conversation(tokenizer, part) for part in parts]
+    position = prompts[0].image_position
+    ids, labels, turns = prompts[0].ids[:position], [IGNORED] * position, [0] * position
+    for number, part in enumerate(prompts, start=1):
+        ids += part.ids[position:]
+        labels += part.labels[position:]
+        turns += [number] * (len(part.ids) - position)
+    return ids, labels, turns, position
+
+
+def _positions(turns: Tensor) -> Tensor:
+    """Positions of tokens whose turns these are; turns are in order, and each begins after what all see."""
+    index = torch.arange(len(turns))
+    shared = int((turns == 0).sum())
+    starts = torch.searchsorted(turns, turns)  # of each token's own turn
+    return torch.where(turns == 0, index, shared + index - starts)
 
 
 def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

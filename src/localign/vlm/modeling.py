@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from localign.errors import UserError
 from localign.vlm.adapters import Adapter, build_adapter
-from localign.vlm.attention import packed_arguments, use_packed_attention
+from localign.vlm.attention import packed_arguments, padded_turns, use_packed_attention
 from localign.vlm.configuration import LocalignVLMConfig
 from localign.vlm.losses import VocabularyHead, next_token_loss
 from localign.vlm.vision import VisionTower
@@ -202,6 +202,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        turns: Tensor | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -217,6 +218,8 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
             attention_mask: ``(rows, tokens so far)``, 0 where padded.
             position_ids: int64 ``(rows, tokens)``; in a packed row they start again with every sequence.
             cu_seqlens: int32 ``(sequences + 1,)``, the borders of the sequences in the one, packed row.
+            turns: int64 ``(rows, tokens)``: 0 for what all turns of a sequence see, else the turn that a token
+                belongs to and whose tokens alone it sees; default all tokens see those before them.
             labels: int64 ``(rows, tokens)``, aligned with ``input_ids``, -100 where nothing is learned. With
                 them ``logits`` is None.
             inputs_embeds: ``(rows, tokens, width)`` instead of ``input_ids``, images included.
@@ -241,10 +244,14 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("a packed row is the only row, has position_ids and no cache")
             longest = int(torch.diff(cu_seqlens).max())
             self._check_length(longest)
-            kwargs |= packed_arguments(self.language_model, inputs_embeds, position_ids, cu_seqlens, longest)
+            kwargs |= packed_arguments(
+                self.language_model, inputs_embeds, position_ids, cu_seqlens, longest, turns
+            )
         else:
             past = cache.get_seq_length() if cache is not None else 0
             self._check_length(int(past) + inputs_embeds.shape[1])
+            if turns is not None:
+                attention_mask = padded_turns(self.language_model, turns, attention_mask, inputs_embeds.dtype)
             kwargs["attention_mask"] = attention_mask
         kwargs |= {"inputs_embeds": inputs_embeds, "return_dict": True}
         if position_ids is not None:

@@ -14,6 +14,7 @@ from localign.data.loader import BadImages
 from localign.engine.batch import to_device
 from localign.engine.distributed import World, choose_device
 from localign.engine.task import BatchPlan, StepResult, Task
+from localign.vlm.attention import check_independent_turns
 from localign.vlm.batching import VLMBatch, planned_batches, record_stream
 from localign.vlm.build import build_vlm, merged, save_vlm
 from localign.vlm.config import VLMConfig
@@ -62,7 +63,10 @@ class VLMTask(Task):
             model.vision.num_tokens,
             config.max_length,
             text_limit=config.published_quirks,
+            independent=config.turns == "independent",
         )
+        if self.encoder.independent:
+            check_independent_turns(model.language_model)
         self._frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
         self._start = _fingerprint({n: p for n, p in model.named_parameters() if n in self._frozen})
 
@@ -101,6 +105,7 @@ class VLMTask(Task):
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             cu_seqlens=batch.cu_seqlens,
+            turns=batch.turns,
             labels=batch.labels,
         )
         assert output.loss_sum is not None
