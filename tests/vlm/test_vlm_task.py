@@ -103,6 +103,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["--grad-checkpointing"],
         ["--llm-attention", "eager"],
         ["--llm-attention", "eager", "--batching", "padded"],
+        ["--adapter-lr", "1e-3", "--micro-batch", "4"],
         ["--workers", "1"],
     ],
     ids=" ".join,
@@ -156,6 +157,24 @@ def test_a_stage_trains_its_parts(data: Path, tmp_path: Path, stage: str, moves:
     assert moved == moves
     assert not any("lora" in name for name in last), "low-rank updates are merged"
     load_vlm(tmp_path / "last")
+
+
+def test_the_adapter_has_a_learning_rate_of_its_own(data: Path, whole: Path, tmp_path: Path) -> None:
+    start = trained(data, tmp_path / "start", "--lr", "1e-12")
+    slow = trained(data, tmp_path / "slow", "--adapter-lr", "1e-12")
+    moved = {name.split(".")[0] for name in start if (slow[name] - start[name]).abs().max() > 1e-6}
+    assert moved == {"language_model"}
+    same = trained(data, tmp_path / "same", "--adapter-lr", "1e-3")
+    theirs = load_file(whole / "export" / "model.safetensors")
+    assert all(torch.equal(same[name], theirs[name]) for name in theirs)
+
+
+def test_a_log_line_says_how_large_image_tokens_are(data: Path, whole: Path, tmp_path: Path) -> None:
+    trained(data, tmp_path / "start", "--lr", "1e-12", "--adapter", "linear", "--steps", "2")
+    assert logged(tmp_path / "start", "image_text_ratio")[1] < 1e-6, "all zero at the start"
+    grown = logged(whole, "image_text_ratio")
+    assert set(grown) == set(range(1, STEPS + 1))
+    assert all(0.01 < ratio < 100 for ratio in grown.values())
 
 
 def test_a_second_stage_starts_from_the_first(data: Path, tmp_path: Path) -> None:
@@ -258,6 +277,9 @@ def test_a_bad_record_is_one_line_and_leaves_nothing(
         (["--stage", "frozen"], "--stage takes"),
         (["--prompt", "chat-template"], "chat template"),
         (["--features", "aligned"], "`localign align` wrote"),
+        (["--adapter-lr", "0"], "--adapter-lr must be above 0"),
+        (["--adapter-lr", "1e-3", "--lr", "null"], "goes with --lr"),
+        (["--turns", "independent", "--llm-attention", "flex_attention"], "independent turns need"),
     ],
 )
 def test_bad_options_are_one_line(

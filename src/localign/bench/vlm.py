@@ -20,7 +20,7 @@ from localign.bench.vlm_setup import training_options
 from localign.engine.batch import to_device
 from localign.engine.distributed import choose_device
 from localign.engine.log import say
-from localign.engine.optim import build_optimizer, scale_and_clip
+from localign.engine.optim import build_optimizer, scale_and_clip, set_rates
 from localign.engine.task import BatchPlan, StepResult
 from localign.errors import RunFailure
 from localign.vlm.batching import VLMBatch
@@ -179,8 +179,7 @@ def _measure(
     task: VLMTask, passes: dict[tuple[Batching, Sampler], Pass], repeats: int
 ) -> dict[Way, Measured]:
     optimizer = build_optimizer(task.model, task.config)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    set_rates(optimizer, 0.0)
     measured = {way: Measured() for way in WAYS}
     for repeat in range(-1, repeats):
         say(f"repeat {repeat + 1} of {repeats}" if repeat >= 0 else "warming up")

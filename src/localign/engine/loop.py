@@ -22,7 +22,14 @@ from localign.engine.distributed import World, world
 from localign.engine.guards import NonFiniteGuard
 from localign.engine.log import Bar, Log, Stopwatch, say
 from localign.engine.opening import open_folder, open_log
-from localign.engine.optim import averaged, build_optimizer, decayed_names, learning_rate, scale_and_clip
+from localign.engine.optim import (
+    averaged,
+    build_optimizer,
+    decayed_names,
+    learning_rate,
+    scale_and_clip,
+    set_rates,
+)
 from localign.engine.sharded_checkpoint import ShardedCheckpoints
 from localign.engine.sharding import fill_whole, hollow_copy, reshard, shard_task
 from localign.engine.stopping import StopRequest, stop_requests
@@ -116,7 +123,7 @@ class Loop:
         task.to(self.world.device)
         if self.ema is not None:
             self.ema.to(self.world.device)
-        self.optimizer = build_optimizer(task.module, config, decayed)
+        self.optimizer = build_optimizer(task.module, config, decayed, task.lr_factors())
         if resumed_at is not None:
             self._restore(resumed_at)
         else:
@@ -144,8 +151,7 @@ class Loop:
         batches = self.task.batches(self._plan(start=self.step))
         while self.step < self.steps and not self.stopping:
             rate = learning_rate(self.step, self.steps, config)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            set_rates(self.optimizer, rate)
             torch.manual_seed(rng.key(config.seed, "step", self.step, self.world.rank) >> 1)
             taken = self._step(batches, totals, clock)
             self.step += 1

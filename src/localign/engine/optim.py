@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,25 +33,40 @@ def decayed_names(module: nn.Module) -> frozenset[str]:
 
 
 def build_optimizer(
-    module: nn.Module, config: TrainConfig, decayed: Container[str] | None = None
+    module: nn.Module,
+    config: TrainConfig,
+    decayed: Container[str] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over what is trainable, in two groups: decayed, and not.
+    """AdamW over what is trainable, in groups: decayed or not, for each learning rate. See :func:`set_rates`.
 
     Args:
         module: On its device, sharded where it will be.
         config: Learning rate, betas, eps and weight decay.
         decayed: Of a sharded module: its :func:`decayed_names` from before, when every parameter was whole.
+        rates: Submodule -> factor of its learning rate, where it has another one than the rest.
     """
     if decayed is None:
         decayed = decayed_names(module)
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in named if n in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        factor = next((f for part, f in (rates or {}).items() if name.startswith(f"{part}.")), 1.0)
+        decay = config.weight_decay if name in decayed else 0.0
+        groups.setdefault((factor, decay), []).append(parameter)
     fused = all(p.device.type in ("cuda", "cpu", "mps") and p.is_floating_point() for _, p in named)
     lr = config.lr if config.lr is not None else 3e-4
-    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
+    described = [
+        {"params": parameters, "weight_decay": decay, "lr_factor": factor}
+        for (factor, decay), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(described, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step; parts that have a factor of their own get that multiple of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_factor"]
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:

@@ -104,6 +104,10 @@ class Task(ABC):
             batch: On the task's device.
         """
 
+    def lr_factors(self) -> Mapping[str, float]:
+        """Submodules of :attr:`module` with a learning rate of their own, as a factor of the run's."""
+        return {}
+
     def throughput(self, batch: Any) -> dict[str, int]:
         """What a micro-batch of this rank holds beside its samples, by name: logged as ``<name>_per_second``."""
         return {}

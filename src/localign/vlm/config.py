@@ -104,6 +104,8 @@ class VLMConfig(TrainConfig):
     """Conversations per optimizer step, over all ranks and micro-batches."""
     lr: float | None = 2e-5
     """Peak learning rate."""
+    adapter_lr: float | None = None
+    """Peak learning rate of the adapter, which then follows the same schedule; default that of all else."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end of the cosine, as a share of the peak."""
     warmup_share: float | None = None
@@ -127,6 +129,8 @@ class VLMConfig(TrainConfig):
             )
         if self.attention not in BACKENDS:
             raise UserError(f"--attention takes {', '.join(BACKENDS)}, not {self.attention!r}")
+        if self.adapter_lr is not None and (self.lr is None or not self.adapter_lr > 0):
+            raise UserError(f"--adapter-lr must be above 0 and goes with --lr; not {self.adapter_lr}, {self.lr}")
         if self.max_length < 8:
             raise UserError(f"--max-length must leave room for an image and words, not {self.max_length}")
         if self.lora_rank < 1 or self.lora_alpha < 1:

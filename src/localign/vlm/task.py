@@ -24,6 +24,8 @@ from localign.vlm.processing import LocalignVLMProcessor
 from localign.vlm.prompts import IGNORED, prompt_format
 from localign.vlm.records import Conversations
 
+_MONITORED = 8
+"""Images that a log line's readings are of."""
 _SAMPLED = 64
 """Values of a frozen tensor that its fingerprint looks at."""
 
@@ -111,6 +113,26 @@ class VLMTask(Task):
         assert output.loss_sum is not None
         assert output.label_count is not None
         return output.loss_sum, output.label_count
+
+    def lr_factors(self) -> Mapping[str, float]:
+        if self.config.adapter_lr is None:
+            return {}
+        assert self.config.lr is not None  # the config has it so
+        return {"adapter": self.config.adapter_lr / self.config.lr}
+
+    def monitor(self, batch: VLMBatch) -> dict[str, float]:
+        """How large image tokens are beside those of text, where the model is not sharded: root mean squares."""
+        if not len(batch.images) or self.config.sharding != "none":
+            return {}
+        with torch.no_grad():
+            image = self.model.get_image_features(batch.images[:_MONITORED].to(self.device))
+            ids = batch.input_ids[batch.labels != IGNORED].to(self.device)
+            text = self.model.get_input_embeddings()(ids)
+        return {
+            "image_text_ratio": float(
+                image.float().square().mean().sqrt() / text.float().square().mean().sqrt()
+            )
+        }
 
     def throughput(self, batch: VLMBatch) -> dict[str, int]:
         tokens = batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
