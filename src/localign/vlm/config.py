@@ -130,7 +130,9 @@ class VLMConfig(TrainConfig):
         if self.attention not in BACKENDS:
             raise UserError(f"--attention takes {', '.join(BACKENDS)}, not {self.attention!r}")
         if self.adapter_lr is not None and (self.lr is None or not self.adapter_lr > 0):
-            raise UserError(f"--adapter-lr must be above 0 and goes with --lr; not {self.adapter_lr}, {self.lr}")
+            raise UserError(
+                f"--adapter-lr must be above 0 and goes with --lr; not {self.adapter_lr}, {self.lr}"
+            )
         if self.max_length < 8:
             raise UserError(f"--max-length must leave room for an image and words, not {self.max_length}")
         if self.lora_rank < 1 or self.lora_alpha < 1:

@@ -7,7 +7,6 @@ conversations for the same steps, and asked about scenes that nothing was traine
 
 # Annotations stay types here: the command line is made from this module's config class.
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +22,8 @@ from localign.demo import DemoConfig
 from localign.engine import run as runs
 from localign.engine import train
 from localign.engine.distributed import World, choose_device
-from localign.engine.log import Stopwatch, say
+from localign.engine.log import Stopwatch, read_log, say
+from localign.engine.side_by_side import Job, cores, run_side_by_side
 from localign.errors import UserError, near
 from localign.report.tables import paired
 from localign.vlm.adapters import AdapterName
@@ -81,10 +81,14 @@ class VLMDemoConfig:
     """Scenes per step."""
     lr: float = 3e-3
     """Peak learning rate of the vision-language models."""
+    adapter_lr: float = 3e-4
+    """The same of their adapters."""
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    at_once: int | None = None
+    """Models trained side by side; default one per core on a CPU, and one else."""
 
     def __post_init__(self) -> None:
         for name, given, known in (("model", self.models, MODELS), ("kind", self.kinds, KINDS)):
@@ -94,6 +98,8 @@ class VLMDemoConfig:
                 raise UserError(f"unknown {name} {unknown[0]!r}; known: {listed}{near(unknown[0], known)}")
             if not given or len(set(given)) != len(given):
                 raise UserError(f"--{name}s takes names, each once")
+        if self.at_once is not None and self.at_once < 1:
+            raise UserError(f"--at-once must be at least 1, not {self.at_once}")
         for field in ("seeds", "scenes", "questions", "test_scenes", "llm_steps", "steps", "batch_size"):
             if getattr(self, field) < 1:
                 raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(self, field)}")
@@ -112,6 +118,7 @@ class VLMDemoConfig:
             steps=self.steps,
             batch_size=self.batch_size,
             lr=self.lr,
+            adapter_lr=self.adapter_lr,
             min_lr_ratio=0.02,
             weight_decay=0.05,
             betas=(0.9, 0.98),
@@ -149,11 +156,10 @@ def run_vlm_demo(config: VLMDemoConfig) -> dict[str, Any]:
     train_file = write_dataset(folder / "train", "train", config.scenes, config.questions, config.kinds)
     test_file = write_dataset(folder / "test", "test", config.test_scenes, config.questions, config.kinds)
     _prepare(config, folder, train_file)
-    models: dict[str, list[dict[str, Any]]] = {name: [] for name in config.models}
-    for seed in range(config.seed, config.seed + config.seeds):
-        for name in config.models:
-            say(f"seed {seed}: {name}")
-            models[name].append(_trained_and_asked(config, name, seed, test_file))
+    seeds = range(config.seed, config.seed + config.seeds)
+    _train_models([config.vlm_config(name, seed) for seed in seeds for name in config.models], config)
+    say("asking")
+    models = {name: [_asked_model(config, name, seed, test_file) for seed in seeds] for name in config.models}
     results = {
         "command": "vlm demo",
         "config": asdict(config),
@@ -178,7 +184,7 @@ def _check_same(folder: Path, config: VLMDemoConfig) -> None:
     if not (folder / runs.CONFIG_FILE).is_file():
         return
     saved, now = runs.read_config(folder)["config"], runs.plain(config)
-    free = ("seeds", "models", "device", "workers", "out")
+    free = ("seeds", "models", "device", "workers", "at_once", "out")
     fields = [f for f in now if f not in free and saved.get(f) != now[f]]
     if fields:
         listed = "; ".join(f"{f}: {saved.get(f)!r} there, {now[f]!r} now" for f in fields)
@@ -211,14 +217,23 @@ def _prepare(config: VLMDemoConfig, folder: Path, train_file: Path) -> None:
         train(AlignTask(align), align, "align")
 
 
-def _trained_and_asked(config: VLMDemoConfig, name: str, seed: int, test_file: Path) -> dict[str, Any]:
-    """One model's results; those that are on disk are taken as they are."""
-    vlm = config.vlm_config(name, seed)
-    out = Path(vlm.out)
-    if not (out / runs.RESULTS_FILE).is_file():
+def _train_models(configs: Sequence[VLMConfig], demo: VLMDemoConfig) -> None:
+    """Train those that are not yet."""
+    left = [vlm for vlm in configs if not (Path(vlm.out) / runs.RESULTS_FILE).is_file()]
+    on_cpu = choose_device(demo.device).type == "cpu"
+    at_once = min(len(left), demo.at_once or (cores() if on_cpu else 1))
+    if at_once > 1:
+        run_side_by_side([Job("vlm train", vlm) for vlm in left], at_once)
+        return
+    for vlm in left:
+        say(Path(vlm.out).name)
         train(VLMTask(vlm), vlm, "vlm train")
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    losses = [entry["loss"] for entry in log if "loss" in entry]
+
+
+def _asked_model(config: VLMDemoConfig, name: str, seed: int, test_file: Path) -> dict[str, Any]:
+    """One model's results; what is on disk is taken as it is."""
+    out = Path(config.vlm_config(name, seed).out)
+    losses = [entry["loss"] for entry in read_log(out) if "loss" in entry]
     return {"seed": seed, "loss": losses[-1], "kinds": _asked(config, out, test_file.parent)}
 
 
