@@ -81,8 +81,6 @@ class VLMDemoConfig:
     """Scenes per step."""
     lr: float = 3e-3
     """Peak learning rate of the vision-language models."""
-    adapter_lr: float = 3e-4
-    """The same of their adapters."""
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
@@ -118,7 +116,6 @@ class VLMDemoConfig:
             steps=self.steps,
             batch_size=self.batch_size,
             lr=self.lr,
-            adapter_lr=self.adapter_lr,
             min_lr_ratio=0.02,
             weight_decay=0.05,
             betas=(0.9, 0.98),
