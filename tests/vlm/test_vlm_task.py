@@ -164,6 +164,14 @@ def test_the_adapter_has_a_learning_rate_of_its_own(data: Path, whole: Path, tmp
     slow = trained(data, tmp_path / "slow", "--adapter-lr", "1e-12")
     moved = {name.split(".")[0] for name in start if (slow[name] - start[name]).abs().max() > 1e-6}
     assert moved == {"language_model"}
+    start, slow = (
+        trained(data, tmp_path / name, "--adapter", "truncated", *more)
+        for name, more in (("start2", ["--lr", "1e-12"]), ("slow2", ["--adapter-lr", "1e-12"]))
+    )
+    moved = {".".join(n.split(".")[:2]) for n in start if (slow[n] - start[n]).abs().max() > 1e-6}
+    assert moved == {"adapter.head", "language_model.lm_head", "language_model.model"}, (
+        "its output layer is new"
+    )
     same = trained(data, tmp_path / "same", "--adapter-lr", "1e-3")
     theirs = load_file(whole / "export" / "model.safetensors")
     assert all(torch.equal(same[name], theirs[name]) for name in theirs)

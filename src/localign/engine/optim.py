@@ -44,7 +44,8 @@ def build_optimizer(
         module: On its device, sharded where it will be.
         config: Learning rate, betas, eps and weight decay.
         decayed: Of a sharded module: its :func:`decayed_names` from before, when every parameter was whole.
-        rates: Submodule -> factor of its learning rate, where it has another one than the rest.
+        rates: Submodule -> factor of its learning rate, where it has another one than the rest; of several that hold
+            a parameter the first counts.
     """
     if decayed is None:
         decayed = decayed_names(module)

@@ -105,7 +105,8 @@ class Task(ABC):
         """
 
     def lr_factors(self) -> Mapping[str, float]:
-        """Submodules of :attr:`module` with a learning rate of their own, as a factor of the run's."""
+        """Submodules of :attr:`module` with a learning rate of their own, as a factor of the run's; inner ones come
+        first."""
         return {}
 
     def throughput(self, batch: Any) -> dict[str, int]:

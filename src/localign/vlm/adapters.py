@@ -99,6 +99,9 @@ def describe_tokens(width: int, count: int, prefix: int) -> str:
 class Adapter(nn.Module):
     """Base of all adapters; ``config`` is enough to build it again."""
 
+    new_part: str | None = None
+    """Of an adapter that starts from trained weights: the submodule towards the language model, which does not."""
+
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
         self.config = config
@@ -163,6 +166,7 @@ class DecoderAdapter(Adapter):
         self.hidden = config.num_prefix_tokens if config.kind == "decoder" else 0
         if config.kind == "decoder":
             _zero(self.decoder.head)
+            self.new_part = "decoder.head"
 
     def adapt(self, tokens: Tensor) -> Tensor:
         return self.decoder(hide_prefix(self.in_proj(tokens), self.hidden))
@@ -174,6 +178,8 @@ class FusedDecoderAdapter(Adapter):
     The prefix positions, hidden in alignment and dropped by a tower of several backbones, enter the decoder
     as zeros and leave the sequence after it.
     """
+
+    new_part = "mlp"
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
@@ -195,6 +201,8 @@ class FusedDecoderAdapter(Adapter):
 
 class TruncatedAdapter(Adapter):
     """The last blocks and the final norm of the ViT, then a linear layer, zero at the start."""
+
+    new_part = "head"
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)

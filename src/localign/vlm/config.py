@@ -105,7 +105,8 @@ class VLMConfig(TrainConfig):
     lr: float | None = 2e-5
     """Peak learning rate."""
     adapter_lr: float | None = None
-    """Peak learning rate of the adapter, which then follows the same schedule; default that of all else."""
+    """Peak learning rate of the adapter, on the same schedule; default that of all else. Of decoder, fused-decoder and
+    truncated it is the rate of what comes from trained weights; their output layer is new and keeps --lr."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end of the cosine, as a share of the peak."""
     warmup_share: float | None = None

@@ -41,6 +41,7 @@ MODELS: dict[str, tuple[bool, AdapterName]] = {
     "baseline-transformer": (False, "transformer"),
     "baseline-truncated": (False, "truncated"),
     "aligned-mlp": (True, "mlp"),
+    "aligned-transformer": (True, "transformer"),
     "aligned-truncated": (True, "truncated"),
 }
 """Name in results -> whether the backbone is aligned, adapter."""
@@ -59,7 +60,7 @@ class VLMDemoConfig:
     out: str = "runs/vlm-demo"
     """Folder of the demo; one that was cut off is continued."""
     models: tuple[str, ...] = ("baseline-mlp", "aligned-decoder")
-    """Which: baseline-mlp, aligned-decoder, baseline-transformer, baseline-truncated, aligned-mlp,
+    """Which: baseline-mlp, aligned-decoder, baseline-transformer, baseline-truncated, aligned-mlp, aligned-transformer,
     aligned-truncated; the first is what the others are compared with."""
     kinds: tuple[str, ...] = ("referring", "position", "count", "relation", "presence")
     """Kinds of questions: referring, position, count, relation, presence, attribute, choice, caption."""
@@ -81,6 +82,8 @@ class VLMDemoConfig:
     """Scenes per step."""
     lr: float = 3e-3
     """Peak learning rate of the vision-language models."""
+    adapter_lr: float = 3e-4
+    """The same of what an adapter has from trained weights: decoders and truncated ViTs."""
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
@@ -116,6 +119,7 @@ class VLMDemoConfig:
             steps=self.steps,
             batch_size=self.batch_size,
             lr=self.lr,
+            adapter_lr=self.adapter_lr if adapter in ("decoder", "truncated") else None,
             min_lr_ratio=0.02,
             weight_decay=0.05,
             betas=(0.9, 0.98),

@@ -118,7 +118,9 @@ class VLMTask(Task):
         if self.config.adapter_lr is None:
             return {}
         assert self.config.lr is not None  # the config has it so
-        return {"adapter": self.config.adapter_lr / self.config.lr}
+        new = self.model.adapter.new_part
+        factors = {} if new is None else {f"adapter.{new}": 1.0}
+        return {**factors, "adapter": self.config.adapter_lr / self.config.lr}
 
     def monitor(self, batch: VLMBatch) -> dict[str, float]:
         """How large image tokens are beside those of text, where the model is not sharded: root mean squares."""
