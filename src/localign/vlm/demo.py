@@ -82,7 +82,7 @@ class VLMDemoConfig:
     """Scenes per step."""
     lr: float = 3e-3
     """Peak learning rate of the vision-language models."""
-    adapter_lr: float = 3e-4
+    adapter_lr: float = 1e-4
     """The same of what an adapter has from trained weights: decoders and truncated ViTs."""
     workers: int = 0
     """Loader processes."""
