@@ -56,6 +56,7 @@ def resolve_finetune(config: FinetuneConfig) -> FinetuneConfig:
         config,
         batch_size=config.batch_size or (CPU_BATCH if on_cpu else PUBLISHED_BATCH),
         crop=config.crop or ("none" if config.is_scenes else "rrc"),
+        decode=config.decode or (None if config.is_scenes else "scaled"),
         val_images=config.val_images or (SCENES_PER_VALIDATION if config.is_scenes else None),
     )
 
