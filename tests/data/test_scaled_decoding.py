@@ -58,12 +58,12 @@ def fractions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return met
 
 
-def test_samples_stay_within_two_levels_of_a_full_decode(fractions: list[int]) -> None:
+def test_samples_stay_within_three_levels_of_a_full_decode(fractions: list[int]) -> None:
     data = jpeg(waves(601, 803))
     for position in range(40):
         scaled, full = both(data, position)
         assert scaled.shape == full.shape == (3, SIZE, SIZE)
-        assert float((scaled - full).abs().float().mean()) < 2, position
+        assert float((scaled - full).abs().float().mean()) < 3, position
         assert abs(float((scaled - full).float().mean())) < 0.3, position  # neither brighter nor shifted
     assert {4, 8} == set(fractions)
 

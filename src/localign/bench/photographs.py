@@ -22,7 +22,7 @@ _SHARD_IMAGES = 64
 
 
 def draw(folder: Path, count: int, seed: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> None:
-    """Write JPEGs of 3.4 bits per pixel, rather more than most photographs of that size have.
+    """Write JPEGs of 2.8 bits per pixel, as photographs have at that quality that are not enlarged.
 
     Their spectrum falls as photographs' does, amplitude by a power of frequency, colour sooner than brightness.
 
@@ -50,7 +50,7 @@ def _field(seed: int, number: int, height: int, width: int) -> NDArray[np.float3
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
     parts = []
-    for power in (1.15, 1.6, 1.6):
+    for power in (1.25, 1.6, 1.6):
         phases = np.exp(2j * np.pi * draws.random(frequency.shape))
         part = np.fft.irfft2(phases / frequency**power, (height, width))
         parts.append((part / part.std()).astype(np.float32))
