@@ -142,17 +142,20 @@ def _ours(forms: dict[str, str], config: BenchConfig, images: int, batch: int) -
 
 
 def _differences(ways: list[Way]) -> float:
-    """One pass of each, which also warms up: the mean absolute difference of scaled crops to full ones, in levels.
+    """Passes that are not timed, which warm up: the mean absolute difference of scaled crops to full ones, in levels.
 
     Raises:
         RunFailure: The tar shards give other pixels than the folder, from which they were packed in its order.
     """
-    crops = {(way.name, way.decode): list(way.batches) for way in ways}
-    for decode in ("scaled", "full"):
-        pairs = zip(crops["folder", decode], crops["tar", decode], strict=True)
-        if not all(torch.equal(a.images, b.images) for a, b in pairs):
-            raise RunFailure(f"the folder and the tar shards give different crops, decoded {decode}")
-    pairs = zip(crops["folder", "scaled"], crops["folder", "full"], strict=True)
+    by_name = {(way.name, way.decode): way.batches for way in ways}
+    for batches in by_name.values():
+        _exhaust(batches)
+    decodes: tuple[Decode, ...] = ("scaled", "full")
+    for decode in decodes:
+        for ours, packed in zip(by_name["folder", decode], by_name["tar", decode], strict=True):
+            if not torch.equal(ours.images, packed.images):
+                raise RunFailure(f"the folder and the tar shards give different crops, decoded {decode}")
+    pairs = zip(*(by_name["folder", decode] for decode in decodes), strict=True)
     return float(np.mean([(a.images.float() - b.images.float()).abs().mean() for a, b in pairs]))
 
 

@@ -233,7 +233,7 @@ def _open(data: bytes, name: str) -> Image.Image:
         raise UnreadableImage(name, "empty file")
     check_bytes(len(data), name)
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    image.decodermaxblock = len(data)  # type: ignore[attr-defined]  # in one piece, which copies nothing
+    image.decodermaxblock = len(data)  # in one piece, which copies nothing
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UnreadableImage(name, f"{width} x {height} pixels; at most {MAX_PIXELS} are decoded")
