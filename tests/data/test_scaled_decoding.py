@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from localign.alignment.config import AlignConfig
 from localign.data import decoding
 from localign.data.config import DataConfig, ImageData
 from localign.data.decoding import CROP_MARGIN, UndecodedJpeg, UnreadableImage, decode_image, open_image
@@ -18,6 +19,8 @@ from localign.data.loader import EvalLoader, TrainLoader
 from localign.data.sources import FolderSource, load_undecoded, open_source
 from localign.data.transforms import TrainTransform
 from localign.errors import UserError
+from localign.finetuning import FinetuneConfig
+from localign.finetuning.task import resolve_finetune
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-sample" / "train"
 SIZE = 32
@@ -263,6 +266,16 @@ def test_the_option_decides_for_both_crops_and_never_for_validation(
     batches = EvalLoader(data.val_source, data.val_transform, batch=4, max_bad_share=0.2)
     assert sum(len(b.images) for b in batches) == 11
     assert fractions == []
+
+
+def test_a_random_resized_crop_writes_down_how_it_is_decoded() -> None:
+    for given in ("rrc", "published", None):
+        expected = "scaled" if given == "rrc" else None
+        assert AlignConfig(crop=given, data="photographs").decode == expected  # type: ignore[arg-type]
+    assert AlignConfig(crop="rrc", data="photographs", decode="full").decode == "full"
+    assert resolve_finetune(FinetuneConfig(data="photographs")).decode == "scaled"
+    assert resolve_finetune(FinetuneConfig(data="photographs", crop="published")).decode is None
+    assert resolve_finetune(FinetuneConfig(data="scenes")).decode is None
 
 
 def test_scenes_are_not_decoded() -> None:
