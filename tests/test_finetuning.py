@@ -353,7 +353,7 @@ def test_the_command_fine_tunes_a_run_of_its_own(data: Path, val: Path, tmp_path
     ours, theirs = (load_file(tmp_path / n / "export" / "model.safetensors") for n in ("second", "first"))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     config = json.loads((tmp_path / "second" / "results.json").read_text())["config"]
-    assert (config["batch_size"], config["crop"]) == (8, "rrc")
+    assert (config["batch_size"], config["crop"], config["decode"]) == (8, "rrc", "scaled")
 
 
 def refusal(command: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -6,11 +6,16 @@ import io
 import itertools
 import pickle
 import tarfile
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from restarts import samples
 
 from localign.data.config import DataConfig, ImageData
@@ -182,7 +187,7 @@ def test_a_line_that_stays_broken_ends_the_run_and_hides_no_image(
 
 def test_a_line_that_breaks_once_is_tried_again(packed: str, monkeypatch) -> None:
     source = open_source(packed)
-    plain, failed = fsspec.implementations.memory.MemoryFileSystem.get_file, []
+    plain, failed = MemoryFileSystem.get_file, []
 
     def breaking(self, path, target, **options):
         if not failed:
@@ -191,7 +196,7 @@ def test_a_line_that_breaks_once_is_tried_again(packed: str, monkeypatch) -> Non
             raise ConnectionError("reset by peer")
         return plain(self, path, target, **options)
 
-    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "get_file", breaking)
+    monkeypatch.setattr(MemoryFileSystem, "get_file", breaking)
     assert source.load(0).size == (40, 30)
     assert failed
 
@@ -202,6 +207,67 @@ def test_a_shard_that_changed_since_the_start_ends_the_run(packed: str) -> None:
         file.write(b"x" * 100)
     with pytest.raises(RunFailure, match="100 bytes came of"):
         source.load(0)
+
+
+class Slow:
+    """Counts what a file system is asked about files, how much of it at the same time, and takes a while to answer."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.under_way = self.most = 0
+        self.lock = threading.Lock()
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def slowly(filesystem: Any, path: str, *args: Any, **options: Any) -> Any:
+            with self.lock:
+                self.asked.append(path.rpartition("/")[2])
+                self.under_way += 1
+                self.most = max(self.most, self.under_way)
+            time.sleep(0.1)
+            with self.lock:
+                self.under_way -= 1
+            return function(filesystem, path, *args, **options)
+
+        return slowly
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    counter = Slow()
+    for name in ("info", "_open"):
+        monkeypatch.setattr(MemoryFileSystem, name, counter.around(getattr(MemoryFileSystem, name)))
+    return counter
+
+
+@pytest.fixture
+def many(bucket: str) -> list[str]:
+    """Addresses of eighty files, each a byte larger than the one before."""
+    urls = [f"{bucket}/{number:03}.tar" for number in range(80)]
+    for number, url in enumerate(urls):
+        fsspec.filesystem("memory").pipe(url, bytes(number))
+    return urls
+
+
+def test_many_shards_are_asked_for_their_sizes_at_once(many: list[str], slow: Slow, bucket: str) -> None:
+    assert remote.sizes_of(many) == list(range(80))
+    assert sorted(slow.asked) == [f"{number:03}.tar" for number in range(80)]  # once each
+    assert 8 < slow.most <= remote.AT_ONCE
+    for gone in ("017", "005"):
+        fsspec.filesystem("memory").rm(f"{bucket}/{gone}.tar")
+    with pytest.raises(UserError, match=r"^there is no memory://bucket-\d+/005\.tar$"):  # the first in order
+        remote.sizes_of(many)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_source_elsewhere_opens_with_its_questions_at_once(
+    packed: str, rows: Path, bucket: str, kind: str, slow: Slow
+) -> None:
+    at = packed if kind == "tar" else upload(rows, f"{bucket}-rows", "*.parquet")
+    name = "{000000..000005}.tar" if kind == "tar" else "train-{0..1}.parquet"
+    slow.most = 0
+    source = open_source(f"{at}/{name}")
+    assert slow.most >= 2
+    assert source.fingerprint() == open_source(at).fingerprint()
 
 
 def test_addresses_that_lead_nowhere_are_one_line(bucket: str, shards: Path) -> None:

@@ -107,6 +107,8 @@ class AlignConfig(DataConfig, TrainConfig):
             "loss": objective.losses[0],
             "decoder": objective.decoders[0],
             "mask": "uniform" if objective.masked else None,
+            # Written down where older runs decoded in full, so that none is continued otherwise.
+            "decode": "scaled" if self.crop == "rrc" else None,
         }
         for name, default in defaults.items():
             if getattr(self, name) is None:

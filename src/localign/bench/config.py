@@ -13,20 +13,23 @@ from localign.errors import UserError
 class BenchConfig:
     """Measure a part of localign against the plain way of doing it, in one run."""
 
-    what: Literal["labels", "probe", "vlm", "answers"] = "labels"
+    what: Literal["labels", "probe", "vlm", "answers", "loader"] = "labels"
     """labels: reducing label maps against a loop over patches. probe: all heads in one pass against a run for
-    each. vlm: training steps on packed batches against padded ones. answers: reading VQAv2's files and scoring."""
+    each. vlm: training steps on packed batches against padded ones. answers: reading VQAv2's files and scoring.
+    loader: training crops from a folder, tar shards and parquet against torchvision's."""
     out: str | None = None
     """JSON file of the measurements; default runs/bench-WHAT.json."""
     seed: int = 0
-    """Of drawn label maps, conversations or answers, or of heads."""
+    """Of drawn label maps, conversations, answers or photographs, or of heads."""
     images: int | None = None
     """labels: label maps, default 64. probe: scenes to train heads on, default 600; a quarter as many to judge
-    them on."""
+    them on. loader: photographs to draw, default 64, or to take of --data at even distances, default 256."""
     data: str | None = None
-    """labels: a folder of label maps (PNG) instead of drawn ones."""
+    """labels: a folder of label maps (PNG) instead of drawn ones. loader: a folder of photographs instead."""
     image_size: int | None = None
-    """labels: side of the maps, default 384 pixels."""
+    """labels: side of the maps, default 384 pixels. loader: side of the crops, default 224 pixels."""
+    workers: int | None = None
+    """loader: processes that load, default 0, which loads in this one."""
     patch_size: int | None = None
     """labels: side of a patch, default 14 pixels."""
     backbone: str | None = None
@@ -42,7 +45,7 @@ class BenchConfig:
     """vlm: tokens of an image, a square number; default 576, for small language models 64. Texts are as many
     times shorter than in LLaVA's mix as this is below 576."""
     batch_size: int | None = None
-    """vlm: conversations per optimizer step, default 16."""
+    """vlm: conversations per optimizer step, default 16. loader: crops per batch, default 32."""
     micro_batch: int | None = None
     """vlm: conversations per forward pass, default all of a step."""
     steps: int | None = None
@@ -55,7 +58,8 @@ class BenchConfig:
     """answers: questions, default as many as VQAv2's 214354."""
     repeats: int | None = None
     """How often each way is measured. labels: default 5 (its loops once), probe: default 1, the best counting;
-    vlm: default 3, of whose steps the medians count. answers: default 1, the best counting."""
+    vlm: default 3, of whose steps the medians count. answers: default 1, the best counting. loader: default 3,
+    the medians counting."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -73,19 +77,22 @@ class BenchConfig:
                 "grad_checkpointing",
             ),
             "answers": ("questions",),
+            "loader": ("images", "data", "image_size", "workers", "batch_size"),
         }
         for name in {name for names in own.values() for name in names}.difference(own[self.what]):
             if getattr(self, name) not in (None, False):
                 raise UserError(f"--{name.replace('_', '-')} has no effect on bench {self.what}")
-        if self.what == "answers" and self.device not in ("auto", "cpu"):
-            raise UserError("--device has no effect on bench answers")
+        if self.what in ("answers", "loader") and self.device not in ("auto", "cpu"):
+            raise UserError(f"--device has no effect on bench {self.what}")
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"there cannot be {self.workers} loader workers")
         positive = ("images", "image_size", "patch_size", "epochs", "repeats", "image_tokens", "batch_size",
                     "micro_batch", "steps", "questions")  # fmt: skip
         for name in positive:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-        if self.data is not None and self.images is not None:
+        if self.what == "labels" and self.data is not None and self.images is not None:
             raise UserError(
                 "--images is how many label maps are drawn; with --data all of the folder are taken"
             )

@@ -120,6 +120,25 @@ def answers_tables(content: dict[str, Any]) -> list[Table]:
     return [table]
 
 
+def loader_tables(content: dict[str, Any]) -> list[Table]:
+    """How many crops each way loads in a second of one core."""
+    title = "{images} {photographs}, {megapixels:.1f} megapixels and {kilobytes:,.0f} KB each, to {size} pixels".format(
+        **content
+    )
+    numbers = ("images/s and core", "times faster than plain", "images/s")
+    table = _table(title, content, ("way", "decode"), numbers)
+    table.caption = (
+        f"{table.caption}, {content['workers'] or 'no'} workers\n"
+        f"scaled crops are {content['mean_difference']:.2f} of 255 levels away from full ones, on average"
+    )
+    for row in content["ways"]:
+        speed, faster = row["images_per_second"], row["times_faster"]
+        table.add_row(
+            row["way"], row["decode"], f"{speed['cpu']:.1f}", f"{faster['cpu']:.2f}", f"{speed['wall']:.1f}"
+        )
+    return [table]
+
+
 def _in_both_times(value: dict[str, float], form: str, wall_alone: bool) -> str:
     return f"{value['wall']:{form}}" + ("" if wall_alone else f" (CPU {value['cpu']:{form}})")
 
@@ -134,6 +153,12 @@ def _bench_answers(config: BenchConfig) -> dict[str, Any]:
     from localign.bench.answers import bench_answers
 
     return bench_answers(config)
+
+
+def _bench_loader(config: BenchConfig) -> dict[str, Any]:
+    from localign.bench.loader import bench_loader
+
+    return bench_loader(config)
 
 
 def _percent(value: float | None) -> str:
@@ -156,5 +181,6 @@ _MEASUREMENTS: dict[str, tuple[Callable[[BenchConfig], dict[str, Any]], Callable
     "probe": (bench_probe, probe_tables),
     "vlm": (_bench_vlm, vlm_tables),
     "answers": (_bench_answers, answers_tables),
+    "loader": (_bench_loader, loader_tables),
 }
 """What measures, and how it is shown."""

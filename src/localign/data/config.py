@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from localign.data.loader import BadImages, Batch, EvalLoader, TrainLoader
 from localign.data.mixing import Mixing
 from localign.data.sources import ImageSource, open_source
-from localign.data.transforms import EvalTransform, TrainCrop, TrainTransform
+from localign.data.transforms import Decode, EvalTransform, TrainCrop, TrainTransform
 from localign.engine.distributed import World
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
@@ -30,6 +30,9 @@ class DataConfig:
     """Images per validation, at most; null for all."""
     crop: TrainCrop | None = None
     """published, rrc (random resized crop) or none; default published (for scenes: none)."""
+    decode: Decode | None = None
+    """scaled: decode large JPEGs at the fraction of their size that the crop needs; full: all in full, as validation
+    does. Default scaled (scenes are not decoded)."""
     hflip: float | None = None
     """Probability of a horizontal flip; default 0.5 (for scenes: 0)."""
     auto_augment: str | None = None
@@ -92,16 +95,21 @@ class ImageData:
         scenes = config.is_scenes
         crop: TrainCrop = config.crop or ("none" if scenes else "published")
         hflip = config.hflip if config.hflip is not None else (0.0 if scenes else 0.5)
-        self.transform = TrainTransform(image_size, crop, config.auto_augment, hflip)
-        decode = self.transform.scaled_decode
+        if scenes and config.decode is not None:
+            raise UserError("--decode has no effect on scenes: they are drawn, not decoded")
+        self.transform = TrainTransform(
+            image_size, crop, config.auto_augment, hflip, decode=config.decode or "scaled"
+        )
+        scaled = self.transform.scaled_decode
         self.source: ImageSource = open_source(
-            config.data, image_size=image_size, scaled_decode=decode, exclude=config.exclude
+            config.data, image_size=image_size, scaled_decode=scaled, exclude=config.exclude
         )
         say_notice(self.source)
         if config.crop == "none" and not scenes:
             raise UserError("--crop none is for scenes, which have the right size; photographs need a crop")
         val = config.val or ("scenes:val" if scenes else None)
-        self.val_source = open_source(val, image_size=image_size) if val else None
+        # In full, whatever is trained on: its numbers are compared with others'.
+        self.val_source = open_source(val, image_size=image_size, scaled_decode=False) if val else None
         self.val_transform = EvalTransform(image_size)
         mixes = config.mixup is not None or config.cutmix is not None
         self.mixing = Mixing(config.mixup, config.cutmix) if mixes else None

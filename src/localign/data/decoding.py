@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -31,9 +32,15 @@ MAX_PIXELS = 2**27
 MAX_BYTES = 2**28
 """A file that is larger is refused before it is read."""
 
+CROP_MARGIN = 1.25
+"""A crop is decoded at a fraction that leaves each side at least this many times what is wanted. Crops of photographs
+are then 0.5 to 1.2 of 255 levels away from those of a full decode, on average (with 1: 0.6 to 1.6; with 1.5: 0.3 to
+0.8, and a tenth slower)."""
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """What files are tried for, whatever they are called."""
 
+_JPEG = ("JPEG", "MPO")
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,6 +51,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Orientations in which what the file has at its right or lower end comes out at the left or at the top.
+_ENDS_LEFT, _ENDS_ABOVE = frozenset({2, 3, 6, 7}), frozenset({3, 4, 7, 8})
 # The machine's shortage, not the file's fault: passing over the image would quietly change the data.
 _MACHINE_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
@@ -95,8 +104,76 @@ def check_bytes(size: int, name: str) -> None:
 
 def decode_image(data: bytes, name: str, at_least: int | None = None, *, upright: bool = True) -> Image.Image:
     """Decode the bytes of a file to an RGB image; see :func:`read_image`."""
+    room = None if at_least is None else (at_least, at_least)
     with unreadable_on_failure(name), _opened(data, name) as image:
-        return _decode(image, name, at_least, upright)
+        return _decode(image, name, room, upright)
+
+
+def open_image(data: bytes, name: str) -> Image.Image | UndecodedJpeg:
+    """A JPEG still to be decoded; of every other format the RGB image, upright. Raises UnreadableImage."""
+    with unreadable_on_failure(name), _quiet():
+        image = _open(data, name)
+        if image.format in _JPEG:
+            return UndecodedJpeg(data, name, image)
+        with image:
+            return _decode(image, name, None, upright=True)
+
+
+class UndecodedJpeg:
+    """A JPEG that is decoded when it is known how much of its resolution a crop needs.
+
+    Whatever the crop, the file is read to its end: one that is cut short is unreadable in all of them.
+
+    Args:
+        data: The file.
+        name: How the image is called in ``UnreadableImage``.
+        opened: What Pillow makes of it before it is decoded.
+
+    Attributes:
+        name: As given; a source of sources puts its own word in front.
+        size: (width, height) upright, pixels.
+    """
+
+    def __init__(self, data: bytes, name: str, opened: Image.Image) -> None:
+        self._data, self.name, self._stored, self._orientation = data, name, opened.size, _orientation(opened)
+        self._opened: Image.Image | None = opened
+        self.size = self._stored if self._orientation < 5 else self._stored[::-1]
+
+    def decode(self, fraction: int = 1) -> Image.Image:
+        """In RGB, upright, both sides divided by 1, 2, 4 or 8 and rounded up. Raises UnreadableImage."""
+        room = None if fraction == 1 else (self._stored[0] // fraction, self._stored[1] // fraction)
+        with unreadable_on_failure(self.name), _quiet():
+            image = self._opened or _open(self._data, self.name)
+            self._opened = None  # an opened image is decoded once
+            with image:
+                return _decode(image, self.name, room, upright=True)
+
+    def resized_crop(
+        self, box: tuple[int, int, int, int], size: tuple[int, int], resample: Image.Resampling
+    ) -> Image.Image:
+        """A part of the image, resized; decoded at the smallest fraction that CROP_MARGIN allows.
+
+        Args:
+            box: Left, top, width and height, pixels of the upright image in full.
+            size: Rows and columns of the result.
+            resample: How it is resized.
+
+        Raises:
+            UnreadableImage: As :func:`read_image`.
+        """
+        left, top, width, height = box
+        rows, columns = size
+        room = min(width / columns, height / rows) / CROP_MARGIN
+        fraction = next((f for f in (8, 4, 2) if room >= f), 1)
+        image = self.decode(fraction)
+        # The last pixel of a fraction may stand for fewer of the file's, and is the first once the image is turned.
+        across = image.width - self.size[0] / fraction if self._orientation in _ENDS_LEFT else 0.0
+        down = image.height - self.size[1] / fraction if self._orientation in _ENDS_ABOVE else 0.0
+        x, y = across + left / fraction, down + top / fraction
+        right, bottom = x + width / fraction, y + height / fraction
+        part = image.crop((math.floor(x), math.floor(y), math.ceil(right), math.ceil(bottom)))
+        inside = x - math.floor(x), y - math.floor(y), right - math.floor(x), bottom - math.floor(y)
+        return part.resize((columns, rows), resample, box=inside)
 
 
 def decode_pixels(data: bytes, name: str, at_least: int | None = None) -> Tensor:
@@ -113,7 +190,8 @@ def decode_pixels(data: bytes, name: str, at_least: int | None = None) -> Tensor
                 return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
             except RuntimeError:
                 pass  # Pillow judges whether it is readable, and says why not
-        pixels = np.array(_decode(image, name, at_least, upright=True))
+        room = None if at_least is None else (at_least, at_least)
+        pixels = np.array(_decode(image, name, room, upright=True))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -138,29 +216,41 @@ def unreadable_on_failure(name: str, path: str | os.PathLike[str] = "") -> Itera
 @contextmanager
 def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
     """The image before it is decoded, of a size that may be."""
+    with _quiet(), _open(data, name) as image:
+        yield image
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings about odd metadata, nor Pillow's about size: the size is judged here instead."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _open(data: bytes, name: str) -> Image.Image:
     if not data:
         raise UnreadableImage(name, "empty file")
     check_bytes(len(data), name)
-    # Warnings about odd metadata, and Pillow's about size: the size is judged here instead.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise UnreadableImage(name, f"{width} x {height} pixels; at most {MAX_PIXELS} are decoded")
-            yield image
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image.decodermaxblock = len(data)  # in one piece, which copies nothing
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(name, f"{width} x {height} pixels; at most {MAX_PIXELS} are decoded")
+    return image
 
 
 def _is_plain_jpeg(image: Image.Image, at_least: int | None) -> bool:
-    if image.format not in ("JPEG", "MPO") or image.mode != "RGB":
+    if image.format not in _JPEG or image.mode != "RGB":
         return False
     scaled = at_least is not None and min(image.size) // at_least >= 2  # as Pillow's draft decides
     return not scaled and _orientation(image) == 1
 
 
-def _decode(image: Image.Image, name: str, at_least: int | None, upright: bool) -> Image.Image:
-    if at_least is not None:
-        image.draft(None, (at_least, at_least))  # only JPEG can; other formats ignore it
+def _decode(image: Image.Image, name: str, room: tuple[int, int] | None, upright: bool) -> Image.Image:
+    """RGB, of a JPEG at the smallest fraction whose width and height are not below ``room``."""
+    if room is not None:
+        image.draft(None, room)  # only JPEG can; other formats ignore it
     tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # whatever another library set: a half-grey image is not data
     try:
@@ -169,7 +259,8 @@ def _decode(image: Image.Image, name: str, at_least: int | None, upright: bool) 
         ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
     # Only now: to read a PNG's metadata is to load it, and a failure there would leave a blank image.
     turn = _UPRIGHT.get(_orientation(image)) if upright else None
-    rgb = to_rgb(image, name)
+    # A JPEG's pixels stay when its file is closed; to copy them takes a tenth of the time of decoding them.
+    rgb = image if image.format == "JPEG" and image.mode == "RGB" else to_rgb(image, name)
     return rgb if turn is None else rgb.transpose(turn)
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from localign import rng
 from localign.data.decoding import UnreadableImage
-from localign.data.sources import ImageSource
+from localign.data.sources import ImageSource, load_undecoded
 from localign.data.stream import SampleStream, sample_stream
 from localign.engine.stopping import leave_stopping_to_main
 from localign.errors import RunFailure, UserError
@@ -131,10 +131,15 @@ class _StreamReader(Dataset[_Fetched]):
             if attempt:
                 index = replacement(self.seed, position, attempt, len(self.source))
             try:
-                return self.transform(self.source.load(index), self.seed, position), index
+                return self.transform(self._load(index), self.seed, position), index
             except UnreadableImage as error:
                 bad[error.name] = error.reason
         return None, index
+
+    def _load(self, index: int) -> Any:
+        if getattr(self.transform, "takes_undecoded", False):
+            return load_undecoded(self.source, index)
+        return self.source.load(index)
 
 
 class _OrderedReader(Dataset[_Fetched]):

@@ -6,6 +6,7 @@ scale and aspect, then a centre crop that pads by reflection.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -21,9 +22,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from localign import rng
+from localign.data.decoding import UndecodedJpeg
 from localign.errors import UserError, near
 
 TrainCrop = Literal["published", "rrc", "none"]
+Decode = Literal["scaled", "full"]
 EvalMode = Literal["crop", "square"]
 Size = int | tuple[int, int]
 
@@ -46,6 +49,8 @@ class TrainTransform:
         auto_augment: A RandAugment string such as ``rand-m9-mstd0.5-inc1``, or None.
         hflip: Probability of a horizontal flip.
         fill: RGB for what RandAugment's geometry leaves empty.
+        decode: ``scaled``: a JPEG far larger than what becomes of it is decoded at a fraction, of the whole
+            (``published``) or of what its crop needs (``rrc``). ``full``: every JPEG is decoded in full.
 
     Raises:
         UserError: An option is unknown or out of range.
@@ -58,9 +63,11 @@ class TrainTransform:
         auto_augment: str | None = None,
         hflip: float = 0.5,
         fill: tuple[int, int, int] = (124, 116, 104),
+        decode: Decode = "scaled",
     ) -> None:
         self.size = _rows_columns(size)
-        self.crop = crop
+        _check_choice("way to decode", decode, get_args(Decode))
+        self.crop, self.decode = crop, decode
         if not 0.0 <= hflip <= 1.0:
             raise UserError(f"the flip probability must lie in 0..1, not {hflip}")
         self.hflip = hflip
@@ -69,27 +76,42 @@ class TrainTransform:
 
     @property
     def scaled_decode(self) -> bool:
-        """Whether images may be decoded at a fraction: not where the crop magnifies a part."""
-        return self.crop != "rrc"
+        """Whether the source may decode images at a fraction: not where the crop magnifies a part."""
+        return self.decode == "scaled" and self.crop != "rrc"
 
-    def __call__(self, image: Image.Image, seed: int, position: int) -> Tensor:
+    @property
+    def takes_undecoded(self) -> bool:
+        """Whether JPEGs should come undecoded, as the crop decides at which fraction they are decoded."""
+        return self.decode == "scaled" and self.crop == "rrc"
+
+    def __call__(self, image: Image.Image | UndecodedJpeg, seed: int, position: int) -> Tensor:
         """The sample at one global position.
 
         Args:
-            image: RGB.
+            image: RGB, or a JPEG that is not decoded yet.
             seed: The run's seed.
             position: Global position in the stream of samples.
 
         Returns:
             uint8 ``(3, rows, columns)``.
+
+        Raises:
+            UnreadableImage: The JPEG cannot be decoded.
         """
         with rng.seeded_globals(seed, "transform", position):
-            image = self._crop(_middle(image, self.size))
+            image = self._cropped(image)
             if torch.rand(()).item() < self.hflip:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             if self._augment is not None:
                 image = self._augment(image)
         return to_tensor(image)
+
+    def _cropped(self, image: Image.Image | UndecodedJpeg) -> Image.Image:
+        if isinstance(image, UndecodedJpeg):
+            if isinstance(self._crop, _RandomResizedCrop) and _seen(image.size, self.size) == image.size:
+                return self._crop.decoded(image)
+            image = image.decode()
+        return self._crop(_middle(image, self.size))
 
 
 class EvalTransform:
@@ -163,7 +185,7 @@ def _check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
 def _train_crop(crop: TrainCrop, size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
     _check_choice("crop", crop, get_args(TrainCrop))
     if crop == "rrc":
-        return RandomResizedCropAndInterpolation(size, interpolation="random")
+        return _RandomResizedCrop(size, interpolation="random")
     if crop == "none":
         return _Fit(size)
     resize = ResizeKeepRatio(
@@ -176,6 +198,17 @@ def _train_crop(crop: TrainCrop, size: tuple[int, int]) -> Callable[[Image.Image
         random_aspect_range=PUBLISHED_ASPECT,
     )
     return _Chain(resize, CenterCropOrPad(list(size), padding_mode="reflect"))
+
+
+class _RandomResizedCrop(RandomResizedCropAndInterpolation):
+    """timm's, and the same of a JPEG that is not decoded yet."""
+
+    def decoded(self, image: UndecodedJpeg) -> Image.Image:
+        """With the draws of a decoded image of that size."""
+        stand_in = Image.new("1", image.size, None)  # timm asks an image how large it is; no pixel is touched
+        top, left, height, width = self.get_params(stand_in, self.scale, self.ratio)
+        interpolation = random.choice(self.interpolation)
+        return image.resized_crop((left, top, width, height), self.size, Image.Resampling[interpolation.name])
 
 
 class _Chain:
@@ -223,9 +256,14 @@ def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Im
 
 def _middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The image without the ends of an extreme strip; every other image as it is."""
-    rows, columns = size
-    scale = _LONGEST_ASPECT * min(image.height / rows, image.width / columns)
-    height, width = min(image.height, int(rows * scale)), min(image.width, int(columns * scale))
-    if (height, width) == (image.height, image.width):
+    width, height = _seen(image.size, size)
+    if (width, height) == image.size:
         return image
     return F.center_crop(image, [max(1, height), max(1, width)])
+
+
+def _seen(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of what is left of an image without the ends of an extreme strip."""
+    (width, height), (rows, columns) = image_size, size
+    scale = _LONGEST_ASPECT * min(height / rows, width / columns)
+    return min(width, int(columns * scale)), min(height, int(rows * scale))

@@ -52,10 +52,13 @@ def finetune(config: FinetuneConfig, backbone: Backbone | None = None) -> Outcom
 def resolve_finetune(config: FinetuneConfig) -> FinetuneConfig:
     """The config with the defaults filled in that depend on the device and the data."""
     on_cpu = choose_device(config.device).type == "cpu"
+    crop = config.crop or ("none" if config.is_scenes else "rrc")
     return replace(
         config,
         batch_size=config.batch_size or (CPU_BATCH if on_cpu else PUBLISHED_BATCH),
-        crop=config.crop or ("none" if config.is_scenes else "rrc"),
+        crop=crop,
+        # Written down where older runs decoded in full, so that none is continued otherwise.
+        decode=config.decode or ("scaled" if crop == "rrc" else None),
         val_images=config.val_images or (SCENES_PER_VALIDATION if config.is_scenes else None),
     )
 

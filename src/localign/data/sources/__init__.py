@@ -1,7 +1,14 @@
 """Where images come from: folders, lists, tar shards, parquet files, mixtures of them, the embedded scenes."""
 
 from localign.data.decoding import UnreadableImage, read_image, to_rgb
-from localign.data.sources.base import DECODE_HEADROOM, SUFFIXES, EncodedSource, ImageSource, load_pixels
+from localign.data.sources.base import (
+    DECODE_HEADROOM,
+    SUFFIXES,
+    EncodedSource,
+    ImageSource,
+    load_pixels,
+    load_undecoded,
+)
 from localign.data.sources.excluding import ExcludingSource
 from localign.data.sources.files import FileListSource, FolderSource
 from localign.data.sources.mixture import MixtureSource
@@ -22,6 +29,7 @@ __all__ = [
     "TarSource",
     "UnreadableImage",
     "load_pixels",
+    "load_undecoded",
     "open_source",
     "read_image",
     "to_rgb",

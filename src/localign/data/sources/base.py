@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from localign.data.decoding import decode_image, decode_pixels
+from localign.data.decoding import UndecodedJpeg, decode_image, decode_pixels, open_image
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 """File name endings taken for images, in any case."""
@@ -30,7 +30,8 @@ to 1 / sqrt(0.8 * 0.9) = 1.18."""
 class ImageSource(Protocol):
     """Random access to named images. Instances are picklable: they go to loader workers.
 
-    Beyond these members a source may have ``pixels(index)``, see :func:`load_pixels`; ``unreadable``, (name, reason)
+    Beyond these members a source may have ``pixels(index)``, see :func:`load_pixels`; ``undecoded(index)``, see
+    :func:`load_undecoded`; ``unreadable``, (name, reason)
     of what it knows to be so from the start; ``blocks`` and ``window`` or ``stream(seed, shuffle)``, see
     :func:`localign.data.stream.sample_stream`; and ``notice``, a line that a run says before it starts.
     """
@@ -55,6 +56,15 @@ def load_pixels(source: ImageSource, index: int) -> Tensor:
     if hasattr(source, "pixels"):  # sooner than by way of Pillow
         return source.pixels(index)
     return torch.from_numpy(np.array(source.load(index))).permute(2, 0, 1)
+
+
+def load_undecoded(source: ImageSource, index: int) -> Image.Image | UndecodedJpeg:
+    """An image of any source: a JPEG before it is decoded, where the source has files; else in RGB.
+
+    Raises:
+        UnreadableImage: It is known already to be so; a JPEG may turn out to be when it is decoded.
+    """
+    return source.undecoded(index) if hasattr(source, "undecoded") else source.load(index)
 
 
 class Names:
@@ -139,6 +149,10 @@ class EncodedSource(ABC):
     def pixels(self, index: int) -> Tensor:
         """The image as uint8 ``(3, H, W)``, upright. Raises UnreadableImage."""
         return decode_pixels(self.encoded(index), self.name(index), self._at_least)
+
+    def undecoded(self, index: int) -> Image.Image | UndecodedJpeg:
+        """A JPEG before it is decoded, any other image as ``load`` gives it. Raises UnreadableImage."""
+        return open_image(self.encoded(index), self.name(index))
 
     def fingerprint(self) -> str:
         """Of the kind, what is held, in order, and the scale of decoding; not of where it lies."""

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from localign.data.sources.base import ImageSource, load_pixels
+from localign.data.decoding import UndecodedJpeg
+from localign.data.sources.base import ImageSource, load_pixels, load_undecoded
 from localign.data.sources.files import listed_names
 from localign.errors import UserError
 
@@ -62,6 +63,10 @@ class ExcludingSource:
     def pixels(self, index: int) -> Tensor:
         """The image as uint8 ``(3, H, W)``. Raises UnreadableImage."""
         return load_pixels(self.source, int(self.kept[index]))
+
+    def undecoded(self, index: int) -> Image.Image | UndecodedJpeg:
+        """The image, a JPEG before it is decoded. Raises UnreadableImage."""
+        return load_undecoded(self.source, int(self.kept[index]))
 
     def fingerprint(self) -> str:
         """Of the source and of what is left of it."""

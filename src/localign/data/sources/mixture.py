@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from localign import rng
-from localign.data.decoding import UnreadableImage
-from localign.data.sources.base import ImageSource, load_pixels
+from localign.data.decoding import UndecodedJpeg, UnreadableImage
+from localign.data.sources.base import ImageSource, load_pixels, load_undecoded
 from localign.data.stream import SampleStream, sample_stream
 from localign.errors import UserError
 
@@ -82,6 +82,15 @@ class MixtureSource:
         number, within = self.place(index)
         with _titled(self.titles[number]):
             return load_pixels(self.sources[number], within)
+
+    def undecoded(self, index: int) -> Image.Image | UndecodedJpeg:
+        """The image, a JPEG before it is decoded. Raises UnreadableImage."""
+        number, within = self.place(index)
+        with _titled(self.titles[number]):
+            image = load_undecoded(self.sources[number], within)
+        if isinstance(image, UndecodedJpeg):
+            image.name = self.name(index)  # what fails later is said with the source's title, too
+        return image
 
     def place(self, index: int) -> tuple[int, int]:
         """(source, index in it) of an index of the mixture."""

@@ -58,14 +58,11 @@ class ParquetSource(EncodedSource):
         self.files = tuple(str(file) for file in files)
         if not self.files:
             raise UserError("no parquet files to read")
-        groups = []  # (file, number in the file, rows, bytes)
-        for number, file in enumerate(self.files):
-            handle = open_parquet(file)
-            metadata = handle.metadata
-            place = _leaf(metadata, image_column(handle, file))
-            for g in range(metadata.num_row_groups):
-                group = metadata.row_group(g)
-                groups.append((number, g, group.num_rows, group.column(place).total_uncompressed_size))
+        groups = [
+            (number, g, rows, size)
+            for number, found in enumerate(_row_groups_of_all(self.files))
+            for g, (rows, size) in enumerate(found)
+        ]
         self._groups: NDArray[np.int64] = np.array(groups, dtype=np.int64).reshape(-1, 4)
         self.blocks = self._groups[:, 2]
         self._begins = np.cumsum(self.blocks) - self.blocks
@@ -175,6 +172,23 @@ class _Groups:
 
     def __reduce__(self) -> tuple[type[_Groups], tuple[Any, ...]]:
         return _Groups, (self.files, self.most)
+
+
+def _row_groups_of_all(files: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """Rows and image bytes of each row group of each file."""
+    if not is_remote(files[0]):
+        return [_row_groups(file) for file in files]
+    from localign.data.sources.remote import at_once
+
+    return at_once(_row_groups, files)
+
+
+def _row_groups(file: str) -> list[tuple[int, int]]:
+    handle = open_parquet(file)
+    metadata = handle.metadata
+    place = _leaf(metadata, image_column(handle, file))
+    groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+    return [(group.num_rows, group.column(place).total_uncompressed_size) for group in groups]
 
 
 def open_parquet(file: str) -> pq.ParquetFile:

@@ -13,6 +13,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -38,6 +39,8 @@ T = TypeVar("T")
 
 WINDOW = 8
 """Shards within which images are shuffled."""
+AT_ONCE = 32
+"""Addresses that are asked something at the same time."""
 WAITS = (1.0, 5.0, 25.0)
 """Seconds before another try where something cannot be fetched; the last failure ends the run."""
 
@@ -209,17 +212,33 @@ def opened(url: str) -> Any:
         return filesystem.open(inner, "rb")
 
 
+def at_once(action: Callable[[str], T], urls: Sequence[str]) -> list[T]:
+    """What an action gives for each address, in their order, many at a time: each does little but wait.
+
+    The first failure, in the order of the addresses, is raised; what has not begun by then does not begin.
+    """
+    with ThreadPoolExecutor(max(1, min(AT_ONCE, len(urls)))) as threads:
+        answers = [threads.submit(action, url) for url in urls]
+        try:
+            return [answer.result() for answer in answers]
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
 def sizes_of(urls: Sequence[str]) -> list[int]:
     """Bytes of each file. Raises UserError where one is not there."""
-    sizes = []
-    for url in urls:
-        with _on_the_way(url):
-            filesystem, inner = fsspec.core.url_to_fs(url)
-            size = filesystem.info(inner)["size"]
-            if size is None:
-                raise UserError(f"{url} does not say how large it is; fetch the shards first")
-            sizes.append(int(size))
-    return sizes
+    return at_once(_size_of, urls)
+
+
+def _size_of(url: str) -> int:
+    with _on_the_way(url):
+        filesystem, inner = fsspec.core.url_to_fs(
+            url
+        )  # here: most file systems want an instance for each thread
+        size = filesystem.info(inner)["size"]
+        if size is None:
+            raise UserError(f"{url} does not say how large it is; fetch the shards first")
+        return int(size)
 
 
 def find_remote(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:

@@ -1,0 +1,207 @@
+"""Loading training crops of photographs, against the plain way: Pillow and torchvision's transforms in a DataLoader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as T
+
+from localign.bench import photographs
+from localign.bench.config import BenchConfig
+from localign.bench.timing import Timing, hardware, timed
+from localign.data.loader import TrainLoader
+from localign.data.sources import open_source
+from localign.data.transforms import Decode, TrainTransform
+from localign.engine.log import say
+from localign.errors import RunFailure
+
+REPEATS, BATCH, SIZE = 3, 32, 224
+DRAWN, TAKEN = 64, 256
+PLAIN = "plain"
+CPU = torch.device("cpu")
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to load: a pass over the photographs."""
+
+    name: str
+    decode: Decode
+    batches: Iterable[Any]
+    """Begins a pass whenever it is gone through."""
+
+
+class PlainImages(Dataset[Tensor]):
+    """Files as scripts load them: opened and converted by Pillow, transformed by torchvision."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.files = sorted(folder.iterdir())
+        self.transform = T.Compose(
+            [T.RandomResizedCrop(size), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(_MEAN, _STD)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with Image.open(self.files[index]) as image:
+            return self.transform(image.convert("RGB"))
+
+
+def bench_loader(config: BenchConfig) -> dict[str, Any]:
+    """Time passes over the same photographs, the ways taking turns; of each the median counts.
+
+    Ours give uint8 crops, which are normalised on the device; the plain way normalises in the loader. Both draw random
+    resized crops and flips; ours draw the interpolation, too, bilinear or bicubic, where the plain way's is bilinear.
+
+    Raises:
+        UserError: No folder of readable photographs.
+        RunFailure: Sources disagree about pixels.
+    """
+    with TemporaryDirectory() as temporary, _one_thread():
+        folder = Path(temporary) / "photographs"
+        folder.mkdir()
+        if config.data is None:
+            say("drawing photographs")
+            photographs.draw(folder, config.images or DRAWN, config.seed)
+        else:
+            photographs.take(folder, config.data, config.images or TAKEN)
+        files = sorted(folder.iterdir())
+        facts = _facts(files, config)
+        batch = min(config.batch_size or BATCH, len(files))
+        forms = photographs.packed(folder, Path(temporary))
+        ways = [_plain(folder, config, batch), *_ours(forms, config, len(files), batch)]
+        difference = _differences(ways)
+        timings = _measure(ways, config.repeats or REPEATS)
+        return {
+            **facts,
+            "batch_size": batch,
+            "mean_difference": difference,
+            "hardware": hardware(CPU),
+            "ways": _rows(timings, len(files) // batch * batch),
+        }
+
+
+def _facts(files: list[Path], config: BenchConfig) -> dict[str, Any]:
+    pixels = []
+    for file in files:
+        with Image.open(file) as image:
+            pixels.append(image.width * image.height)
+    return {
+        "photographs": "drawn photographs"
+        if config.data is None
+        else f"photographs of {Path(config.data).name}",
+        "images": len(files),
+        "megapixels": float(np.mean(pixels)) / 1e6,
+        "kilobytes": sum(file.stat().st_size for file in files) / len(files) / 1e3,
+        "size": config.image_size or SIZE,
+        "workers": config.workers or 0,
+    }
+
+
+def _plain(folder: Path, config: BenchConfig, batch: int) -> Way:
+    loader = DataLoader(
+        PlainImages(folder, config.image_size or SIZE),
+        batch_size=batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=config.workers or 0,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    return Way(PLAIN, "full", loader)
+
+
+def _ours(forms: dict[str, str], config: BenchConfig, images: int, batch: int) -> Iterator[Way]:
+    size = config.image_size or SIZE
+    decodes: tuple[Decode, ...] = ("scaled", "full")
+    for name, spec in forms.items():
+        for decode in decodes:
+            loader = TrainLoader(
+                open_source(spec),
+                TrainTransform(size, "rrc", decode=decode),
+                seed=config.seed,
+                global_batch=batch,
+                micro_batch=batch,
+                workers=config.workers or 0,
+                end_step=images // batch,
+            )
+            yield Way(name, decode, loader)
+
+
+def _differences(ways: list[Way]) -> float:
+    """Passes that are not timed, which warm up: the mean absolute difference of scaled crops to full ones, in levels.
+
+    Raises:
+        RunFailure: The tar shards give other pixels than the folder, from which they were packed in its order.
+    """
+    by_name = {(way.name, way.decode): way.batches for way in ways}
+    for batches in by_name.values():
+        _exhaust(batches)
+    decodes: tuple[Decode, ...] = ("scaled", "full")
+    for decode in decodes:
+        for ours, packed in zip(by_name["folder", decode], by_name["tar", decode], strict=True):
+            if not torch.equal(ours.images, packed.images):
+                raise RunFailure(f"the folder and the tar shards give different crops, decoded {decode}")
+    pairs = zip(*(by_name["folder", decode] for decode in decodes), strict=True)
+    return float(np.mean([(a.images.float() - b.images.float()).abs().mean() for a, b in pairs]))
+
+
+def _measure(ways: list[Way], repeats: int) -> dict[Way, Timing]:
+    timings: dict[Way, list[Timing]] = {way: [] for way in ways}
+    for repeat in range(repeats):
+        say(f"pass {repeat + 1} of {repeats}")
+        for way, found in timings.items():
+            before = _workers_cpu()
+            _, timing = timed(partial(_exhaust, way.batches), CPU)
+            found.append(Timing(timing.wall, timing.cpu + _workers_cpu() - before))
+    return {way: Timing.median(found) for way, found in timings.items()}
+
+
+def _exhaust(batches: Iterable[Any]) -> None:
+    for _ in batches:
+        pass
+
+
+def _workers_cpu() -> float:
+    """Seconds of processor time of the processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def _rows(timings: dict[Way, Timing], images: int) -> list[dict[str, Any]]:
+    plain = next(timing for way, timing in timings.items() if way.name == PLAIN)
+    return [
+        {
+            "way": way.name,
+            "decode": way.decode,
+            "seconds": asdict(timing),
+            # By processor time they are images per second of one core, whatever else the machine does.
+            "images_per_second": {"wall": images / timing.wall, "cpu": images / timing.cpu},
+            "times_faster": asdict(plain.over(timing)),
+        }
+        for way, timing in timings.items()
+    ]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As loader workers compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,101 @@
+"""Photographs to load: drawn ones, or some of a folder; as a folder, as tar shards and as parquet."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from localign import rng
+from localign.data.decoding import UnreadableImage, decode_image
+from localign.data.sources import FolderSource
+from localign.datatools.options import ShardConfig
+from localign.datatools.shard import run_shard
+from localign.errors import UserError
+
+WIDTH, HEIGHT, QUALITY = 2000, 1500, 90
+_FIELDS = 4
+_SHARD_IMAGES = 64
+
+
+def draw(folder: Path, count: int, seed: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> None:
+    """Write JPEGs of 2.8 bits per pixel, as photographs have at that quality that are not enlarged.
+
+    Their spectrum falls as photographs' does, amplitude by a power of frequency, colour sooner than brightness.
+
+    Args:
+        folder: Where to.
+        count: How many.
+        seed: Of what they show.
+        size: Width and height, pixels.
+    """
+    width, height = size
+    fields = [_field(seed, number, height, width) for number in range(min(count, _FIELDS))]
+    for number in range(count):
+        draws = rng.generator(seed, "photograph", number)
+        shift = int(draws.integers(height)), int(draws.integers(width))
+        values = np.roll(fields[number % _FIELDS], shift, (0, 1)) * draws.uniform(
+            0.7, 1.1
+        )  # periodic: no seam
+        levels = (values + draws.uniform(90, 150)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(levels).save(folder / f"{number:05}.jpg", quality=QUALITY)
+
+
+def _field(seed: int, number: int, height: int, width: int) -> NDArray[np.float32]:
+    """Random texture ``(height, width, 3)`` of mean 0 and a standard deviation of about 50 levels."""
+    draws = rng.generator(seed, "photographs' texture", number)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf
+    parts = []
+    for power in (1.25, 1.6, 1.6):
+        phases = np.exp(2j * np.pi * draws.random(frequency.shape))
+        part = np.fft.irfft2(phases / frequency**power, (height, width))
+        parts.append((part / part.std()).astype(np.float32))
+    brightness, red, blue = parts
+    return 50 * np.stack([brightness + 0.3 * red, brightness, brightness + 0.3 * blue], axis=-1)
+
+
+def take(folder: Path, source: str, count: int) -> None:
+    """Copy images of a folder, at even distances.
+
+    Raises:
+        UserError: It is no folder of images, or one of those images is unreadable.
+    """
+    images = FolderSource(source)
+    count = min(count, len(images))
+    for number in range(count):
+        index = number * len(images) // count
+        try:
+            data = images.encoded(index)
+            decode_image(data, images.name(index))
+        except UnreadableImage as error:
+            raise UserError(f"{source} holds an unreadable image, {error}") from None
+        (folder / f"{number:05}{images.path(index).suffix}").write_bytes(data)
+
+
+def packed(folder: Path, out: Path) -> dict[str, str]:
+    """The images of a folder in other forms, too.
+
+    Args:
+        folder: Its images have no other folder.
+        out: Where to.
+
+    Returns:
+        By the form's name what ``--data`` would name; without parquet where pyarrow is not installed.
+    """
+    forms = {"folder": str(folder), "tar": str(out / "tar")}
+    shards = ShardConfig(
+        source=str(folder), out=forms["tar"], workers=0, shard_images=_SHARD_IMAGES, shuffle=False
+    )
+    run_shard(shards)
+    if importlib.util.find_spec("pyarrow") is not None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        images = [{"bytes": file.read_bytes(), "path": file.name} for file in sorted(folder.iterdir())]
+        forms["parquet"] = str(out / "images.parquet")
+        pq.write_table(pa.table({"image": images}), forms["parquet"], row_group_size=_SHARD_IMAGES)
+    return forms
