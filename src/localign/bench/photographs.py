@@ -22,7 +22,7 @@ _SHARD_IMAGES = 64
 
 
 def draw(folder: Path, count: int, seed: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> None:
-    """Write JPEGs of 2.8 bits per pixel, as photographs have at that quality that are not enlarged.
+    """Write JPEGs of 2.6 bits per pixel, as photographs have at that quality that are not enlarged.
 
     Their spectrum falls as photographs' does, amplitude by a power of frequency, colour sooner than brightness.
 
