@@ -29,8 +29,9 @@ class TrainConfig:
     """Passes over the training images; give this or steps."""
     batch_size: int = 0
     """Images per optimizer step, over all ranks and micro-batches; 0: 1024, on a CPU alone 8 (for trying)."""
-    micro_batch: int | None = None
-    """Images per rank and forward pass; default is the rank's whole share. Gradients accumulate."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Images per rank and forward pass; default is the rank's whole share. Gradients accumulate. auto: the most that
+    memory has room for, looked for before training and at every continuation; it changes results by rounding alone."""
     lr: float | None = None
     """Peak learning rate; default is the backbone's published one, else 3e-4."""
     min_lr_ratio: float = 0.1
@@ -98,7 +99,7 @@ class TrainConfig:
                     "log_every", "checkpoint_every", "keep_checkpoints", "val_every", "timeout")  # fmt: skip
         for name in positive:
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value not in (None, "auto") and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
         for name in ("batch_size", "warmup_steps", "weight_decay", "workers"):
             if getattr(self, name) < 0:
@@ -169,14 +170,19 @@ def total_steps(config: TrainConfig, samples: int) -> int:
     return steps
 
 
+def computes_in_bf16(config: TrainConfig, device: str) -> bool:
+    """Whether a run computes in bfloat16 on a type of device."""
+    return config.precision == "bf16" or (config.precision == "auto" and device == "cuda")
+
+
 def batch_shares(config: TrainConfig, ranks: int) -> tuple[int, int]:
-    """Images per rank and step, and per forward pass.
+    """Images per rank and step, and per forward pass; where that is to be found, all until then.
 
     Raises:
         UserError: The batch does not divide.
     """
     per_rank, rest = divmod(config.batch_size, ranks)
-    micro = config.micro_batch or per_rank
+    micro = config.micro_batch if isinstance(config.micro_batch, int) else per_rank
     if rest or not per_rank or per_rank % micro:
         raise UserError(
             f"batch size {config.batch_size} does not divide into {ranks} ranks times micro-batches of {micro}"
