@@ -115,7 +115,7 @@ class Loop:
         if self.mesh is not None:
             self._hollow = hollow_copy(task.module) if self.world.is_main else None
             modules = [task.module, *([self.ema.module] if self.ema is not None else [])]
-            shard_task(task, modules, self.mesh, self.in_bf16, config.reduce_dtype)
+            shard_task(task, modules, self.mesh, self.in_bf16, config)
         task.to(self.world.device)
         if self.ema is not None:
             self.ema.to(self.world.device)
@@ -126,15 +126,14 @@ class Loop:
             task.start(self.world, self._plan(start=0))
         if config.grad_checkpointing:
             task.set_grad_checkpointing()
-        self.model = task.module if self.mesh is not None else self.world.replicate(task.module)
+        replicas = self.mesh is None
+        self.model = self.world.replicate(task.module, config.ddp_bucket_mb) if replicas else task.module
         if self.world.is_main:
             with self._writing():
                 validated = self.validation.get("step") == resumed_at
                 self.log, self._bar = open_log(self.command, config, self.steps, resumed_at, validated)
         if config.micro_batch == "auto":
-            search = Search(
-                task, self.model, self.world, self.per_rank, self._autocast, self.mesh is not None
-            )
+            search = Search(task, self.model, self.world, self.per_rank, self._autocast, not replicas)
             self.micro_batch = task.micro_batch = search.largest()
             with self.world.together(), self._writing():
                 self.log.write(self.step, micro_batch=self.micro_batch)
