@@ -11,7 +11,8 @@
 #SBATCH --output=localign-%j.log
 
 # One task is one rank: SLURM starts the ranks, and its signal reaches each of them. 120 seconds before the time is
-# up they save a checkpoint and end with 0; the job goes back into the queue until the run has its results.
+# up they save a checkpoint and end with 0 (before the first step: with 138); the job goes back into the queue until
+# the run has its results.
 # Set what is in this block; OUT and DATA are folders that every node sees.
 OUT=${OUT:-runs/so400m}
 DATA=${DATA:-/data/in21k}
@@ -31,7 +32,7 @@ srun --kill-on-bad-exit=1 bash -c '
     exec "$@"' rank "${COMMAND[@]}"
 status=$?
 
-if [ $status -eq 0 ] && [ ! -e "$OUT/results.json" ]; then
+if { [ $status -eq 0 ] || [ $status -eq 138 ]; } && [ ! -e "$OUT/results.json" ]; then
     scontrol requeue "$SLURM_JOB_ID" # ends this script
 fi
 exit $status
