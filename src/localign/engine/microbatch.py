@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -73,7 +73,9 @@ class Search:
         found, cuda = 0, [self.here.device] if self.here.device.type == "cuda" else []
         gauge = meter(self.here)
         self.model.train()
-        with torch.random.fork_rng(cuda), _limited(self.here.device):
+        # What is foreseen keeps away from the end by itself.
+        limited = nullcontext() if self.foresees else _limited(self.here.device)
+        with torch.random.fork_rng(cuda), limited:
             for size in tried:
                 if self.here.any(not self._foreseen(size, gauge)) or self.here.any(
                     not self._fits(size, gauge)
