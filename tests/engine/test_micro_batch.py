@@ -181,7 +181,7 @@ def test_memory_that_cannot_be_measured_is_refused(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="not of mps here; give a number"):
-        check_measurable(torch.device("mps"))
+        check_measurable(tiny(tmp_path, images, micro_batch="auto"), torch.device("mps"))
     monkeypatch.setattr(memory, "_PROC", tmp_path)
     with pytest.raises(UserError, match="not of cpu here; give a number"):
         run(tiny(tmp_path / "run", images, micro_batch="auto"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -70,12 +71,11 @@ class Loop:
         self.per_rank, self.micro_batch = batch_shares(config, here.size)
         config = with_warmup_steps(config, task.samples())
         self.task, self.config, self.command, self.world = task, config, command, here
-        if config.micro_batch == "auto":
-            check_measurable(here.device)
+        check_measurable(config, here.device)
         task.micro_batch = self.micro_batch if isinstance(config.micro_batch, int) else None
         self.in_bf16 = computes_in_bf16(config, here.device.type)
-        self.stop = stop
-        self.stopping = False  # known to all ranks alike
+        self._autocast = partial(torch.autocast, here.device.type, torch.bfloat16, self.in_bf16)
+        self.stop, self.stopping = stop, False  # the latter known to all ranks alike
         self.folder = Path(config.out)
         self.steps = total_steps(config, task.samples())
         self.log = Log([])
@@ -140,8 +140,7 @@ class Loop:
         if config.compile:
             task.compile()
         # Dropout and the like draw from torch's generator; it is keyed by the step, and the caller's is kept.
-        cuda = [self.world.device] if self.world.device.type == "cuda" else []
-        with torch.random.fork_rng(cuda):
+        with torch.random.fork_rng([self.world.device] if self.world.device.type == "cuda" else []):
             self._train()
         return self._finish()
 
@@ -236,9 +235,6 @@ class Loop:
         return seen[-1]
 
     # -- around a step ---------------------------------------------------------------------------------
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.in_bf16)
 
     def _plan(self, start: int) -> BatchPlan:
         return batch_plan(self.config, self.world, self.micro_batch, start, self.steps)

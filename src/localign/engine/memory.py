@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from localign.engine.config import TrainConfig
 from localign.engine.distributed import World
 from localign.errors import UserError
 
@@ -33,8 +34,10 @@ class Meter(Protocol):
         """Bytes since then, at most at a time."""
 
 
-def check_measurable(device: torch.device) -> None:
-    """Raises UserError where there is no knowing how much memory there is."""
+def check_measurable(config: TrainConfig, device: torch.device) -> None:
+    """Raises UserError where the memory that a run is to be fitted into cannot be known."""
+    if config.micro_batch != "auto":
+        return
     if device.type == "cuda" or (device.type == "cpu" and (_PROC / "self" / "clear_refs").exists()):
         return
     raise UserError(
