@@ -98,10 +98,13 @@ def test_bench_probe_shows_equal_recalls(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("bench cats", "--what takes one of [labels, probe, vlm, answers, loader]"),
+        ("bench cats", "--what takes one of [labels, probe, vlm, answers, loader, scaling]"),
         ("bench answers --device cuda", "--device has no effect on bench answers"),
         ("bench answers --images 3", "--images has no effect on bench answers"),
         ("bench answers --questions 0", "--questions must be above 0"),
+        ("bench scaling --repeats 2", "--repeats has no effect on bench scaling"),
+        ("bench scaling --batch-size 6", "--batch-size is a multiple of 4"),
+        ("bench scaling --questions 6", "--questions has no effect on bench scaling"),
         ("bench labels --epochs 2", "--epochs has no effect on bench labels"),
         ("bench probe --patch-size 14", "--patch-size has no effect on bench probe"),
         ("bench labels --images 0", "--images must be above 0"),
@@ -113,3 +116,29 @@ def test_bench_probe_shows_equal_recalls(tmp_path: Path, capsys: pytest.CaptureF
 def test_bad_use_is_one_line(command: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command.split()) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_scaling_measures_what_was_foreseen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    command = [
+        "bench",
+        "scaling",
+        "--image-size",
+        "32",
+        "--batch-size",
+        "4",
+        "--steps",
+        "3",
+        "--device",
+        "cpu",
+    ]
+    assert main([*command, "--out", str(out)]) == 0
+    cases = json.loads(out.read_text())["cases"]
+    shapes = [(row["ranks"], row["images"], row["tokens"]) for row in cases]
+    assert shapes == [(1, 4, 4), (2, 4, 4), (4, 4, 4), (1, 8, 4), (1, 16, 4), (1, 4, 16)]
+    assert all(row["cpu_seconds"] > 0 and row["wall_seconds"] > 0 for row in cases)
+    if Path("/proc/net/dev").is_file():
+        for row in cases[1:3]:
+            assert 0.9 < row["sent_bytes"] / row["foreseen_bytes"] < 2  # others may use the network too
+    assert "patches an image" in capsys.readouterr().out

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import sys
+import threading
 from argparse import HelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NoReturn, get_args
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -103,7 +108,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         commands.bench_config,
         commands.bench,
-        "measure speed beside the plain way: labels, probe, vlm, answers",
+        "measure speed beside the plain way: labels, probe, vlm, answers, scaling",
         ("what",),
     ),
     "reproduce": Command(
@@ -334,7 +339,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(__version__)
         return EXIT_OK
-    return exit_code(lambda: _run(arguments))
+    with _told_when_ended():
+        return exit_code(lambda: _run(arguments))
+
+
+@contextmanager
+def _told_when_ended() -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 end the process with a line; training, which saves first, takes them over."""
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a worker, which whoever started it may end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if os.environ.get("RANK", "0") == "0":
+            # Not print: the signal may have come within one.
+            os.write(2, f"localign: ended by {signal.Signals(number).name}\n".encode())
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python sets no handlers elsewhere
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _run(arguments: Sequence[str]) -> int | None:

@@ -68,6 +68,7 @@ class Meddled(AlignTask):
         poison: Steps whose loss is made NaN, in the step's first micro-batch on the first rank alone.
         poison_gradient: Steps whose gradient is made NaN where their loss is not, likewise.
         sleep: Seconds added to each step.
+        room: Samples that there is memory for, by rank.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class Meddled(AlignTask):
         poison: tuple[int, ...] = (),
         poison_gradient: tuple[int, ...] = (),
         sleep: float = 0.0,
+        room: tuple[int, ...] = (),
     ) -> None:
         super().__init__(config)
+        self.room = room[int(os.environ.get("RANK", "0"))] if room else None
         self.stop_before, self.sleep = stop_before, sleep
         self.poison, self.poison_gradient = poison, poison_gradient
 
@@ -86,6 +89,8 @@ class Meddled(AlignTask):
         number, within = divmod(int(batch.positions[0]), self.config.batch_size)
         if number == self.stop_before:
             raise Stopped
+        if self.room is not None and len(batch.positions) > self.room:
+            raise torch.OutOfMemoryError("as CUDA says it")
         time.sleep(self.sleep)
         result = super().step(model, batch)
         if number in self.poison and within == 0:
@@ -156,7 +161,7 @@ def run_ranks(ranks: int, config: dict[str, Any], **meddling: Any) -> None:
         AssertionError: It failed; with its output.
     """
     process = launch(ranks, config, **meddling)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=400)  # starting processes takes long on a busy machine
     assert process.returncode == 0, output.decode()
 
 

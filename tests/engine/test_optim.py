@@ -179,6 +179,13 @@ def test_the_length_of_a_run() -> None:
         ({"warmup_share": 0.0}, "--warmup-share must be above 0"),
         ({"warmup_start": -0.1}, "--warmup-start must lie in"),
         ({"reduce_dtype": "bf16"}, "--reduce-dtype bf16 is of sharded runs"),
+        ({"reshard_after_forward": False}, "--reshard-after-forward is of sharded runs"),
+        (
+            {"sharding": "full", "ddp_bucket_mb": 50.0},
+            "--ddp-bucket-mb is of runs whose ranks hold whole models",
+        ),
+        ({"ddp_bucket_mb": 0.0}, "--ddp-bucket-mb must be above 0"),
+        ({"micro_batch": 0}, "--micro-batch must be above 0"),
     ],
 )
 def test_options_that_contradict(options: dict[str, object], message: str) -> None:

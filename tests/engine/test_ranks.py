@@ -46,24 +46,32 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("loss_tokens", "micro_batch", "complement"),
-    [("all", None, True), ("hidden", None, False), ("hidden", 2, False)],
+    ("ranks", "loss_tokens", "micro_batch", "more"),
+    [
+        (2, "all", None, {}),
+        (2, "hidden", None, {"ddp_bucket_mb": 0.01}),
+        (2, "hidden", 2, {}),
+        (4, "all", None, {"ddp_bucket_mb": 0.01}),
+        (4, "hidden", 1, {}),
+    ],
 )
-def test_two_ranks_equal_one(
-    tmp_path: Path, images: Path, val: Path, loss_tokens: str, micro_batch: int | None, complement: bool
-) -> None:
+def test_several_ranks_equal_one(
+    tmp_path: Path, images: Path, val: Path, ranks: int, loss_tokens: str, micro_batch: int | None,
+    more: dict[str, Any],
+) -> None:  # fmt: skip
     # Without complements the ranks' hidden tokens differ in number: a mean of means would be another loss.
     values: dict[str, Any] = {
-        "loss_tokens": loss_tokens, "micro_batch": micro_batch, "complement": complement, "ema": 0.9,
-        "val": str(val), "val_every": 3, "eps": EPS,
+        "loss_tokens": loss_tokens, "complement": loss_tokens == "all", "ema": 0.9, "val": str(val),
+        "val_every": 3, "eps": EPS,
     }  # fmt: skip
     run(tiny(tmp_path / "one", images, **values))
-    run_ranks(2, asdict(tiny(tmp_path / "two", images, **values)))
-    equal(tmp_path / "one", tmp_path / "two")
-    one, two = read_results(tmp_path / "one"), read_results(tmp_path / "two")
-    assert (one["world_size"], two["world_size"]) == (1, 2)
-    assert one["best"]["step"] == two["best"]["step"]
-    assert one["target_scale"] == two["target_scale"]
+    run_ranks(ranks, asdict(tiny(tmp_path / "several", images, micro_batch=micro_batch, **values, **more)))
+    equal(tmp_path / "one", tmp_path / "several")
+    one, several = read_results(tmp_path / "one"), read_results(tmp_path / "several")
+    assert (one["world_size"], several["world_size"]) == (1, ranks)
+    assert (one["micro_batch"], several["micro_batch"]) == (8, micro_batch or 8 // ranks)
+    assert one["best"]["step"] == several["best"]["step"]
+    assert one["target_scale"] == several["target_scale"]
 
 
 @pytest.mark.slow

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,7 @@ from engine_runs import (
 from torch import nn
 
 from localign.alignment import AlignConfig
-from localign.cli import EXIT_OK, exit_code
+from localign.cli import EXIT_OK, _told_when_ended, exit_code, main
 from localign.data.loader import _start_worker
 from localign.engine import run as runs
 from localign.engine import train
@@ -125,12 +129,52 @@ def test_the_command_ends_with_0(tmp_path: Path, images: Path) -> None:
     assert exit_code(lambda: asked(config, {3: (signal.SIGTERM,)})) == EXIT_OK
 
 
+SLOW_TO_BUILD = """
+import os, sys, time
+from localign import cli, commands
+def align(config):
+    print("building", flush=True)
+    time.sleep(60)
+command = cli.COMMANDS["align"]
+cli.COMMANDS["align"] = cli.Command(command.config, align, command.help)
+sys.exit(cli.main(["align"]))
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_before_training_the_process_ends_with_a_line(number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_TO_BUILD], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"building\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert errors.decode() == f"localign: ended by {number.name}\n"
+    assert process.returncode == 128 + number
+
+
+def test_a_worker_of_a_command_ends_without_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    forking = multiprocessing.get_context("fork")
+    with _told_when_ended():
+        begun = forking.Event()
+        worker = forking.Process(target=lambda: (begun.set(), time.sleep(60)))
+        worker.start()
+        assert begun.wait(30)
+        worker.terminate()
+        worker.join(30)
+    assert worker.exitcode == -signal.SIGTERM
+    assert capfd.readouterr().err == ""
+
+
 def test_signals_do_afterwards_what_they_did_before() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with stop_requests() as request:
         assert not request.made
         os.kill(os.getpid(), signal.SIGUSR1)
         assert request.by == "SIGUSR1"
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert main(["--version"]) == main(["list"]) == EXIT_OK
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 

@@ -20,9 +20,11 @@ from tiny_vlm import tiny_llm, tiny_tokenizer
 from vlm_models import picture
 
 import localign
-from localign.cli import main
+from localign.cli import main, parse
+from localign.engine import BatchPlan
 from localign.vlm.build import load_vlm
 from localign.vlm.modeling import LocalignVLM
+from localign.vlm.task import VLMTask
 
 STEPS = 6
 
@@ -315,12 +317,37 @@ def finished(ranks: int, command: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["none", "full"])
-def test_two_ranks_are_one(data: Path, whole: Path, tmp_path: Path, sharding: str) -> None:
-    finished(2, arguments(data, tmp_path / "run", "--sharding", sharding, "--micro-batch", "2"))
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [
+        (2, ["--micro-batch", "2"]),
+        (2, ["--micro-batch", "2", "--sharding", "full"]),
+        (4, ["--sharding", "full"]),
+        (4, ["--sharding", "full", "--micro-batch", "1", "--reshard-after-forward", "false"]),
+        (4, ["--sharding", "full", "--micro-batch", "auto"]),
+    ],
+    ids=str,
+)
+def test_several_ranks_are_one(data: Path, whole: Path, tmp_path: Path, ranks: int, more: list[str]) -> None:
+    finished(ranks, arguments(data, tmp_path / "run", *more))
     ours, theirs = (load_file(f / "export" / "model.safetensors") for f in (tmp_path / "run", whole))
     assert_close(ours, theirs)
     assert logged(tmp_path / "run", "samples") == logged(whole, "samples")
+    for field in ("loss", "val_loss", "grad_norm"):
+        assert logged(tmp_path / "run", field) == pytest.approx(logged(whole, field), abs=1e-5)
+
+
+def test_a_memory_for_so_many_conversations(data: Path, whole: Path, tmp_path: Path) -> None:
+    """Sizes are tried on the longest conversations, on few of them again and again."""
+    trained(data, tmp_path / "run", "--micro-batch", "auto")
+    assert logged(tmp_path / "run", "micro_batch") == {0: 8}
+    assert logged(tmp_path / "run", "loss") == logged(whole, "loss")
+    task = VLMTask(parse("vlm train", arguments(data, tmp_path / "task")[2:]))
+    for size in (1, 3, 40):
+        batch = task.largest(size)
+        assert len(batch.positions) == size
+    every = [int(b.input_ids.shape[1]) for b in task.batches(BatchPlan(0, 1, 1, 0, 1, 0, 0, 30, False))]
+    assert task.largest(1).input_ids.shape[1] > 0.9 * max(every)
 
 
 @pytest.mark.slow

@@ -63,6 +63,10 @@ class AlignTask(Task):
         super().to(device)
         self.teacher.to(device)
 
+    @property
+    def inseparable(self) -> int:
+        return 1 if self.data.mixing is None else 2  # pairs are mixed
+
     def batches(self, plan: BatchPlan) -> Iterator[Batch]:
         return self.data.train_batches(plan)
 
@@ -116,7 +120,7 @@ class AlignTask(Task):
             return {}
         sums = torch.zeros(2, device=self.device)
         views_seed = rng.key(self.seed, "validation masks") >> 1
-        micro = self.config.micro_batch or min(64, self.config.batch_size)
+        micro = self.micro_batch or min(64, self.config.batch_size)
         for batch in self.data.val_batches(world, micro):
             images, views = self.views(batch, purpose_seed=views_seed)
             sums += torch.stack(self._loss(module, images, views)).to(sums)

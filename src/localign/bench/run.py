@@ -139,6 +139,31 @@ def loader_tables(content: dict[str, Any]) -> list[Table]:
     return [table]
 
 
+def scaling_tables(content: dict[str, Any]) -> list[Table]:
+    """What a step costs in each case, and what goes over the network."""
+    title = "A step of aligning {backbone}, {parameters:,} trained parameters".format(**content)
+    numbers = (
+        "ranks",
+        "images a step",
+        "patches an image",
+        "CPU, s, all ranks",
+        "wall, s",
+        "sent, MB",
+        "foreseen",
+    )
+    table = _table(title, content, (), numbers)
+    for row in content["cases"]:
+        sent = row["sent_bytes"]
+        table.add_row(
+            *(str(row[name]) for name in ("ranks", "images", "tokens")),
+            f"{row['cpu_seconds']:.2f}",
+            f"{row['wall_seconds']:.2f}",
+            "–" if sent is None else f"{sent / 1e6:.1f}",
+            f"{row['foreseen_bytes'] / 1e6:.1f}",
+        )
+    return [table]
+
+
 def _in_both_times(value: dict[str, float], form: str, wall_alone: bool) -> str:
     return f"{value['wall']:{form}}" + ("" if wall_alone else f" (CPU {value['cpu']:{form}})")
 
@@ -159,6 +184,12 @@ def _bench_loader(config: BenchConfig) -> dict[str, Any]:
     from localign.bench.loader import bench_loader
 
     return bench_loader(config)
+
+
+def _bench_scaling(config: BenchConfig) -> dict[str, Any]:
+    from localign.bench.scaling import bench_scaling
+
+    return bench_scaling(config)
 
 
 def _percent(value: float | None) -> str:
@@ -182,5 +213,6 @@ _MEASUREMENTS: dict[str, tuple[Callable[[BenchConfig], dict[str, Any]], Callable
     "vlm": (_bench_vlm, vlm_tables),
     "answers": (_bench_answers, answers_tables),
     "loader": (_bench_loader, loader_tables),
+    "scaling": (_bench_scaling, scaling_tables),
 }
 """What measures, and how it is shown."""

@@ -153,7 +153,7 @@ def bench_vlm(config: BenchConfig) -> dict[str, Any]:
 
 def _load(task: VLMTask, steps: int) -> Pass:
     options = task.config
-    micro = options.micro_batch or options.batch_size
+    micro = options.micro_batch if isinstance(options.micro_batch, int) else options.batch_size
     plan = BatchPlan(options.seed, options.batch_size, micro, 0, 1, 0, 0, steps, False)
     batches, loading = timed(lambda: list(task.batches(plan)), torch.device("cpu"))
     per_step = options.batch_size // micro

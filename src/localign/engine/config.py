@@ -29,8 +29,9 @@ class TrainConfig:
     """Passes over the training images; give this or steps."""
     batch_size: int = 0
     """Images per optimizer step, over all ranks and micro-batches; 0: 1024, on a CPU alone 8 (for trying)."""
-    micro_batch: int | None = None
-    """Images per rank and forward pass; default is the rank's whole share. Gradients accumulate."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Images per rank and forward pass; default is the rank's whole share. Gradients accumulate. auto: the most that
+    memory has room for, looked for before training and at every continuation; it changes results by rounding alone."""
     lr: float | None = None
     """Peak learning rate; default is the backbone's published one, else 3e-4."""
     min_lr_ratio: float = 0.1
@@ -58,6 +59,12 @@ class TrainConfig:
     hybrid: its share among the ranks of its node, the nodes repeating one another."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which a sharded run sums gradients over ranks."""
+    reshard_after_forward: bool = True
+    """Of a sharded run: let each block's gathered weights go after its forward pass and gather them again for the
+    backward pass; false keeps them in between: a third fewer bytes over the network, more memory."""
+    ddp_bucket_mb: float | None = None
+    """Of a run that is not sharded: MiB of gradients that ranks exchange at once, while the backward pass goes on;
+    default torch's (25)."""
     compile: bool = False
     """Compile the model with torch.compile."""
     grad_checkpointing: bool = False
@@ -95,10 +102,11 @@ class TrainConfig:
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} contradict each other; give one")
         positive = ("steps", "epochs", "warmup_epochs", "warmup_share", "micro_batch", "lr", "clip_grad", "eps",
-                    "log_every", "checkpoint_every", "keep_checkpoints", "val_every", "timeout")  # fmt: skip
+                    "log_every", "checkpoint_every", "keep_checkpoints", "val_every", "timeout",
+                    "ddp_bucket_mb")  # fmt: skip
         for name in positive:
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value not in (None, "auto") and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
         for name in ("batch_size", "warmup_steps", "weight_decay", "workers"):
             if getattr(self, name) < 0:
@@ -112,6 +120,12 @@ class TrainConfig:
             raise UserError(f"--warmup-share must lie below 1, not {self.warmup_share}")
         if self.sharding == "none" and self.reduce_dtype != "fp32":
             raise UserError(f"--reduce-dtype {self.reduce_dtype} is of sharded runs; give --sharding too")
+        if self.sharding == "none" and not self.reshard_after_forward:
+            raise UserError("--reshard-after-forward is of sharded runs; give --sharding too")
+        if self.sharding != "none" and self.ddp_bucket_mb is not None:
+            raise UserError(
+                "--ddp-bucket-mb is of runs whose ranks hold whole models; leave --sharding at none"
+            )
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"--ema must lie between 0 and 1, not {self.ema}")
         if self.steps is not None and self.warmup_steps >= self.steps:
@@ -124,7 +138,7 @@ RESUMABLE: frozenset[str] = frozenset(
     {
         "out", "micro_batch", "device", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
         "val_every", "resume", "tensorboard", "wandb", "compile", "grad_checkpointing", "attention", "config",
-        "timeout",
+        "timeout", "reshard_after_forward", "ddp_bucket_mb",
     }
 )  # fmt: skip
 """Fields that may differ when a run is continued: they change neither the samples nor the mathematics."""
@@ -169,14 +183,19 @@ def total_steps(config: TrainConfig, samples: int) -> int:
     return steps
 
 
+def computes_in_bf16(config: TrainConfig, device: str) -> bool:
+    """Whether a run computes in bfloat16 on a type of device."""
+    return config.precision == "bf16" or (config.precision == "auto" and device == "cuda")
+
+
 def batch_shares(config: TrainConfig, ranks: int) -> tuple[int, int]:
-    """Images per rank and step, and per forward pass.
+    """Images per rank and step, and per forward pass; where that is to be found, all until then.
 
     Raises:
         UserError: The batch does not divide.
     """
     per_rank, rest = divmod(config.batch_size, ranks)
-    micro = config.micro_batch or per_rank
+    micro = config.micro_batch if isinstance(config.micro_batch, int) else per_rank
     if rest or not per_rank or per_rank % micro:
         raise UserError(
             f"batch size {config.batch_size} does not divide into {ranks} ranks times micro-batches of {micro}"

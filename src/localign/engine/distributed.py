@@ -86,12 +86,19 @@ class World:
                 other.told = True  # by the rank that it happened to
                 raise other
 
-    def replicate(self, module: nn.Module) -> nn.Module:
-        """The module with gradients averaged over ranks."""
+    def replicate(self, module: nn.Module, bucket_mb: float | None = None) -> nn.Module:
+        """The module with gradients averaged over ranks, so many MiB of them at a time."""
         if self.size == 1:
             return module
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+        # Gradients lie in the buckets that are exchanged, rather than beside them.
+        return DistributedDataParallel(
+            module,
+            device_ids=device_ids,
+            broadcast_buffers=False,
+            bucket_cap_mb=bucket_mb,
+            gradient_as_bucket_view=True,
+        )
 
     @contextmanager
     def without_sync(self, module: nn.Module, skip: bool) -> Iterator[None]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,11 +16,13 @@ from localign import rng
 from localign.engine import run as runs
 from localign.engine.batch import sample_digest, to_device
 from localign.engine.checkpoint import STATE_FIELDS, Checkpoints
-from localign.engine.config import TrainConfig, batch_shares, total_steps, with_warmup_steps
+from localign.engine.config import TrainConfig, batch_shares, computes_in_bf16, total_steps, with_warmup_steps
 from localign.engine.disk import writing
 from localign.engine.distributed import World, world
 from localign.engine.guards import NonFiniteGuard
 from localign.engine.log import Bar, Log, Stopwatch, say
+from localign.engine.memory import check_measurable
+from localign.engine.microbatch import Search
 from localign.engine.opening import open_folder, open_log
 from localign.engine.optim import (
     averaged,
@@ -30,22 +32,13 @@ from localign.engine.optim import (
     scale_and_clip,
     set_rates,
 )
+from localign.engine.run import Outcome
 from localign.engine.sharded_checkpoint import ShardedCheckpoints
 from localign.engine.sharding import fill_whole, hollow_copy, reshard, shard_task
 from localign.engine.stopping import StopRequest, stop_requests
 from localign.engine.task import BatchPlan, Task, batch_plan
 from localign.engine.totals import Totals
 from localign.errors import RunFailure, RunStopped, UserError
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run."""
-
-    folder: Path
-    results: dict[str, Any]
-    is_main: bool = True
-    """Whether this process is the one that writes files and speaks."""
 
 
 def train(task: Task, config: TrainConfig, command: str) -> Outcome:
@@ -78,8 +71,11 @@ class Loop:
         self.per_rank, self.micro_batch = batch_shares(config, here.size)
         config = with_warmup_steps(config, task.samples())
         self.task, self.config, self.command, self.world = task, config, command, here
-        self.stop = stop
-        self.stopping = False  # known to all ranks alike
+        check_measurable(config, here.device)
+        task.micro_batch = self.micro_batch if isinstance(config.micro_batch, int) else None
+        self.in_bf16 = computes_in_bf16(config, here.device.type)
+        self._autocast = partial(torch.autocast, here.device.type, torch.bfloat16, self.in_bf16)
+        self.stop, self.stopping = stop, False  # the latter known to all ranks alike
         self.folder = Path(config.out)
         self.steps = total_steps(config, task.samples())
         self.log = Log([])
@@ -119,7 +115,7 @@ class Loop:
         if self.mesh is not None:
             self._hollow = hollow_copy(task.module) if self.world.is_main else None
             modules = [task.module, *([self.ema.module] if self.ema is not None else [])]
-            shard_task(task, modules, self.mesh, self._in_bf16, config.reduce_dtype)
+            shard_task(task, modules, self.mesh, self.in_bf16, config)
         task.to(self.world.device)
         if self.ema is not None:
             self.ema.to(self.world.device)
@@ -130,16 +126,21 @@ class Loop:
             task.start(self.world, self._plan(start=0))
         if config.grad_checkpointing:
             task.set_grad_checkpointing()
-        if config.compile:
-            task.compile()
-        self.model = task.module if self.mesh is not None else self.world.replicate(task.module)
+        replicas = self.mesh is None
+        self.model = self.world.replicate(task.module, config.ddp_bucket_mb) if replicas else task.module
         if self.world.is_main:
             with self._writing():
                 validated = self.validation.get("step") == resumed_at
                 self.log, self._bar = open_log(self.command, config, self.steps, resumed_at, validated)
+        if config.micro_batch == "auto":
+            search = Search(task, self.model, self.world, self.per_rank, self._autocast, not replicas)
+            self.micro_batch = task.micro_batch = search.largest()
+            with self.world.together(), self._writing():
+                self.log.write(self.step, micro_batch=self.micro_batch)
+        if config.compile:
+            task.compile()
         # Dropout and the like draw from torch's generator; it is keyed by the step, and the caller's is kept.
-        cuda = [self.world.device] if self.world.device.type == "cuda" else []
-        with torch.random.fork_rng(cuda):
+        with torch.random.fork_rng([self.world.device] if self.world.device.type == "cuda" else []):
             self._train()
         return self._finish()
 
@@ -234,14 +235,6 @@ class Loop:
         return seen[-1]
 
     # -- around a step ---------------------------------------------------------------------------------
-
-    @property
-    def _in_bf16(self) -> bool:
-        on_cuda = self.world.device.type == "cuda"
-        return self.config.precision == "bf16" or (self.config.precision == "auto" and on_cuda)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self._in_bf16)
 
     def _plan(self, start: int) -> BatchPlan:
         return batch_plan(self.config, self.world, self.micro_batch, start, self.steps)
@@ -389,6 +382,7 @@ class Loop:
         results = {
             **runs.training_facts(self.command, self.config, self.step, self.seconds),
             "world_size": self.world.size,
+            "micro_batch": self.micro_batch,
             "samples_digest": f"{self._global_digest():016x}",
             "skipped_images": runs.bad_images_facts(self.bad, self.task.samples()),
             "skipped_steps": self.guard.skipped,

@@ -6,7 +6,7 @@ import errno
 import json
 import platform
 import subprocess
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,16 @@ from localign.files import replace_text
 from localign.plainyaml import load_yaml
 
 CONFIG_FILE, RESULTS_FILE = "config.yaml", "results.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    folder: Path
+    results: dict[str, Any]
+    is_main: bool = True
+    """Whether this process is the one that writes files and speaks."""
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from localign.engine.config import TrainConfig
 from localign.engine.task import Task
 
 
@@ -22,6 +23,7 @@ def shard(
     mesh: DeviceMesh,
     compute_dtype: torch.dtype | None,
     reduce_dtype: torch.dtype,
+    reshard_after_forward: bool = True,
 ) -> None:
     """Shard a module in place; its parameters become DTensors under the same names, on the mesh's device.
 
@@ -33,6 +35,7 @@ def shard(
         mesh: Of :meth:`~localign.engine.distributed.World.mesh`.
         compute_dtype: What units compute in; None for the parameters' own.
         reduce_dtype: What gradients are summed over ranks in.
+        reshard_after_forward: Whether units are let go between forward and backward pass.
 
     Raises:
         ValueError: An unsharded part is not frozen: its gradients would stay on their rank.
@@ -41,12 +44,19 @@ def shard(
     if any(p.requires_grad for p in ignored):
         raise ValueError("a part that is trained must be sharded")
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
-    for part in (*units, module):
-        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+    for part in units:
+        fully_shard(
+            part,
+            mesh=mesh,
+            mp_policy=policy,
+            ignored_params=ignored,
+            reshard_after_forward=reshard_after_forward,
+        )
+    fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
 
 
 def shard_task(
-    task: Task, modules: Iterable[nn.Module], mesh: DeviceMesh, in_bf16: bool, reduce_dtype: str
+    task: Task, modules: Iterable[nn.Module], mesh: DeviceMesh, in_bf16: bool, config: TrainConfig
 ) -> None:
     """Shard a task's module, and its average, as the task says.
 
@@ -55,7 +65,7 @@ def shard_task(
         modules: Its module, and copies of it.
         mesh: As of :func:`shard`.
         in_bf16: Whether units compute in bfloat16.
-        reduce_dtype: fp32 or bf16, of sums of gradients.
+        config: Says in what precision gradients are summed, and how long what is gathered is kept.
     """
     for module in modules:
         shard(
@@ -64,7 +74,8 @@ def shard_task(
             task.unsharded(module),
             mesh=mesh,
             compute_dtype=torch.bfloat16 if in_bf16 else None,
-            reduce_dtype=torch.bfloat16 if reduce_dtype == "bf16" else torch.float32,
+            reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bf16" else torch.float32,
+            reshard_after_forward=config.reshard_after_forward,
         )
 
 

@@ -72,6 +72,8 @@ class Task(ABC):
 
     seed: int
     device: torch.device
+    micro_batch: int | None = None
+    """Samples of a forward pass, as the loop has them of the options or has found them; None: a rank's whole share."""
 
     @property
     @abstractmethod
@@ -94,6 +96,15 @@ class Task(ABC):
         and in the data), ``bad`` ((name, reason) of what could not be read), and the method's own; its tensors
         are moved to the device, positions and indices excepted.
         """
+
+    @property
+    def inseparable(self) -> int:
+        """Neighbours in the stream that go through one forward pass together: micro-batches hold a multiple."""
+        return 1
+
+    def largest(self, samples: int) -> Any:
+        """A micro-batch that needs as much memory as any of so many samples; reading it changes nothing."""
+        return next(iter(self.batches(BatchPlan(self.seed, samples, samples, 0, 1, 0, 0, 1, False))))
 
     @abstractmethod
     def step(self, model: nn.Module, batch: Any) -> StepResult:

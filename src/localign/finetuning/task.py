@@ -127,6 +127,10 @@ class FinetuneTask(Task):
             "starting weights": self.starting_hash[:16],
         }
 
+    @property
+    def inseparable(self) -> int:
+        return 1 if self.data.mixing is None else 2  # pairs are mixed
+
     def batches(self, plan: BatchPlan) -> Iterator[Batch]:
         return self.data.train_batches(plan)
 
@@ -161,7 +165,7 @@ class FinetuneTask(Task):
         multi = labels.multi_label
         loss = torch.zeros(2, device=self.device)
         counts = torch.zeros(2, len(labels.classes) if multi else 2, device=self.device)
-        for batch in self.data.val_batches(world, self.config.micro_batch or min(64, self.config.batch_size)):
+        for batch in self.data.val_batches(world, self.micro_batch or min(64, self.config.batch_size)):
             targets = labels.targets(self.val_indices[batch.indices]).to(self.device)
             logits = module(self.model.backbone.normalise(batch.images.to(self.device)))
             loss += torch.stack(classification_loss(logits, targets, multi)).to(loss)

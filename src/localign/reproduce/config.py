@@ -39,8 +39,8 @@ class ReproduceConfig:
     images themselves, which flatters."""
     dry_run: bool = False
     """Show the plan and stop."""
-    micro_batch: int | None = None
-    """Images per rank and forward pass of alignments; default is the rank's whole share."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Images per rank and forward pass of alignments, or auto, as in align; default is the rank's whole share."""
     workers: int | None = None
     """Image loading processes per rank; default the world's own."""
     device: str = "auto"

@@ -130,6 +130,26 @@ def planned_batches(
     return batches()
 
 
+def longest_batch(
+    data: Conversations, encoder: Encoder, transform: ImageToTensor, samples: int, *, packed: bool
+) -> VLMBatch:
+    """A micro-batch of the longest records, as far as their estimated lengths tell; of few records, repeated ones.
+
+    Args:
+        data, encoder, transform, packed: As of :func:`planned_batches`.
+        samples: Records in it.
+
+    Raises:
+        UserError: No record is of use.
+    """
+    longest = np.argsort(-estimated_lengths(data, encoder), kind="stable")
+    chosen = np.resize(longest[:samples], samples).tolist()
+    fetched = _Reader(data, encoder, transform, 0, packed)[list(enumerate(chosen))]
+    if fetched.batch is None:
+        raise UserError(f"no usable record in {REPLACEMENT_ATTEMPTS} draws")
+    return fetched.batch
+
+
 def record_stream(
     data: Conversations, plan: BatchPlan, *, grouped: bool = False, shuffle: bool = True
 ) -> RecordStream:

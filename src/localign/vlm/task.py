@@ -15,7 +15,7 @@ from localign.engine.batch import to_device
 from localign.engine.distributed import World, choose_device
 from localign.engine.task import BatchPlan, StepResult, Task
 from localign.vlm.attention import check_independent_turns
-from localign.vlm.batching import VLMBatch, planned_batches, record_stream
+from localign.vlm.batching import VLMBatch, longest_batch, planned_batches, record_stream
 from localign.vlm.build import build_vlm, merged, save_vlm
 from localign.vlm.config import VLMConfig
 from localign.vlm.examples import Encoder
@@ -97,6 +97,15 @@ class VLMTask(Task):
             max_bad_share=self.config.max_bad_share,
         )
 
+    def largest(self, samples: int) -> VLMBatch:
+        return longest_batch(
+            self.data,
+            self.encoder,
+            self.processor.image_transform(),
+            samples,
+            packed=self.config.batching == "packed",
+        )
+
     def step(self, model: nn.Module, batch: VLMBatch) -> StepResult:
         return StepResult(*self._loss(model, batch))
 
@@ -145,7 +154,7 @@ class VLMTask(Task):
         if self.val_data is None:
             return {}
         limit = min(self.config.val_records or len(self.val_data), len(self.val_data))
-        micro = self.config.micro_batch or max(1, self.config.batch_size // world.size)
+        micro = self.micro_batch or max(1, self.config.batch_size // world.size)
         steps = -(-limit // (micro * world.size))
         plan = BatchPlan(0, micro * world.size, micro, world.rank, world.size, 0, 0, steps, False)
         sums = torch.zeros(2, device=self.device)

@@ -1,0 +1,206 @@
+"""`--micro-batch auto`: what is found fits, and changes nothing but how often a step goes forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import (
+    TINY_VIT,
+    Meddled,
+    furthest,
+    launch,
+    logged,
+    run,
+    run_ranks,
+    run_until,
+    same_bits,
+    tiny,
+    weights,
+)
+from torch import nn
+
+from localign.alignment import AlignConfig
+from localign.data.loader import Batch
+from localign.engine import StepResult, memory, microbatch, train
+from localign.engine.memory import available, check_measurable
+from localign.engine.run import read_results
+from localign.errors import UserError
+
+STEPS = 8
+EPS = 1e-5
+"""As in the tests of ranks: above what sums are rounded by."""
+
+DROPPING = {**TINY_VIT, "proj_drop_rate": 0.1}
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="a CPU's memory is measured on Linux"
+)
+
+
+class Sized(Meddled):
+    """An alignment that writes down what it is given before the first step."""
+
+    def __init__(self, config: AlignConfig, **meddling: Any) -> None:
+        super().__init__(config, **meddling)
+        self.sizes: list[int] = []
+
+    def step(self, model: nn.Module, batch: Batch) -> StepResult:
+        self.sizes.append(len(batch.positions))
+        return super().step(model, batch)
+
+
+def sizes_of(config: AlignConfig, **meddling: Any) -> list[int]:
+    task = Sized(config, **meddling)
+    train(task, config, "align")
+    return task.sizes
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "room", "found"),
+    [(8, 8, 8), (8, 7, 4), (8, 3, 2), (8, 1, 1), (12, 5, 4), (12, 11, 6), (7, 6, 1)],
+)
+def test_the_largest_that_fits_and_divides(
+    tmp_path: Path, images: Path, batch_size: int, room: int, found: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(tmp_path, images, micro_batch="auto", batch_size=batch_size, steps=3)
+    sizes = sizes_of(config, room=(room,))
+    assert sizes[-3 * batch_size // found :] == [found] * (3 * batch_size // found)
+    assert logged(tmp_path, "micro_batch") == {0: found}
+    assert read_results(tmp_path)["micro_batch"] == found
+    assert read_results(tmp_path)["config"]["micro_batch"] == "auto"
+    assert f"micro-batch: {found} of the {batch_size} samples" in capsys.readouterr().err
+
+
+def test_the_search_leaves_no_trace_in_the_run(tmp_path: Path, images: Path, val: Path) -> None:
+    values: dict[str, Any] = {"val": str(val), "val_every": 3, "ema": 0.9, "model_kwargs": DROPPING}
+    run(tiny(tmp_path / "given", images, micro_batch=2, **values))
+    run(tiny(tmp_path / "found", images, micro_batch="auto", **values), room=(2,))
+    for field in ("samples", "loss", "grad_norm", "val_loss"):
+        assert logged(tmp_path / "given", field) == logged(tmp_path / "found", field), field
+    for file in ("model", "ema", "optimizer"):
+        a, b = (weights(tmp_path / name, STEPS, f"{file}.safetensors") for name in ("given", "found"))
+        assert same_bits(a, b), file
+
+
+def test_a_continued_run_looks_again_and_comes_to_the_same(tmp_path: Path, images: Path) -> None:
+    run(tiny(tmp_path / "whole", images, eps=EPS))
+    config = tiny(tmp_path / "run", images, eps=EPS, micro_batch="auto")
+    with pytest.raises(UserError, match="not even a micro-batch of 1 fits"):
+        run(config, room=(0,))
+    resumed = replace(config, resume="must")
+    run_until(resumed, 5, room=(4,))
+    run(resumed, room=(2,))
+    assert logged(tmp_path / "run", "micro_batch") == {0: 4, 4: 2}
+    assert logged(tmp_path / "run", "samples") == logged(tmp_path / "whole", "samples")
+    assert furthest(weights(tmp_path / "run", STEPS), weights(tmp_path / "whole", STEPS)) < 1e-5
+
+
+def test_pairs_that_are_mixed_stay_together(tmp_path: Path, images: Path) -> None:
+    config = tiny(tmp_path, images, micro_batch="auto", mixup=0.5, steps=3, batch_size=12)
+    assert set(sizes_of(config, room=(5,))) == {2, 4, 6}
+
+
+class Growing:
+    """Stands for a meter: a rank's memory grows with samples, and there is so much of it."""
+
+    budget = 100
+
+    def __init__(self, task: Sized, least: int, growth: int) -> None:
+        self.task, self.least, self.growth = task, least, growth
+
+    def restart(self) -> None: ...
+
+    def peak(self) -> int:
+        return self.least + self.growth * self.task.sizes[-1]
+
+
+@pytest.mark.parametrize(
+    ("growth", "found", "tried"),
+    [(1, 16, [1, 2, 4, 8, 16]), (7, 8, [1, 2, 4, 8]), (40, 1, [1, 2]), (70, 0, [1])],
+)
+def test_a_cpu_never_tries_what_will_not_fit(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, growth: int, found: int, tried: list[int]
+) -> None:
+    config = tiny(tmp_path, images, micro_batch="auto", batch_size=16, steps=3)
+    task = Sized(config)
+    monkeypatch.setattr(microbatch, "meter", lambda here: Growing(task, 40, growth))
+    if found:
+        train(task, config, "align")
+        assert read_results(tmp_path)["micro_batch"] == found
+    else:
+        with pytest.raises(UserError, match="not even a micro-batch of 1 fits in the memory of cpu"):
+            train(task, config, "align")
+    in_search = task.sizes[: -3 * 16 // found] if found else task.sizes
+    assert sorted(set(in_search)) == tried
+
+
+def test_what_a_process_takes_is_measured() -> None:
+    gauge = memory.ProcessMeter(1)
+    assert 0 < gauge.budget - memory._status("VmRSS") <= available()
+    gauge.restart()
+    before = gauge.peak()
+    taken = torch.ones(32 << 18)  # 32 MiB
+    assert 30 << 20 < gauge.peak() - before < 40 << 20
+    del taken
+    gauge.restart()
+    assert gauge.peak() - before < 8 << 20
+    assert memory.ProcessMeter(4).budget < gauge.budget
+
+
+def test_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    (tmp_path / "self" / "cgroup").write_text("0::/job/step\n")
+    root = tmp_path / "groups"
+    (root / "job" / "step").mkdir(parents=True)
+    for folder, limit, used, cached in (
+        (root / "job", "5000000", 2000000, 500000),
+        (root / "job/step", "max", 0, 0),
+    ):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 7\ninactive_file {cached}\n")
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUPS", root)
+    assert available() == 3_500_000
+    (tmp_path / "self" / "cgroup").write_text("4:cpu,memory:/job\n0::/\n")
+    (root / "memory" / "job").mkdir(parents=True)
+    for name, value in (("limit_in_bytes", 700), ("usage_in_bytes", 600)):
+        (root / "memory" / "job" / f"memory.{name}").write_text(f"{value}\n")
+    (root / "memory" / "job" / "memory.stat").write_text("total_inactive_file 50\n")
+    assert available() == 150
+    (tmp_path / "self" / "cgroup").write_text("0::/elsewhere\n")
+    assert available() == 8000 * 1024
+
+
+def test_memory_that_cannot_be_measured_is_refused(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="not of mps here; give a number"):
+        check_measurable(tiny(tmp_path, images, micro_batch="auto"), torch.device("mps"))
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    with pytest.raises(UserError, match="not of cpu here; give a number"):
+        run(tiny(tmp_path / "run", images, micro_batch="auto"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_what_fits_on_all(tmp_path: Path, images: Path, val: Path) -> None:
+    values: dict[str, Any] = {"eps": EPS, "val": str(val), "ema": 0.9, "batch_size": 16}
+    run(tiny(tmp_path / "one", images, **values))
+    run_ranks(2, asdict(tiny(tmp_path / "two", images, micro_batch="auto", **values)), room=(8, 3))
+    assert read_results(tmp_path / "two")["micro_batch"] == 2
+    assert logged(tmp_path / "one", "samples") == logged(tmp_path / "two", "samples")
+    assert furthest(weights(tmp_path / "one", STEPS), weights(tmp_path / "two", STEPS)) < 1e-5
+
+
+@pytest.mark.slow
+def test_what_fits_on_no_rank_is_told_once(tmp_path: Path, images: Path) -> None:
+    process = launch(2, asdict(tiny(tmp_path, images, micro_batch="auto")), room=(8, 0))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert output.count(b"not even a micro-batch of 1 fits") == 1, output.decode()
