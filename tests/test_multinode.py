@@ -27,7 +27,6 @@ for ((i = 0; i < SLURM_NTASKS; i++)); do
     SLURM_PROCID=$i SLURM_LOCALID=$((i % SLURM_NTASKS_PER_NODE)) "$@" & tasks[i]=$!
 done
 trap 'kill -USR1 "${tasks[@]}"' USR1
-echo ready > "$LOGS/srun"
 worst=0
 for task in "${tasks[@]}"; do
     while kill -0 "$task" 2> /dev/null; do wait "$task"; code=$?; done
