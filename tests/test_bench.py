@@ -140,5 +140,6 @@ def test_bench_scaling_measures_what_was_foreseen(tmp_path: Path, capsys: pytest
     assert all(row["cpu_seconds"] > 0 and row["wall_seconds"] > 0 for row in cases)
     if Path("/proc/net/dev").is_file():
         for row in cases[1:3]:
-            assert 0.9 < row["sent_bytes"] / row["foreseen_bytes"] < 2  # others may use the network too
+            # No upper bound: whatever runs beside this test may use the network too.
+            assert row["sent_bytes"] > 0.9 * row["foreseen_bytes"]
     assert "patches an image" in capsys.readouterr().out
