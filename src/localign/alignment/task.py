@@ -120,7 +120,8 @@ class AlignTask(Task):
             return {}
         sums = torch.zeros(2, device=self.device)
         views_seed = rng.key(self.seed, "validation masks") >> 1
-        micro = self.micro_batch or min(64, self.config.batch_size)
+        given = self.config.micro_batch
+        micro = self.micro_batch or (given if isinstance(given, int) else min(64, self.config.batch_size))
         for batch in self.data.val_batches(world, micro):
             images, views = self.views(batch, purpose_seed=views_seed)
             sums += torch.stack(self._loss(module, images, views)).to(sums)
