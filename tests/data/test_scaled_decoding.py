@@ -278,6 +278,14 @@ def test_a_random_resized_crop_writes_down_how_it_is_decoded() -> None:
     assert resolve_finetune(FinetuneConfig(data="scenes")).decode is None
 
 
+def test_random_resized_crops_of_scenes_say_nothing_of_decoding() -> None:
+    aligned = AlignConfig(data="scenes", crop="rrc")
+    finetuned = resolve_finetune(FinetuneConfig(data="scenes", crop="rrc"))
+    for config in (aligned, finetuned):
+        assert config.decode is None
+        ImageData(config, (48, 48))
+
+
 def test_scenes_are_not_decoded() -> None:
     with pytest.raises(UserError, match="--decode has no effect on scenes"):
         opened(data="scenes", decode="full")

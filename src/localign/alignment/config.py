@@ -9,7 +9,7 @@ from localign.alignment.objectives import OBJECTIVES, DecoderName, Objective, Ob
 from localign.alignment.teacher import TARGETS, TargetName
 from localign.backbones import AttentionBackend
 from localign.backbones.attention import BACKENDS
-from localign.data.config import DataConfig
+from localign.data.config import DataConfig, written_decode
 from localign.engine.config import TrainConfig
 from localign.errors import UserError
 
@@ -107,8 +107,7 @@ class AlignConfig(DataConfig, TrainConfig):
             "loss": objective.losses[0],
             "decoder": objective.decoders[0],
             "mask": "uniform" if objective.masked else None,
-            # Written down where older runs decoded in full, so that none is continued otherwise.
-            "decode": "scaled" if self.crop == "rrc" else None,
+            "decode": written_decode(self, self.crop),
         }
         for name, default in defaults.items():
             if getattr(self, name) is None:

@@ -65,7 +65,7 @@ class AlignTask(Task):
 
     @property
     def inseparable(self) -> int:
-        return 1 if self.data.mixing is None else 2  # pairs are mixed
+        return self.data.inseparable
 
     def batches(self, plan: BatchPlan) -> Iterator[Batch]:
         return self.data.train_batches(plan)

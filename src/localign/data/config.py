@@ -79,6 +79,15 @@ def say_notice(source: ImageSource) -> None:
         print(f"data       {notice}", file=sys.stderr)
 
 
+def written_decode(config: DataConfig, crop: TrainCrop | None) -> Decode | None:
+    """What a config says of decoding where nothing is given.
+
+    It is written down for random resized crops of files, which older runs decoded in full: none is continued
+    otherwise.
+    """
+    return "scaled" if crop == "rrc" and not config.is_scenes else None
+
+
 class ImageData:
     """The images of a run, opened: training stream and validation set.
 
@@ -113,6 +122,11 @@ class ImageData:
         self.val_transform = EvalTransform(image_size)
         mixes = config.mixup is not None or config.cutmix is not None
         self.mixing = Mixing(config.mixup, config.cutmix) if mixes else None
+
+    @property
+    def inseparable(self) -> int:
+        """Neighbours in the stream that a forward pass must hold together: pairs that are mixed."""
+        return 1 if self.mixing is None else 2
 
     def train_batches(self, plan: BatchPlan) -> Iterator[Batch]:
         """This rank's micro-batches of the plan, in order."""

@@ -16,7 +16,7 @@ from localign.api import CPU_BATCH, PUBLISHED_BATCH, load
 from localign.backbones import Backbone
 from localign.backbones.export import content_hash
 from localign.data.classification import ImageLabels, SpreadSource, check_same_classes, labels_of
-from localign.data.config import ImageData
+from localign.data.config import ImageData, written_decode
 from localign.data.loader import Batch
 from localign.data.mixing import mix_labels
 from localign.engine import BatchPlan, Outcome, StepResult, Task, train
@@ -57,8 +57,7 @@ def resolve_finetune(config: FinetuneConfig) -> FinetuneConfig:
         config,
         batch_size=config.batch_size or (CPU_BATCH if on_cpu else PUBLISHED_BATCH),
         crop=crop,
-        # Written down where older runs decoded in full, so that none is continued otherwise.
-        decode=config.decode or ("scaled" if crop == "rrc" else None),
+        decode=config.decode or written_decode(config, crop),
         val_images=config.val_images or (SCENES_PER_VALIDATION if config.is_scenes else None),
     )
 
@@ -129,7 +128,7 @@ class FinetuneTask(Task):
 
     @property
     def inseparable(self) -> int:
-        return 1 if self.data.mixing is None else 2  # pairs are mixed
+        return self.data.inseparable
 
     def batches(self, plan: BatchPlan) -> Iterator[Batch]:
         return self.data.train_batches(plan)
