@@ -37,9 +37,8 @@ def draw(folder: Path, count: int, seed: int, size: tuple[int, int] = (WIDTH, HE
     for number in range(count):
         draws = rng.generator(seed, "photograph", number)
         shift = int(draws.integers(height)), int(draws.integers(width))
-        values = np.roll(fields[number % _FIELDS], shift, (0, 1)) * draws.uniform(
-            0.7, 1.1
-        )  # periodic: no seam
+        # Fields are periodic, so that a shifted one has no seam.
+        values = np.roll(fields[number % _FIELDS], shift, (0, 1)) * draws.uniform(0.7, 1.1)
         levels = (values + draws.uniform(90, 150)).clip(0, 255).astype(np.uint8)
         Image.fromarray(levels).save(folder / f"{number:05}.jpg", quality=QUALITY)
 

@@ -140,14 +140,14 @@ def _by_sequence(
 ) -> Tensor:
     outputs = []
     for start, stop in pairwise(cu_seqlens.tolist()):
-        window = None
+        mask = None
         if turns is not None:
-            window = turns_mask(turns[None, start:stop])
+            mask = turns_mask(turns[None, start:stop])
         elif sliding_window is not None and stop - start > sliding_window:
-            window = _window_mask(stop - start, sliding_window, query.device)
+            mask = _window_mask(stop - start, sliding_window, query.device)
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))
         output, _ = sdpa_attention_forward(
-            module, q, k, v, window, dropout=dropout, scaling=scaling, is_causal=True
+            module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=True
         )
         outputs.append(output)
     return torch.cat(outputs, dim=1)

@@ -116,12 +116,13 @@ def encode(
     limit = max_length + image_tokens if text_limit else max_length
     if all(label == IGNORED for label in labels[:limit]):
         raise NothingToLearn(f"no answer begins within {max_length} tokens")
-    turns = torch.tensor(numbers[:limit], dtype=torch.int64)
+    input_ids = torch.tensor(ids[:limit], dtype=torch.int64)
+    turns = torch.tensor(numbers[:limit], dtype=torch.int64) if independent else None
     return Example(
-        torch.tensor(ids[:limit], dtype=torch.int64),
+        input_ids,
         torch.tensor(labels[:limit], dtype=torch.int64),
-        _positions(turns),
-        turns if independent else None,
+        torch.arange(len(input_ids)) if turns is None else _positions(turns),
+        turns,
     )
 
 

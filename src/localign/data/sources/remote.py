@@ -232,9 +232,8 @@ def sizes_of(urls: Sequence[str]) -> list[int]:
 
 def _size_of(url: str) -> int:
     with _on_the_way(url):
-        filesystem, inner = fsspec.core.url_to_fs(
-            url
-        )  # here: most file systems want an instance for each thread
+        # Here, for most file systems want an instance for each thread.
+        filesystem, inner = fsspec.core.url_to_fs(url)
         size = filesystem.info(inner)["size"]
         if size is None:
             raise UserError(f"{url} does not say how large it is; fetch the shards first")
