@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from engine_runs import COMMAND, Meddled, make_images, reseal, run, run_until, tiny
 from safetensors.torch import load_file, save_file
 
@@ -48,6 +49,16 @@ def test_fields_that_differ_are_named_with_both_values(resumed: AlignConfig) -> 
 def test_what_shapes_the_result_may_not_change(resumed: AlignConfig, field: str) -> None:
     other = {"steps": 9, "batch_size": 4, "loss": "l1", "mask": "bernoulli", "ema": None, "precision": "bf16"}
     assert f"{field}: " in refusal(replace(resumed, **{field: other[field]}))  # type: ignore[arg-type]
+
+
+def test_an_option_that_came_later_had_its_default(resumed: AlignConfig) -> None:
+    path = Path(resumed.out) / "config.yaml"
+    saved = yaml.safe_load(path.read_text())
+    left_out = AlignConfig.__dataclass_fields__["clip_grad"].default
+    assert saved["config"].pop("clip_grad") == left_out
+    path.write_text(yaml.safe_dump(saved))
+    assert "clip_grad" in refusal(replace(resumed, clip_grad=left_out + 1))
+    assert run(resumed).results["steps"] == resumed.steps
 
 
 def test_how_it_is_computed_may_change(resumed: AlignConfig) -> None:

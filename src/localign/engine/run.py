@@ -6,7 +6,7 @@ import errno
 import json
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def check_same_config(folder: Path, command: str, config: Any) -> None:
     """Refuse to continue a run under a config that would make it another run.
 
+    An option that the saved config lacks was added to localign after it: the run had what is its default now.
+
     Raises:
         UserError: Names the fields that differ, with both values.
     """
@@ -99,12 +101,19 @@ def check_same_config(folder: Path, command: str, config: Any) -> None:
         raise UserError(
             f"{folder} is a run of `localign {saved.get('command')}`, not of `localign {command}`"
         )
-    old, new = saved["config"], plain(config)
-    fields = [f for f in sorted({*old, *new}) if f not in RESUMABLE and old.get(f) != new.get(f)]
-    fields = [f for f in fields if f not in PLACES or not _moved(old.get(f), new.get(f))]
-    if fields:
-        listed = "; ".join(f"{f}: {old.get(f)!r} there, {new.get(f)!r} now" for f in fields)
+    old, new = {**_defaults(config), **saved["config"]}, plain(config)
+    changed = [f for f in sorted({*old, *new}) if f not in RESUMABLE and old.get(f) != new.get(f)]
+    changed = [f for f in changed if f not in PLACES or not _moved(old.get(f), new.get(f))]
+    if changed:
+        listed = "; ".join(f"{f}: {old.get(f)!r} there, {new.get(f)!r} now" for f in changed)
         raise UserError(f"cannot resume {folder} with another config: {listed}")
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The options that need not be given, with what they are then."""
+    given = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    made = {f.name: f.default_factory() for f in fields(config) if f.default_factory is not MISSING}
+    return plain({**given, **made})
 
 
 def _moved(old: Any, new: Any) -> bool:
