@@ -13,7 +13,7 @@ from torch import nn
 
 from localign.engine.config import TrainConfig, batch_shares, total_steps, with_warmup_steps
 from localign.engine.distributed import World
-from localign.engine.optim import build_optimizer, decays, learning_rate
+from localign.engine.optim import build_optimizer, decays, hidden_matrices, learning_rate, set_rates
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
 
@@ -46,6 +46,65 @@ def test_only_matrices_decay(name: str, kwargs: dict[str, object]) -> None:
         kinds = ("bias", "norm", "gamma", "pos_embed", "token", "bias_table")
         if any(kind in parameter for kind in kinds):
             assert parameter not in names, parameter
+
+
+def test_matrices_for_muon_lie_in_blocks(tmp_path: Path, images: Path) -> None:
+    module = Meddled(tiny(tmp_path, images)).module
+    shapes = {name: p.ndim for name, p in module.named_parameters()}
+    names = hidden_matrices(module)
+    assert {shapes[name] for name in names} == {2}
+    blocks = {n for n, ndim in shapes.items() if ".blocks." in n and ndim == 2}
+    assert names == blocks
+    module.encoder.requires_grad_(False)
+    assert hidden_matrices(module) == {n for n in blocks if n.startswith("decoder.")}
+
+
+def small_network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.ModuleDict({"layers": nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), "head": nn.Linear(4, 3)})
+
+
+def stepped(optimizer: str, factors: dict[str, float], rate: float = 0.01) -> dict[str, torch.Tensor]:
+    """What two steps change in each parameter."""
+    module = small_network(0)
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    chosen = build_optimizer(module, TrainConfig(optimizer=optimizer, weight_decay=0.1), rates=factors)  # type: ignore[arg-type]
+    set_rates(chosen, rate)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x = torch.randn(16, 6)
+        module["head"](module["layers"](x)).square().mean().backward()
+        chosen.step()
+        chosen.zero_grad()
+    return {n: p.detach() - before[n] for n, p in module.named_parameters()}
+
+
+def test_muon_steps_go_in_many_directions_and_are_as_large_as_adamws_become() -> None:
+    rate = 0.01
+    muon, adamw = stepped("muon", {}, rate), stepped("adamw", {}, rate)
+    for name in ("layers.0.weight", "layers.1.weight"):
+        shares = [torch.linalg.svdvals(step[name]).square() for step in (muon, adamw)]
+        largest, of_adamw = (float(share.max() / share.sum()) for share in shares)
+        assert largest < 0.6
+        assert of_adamw > 0.95
+        assert 0.1 * rate < muon[name].square().mean().sqrt() < 0.5 * rate
+    for name in ("head.weight", "layers.0.bias"):  # AdamW's in both
+        assert 0.5 < muon[name].square().mean().sqrt() / adamw[name].square().mean().sqrt() < 2
+    assert not any(step.any() for step in stepped("muon", {}, 0.0).values())
+
+
+def test_parts_keep_their_rates_under_muon() -> None:
+    whole, slowed = stepped("muon", {}), stepped("muon", {"layers.1": 0.0})
+    assert not slowed["layers.1.weight"].any()
+    assert not slowed["layers.1.bias"].any()
+    assert slowed["layers.0.weight"].any()
+    assert slowed["head.weight"].any()
+    assert whole["layers.1.weight"].any()
+
+
+def test_muon_is_refused_where_matrices_are_in_parts() -> None:
+    with pytest.raises(UserError, match="whole matrices"):
+        TrainConfig(optimizer="muon", sharding="full")
 
 
 def test_the_students_groups(tmp_path: Path, images: Path) -> None:

@@ -45,10 +45,17 @@ def test_fields_that_differ_are_named_with_both_values(resumed: AlignConfig) -> 
     assert "workers" not in refusal(replace(resumed, lr=0.5, workers=1))
 
 
-@pytest.mark.parametrize("field", ["steps", "batch_size", "loss", "mask", "ema", "precision"])
+@pytest.mark.parametrize("field", ["steps", "batch_size", "loss", "mask", "ema", "precision", "optimizer"])
 def test_what_shapes_the_result_may_not_change(resumed: AlignConfig, field: str) -> None:
-    other = {"steps": 9, "batch_size": 4, "loss": "l1", "mask": "bernoulli", "ema": None, "precision": "bf16"}
+    other = {"steps": 9, "batch_size": 4, "loss": "l1", "mask": "bernoulli", "ema": None, "precision": "bf16",
+             "optimizer": "muon"}  # fmt: skip
     assert f"{field}: " in refusal(replace(resumed, **{field: other[field]}))  # type: ignore[arg-type]
+
+
+def test_state_of_the_other_optimizer_is_named(resumed: AlignConfig) -> None:
+    config = Path(resumed.out) / "config.yaml"
+    config.write_text(config.read_text().replace("optimizer: adamw", "optimizer: muon"))
+    assert "lacks the optimizer state of" in refusal(replace(resumed, optimizer="muon"))
 
 
 def test_an_option_that_came_later_had_its_default(resumed: AlignConfig) -> None:

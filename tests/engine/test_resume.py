@@ -61,6 +61,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert exports[0] == exports[1]
 
 
+def test_two_optimizers_in_one_are_resumed_alike(tmp_path: Path, images: Path) -> None:
+    run(tiny(tmp_path / "whole", images, optimizer="muon"))
+    interrupt(tmp_path / "run", images, (3, 5), optimizer="muon")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        resumed, uninterrupted = (weights(tmp_path / name, 8, file) for name in ("run", "whole"))
+        assert same_bits(resumed, uninterrupted), file
+    kinds = {name.split(".", 1)[0] for name in resumed}
+    assert kinds == {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
+
+
 def test_the_target_scale_is_restored_not_estimated_again(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from localign.backbones.weights import load_strict
 from localign.engine.checksums import FILES, FileFacts, facts_of, files_problem, read_sealed, sealed_text
+from localign.engine.optim import state_kinds
 from localign.errors import UserError
 from localign.files import replace_text, replacing_folder
 
@@ -270,13 +271,13 @@ def load_optimizer_tensors(
         UserError: State is missing for a trainable parameter, or left over.
     """
     left = dict(tensors)
-    kinds = {k.split(".", 1)[0] for k in tensors}
+    wanted = state_kinds(optimizer) if tensors else {}
     for name, parameter in module.named_parameters():
         found = {k.removesuffix(f".{name}"): v for k, v in tensors.items() if k.split(".", 1)[1] == name}
         for kind in found:
             del left[f"{kind}.{name}"]
-        if parameter.requires_grad and kinds - found.keys():
-            lacking = ", ".join(sorted(kinds - found.keys()))
+        if lacks := wanted.get(parameter, frozenset()) - found.keys():
+            lacking = ", ".join(sorted(lacks))
             raise UserError(f"{source} lacks the optimizer state of {name}: {lacking}")
         if found:
             # The step counter belongs where a fused optimizer reads it; moments beside their parameter.

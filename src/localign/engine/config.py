@@ -50,6 +50,9 @@ class TrainConfig:
     """AdamW's moment decay rates."""
     eps: float = 1e-8
     """AdamW's epsilon."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the matrices of linear layers in blocks, AdamW at the same rate for all else. Fewer
+    steps, of more compute each: it matters for small models trained from scratch."""
     clip_grad: float | None = 1.0
     """Largest gradient norm; null for no clipping."""
     precision: Precision = "auto"
@@ -126,6 +129,8 @@ class TrainConfig:
             raise UserError(
                 "--ddp-bucket-mb is of runs whose ranks hold whole models; leave --sharding at none"
             )
+        if self.sharding != "none" and self.optimizer == "muon":
+            raise UserError("--optimizer muon needs whole matrices on every rank; leave --sharding at none")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"--ema must lie between 0 and 1, not {self.ema}")
         if self.steps is not None and self.warmup_steps >= self.steps:

@@ -1,9 +1,10 @@
-"""Optimizer and schedule."""
+"""Optimizers and schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,67 @@ def decayed_names(module: nn.Module) -> frozenset[str]:
     return frozenset(n for n, p in module.named_parameters() if p.requires_grad and decays(n, p))
 
 
+def hidden_matrices(module: nn.Module) -> frozenset[str]:
+    """Names of the trainable matrices that Muon is for: those of linear layers inside blocks.
+
+    Blocks are the numbered parts of a list or sequence of modules. Embeddings, output layers, convolutions and
+    vectors are none of them.
+    """
+    return frozenset(
+        f"{name}.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and layer.weight.requires_grad and _in_block(name)
+    )
+
+
+def _in_block(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for some parameters and AdamW for the rest, as one optimizer.
+
+    Args:
+        muon, adamw: Over parameters of their own.
+    """
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        self.parts = (muon, adamw)
+        groups = [group for part in self.parts for group in part.param_groups]
+        super().__init__([{**group} for group in groups], {})
+        self.param_groups = groups  # the parts' own, so that a rate set here is theirs
+        for part in self.parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Both parts' step; there is no closure."""
+        for part in self.parts:
+            part.step()
+
+
+_STATE: dict[type[torch.optim.Optimizer], frozenset[str]] = {
+    torch.optim.AdamW: frozenset({"step", "exp_avg", "exp_avg_sq"}),
+    torch.optim.Muon: frozenset({"momentum_buffer"}),
+}
+
+
+def state_kinds(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, frozenset[str]]:
+    """What an optimizer of :func:`build_optimizer` keeps of each parameter once it has stepped, by its names."""
+    parts = optimizer.parts if isinstance(optimizer, MuonAdamW) else (optimizer,)
+    return {p: _STATE[type(part)] for part in parts for group in part.param_groups for p in group["params"]}
+
+
 def build_optimizer(
     module: nn.Module,
     config: TrainConfig,
     decayed: Container[str] | None = None,
     rates: Mapping[str, float] | None = None,
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW over what is trainable, in groups: decayed or not, for each learning rate. See :func:`set_rates`.
+
+    With ``config.optimizer`` "muon" the :func:`hidden_matrices` are Muon's (Jordan et al., 2024: steps are
+    orthogonalised momentum), whose updates are scaled to the size of AdamW's (Liu et al., 2025): one learning rate
+    and one weight decay suit both.
 
     Args:
         module: On its device, sharded where it will be.
@@ -50,18 +105,21 @@ def build_optimizer(
     if decayed is None:
         decayed = decayed_names(module)
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    matrices = hidden_matrices(module) if config.optimizer == "muon" else frozenset()
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         factor = next((f for part, f in (rates or {}).items() if name.startswith(f"{part}.")), 1.0)
         decay = config.weight_decay if name in decayed else 0.0
-        groups.setdefault((factor, decay), []).append(parameter)
+        groups.setdefault((name in matrices, factor, decay), []).append(parameter)
     fused = all(p.device.type in ("cuda", "cpu", "mps") and p.is_floating_point() for _, p in named)
     lr = config.lr if config.lr is not None else 3e-4
-    described = [
-        {"params": parameters, "weight_decay": decay, "lr_factor": factor}
-        for (factor, decay), parameters in groups.items()
-    ]
-    return torch.optim.AdamW(described, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
+    described: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for (is_matrix, factor, decay), parameters in groups.items():
+        described[is_matrix].append({"params": parameters, "weight_decay": decay, "lr_factor": factor})
+    adamw = torch.optim.AdamW(described[False], lr=lr, betas=config.betas, eps=config.eps, fused=fused)
+    if not matrices:
+        return adamw
+    return MuonAdamW(torch.optim.Muon(described[True], lr=lr, adjust_lr_fn="match_rms_adamw"), adamw)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
