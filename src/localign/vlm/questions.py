@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,6 +32,8 @@ Box = tuple[float, float, float, float]
 """Left, top, right and bottom as shares of the image's width and height, to two decimals."""
 
 QUESTIONS_FILE, SETTINGS_FILE, IMAGES = "questions.json", "settings.json", "images"
+_FLUSHED_AT_ONCE = 16
+"""Images written to the disk for good at a time: it waits, and does little."""
 FORMAT = 1
 """Raised when the same settings would give other questions."""
 
@@ -293,8 +296,8 @@ def write_dataset(
         images.append(folder / name)
         _write_image(images[-1], scene)
         records.append(_record(f"{split}-{index:06d}", name, asked))
-    for image in images:
-        fsync_path(image)
+    with ThreadPoolExecutor(_FLUSHED_AT_ONCE) as pool:
+        list(pool.map(fsync_path, images))
     fsync_path(folder / IMAGES)
     replace_text(path, "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
     return path
