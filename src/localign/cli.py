@@ -36,6 +36,8 @@ class Command:
     help: str
     positional: tuple[str, ...] = ()
     """Fields that may be given without their option's name, in order."""
+    recipes_of: str | None = None
+    """The command whose recipes it takes, if not its own."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -43,6 +45,12 @@ COMMANDS: dict[str, Command] = {
         commands.demo_config, commands.demo, "align the embedded backbone, probe before and after, report"
     ),
     "align": Command(commands.align_config, commands.align, "locality alignment of a backbone"),
+    "plan": Command(
+        commands.plan_config,
+        commands.plan,
+        "what an alignment takes before it runs: arithmetic, memory, hours",
+        recipes_of="align",
+    ),
     "pretrain": Command(commands.pretrain_config, commands.pretrain, "make the embedded backbone"),
     "finetune": Command(
         commands.finetune_config, commands.finetune, "classification fine-tuning under a transformer head"
@@ -218,7 +226,10 @@ def _opened(token: str, command: str) -> str:
     from localign.recipes import read_recipe
 
     option, _, value = token.partition("=")
-    return f"{option}={json.dumps(read_recipe(value, command).values)}" if option == "--config" else token
+    if option != "--config":
+        return token
+    whose = COMMANDS[command].recipes_of or command
+    return f"{option}={json.dumps(read_recipe(value, whose).values)}"
 
 
 def normalise(argv: Sequence[str], command: Command) -> list[str]:

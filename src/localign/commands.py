@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from localign.demo import DemoConfig
     from localign.finetuning import FinetuneConfig
     from localign.options import ExportConfig, ImportConfig, ListConfig, ReportConfig, VerifyConfig
+    from localign.planning.config import PlanConfig
     from localign.pretraining import PretrainConfig
     from localign.probe import ProbeCommandConfig
     from localign.reproduce import ReproduceConfig
@@ -42,6 +43,12 @@ def align_config() -> type:
     from localign.alignment.config import AlignConfig
 
     return AlignConfig
+
+
+def plan_config() -> type:
+    from localign.planning.config import PlanConfig
+
+    return PlanConfig
 
 
 def pretrain_config() -> type:
@@ -422,6 +429,12 @@ def probe(config: ProbeCommandConfig) -> None:
     from localign.probe import run_probe
 
     run_probe(config)
+
+
+def plan(config: PlanConfig) -> None:
+    from localign.planning.show import run_plan
+
+    run_plan(config)
 
 
 def bench(config: BenchConfig) -> None:

@@ -1,0 +1,212 @@
+"""A training step that is counted and not computed: the run's own modules on tensors without data.
+
+So the figures follow the code: another objective, target or decoder changes them by itself. Attention is taken as
+fused, which is what GPUs run (FlexAttention where it is soft-capped, whose operations are those of plain attention
+but for the cap), unless ``attention`` says eager.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from localign.alignment.config import AlignConfig
+from localign.alignment.objectives import OBJECTIVES, Objective
+from localign.alignment.objectives.base import MaskedObjective
+from localign.alignment.setup import fresh_student, starting_backbone
+from localign.alignment.teacher import Teacher
+from localign.engine.config import computes_in_bf16
+from localign.errors import UserError
+
+_COUNTED = 2
+"""Images that operations are counted on: they are proportional to images."""
+_SMALL, _LARGE = 32, 64
+"""Images of the two steps whose memory is counted; between and beyond it lies on a line."""
+ADAMW_BYTES = 8
+"""Of AdamW's two moments, per trained parameter."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations per image; a multiplication with an addition is two."""
+
+    teacher: float
+    """Of the frozen teacher's views, forward."""
+    student: float
+    """Of encoder and decoder, forward and backward."""
+
+    @property
+    def total(self) -> float:
+        return self.teacher + self.student
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank, bytes."""
+
+    weights: int
+    """float32 weights of student and teacher."""
+    gradients: int
+    """float32, of what is trained; replicas exchange them where they lie."""
+    moments: int
+    """AdamW's."""
+    fixed: float
+    """What a step takes besides, whatever its images: copies of weights in lower precision."""
+    per_image: float
+    """What an image of a micro-batch takes: activations kept for the backward pass, and working memory."""
+
+    def of(self, micro_batch: int) -> float:
+        """At the peak of a step, with micro-batches of so many images."""
+        return self.weights + self.gradients + self.moments + self.fixed + micro_batch * self.per_image
+
+
+class CountedAlignment:
+    """Teacher, objective and student of a run, without data in their tensors.
+
+    Args:
+        config: The run's; of its weights, images and folders nothing is read.
+
+    Raises:
+        UserError: The backbone is not known or does not fit the options, or the objective draws no masks.
+    """
+
+    def __init__(self, config: AlignConfig) -> None:
+        self.config = config
+        fused = config.attention != "eager"
+        with torch.device("meta"):
+            backbone = starting_backbone(config, weights="none")
+            self.student = fresh_student(replace(config, soft_cap="none") if fused else config, backbone)
+        assert config.target is not None  # AlignConfig has filled it in
+        self.teacher = Teacher(backbone, config.target)
+        self.objective: Objective = OBJECTIVES[config.objective](config, self.teacher)
+        if not isinstance(self.objective, MaskedObjective):
+            raise UserError(
+                f"--objective {config.objective} has views that depend on data; it cannot be planned"
+            )
+        self.mode = FakeTensorMode()
+        with self.mode:
+            for module in (self.student, self.teacher):
+                module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+        if config.grad_checkpointing:
+            self.student.set_grad_checkpointing(True)
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters."""
+        return sum(p.numel() for p in self.student.parameters() if p.requires_grad)
+
+    def parameters(self) -> dict[str, int]:
+        """Of teacher, encoder and decoder."""
+        parts: dict[str, nn.Module | None] = {
+            "teacher": self.teacher,
+            "encoder": self.student.encoder,
+            "decoder": self.student.decoder,
+        }
+        return {name: _count(part) for name, part in parts.items() if part is not None}
+
+    def flops(self) -> Flops:
+        """Operations per image, recomputation included where gradients are checkpointed."""
+        images, views = self._inputs(_COUNTED)
+        # The counter does not know the CPU's fused attention, but the products that it stands for.
+        with self._on_fakes(), sdpa_kernel(SDPBackend.MATH):
+            with FlopCounterMode(display=False) as teacher:
+                target = self._target(images, views)
+            with FlopCounterMode(display=False) as student:
+                self._student_step(images, views, target)
+        return Flops(teacher.get_total_flops() / _COUNTED, student.get_total_flops() / _COUNTED)
+
+    def memory(self) -> Memory:
+        """What a rank needs that holds a whole student."""
+        peaks = {images: self._peak(images) for images in (_SMALL, _LARGE)}
+        slope = (peaks[_LARGE] - peaks[_SMALL]) / (_LARGE - _SMALL)
+        weights = 4 * (_count(self.student) + _count(self.teacher))
+        gradients = 4 * self.trained
+        fixed = peaks[_SMALL] - _SMALL * slope - weights - gradients
+        return Memory(weights, gradients, ADAMW_BYTES * self.trained, max(0.0, fixed), slope)
+
+    def _peak(self, count: int) -> float:
+        """Most bytes of weights, gradients, activations and working memory at any time of a step."""
+        images, views = self._inputs(count)
+        with self._on_fakes(), _LiveBytes() as live:
+            for tensor in (*self.student.parameters(), *self.teacher.parameters(), images, views):
+                live.see(tensor)
+            for parameter in self.student.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)  # as after the first step
+            self._student_step(images, views, self._target(images, views))
+        return float(live.peak)
+
+    def _inputs(self, count: int) -> tuple[Tensor, Tensor]:
+        views = self.objective.draw(0, torch.arange(count))
+        height, width = self.teacher.backbone.image_size
+        with self.mode:
+            return torch.empty(count, 3, height, width), self.mode.from_tensor(views)
+
+    def _target(self, images: Tensor, views: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.objective.target(images, views)
+
+    def _student_step(self, images: Tensor, views: Tensor, target: Tensor) -> None:
+        prediction = self.objective.predict(self.student, images, views)
+        loss, _ = self.objective.loss(prediction, target, views)
+        with torch.autocast("cpu", enabled=False):
+            loss.backward()
+
+    @contextmanager
+    def _on_fakes(self) -> Iterator[None]:
+        bf16 = computes_in_bf16(self.config, "cuda")
+        with self.mode, torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+            yield
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, for as long as anything holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self.see(tensor)
+        return made
+
+    def see(self, tensor: Tensor) -> None:
+        """Count a tensor's memory, unless it is counted already."""
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known[storage] = True
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, storage.nbytes())
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def mask_cost(config: AlignConfig, flops: Flops) -> float | None:
+    """Operations of the run's masks as a multiple of those of one mask per image; None with one mask alone."""
+    if not (config.complement or config.all_visible):
+        return None
+    single = CountedAlignment(replace(config, complement=False, all_visible=False))
+    return flops.total / single.flops().total
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

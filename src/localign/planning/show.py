@@ -1,0 +1,87 @@
+"""A plan on the screen and on disk: `localign plan`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from localign.engine import run as runs
+from localign.files import replace_text
+from localign.planning.config import PlanConfig
+from localign.planning.gpus import gpu
+from localign.planning.plan import GIB, OCCUPIED, Plan, as_facts, make_plan, micro_batches
+
+
+def run_plan(config: PlanConfig) -> Plan:
+    """Plan, show and, where a file is given, write.
+
+    Raises:
+        UserError: See :func:`make_plan`.
+    """
+    plan = make_plan(config)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    for table in (_run_table(plan, config), _memory_table(plan, config)):
+        console.print(table)
+    if config.save is not None:
+        content = {"command": "plan", "config": runs.plain(config), "versions": runs.provenance()}
+        path = Path(config.save)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps({**content, **as_facts(plan)}, indent=1) + "\n")
+        print(f"plan       {path}")
+    return plan
+
+
+def _run_table(plan: Plan, config: PlanConfig) -> Table:
+    table = Table(
+        title=f"{config.backbone}, {config.objective}: {config.gpus} x {config.gpu}", show_header=False
+    )
+    table.add_column()
+    table.add_column(justify="right")
+    for name, count in plan.parameters.items():
+        table.add_row(f"parameters, {name}", f"{count / 1e6:,.1f} M")
+    table.add_row(
+        "GFLOP an image, teacher + student",
+        f"{plan.flops.teacher / 1e9:,.1f} + {plan.flops.student / 1e9:,.1f}",
+    )
+    if plan.mask_cost is not None:
+        table.add_row("times the cost of one mask", f"{plan.mask_cost:.2f}")
+    table.add_row("images, in steps", f"{plan.images / 1e6:,.1f} M in {plan.steps:,}")
+    table.add_row(f"images/s at {config.mfu:.0%} of the peak", f"{plan.images_per_second:,.0f}")
+    table.add_row("cores that decode", f"{plan.decode_cores:,.0f}")
+    table.add_row("hours", f"{plan.hours:,.1f}")
+    table.add_row("GPU-hours", f"{plan.gpu_hours:,.0f}")
+    table.caption = (
+        f"Decoding at {config.decode_rate:g} images/s and core, see `localign bench loader`; "
+        "the share of the peak, see `localign bench align`."
+    )
+    return table
+
+
+def _memory_table(plan: Plan, config: PlanConfig) -> Table:
+    room = gpu(config.gpu).gib
+    memory = plan.memory
+    table = Table(title=f"GiB on a {config.gpu} of {room:g} GiB, by images in a micro-batch")
+    for column in ("micro-batch", "weights", "gradients, moments", "activations and the like", "in all", ""):
+        table.add_column(column, justify="right")
+    for count in micro_batches(plan):
+        total = memory.of(count) / GIB
+        kept, trained = memory.weights / GIB, (memory.gradients + memory.moments) / GIB
+        table.add_row(
+            str(count),
+            f"{kept:.2f}",
+            f"{trained:.2f}",
+            f"{total - kept - trained:.2f}",
+            f"{total:.2f}",
+            "" if total <= OCCUPIED * room else "too large",
+        )
+    fits = (
+        f"--micro-batch {plan.largest} is the largest that divides a rank's {plan.images_per_rank} images and fits"
+        if plan.largest is not None
+        else "not even one image fits: take larger GPUs, or --grad-checkpointing"
+    )
+    table.caption = f"{fits} into {OCCUPIED:.0%} of it." if plan.largest is not None else f"{fits}."
+    return table
