@@ -17,6 +17,7 @@ from localign.alignment.setup import fresh_student, starting_backbone
 from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher
 from localign.backbones import Backbone
+from localign.backbones.attention import fuse_attention
 from localign.backbones.export import content_hash
 from localign.backbones.monitor import attention_logit_stats
 from localign.data.config import ImageData
@@ -62,6 +63,8 @@ class AlignTask(Task):
     def to(self, device: torch.device) -> None:
         super().to(device)
         self.teacher.to(device)
+        for module in (self.teacher, self.student):
+            fuse_attention(module, device)
 
     @property
     def inseparable(self) -> int:
