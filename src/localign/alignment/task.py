@@ -19,6 +19,7 @@ from localign.alignment.teacher import Teacher
 from localign.backbones import Backbone
 from localign.backbones.attention import fuse_attention
 from localign.backbones.export import content_hash
+from localign.backbones.frozen import fuse_frozen
 from localign.backbones.monitor import attention_logit_stats
 from localign.data.config import ImageData
 from localign.data.loader import Batch
@@ -65,6 +66,8 @@ class AlignTask(Task):
         self.teacher.to(device)
         for module in (self.teacher, self.student):
             fuse_attention(module, device)
+        if device.type == "cpu":
+            fuse_frozen(self.teacher.backbone.vit.blocks)
 
     @property
     def inseparable(self) -> int:

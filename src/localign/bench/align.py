@@ -1,7 +1,7 @@
 """Alignment steps as `localign align` takes them, against the same mathematics written out plainly.
 
-Each way has a process of its own, as what a process does to its allocator or its matrix products must not help the other;
-they take turns, step by step, on the same images. See :mod:`localign.bench.align_ways`.
+Each way has a process of its own, as what one does to its allocator or its matrix products must not help the other; they
+take turns, step by step, on the same images. See :mod:`localign.bench.align_ways`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from localign.alignment import AlignConfig
+from localign.backbones import create_backbone
 from localign.bench import photographs
 from localign.bench.align_ways import COMPILED, FULL, OURS, PLAIN
 from localign.bench.ceiling import Ceiling
@@ -94,10 +95,14 @@ def bench_align(config: BenchConfig) -> dict[str, Any]:
     """Time whole optimizer steps of each way, and a product of matrices between them.
 
     Raises:
-        UserError: An unknown backbone, or a folder without readable photographs.
+        UserError: An unknown backbone, or no folder of readable photographs.
         RunFailure: A way ended.
     """
     device = choose_device(config.device)
+    # Both processes would fail on a name that is none; this one says so. A backbone without weights takes a moment.
+    backbone = create_backbone(
+        config.backbone or BACKBONE, weights="none", image_size=config.image_size, seed=config.seed
+    )
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         images = _photographs(config, folder)
@@ -118,7 +123,7 @@ def bench_align(config: BenchConfig) -> dict[str, Any]:
     return {
         "backbone": options.backbone,
         "precision": "bf16" if bf16 else "fp32",
-        "size": config.image_size or "its",
+        "size": backbone.image_size[0],
         "steps": config.steps or STEPS,
         "hardware": hardware(device),
         "ceiling_flops": ceiling.flops,

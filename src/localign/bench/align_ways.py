@@ -1,7 +1,7 @@
 """The two ways to take alignment steps that `localign bench align` compares, each in a process of its own.
 
-As a program it is one of them: `python -m localign.bench.align_ways '{"way": ..., "config": ...}'` takes a step for each
-line it reads and answers with a line of JSON that says what the step cost.
+As a program it is one of them: `python -m localign.bench.align_ways '{"way": ..., "config": ...}'` takes a step for
+each line it reads and answers with a line of JSON that says what the step cost.
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ def _mkl_is_slow() -> bool:
 def _rounds() -> bool:
     """Whether products of float32 are rounded to fewer bits: all of 24 are needed for these factors to come back."""
     factors = torch.full((_SIDE, _SIDE), 1 + 2**-23)
-    return any(not torch.equal(product, factors) for product in (factors @ torch.eye(_SIDE), _batched(factors)))
+    return any(
+        not torch.equal(product, factors) for product in (factors @ torch.eye(_SIDE), _batched(factors))
+    )
 
 
 def _batched(factors: torch.Tensor) -> torch.Tensor:
