@@ -214,7 +214,7 @@ def plain_loss(
             pixels = F.pad(pixels, (0, right, 0, below))
             targets.append(plain_tokens(teacher, images * pixels, -2))
         if scale is None:
-            scale = torch.cat(targets).float().std()
+            scale = torch.cat(targets).float().std(correction=0)
     encoder, decoder = student.encoder, student.decoder
     assert decoder is not None
     embeddings = encoder.head(plain_tokens(encoder.backbone, images, -1))
