@@ -143,6 +143,7 @@ def fuse_attention(module: nn.Module, device: torch.device) -> None:
     torch's fused attention for CPUs is slower than plain products and a softmax at a ViT's few tokens. Soft-capped
     attention is not concerned.
     """
+    part: Any
     for part in module.modules():
         if isinstance(getattr(part, "fused_attn", None), bool):
             part.fused_attn = device.type != "cpu" and use_fused_attn()

@@ -1,6 +1,6 @@
 """Alignment steps as `localign align` takes them, against the same mathematics written out plainly.
 
-Each way has a process of its own, as what one does to its allocator or its matrix products must not help the other; they
+Each way has a process of its own, as what one does to its allocator or its products must not help the other; they
 take turns, step by step, on the same images. See :mod:`localign.bench.align_ways`.
 """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,11 +26,11 @@ def fast_float32_products(device: torch.device) -> Iterator[None]:
     rounds is left as it was; what is faster is told by the processor's make, not measured, so that a run that goes on
     later computes alike.
     """
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    if device.type != "cpu" or not _mkl_is_slow():
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch's types do not know of it
+    if matmul is None or device.type != "cpu" or not _mkl_is_slow():
         yield
         return
+    before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
         if _rounds():
