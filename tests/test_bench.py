@@ -98,7 +98,7 @@ def test_bench_probe_shows_equal_recalls(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("bench cats", "--what takes one of [labels, probe, vlm, answers, loader, scaling]"),
+        ("bench cats", "--what takes one of [labels, probe, vlm, answers, loader, scaling, align]"),
         ("bench answers --device cuda", "--device has no effect on bench answers"),
         ("bench answers --images 3", "--images has no effect on bench answers"),
         ("bench answers --questions 0", "--questions must be above 0"),

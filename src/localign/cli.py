@@ -116,7 +116,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         commands.bench_config,
         commands.bench,
-        "measure speed beside the plain way: labels, probe, vlm, answers, loader, scaling",
+        "measure speed beside the plain way: labels, probe, vlm, answers, loader, scaling, align",
         ("what",),
     ),
     "reproduce": Command(

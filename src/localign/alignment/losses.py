@@ -20,7 +20,7 @@ TOKEN_SELECTIONS: tuple[str, ...] = get_args(TokenSelection)
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared error, mean over channels: ``(..., width)`` twice to ``(...)``. Equation 1 of the paper."""
-    return (prediction - target).square().mean(dim=-1)
+    return F.mse_loss(prediction, target, reduction="none").mean(dim=-1)
 
 
 def cosine(prediction: Tensor, target: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from localign.alignment.setup import fresh_student, starting_backbone
 from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher
 from localign.backbones import Backbone
+from localign.backbones.attention import fuse_attention
 from localign.backbones.export import content_hash
+from localign.backbones.frozen import fuse_frozen
 from localign.backbones.monitor import attention_logit_stats
 from localign.data.config import ImageData
 from localign.data.loader import Batch
@@ -62,6 +64,10 @@ class AlignTask(Task):
     def to(self, device: torch.device) -> None:
         super().to(device)
         self.teacher.to(device)
+        for module in (self.teacher, self.student):
+            fuse_attention(module, device)
+        if device.type == "cpu":
+            fuse_frozen(self.teacher.backbone.vit.blocks)
 
     @property
     def inseparable(self) -> int:

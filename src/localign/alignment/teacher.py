@@ -12,6 +12,8 @@ from localign.errors import UserError
 
 TargetName = Literal["penultimate", "last", "cls", "pooled"]
 TARGETS: tuple[str, ...] = get_args(TargetName)
+_CPU_VIEWS = 24
+"""Views at a time on a CPU: what lies between two layers then stays in its cache, and attention matrices are few."""
 
 
 def mask_images(images: Tensor, keep_mask: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
@@ -95,6 +97,11 @@ class Teacher(nn.Module):
 
     def of_views(self, views: Tensor) -> Tensor:
         """Unscaled targets of images ``(views, 3, height, width)`` that are masked or cropped already."""
+        if views.device.type == "cpu" and len(views) > _CPU_VIEWS and not torch.compiler.is_compiling():
+            return torch.cat([self._of_views(some) for some in views.split(_CPU_VIEWS)])
+        return self._of_views(views)
+
+    def _of_views(self, views: Tensor) -> Tensor:
         if self.target in ("cls", "pooled"):
             return self.backbone.pooled(views)
         return self.backbone.tokens(views, layer=self.layer)

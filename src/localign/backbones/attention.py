@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, use_fused_attn
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -42,8 +42,9 @@ def attention_eager(query: Tensor, key: Tensor, value: Tensor, cap: float) -> Te
     Returns:
         ``(batch, heads, tokens, head_dim)``, dtype of ``value``.
     """
-    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    return soft_cap(logits, cap).softmax(dim=-1).to(value.dtype) @ value
+    # The cap's division is done on the queries, of which there are fewer numbers than of logits.
+    share = (query * (query.shape[-1] ** -0.5 / cap)) @ key.transpose(-2, -1)
+    return (cap * torch.tanh(share)).softmax(dim=-1).to(value.dtype) @ value
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -134,6 +135,18 @@ class SoftCapAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"cap={self.cap}, backend={self.backend!r}, num_heads={self.num_heads}"
+
+
+def fuse_attention(module: nn.Module, device: torch.device) -> None:
+    """Let timm's attention within a module be computed as is best on a device.
+
+    torch's fused attention for CPUs is slower than plain products and a softmax at a ViT's few tokens. Soft-capped
+    attention is not concerned.
+    """
+    part: Any
+    for part in module.modules():
+        if isinstance(getattr(part, "fused_attn", None), bool):
+            part.fused_attn = device.type != "cpu" and use_fused_attn()
 
 
 def apply_soft_cap(vit: Any, cap: float, backend: AttentionBackend = "auto") -> None:

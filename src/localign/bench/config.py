@@ -13,11 +13,11 @@ from localign.errors import UserError
 class BenchConfig:
     """Measure a part of localign against the plain way of doing it, in one run."""
 
-    what: Literal["labels", "probe", "vlm", "answers", "loader", "scaling"] = "labels"
+    what: Literal["labels", "probe", "vlm", "answers", "loader", "scaling", "align"] = "labels"
     """labels: reducing label maps against a loop over patches. probe: all heads in one pass against a run for
     each. vlm: training steps on packed batches against padded ones. answers: reading VQAv2's files and scoring.
     loader: training crops from a folder, tar shards and parquet against torchvision's. scaling: alignment steps with
-    more ranks, images, tokens."""
+    more ranks, images, tokens. align: alignment steps against the same mathematics written out plainly."""
     out: str | None = None
     """JSON file of the measurements; default runs/bench-WHAT.json."""
     seed: int = 0
@@ -26,16 +26,17 @@ class BenchConfig:
     """labels: label maps, default 64. probe: scenes to train heads on, default 600; a quarter as many to judge
     them on. loader: photographs to draw, default 64, or to take of --data at even distances, default 256."""
     data: str | None = None
-    """labels: a folder of label maps (PNG) instead of drawn ones. loader: a folder of photographs instead."""
+    """labels: a folder of label maps (PNG) instead of drawn ones. loader, align: a folder of photographs instead."""
     image_size: int | None = None
     """labels: side of the maps, default 384 pixels. loader: side of the crops, default 224 pixels. scaling: side of the
-    images, default 224 pixels, and twice that."""
+    images, default 224 pixels, and twice that. align: side of the images, default the backbone's own."""
     workers: int | None = None
-    """loader: processes that load, default 0, which loads in this one."""
+    """loader, align: processes that load, default 0, which loads in this one; align on CUDA: 8."""
     patch_size: int | None = None
     """labels: side of a patch, default 14 pixels."""
     backbone: str | None = None
-    """probe: name or export folder, default scenes-vit. scaling: a timm name, default vit_tiny_patch16_224."""
+    """probe: name or export folder, default scenes-vit. scaling, align: a timm name, default
+    vit_tiny_patch16_224; align takes names of the catalogue, too. Their weights are random."""
     weights: str | None = None
     """probe: of a name: pretrained (default), none, or a weight file."""
     epochs: float | None = None
@@ -48,12 +49,16 @@ class BenchConfig:
     times shorter than in LLaVA's mix as this is below 576."""
     batch_size: int | None = None
     """vlm: conversations per optimizer step, default 16. loader: crops per batch, default 32. scaling: images per step,
-    default 8, and twice and four times as many."""
+    default 8, and twice and four times as many. align: images per step, default 32; on CUDA also as many as fit."""
     micro_batch: int | None = None
     """vlm: conversations per forward pass, default all of a step."""
     steps: int | None = None
     """vlm: optimizer steps of a pass, a multiple of 16 (the text-only conversations fill one in 16), default 16.
-    scaling: steps whose median counts, default 8."""
+    scaling, align: steps whose median counts, default 8."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """align: float32 or bfloat16 autocast; default fp32, on CUDA bf16."""
+    compile: bool = False
+    """align: also measure steps compiled with torch.compile."""
     stage: Literal["align", "finetune", "lora"] | None = None
     """vlm: what is trained, as in vlm train; default finetune."""
     grad_checkpointing: bool = False
@@ -83,6 +88,16 @@ class BenchConfig:
             "answers": ("questions",),
             "loader": ("images", "data", "image_size", "workers", "batch_size"),
             "scaling": ("backbone", "image_size", "batch_size", "steps"),
+            "align": (
+                "backbone",
+                "data",
+                "image_size",
+                "workers",
+                "batch_size",
+                "steps",
+                "precision",
+                "compile",
+            ),
         }
         for name in {name for names in own.values() for name in names}.difference(own[self.what]):
             if getattr(self, name) not in (None, False):
@@ -103,8 +118,8 @@ class BenchConfig:
             )
         if self.image_tokens is not None and math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
             raise UserError(f"--image-tokens is a square number, such as 64 or 576, not {self.image_tokens}")
-        if self.what == "scaling" and self.repeats is not None:
-            raise UserError("--repeats has no effect on bench scaling, where --steps count")
+        if self.what in ("scaling", "align") and self.repeats is not None:
+            raise UserError(f"--repeats has no effect on bench {self.what}, where --steps count")
         if self.what == "scaling" and self.batch_size is not None and self.batch_size % 4:
             raise UserError(f"--batch-size is a multiple of 4, for 4 ranks, not {self.batch_size}")
         if self.what == "vlm" and self.steps is not None and self.steps % 16:

@@ -164,6 +164,41 @@ def scaling_tables(content: dict[str, Any]) -> list[Table]:
     return [table]
 
 
+def align_tables(content: dict[str, Any]) -> list[Table]:
+    """What a step of either way costs, and how much of the ceiling it comes to."""
+    cuda = content["hardware"]["device"].startswith("cuda")
+    tables = []
+    for part in content["parts"]:
+        title = "Steps of aligning {backbone}, {precision}, {images} of {size} pixels".format(
+            **content, images=part["images"]
+        )
+        ratios = ("times faster", "without loading") if part["agree"] else ()
+        numbers = ("images/s", *ratios, "TFLOP/s", "MFU, %", "peak, GiB", "data wait, %", "loss")
+        table = _table(title, content, ("way", "batch"), numbers)
+        table.caption = (
+            f"{table.caption}\nMFU: of {content['ceiling_flops'] / 1e12:.3g} TFLOP/s, the fastest product of matrices"
+            + ("" if part["agree"] else "\nthe ways disagree about the loss: nothing is compared")
+        )
+        for row in part["ways"]:
+            if not row["fits"]:
+                table.add_row(row["way"], str(row["batch_size"]), "does not fit")
+                continue
+            named = ("times_faster", "times_faster_without_loading") if part["agree"] else ()
+            table.add_row(
+                row["way"],
+                str(row["batch_size"]),
+                _in_both_times(row["images_per_second"], ".2f", wall_alone=cuda),
+                *(_in_both_times(row[name], ".2f", wall_alone=cuda) for name in named),
+                f"{row['flops_per_second'] / 1e12:.3f}",
+                f"{100 * row['mfu']:.0f}",
+                f"{row['peak_bytes'] / 2**30:.2f}",
+                f"{100 * row['data_wait']:.0f}",
+                f"{row['loss']:.5f}",
+            )
+        tables.append(table)
+    return tables
+
+
 def _in_both_times(value: dict[str, float], form: str, wall_alone: bool) -> str:
     return f"{value['wall']:{form}}" + ("" if wall_alone else f" (CPU {value['cpu']:{form}})")
 
@@ -192,6 +227,12 @@ def _bench_scaling(config: BenchConfig) -> dict[str, Any]:
     return bench_scaling(config)
 
 
+def _bench_align(config: BenchConfig) -> dict[str, Any]:
+    from localign.bench.align import bench_align
+
+    return bench_align(config)
+
+
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
 
@@ -214,5 +255,6 @@ _MEASUREMENTS: dict[str, tuple[Callable[[BenchConfig], dict[str, Any]], Callable
     "answers": (_bench_answers, answers_tables),
     "loader": (_bench_loader, loader_tables),
     "scaling": (_bench_scaling, scaling_tables),
+    "align": (_bench_align, align_tables),
 }
 """What measures, and how it is shown."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from localign import rng
 from localign.engine import run as runs
+from localign.engine.allocator import freed_memory_kept
 from localign.engine.batch import sample_digest, to_device
 from localign.engine.checkpoint import STATE_FIELDS, Checkpoints
 from localign.engine.config import TrainConfig, batch_shares, computes_in_bf16, total_steps, with_warmup_steps
@@ -32,6 +33,7 @@ from localign.engine.optim import (
     scale_and_clip,
     set_rates,
 )
+from localign.engine.products import fast_float32_products
 from localign.engine.run import Outcome
 from localign.engine.sharded_checkpoint import ShardedCheckpoints
 from localign.engine.sharding import fill_whole, hollow_copy, reshard, shard_task
@@ -59,7 +61,8 @@ def train(task: Task, config: TrainConfig, command: str) -> Outcome:
     with stop_requests() as stop, world(config.device, sharded, config.timeout) as here:
         loop = Loop(task, config, command, here, stop)
         try:
-            return loop.run()
+            with freed_memory_kept(here.device), fast_float32_products(here.device):
+                return loop.run()
         finally:
             loop.close()
 

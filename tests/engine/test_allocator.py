@@ -1,0 +1,150 @@
+"""What the loop sets for a CPU holds while it runs, changes no result, and is undone afterwards."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+from engine_runs import tiny, weights
+from torch import Tensor
+
+from localign.alignment import AlignTask
+from localign.engine import allocator, products, train
+from localign.engine.allocator import freed_memory_kept
+from localign.engine.products import fast_float32_products
+
+CPU = torch.device("cpu")
+STEPS = 8
+glibc = pytest.mark.skipif(allocator._glibc() is None, reason="of the GNU C library")
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+@glibc
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads memory from /proc")
+def test_a_freed_block_stays_until_the_end() -> None:
+    size = 256 << 20
+    with freed_memory_kept(CPU):
+        block = torch.ones(size // 4)
+        taken = resident()
+        del block
+        assert taken - resident() < size // 8
+    assert taken - resident() > size // 2
+
+
+class Recorded:
+    """Stands for the C library."""
+
+    def __init__(self, works: bool) -> None:
+        self.works, self.calls = works, list[tuple[str, int]]()
+
+    def mallopt(self, parameter: int, value: int) -> int:
+        self.calls.append((f"mallopt {parameter}", value))
+        return int(self.works)
+
+    def malloc_trim(self, pad: int) -> int:
+        self.calls.append(("trim", pad))
+        return 1
+
+
+def test_only_a_cpu_with_glibc_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Recorded(works=True)
+    monkeypatch.setattr(allocator, "_glibc", lambda: library)
+    with freed_memory_kept(torch.device("cuda")):
+        assert library.calls == []
+    with freed_memory_kept(CPU):
+        assert [value for _, value in library.calls] == [1 << 30, 1 << 30]
+    assert library.calls[-1] == ("trim", 0)
+    monkeypatch.setattr(allocator, "_glibc", lambda: None)
+    with freed_memory_kept(CPU):
+        pass
+
+
+def test_a_library_that_refuses_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Recorded(works=False)
+    monkeypatch.setattr(allocator, "_glibc", lambda: library)
+    with freed_memory_kept(CPU):
+        pass
+    assert len(library.calls) == 1
+
+
+def test_other_c_libraries_are_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("opened"))
+    assert allocator._glibc() is None
+
+
+# -- products ---------------------------------------------------------------------------------------
+
+
+def precision() -> str:
+    return torch.backends.mkldnn.matmul.fp32_precision
+
+
+def gradients(scale: float) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(2, 48, 48, generator=generator) * scale for _ in range(2))
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+    out = torch.bmm(leaves[0], leaves[1]) @ leaves[1][0]
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+def test_products_are_as_exact_and_the_setting_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = precision()
+    exact = gradients(1.0)
+    monkeypatch.setattr(products, "_mkl_is_slow", lambda: True)
+    with fast_float32_products(CPU):
+        for ours, expected in zip(gradients(1.0), exact, strict=True):
+            assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert precision() == before
+
+
+def test_a_processor_that_rounds_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = precision()
+    monkeypatch.setattr(products, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(products, "_rounds", lambda: True)
+    with fast_float32_products(CPU):
+        assert precision() == before
+
+
+def test_rounding_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not products._rounds()
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: bmm(a.bfloat16(), b.bfloat16()).float())
+    assert products._rounds()
+
+
+@pytest.mark.parametrize(
+    ("make", "capability", "slow"),
+    [("AuthenticAMD", "AVX512", True), ("GenuineIntel", "AVX512", False), ("AuthenticAMD", "AVX2", False)],
+)
+def test_the_choice_is_by_the_make(
+    make: str, capability: str, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : {make}\n")
+    monkeypatch.setattr(products, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert products._mkl_is_slow() is slow
+    with fast_float32_products(torch.device("cuda")):
+        assert precision() != "bf16"
+
+
+def test_a_run_is_the_same_without_either(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_mkl_is_slow", lambda: True)
+    fast = tiny(tmp_path / "fast", images, eps=1e-5)
+    train(AlignTask(fast), fast, "align")
+    monkeypatch.setattr(products, "_mkl_is_slow", lambda: False)
+    monkeypatch.setattr(allocator, "_glibc", lambda: None)
+    slow = tiny(tmp_path / "slow", images, eps=1e-5)
+    train(AlignTask(slow), slow, "align")
+    a, b = weights(tmp_path / "fast", STEPS), weights(tmp_path / "slow", STEPS)
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
