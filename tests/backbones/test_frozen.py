@@ -90,5 +90,18 @@ def test_views_in_pieces_are_the_views(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(teacher.of_views(views), whole, atol=1e-5)
 
 
+def test_a_teacher_on_a_cpu_leaves_its_backbone_as_it_was() -> None:
+    teacher = Teacher(build())
+    kinds = [type(module) for module in teacher.backbone.modules()]
+    weights = [id(parameter) for parameter in teacher.parameters()]
+    views = torch.randn(2, 3, 48, 48)
+    before = teacher(views)
+    teacher.prepare(CPU)
+    assert [type(module) for module in teacher.backbone.modules()] == kinds
+    assert [id(parameter) for parameter in teacher.parameters()] == weights
+    assert torch.allclose(teacher(views), before, atol=1e-5)
+    assert any(isinstance(module, FrozenLinear) for module in teacher.modules())
+
+
 def test_timm_still_has_the_switch() -> None:
     assert isinstance(Attention(8, num_heads=2).fused_attn, bool)

@@ -19,7 +19,6 @@ from localign.alignment.teacher import Teacher
 from localign.backbones import Backbone
 from localign.backbones.attention import fuse_attention
 from localign.backbones.export import content_hash
-from localign.backbones.frozen import fuse_frozen
 from localign.backbones.monitor import attention_logit_stats
 from localign.data.config import ImageData
 from localign.data.loader import Batch
@@ -64,10 +63,8 @@ class AlignTask(Task):
     def to(self, device: torch.device) -> None:
         super().to(device)
         self.teacher.to(device)
-        for module in (self.teacher, self.student):
-            fuse_attention(module, device)
-        if device.type == "cpu":
-            fuse_frozen(self.teacher.backbone.vit.blocks)
+        self.teacher.prepare(device)
+        fuse_attention(self.student, device)
 
     @property
     def inseparable(self) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from localign.backbones import Backbone
+from localign.backbones.attention import fuse_attention
+from localign.backbones.frozen import fuse_frozen
 from localign.errors import UserError
 
 TargetName = Literal["penultimate", "last", "cls", "pooled"]
@@ -72,6 +75,7 @@ class Teacher(nn.Module):
         if target == "penultimate" and backbone.depth < 2:
             raise UserError(f"target penultimate needs two blocks; {backbone.name} has {backbone.depth}")
         self.backbone = backbone.eval().requires_grad_(False)
+        self._computing = self.backbone
         self.target = target
         self.layer = -2 if target == "penultimate" else -1
         self.register_buffer("scale", torch.ones((), device=next(backbone.parameters()).device))
@@ -79,6 +83,15 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode whatever the loop asks for."""
         return super().train(False)
+
+    def prepare(self, device: torch.device) -> None:
+        """Choose how views are computed on a device; :attr:`backbone` stays as it is, and its weights are shared."""
+        self._computing = self.backbone
+        if device.type == "cpu":
+            weights = {id(parameter): parameter for parameter in self.backbone.parameters()}
+            self._computing = copy.deepcopy(self.backbone, weights)
+            fuse_attention(self._computing, device)
+            fuse_frozen(self._computing.vit.blocks)
 
     @torch.no_grad()
     def forward(self, images: Tensor, keep_mask: Tensor | None = None) -> Tensor:
@@ -103,5 +116,5 @@ class Teacher(nn.Module):
 
     def _of_views(self, views: Tensor) -> Tensor:
         if self.target in ("cls", "pooled"):
-            return self.backbone.pooled(views)
-        return self.backbone.tokens(views, layer=self.layer)
+            return self._computing.pooled(views)
+        return self._computing.tokens(views, layer=self.layer)
