@@ -16,7 +16,7 @@ from localign.errors import UserError
 TargetName = Literal["penultimate", "last", "cls", "pooled"]
 TARGETS: tuple[str, ...] = get_args(TargetName)
 _CPU_VIEWS = 24
-"""Views at a time on a CPU: what lies between two layers then stays in its cache, and attention matrices are few."""
+"""Views at a time on a CPU: attention there is not fused, and its matrices are to stay few, whatever the batch."""
 
 
 def mask_images(images: Tensor, keep_mask: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
