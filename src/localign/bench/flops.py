@@ -8,28 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from localign.planning.gpus import gpu_of_device
+
 if TYPE_CHECKING:
     from localign.alignment import AlignTask
     from localign.vlm.modeling import LocalignVLM
 
-PEAKS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "L40S": 362e12,
-    "B200": 2250e12,
-}
-"""Dense bfloat16 operations per second by a part of the GPU's name, the first that fits; the makers' figures."""
-
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of a CUDA device, where it is known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    """Dense bfloat16 operations per second that a CUDA device is made for; None for one that is not known."""
+    card = gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if card is None else 1e12 * card.bf16
 
 
 def useful_flops(model: LocalignVLM, lengths: Sequence[int], labelled: int, images: int) -> float:

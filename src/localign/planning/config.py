@@ -21,7 +21,7 @@ class PlanConfig(AlignConfig):
     gpus: int = 8
     """GPUs, over all nodes; each is a rank."""
     gpu: str = "H100"
-    """Their name: A100, A100-40GB, H100, H200, B200, L40S, A10 or RTX4090."""
+    """Their name: A100, A100-40GB, H100, H100-PCIe, H100-NVL, H200, B200, L40S, A10 or RTX-4090."""
     mfu: float = 0.4
     """Share of the GPU's peak that training reaches; 0.4 is usual, and `localign bench align` measures it."""
     decode_rate: float = 400.0

@@ -20,15 +20,24 @@ class GPU:
 
 
 GPUS: dict[str, GPU] = {
-    "A100": GPU(312, 19.5, 80),
     "A100-40GB": GPU(312, 19.5, 40),
+    "A100": GPU(312, 19.5, 80),
+    "H100-PCIe": GPU(756, 51, 80),
+    "H100-NVL": GPU(835, 60, 94),
     "H100": GPU(989, 67, 80),
     "H200": GPU(989, 67, 141),
     "B200": GPU(2250, 75, 180),
     "L40S": GPU(362, 91.6, 48),
     "A10": GPU(125, 31.2, 24),
-    "RTX4090": GPU(165, 82.6, 24),
+    "RTX-4090": GPU(165, 82.6, 24),
 }
+"""By names that users give; with blanks for hyphens they are parts of what CUDA calls a device, special ones first."""
+
+
+def gpu_of_device(name: str) -> GPU | None:
+    """The GPU that CUDA calls so, as in "NVIDIA H100 PCIe"; None for one that is not known."""
+    words = name.replace("-", " ")
+    return next((card for known, card in GPUS.items() if f"{known.replace('-', ' ')} " in f"{words} "), None)
 
 
 def gpu(name: str) -> GPU:
