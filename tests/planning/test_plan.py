@@ -160,6 +160,7 @@ def test_the_command_shows_and_writes(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--dataset-size", "-1"], "--dataset-size must be above 0"),
         (["--backbone", "clip-vit-bb"], "clip-vit-b"),
         (["--gpus", "7"], "does not divide"),
+        (["--sharding", "full"], "leave --sharding at none"),
         (["--objective", "clipself", "--target", "cls"], "cannot be planned"),
         (["--config", "probe/coco"], "is for `localign probe`"),
     ],

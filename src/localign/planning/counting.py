@@ -28,14 +28,15 @@ from localign.alignment.objectives.base import MaskedObjective
 from localign.alignment.setup import fresh_student, starting_backbone
 from localign.alignment.teacher import Teacher
 from localign.engine.config import computes_in_bf16
+from localign.engine.optim import hidden_matrices
 from localign.errors import UserError
 
 _COUNTED = 2
 """Images that operations are counted on: they are proportional to images."""
 _SMALL, _LARGE = 32, 64
 """Images of the two steps whose memory is counted; between and beyond it lies on a line."""
-ADAMW_BYTES = 8
-"""Of AdamW's two moments, per trained parameter."""
+ADAMW_BYTES, MUON_BYTES = 8, 4
+"""Of AdamW's two moments and of Muon's one, per trained parameter."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class Memory:
     """Of one rank, bytes."""
 
     weights: int
-    """float32 weights of student and teacher."""
+    """float32 weights of student and teacher, and the student's average where there is one."""
     gradients: int
     """float32, of what is trained; replicas exchange them where they lie."""
     moments: int
-    """AdamW's."""
+    """The optimizer's."""
     fixed: float
     """What a step takes besides, whatever its images: copies of weights in lower precision."""
     per_image: float
@@ -134,7 +135,14 @@ class CountedAlignment:
         weights = 4 * (_count(self.student) + _count(self.teacher))
         gradients = 4 * self.trained
         fixed = peaks[_SMALL] - _SMALL * slope - weights - gradients
-        return Memory(weights, gradients, ADAMW_BYTES * self.trained, max(0.0, fixed), slope)
+        average = 4 * _count(self.student) if self.config.ema is not None else 0
+        return Memory(weights + average, gradients, self._moments(), max(0.0, fixed), slope)
+
+    def _moments(self) -> int:
+        """Bytes of the optimizer's state."""
+        matrices = hidden_matrices(self.student) if self.config.optimizer == "muon" else frozenset()
+        trained = [(n, p.numel()) for n, p in self.student.named_parameters() if p.requires_grad]
+        return sum(size * (MUON_BYTES if name in matrices else ADAMW_BYTES) for name, size in trained)
 
     def _peak(self, count: int) -> float:
         """Most bytes of weights, gradients, activations and working memory at any time of a step."""

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from localign.engine.config import batch_shares, computes_in_bf16, total_steps
+from localign.errors import UserError
 from localign.planning.config import PlanConfig
 from localign.planning.counting import CountedAlignment, Flops, Memory, mask_cost
 from localign.planning.gpus import gpu
@@ -53,6 +54,8 @@ def make_plan(config: PlanConfig) -> Plan:
         UserError: The run could not start so: unknown backbone, options that do not fit one another, a batch that
             does not divide; or the number of images is not known.
     """
+    if config.sharding != "none":
+        raise UserError("alignments hold their model whole on every rank; leave --sharding at none")
     if config.batch_size == 0:
         config = replace(config, batch_size=DEFAULT_BATCH)
     steps = total_steps(config, config.images if config.steps is None else 1)
