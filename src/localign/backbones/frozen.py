@@ -50,6 +50,7 @@ def _fuses(x: Tensor) -> bool:
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()  # which fuses by itself, and does not take this operation
     )
 
 
