@@ -25,6 +25,14 @@ def config(out: Path, **changes: object) -> VLMDemoConfig:
     return VLMDemoConfig(out=str(out), device="cpu", **{**options, **changes})  # type: ignore[arg-type]
 
 
+def test_models_are_trained_as_asked_for(tmp_path: Path) -> None:
+    ours, plain = config(tmp_path), config(tmp_path, optimizer="adamw")
+    assert (ours.vlm_config("baseline-mlp", 0).optimizer, plain.vlm_config("baseline-mlp", 0).optimizer) == (
+        "muon",
+        "adamw",
+    )
+
+
 def test_every_kind_of_question_is_asked_and_scored(demo: Path) -> None:
     results = json.loads((demo / "results.json").read_text())
     (seed,) = results["models"]["baseline-mlp"]
