@@ -44,7 +44,12 @@ def attention_eager(query: Tensor, key: Tensor, value: Tensor, cap: float) -> Te
     """
     # The cap's division is done on the queries, of which there are fewer numbers than of logits.
     share = (query * (query.shape[-1] ** -0.5 / cap)) @ key.transpose(-2, -1)
-    return (cap * torch.tanh(share)).softmax(dim=-1).to(value.dtype) @ value
+    logits = cap * torch.tanh(share)
+    if logits.device.type == "cpu" and logits.dtype == value.dtype == torch.bfloat16:
+        # Autocast would make a float32 copy of the logits and one of the softmax, which the product rounds again.
+        with torch.autocast("cpu", enabled=False):
+            return logits.softmax(dim=-1) @ value
+    return logits.softmax(dim=-1).to(value.dtype) @ value
 
 
 def padded_head_dim(head_dim: int) -> int:
