@@ -16,10 +16,10 @@ from localign.alignment import AlignConfig, AlignTask
 from localign.bench import align as bench
 from localign.bench.align_ways import PlainImages, plain_loss, plain_student
 from localign.bench.ceiling import Ceiling
-from localign.bench.flops import alignment_flops
 from localign.bench.run import align_tables
 from localign.cli import main
 from localign.engine.task import BatchPlan
+from localign.planning.counting import CountedAlignment
 
 SMALL = {"depth": 3, "embed_dim": 48, "num_heads": 3}
 TINY = "--image-size 32 --batch-size 2 --steps 2 --device cpu"
@@ -81,7 +81,9 @@ def test_flops_are_what_torch_counts(images: Path) -> None:
     batch = next(task.batches(BatchPlan(0, 3, 3, 0, 1, 0, 0, 4, False)))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         task.step(task.student, batch).loss_sum.backward()
-    assert alignment_flops(task, 3) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert 3 * CountedAlignment(task.config).flops().total == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
 
 
 def test_the_command_measures_both_ways(
@@ -120,7 +122,7 @@ class Measured:
 
 def shown(losses: tuple[float, float], options: AlignConfig) -> tuple[dict[str, Any], list[str]]:
     ways = [Measured("ours", losses[0], options, wall=1.0), Measured("plain", losses[1], options)]
-    part = bench._part("the same images", ways, {"ours": 2e9, "plain": 2e9})  # type: ignore[arg-type]
+    part = bench._part("the same images", ways, 2e9)  # type: ignore[arg-type]
     rows = [row | {"mfu": 0.5, "flops_per_second": 1e9} for row in part["ways"]]
     hardware = {"device": "cpu", "processor": "x", "threads": 1}
     content = {"backbone": "b", "precision": "fp32", "size": 32, "hardware": hardware, "ceiling_flops": 2e9}

@@ -31,6 +31,7 @@ from localign.engine.config import computes_in_bf16
 from localign.engine.distributed import choose_device
 from localign.engine.log import say
 from localign.errors import RunFailure, UserError
+from localign.planning.counting import CountedAlignment
 
 BACKBONE, BATCH, STEPS, WARM = "vit_tiny_patch16_224", 32, 8, 2
 CUDA_WORKERS = 8
@@ -58,9 +59,9 @@ class Way:
             text=True,
         )
 
-    def ready(self) -> dict[str, Any]:
-        """Wait for its first answer."""
-        return self._answer()
+    def wait(self) -> None:
+        """Until it is ready for steps."""
+        self._answer()
 
     def step(self, counts: bool) -> None:
         """Take a step, unless the device's memory did not suffice for an earlier one."""
@@ -117,9 +118,10 @@ def bench_align(config: BenchConfig) -> dict[str, Any]:
         names = [OURS, *([COMPILED] if config.compile else []), PLAIN]
         bf16 = computes_in_bf16(options, device.type)
         ceiling = Ceiling(device, torch.bfloat16 if bf16 else torch.float32)
-        parts = [_together(names, options, config.steps or STEPS, ceiling, folder)]
+        flops = CountedAlignment(options).flops().total
+        parts = [_together(names, options, config.steps or STEPS, ceiling, folder, flops)]
         if device.type == "cuda":
-            parts.append(_alone(names, options, config.steps or STEPS, ceiling, folder))
+            parts.append(_alone(names, options, config.steps or STEPS, ceiling, folder, flops))
     return {
         "backbone": options.backbone,
         "precision": "bf16" if bf16 else "fp32",
@@ -144,24 +146,25 @@ def _photographs(config: BenchConfig, folder: Path) -> Path:
 
 
 def _together(
-    names: Sequence[str], options: AlignConfig, steps: int, ceiling: Ceiling, folder: Path
+    names: Sequence[str], options: AlignConfig, steps: int, ceiling: Ceiling, folder: Path, flops: float
 ) -> dict[str, Any]:
     """All ways with the same batch, taking turns."""
     with _ways(names, options, folder) as ways:
-        flops = max(way.ready().get("flops") or 0.0 for way in ways)
+        for way in ways:
+            way.wait()
         for step in range(-WARM, steps):
             say(f"step {step + 1} of {steps}" if step >= 0 else "warming up")
             for way in ways:
                 way.step(counts=step >= 0)
             ceiling()
-    return _part("the same images", ways, {way.name: flops for way in ways})
+    return _part("the same images", ways, flops)
 
 
 def _alone(
-    names: Sequence[str], options: AlignConfig, steps: int, ceiling: Ceiling, folder: Path
+    names: Sequence[str], options: AlignConfig, steps: int, ceiling: Ceiling, folder: Path, flops: float
 ) -> dict[str, Any]:
     """Each way with the largest batch that fits, looked for by doubling."""
-    found, flops = [], {}
+    found = []
     for name in names:
         fitting: Way | None = None
         batch = options.batch_size
@@ -169,7 +172,7 @@ def _alone(
             say(f"{name}: {batch} images")
             sized = replace(options, batch_size=batch, scale_images=batch)
             with _ways([name], sized, folder) as (way,):
-                count = way.ready().get("flops")
+                way.wait()
                 for step in range(-WARM, steps):
                     way.step(counts=step >= 0)
                 ceiling()
@@ -177,12 +180,8 @@ def _alone(
                 fitting = fitting or way
                 break
             fitting, batch = way, 2 * batch
-            flops[name] = count or 0.0
         found.append(fitting)
-    per_image = flops[OURS] / next(way.config.batch_size for way in found if way.name == OURS)
-    return _part(
-        "as many as fit", found, {way.name: per_image * way.config.batch_size for way in found}, compare=True
-    )
+    return _part("as many as fit", found, flops, compare=True)
 
 
 @contextmanager
@@ -197,13 +196,13 @@ def _ways(names: Sequence[str], options: AlignConfig, folder: Path) -> Iterator[
         yield ways
 
 
-def _part(images: str, ways: Sequence[Way], flops: dict[str, float], compare: bool = False) -> dict[str, Any]:
+def _part(images: str, ways: Sequence[Way], flops: float, compare: bool = False) -> dict[str, Any]:
     """What was measured.
 
     Args:
         images: What the part's batches are.
         ways: After their steps.
-        flops: Of a step of each.
+        flops: Operations per image, of any way.
         compare: Whether speeds may be compared though batches, and so losses, differ.
     """
     rows = []
@@ -221,7 +220,7 @@ def _part(images: str, ways: Sequence[Way], flops: dict[str, float], compare: bo
                 },
                 "data_wait": waited / cost.wall,
                 "data_wait_seconds": waited,
-                "flops": flops[way.name],
+                "flops": flops * way.config.batch_size,
                 "peak_bytes": max(step["peak_bytes"] for step in way.steps),
                 "loss": statistics.mean(step["loss"] for step in way.steps),
             }

@@ -28,7 +28,6 @@ from localign.alignment.setup import fresh_student, starting_backbone
 from localign.alignment.student import Student
 from localign.backbones import Backbone
 from localign.backbones.attention import SoftCapAttention
-from localign.bench.flops import alignment_flops
 from localign.data.loader import Batch
 from localign.data.sources import FolderSource
 from localign.data.stream import SampleStream
@@ -126,7 +125,7 @@ class TurnTask(AlignTask):
 def ours(config: AlignConfig, turns: Turns) -> None:
     """Through the training loop."""
     task = TurnTask(config, turns)
-    turns.say(flops=alignment_flops(task, config.batch_size))
+    turns.say(ready=True)
     train(task, config, "align")
 
 
@@ -250,7 +249,7 @@ def plain(config: AlignConfig, turns: Turns) -> None:
     )
     sampler, scale = config.masks(), None
     bf16 = computes_in_bf16(config, device.type)
-    turns.say(flops=None)
+    turns.say(ready=True)
     for step in range(config.steps or 0):
         turns.begin()
         images = turns.load(loader).to(device, non_blocking=True)

@@ -1,17 +1,15 @@
-"""How much arithmetic a training step needs, and how much a GPU could do."""
+"""How much arithmetic a training step of a vision-language model needs, and how much a GPU could do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from localign.planning.gpus import gpu_of_device
 
 if TYPE_CHECKING:
-    from localign.alignment import AlignTask
     from localign.vlm.modeling import LocalignVLM
 
 
@@ -59,34 +57,3 @@ def _image_flops(model: LocalignVLM) -> float:
         matrices = sum(p.numel() for p in backbone.vit.parameters() if p.ndim in (2, 4))
         flops += 2 * matrices * tokens + 4 * len(backbone.vit.blocks) * backbone.width * tokens**2
     return flops
-
-
-def alignment_flops(task: AlignTask, images: int) -> float:
-    """Operations of an alignment step with a decoder, forward and backward, that the method asks for.
-
-    Counted as in :func:`useful_flops`: the student sees whole images, the teacher and the decoder every view. Blocks
-    of the teacher past the one whose output is wanted are not counted, nor is the gradient of the images.
-
-    Args:
-        task: All of its student is trained.
-        images: Of the step.
-    """
-    student, teacher, decoder = task.student.encoder.backbone, task.teacher.backbone, task.student.decoder
-    assert decoder is not None
-    views = images * task.config.masks().masks_per_image
-    tokens = student.num_prefix_tokens + student.num_patches
-    depth = teacher.block_index(task.teacher.layer) + 1
-    forward = _blocks(student.vit.blocks, tokens, student.width) + _blocks(
-        [task.student.encoder.head], tokens
-    )
-    decoded = _blocks(decoder.blocks, tokens, decoder.config.width) + _blocks([decoder.head], tokens)
-    watched = _blocks(teacher.vit.blocks[:depth], tokens, teacher.width)
-    embedding = 2 * student.num_patches * student.vit.patch_embed.proj.weight.numel()
-    return images * (3 * forward + 2 * embedding) + views * (3 * decoded + watched + embedding)
-
-
-def _blocks(modules: Iterable[nn.Module], tokens: int, width: int = 0) -> float:
-    """Forward operations of modules on a sequence; those that have a width attend over it."""
-    modules = list(modules)
-    matrices = sum(p.numel() for module in modules for p in module.parameters() if p.ndim == 2)
-    return 2 * matrices * tokens + 4 * len(modules) * width * tokens**2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from localign.api import PUBLISHED_BATCH
 from localign.engine.config import batch_shares, computes_in_bf16, total_steps
 from localign.errors import UserError
 from localign.planning.config import PlanConfig
@@ -12,8 +13,6 @@ from localign.planning.counting import CountedAlignment, Flops, Memory, mask_cos
 from localign.planning.gpus import gpu
 
 GIB = 2**30
-DEFAULT_BATCH = 1024
-"""Images per optimizer step where none are given, as on GPUs."""
 OCCUPIED = 0.9
 """Share of a GPU's memory that is planned for: the rest is the context, the libraries and fragments."""
 
@@ -57,7 +56,7 @@ def make_plan(config: PlanConfig) -> Plan:
     if config.sharding != "none":
         raise UserError("alignments hold their model whole on every rank; leave --sharding at none")
     if config.batch_size == 0:
-        config = replace(config, batch_size=DEFAULT_BATCH)
+        config = replace(config, batch_size=PUBLISHED_BATCH)
     steps = total_steps(config, config.images if config.steps is None else 1)
     per_rank, _ = batch_shares(config, config.gpus)
     counted = CountedAlignment(config)

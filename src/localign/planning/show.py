@@ -78,10 +78,10 @@ def _memory_table(plan: Plan, config: PlanConfig) -> Table:
             f"{total:.2f}",
             "" if total <= OCCUPIED * room else "too large",
         )
-    fits = (
-        f"--micro-batch {plan.largest} is the largest that divides a rank's {plan.images_per_rank} images and fits"
+    table.caption = (
+        f"--micro-batch {plan.largest} is the largest that divides a rank's {plan.images_per_rank} images and fits "
+        f"into {OCCUPIED:.0%} of it."
         if plan.largest is not None
-        else "not even one image fits: take larger GPUs, or --grad-checkpointing"
+        else "not even one image fits: take larger GPUs, or --grad-checkpointing."
     )
-    table.caption = f"{fits} into {OCCUPIED:.0%} of it." if plan.largest is not None else f"{fits}."
     return table
