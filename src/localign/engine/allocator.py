@@ -36,7 +36,13 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
         if kept:
             libc.mallopt(_MMAP_THRESHOLD, _USUAL)
             libc.mallopt(_TRIM_THRESHOLD, 2 * _USUAL)
-            libc.malloc_trim(0)
+            give_back_freed_memory()
+
+
+def give_back_freed_memory() -> None:
+    """Hand what is freed, and still with the process, to the kernel, where the C library is glibc."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from localign.engine.allocator import give_back_freed_memory
 from localign.engine.config import TrainConfig
 from localign.engine.distributed import World
 from localign.errors import UserError
@@ -77,6 +78,7 @@ class ProcessMeter:
         self.budget = _status("VmRSS") + int(ROOM * available()) // sharers
 
     def restart(self) -> None:
+        give_back_freed_memory()  # training keeps it, and it is no part of what comes next
         (_PROC / "self" / "clear_refs").write_text("5")
 
     def peak(self) -> int:
