@@ -27,7 +27,7 @@ from localign import rng
 from localign.data.stream import SampleStream
 from localign.engine import BatchPlan, Outcome, StepResult, Task, TrainConfig, train
 from localign.engine import sharded_checkpoint as sharded
-from localign.engine.distributed import World
+from localign.engine.distributed import World, first_of_launch
 
 SAMPLES, VOCABULARY, WIDTH, LENGTH = 40, 19, 5, 6
 """The width is odd, and some parameters have one row, so ranks get unequal parts and none."""
@@ -53,6 +53,8 @@ class Events:
     """Step: kill -9 for the main rank when all parts of a checkpoint are written, but it is not in its place."""
     slow_writing: float = 0.0
     """Seconds added to each part of a checkpoint."""
+    hollow: bool = False
+    """Ranks other than the first build their module on the meta device."""
 
 
 class Stopped(Exception):
@@ -126,7 +128,8 @@ class TokenTask(Task):
     def __init__(self, config: TrainConfig, **events: Any) -> None:
         self.config, self.events = config, Events(**events)
         self.seed, self.device = config.seed, torch.device("cpu")
-        with rng.seeded_globals(config.seed, "token weights"):
+        empty = self.events.hollow and not first_of_launch()
+        with torch.device("meta" if empty else "cpu"), rng.seeded_globals(config.seed, "token weights"):
             self.model = TokenModel()
 
     @property

@@ -71,11 +71,12 @@ def test_two_ranks_equal_one(tmp_path: Path, whole: Path) -> None:
     weightless = token(tmp_path / "weightless", weight_decay=0.5, ema=None, lr=1e-2, steps=4)
     undecayed = token(tmp_path / "undecayed", weight_decay=0.0)
     poisoned = token(tmp_path / "poisoned")
+    hollow = token(tmp_path / "hollow", val_every=3)
     run_ranks(
         2, part(sharded), part(accumulated), part(lone), part(halves), part(weightless, weightless=True),
-        part(undecayed), part(poisoned, poison=3),
+        part(undecayed), part(poisoned, poison=3), part(hollow, hollow=True),
     )  # fmt: skip
-    for name in ("sharded", "accumulated", "lone"):
+    for name in ("sharded", "accumulated", "lone", "hollow"):
         equal(tmp_path / name, whole)
 
     # bfloat16 computes to about three digits; the weights that are trained stay float32.
@@ -110,15 +111,14 @@ def test_a_run_moves_from_two_ranks_to_one_and_back(tmp_path: Path, whole: Path)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [2]
     run_until(replace(config, resume="must"), 5)
     assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 4
-    run_ranks(2, part(replace(config, resume="must")))
+    run_ranks(2, part(replace(config, resume="must"), hollow=True))
     equal(tmp_path, whole)
 
 
 def test_nodes_that_repeat_one_another(tmp_path: Path, whole: Path) -> None:
     config = token(tmp_path, sharding="hybrid", micro_batch=1)
-    run_ranks(
-        4, part(config, local_size=2, stop_before=5), part(replace(config, resume="must"), local_size=2)
-    )
+    continued = replace(config, resume="must")
+    run_ranks(4, part(config, local_size=2, hollow=True, stop_before=5), part(continued, local_size=2))
     equal(tmp_path, whole)
     folder = Checkpoints(tmp_path / "checkpoints").path(STEPS)
     held = [load_file(f).keys() for f in sorted(folder.glob("*.safetensors"))]

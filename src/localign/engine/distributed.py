@@ -160,6 +160,15 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def first_of_launch() -> bool:
+    """Whether this process becomes the main rank; known before there is a process group."""
+    return _rank() == 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def world(device: str = "auto", sharded: bool = False, timeout: float = TIMEOUT) -> Iterator[World]:
     """The process group of a ``torchrun`` launch, or a world of one. gloo on CPU, nccl on CUDA.
@@ -173,7 +182,7 @@ def world(device: str = "auto", sharded: bool = False, timeout: float = TIMEOUT)
         RunFailure: From inside, where another rank died or did not answer in time.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, local_rank = _rank(), int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":

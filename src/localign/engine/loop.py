@@ -118,7 +118,7 @@ class Loop:
         if self.mesh is not None:
             self._hollow = hollow_copy(task.module) if self.world.is_main else None
             modules = [task.module, *([self.ema.module] if self.ema is not None else [])]
-            shard_task(task, modules, self.mesh, self.in_bf16, config)
+            shard_task(task, modules, self.mesh, self.in_bf16, config, self.world)
         task.to(self.world.device)
         if self.ema is not None:
             self.ema.to(self.world.device)
@@ -356,7 +356,8 @@ class Loop:
         state = self.checkpoints.state(step)
         if lacking := sorted(STATE_FIELDS - state.keys()):
             raise UserError(f"checkpoint {self.checkpoints.path(step)} does not say: {', '.join(lacking)}")
-        runs.check_same_fingerprint(self.folder, state["fingerprint"], self.task.fingerprint())
+        ours = self.world.gather(self.task.fingerprint())[0]
+        runs.check_same_fingerprint(self.folder, state["fingerprint"], ours)
         ema = self.ema.module if self.ema is not None else None
         self.checkpoints.restore(step, self.task.module, self.optimizer, ema)
         self.task.load_state_dict(state["task"])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from localign.engine.config import TrainConfig
+from localign.engine.distributed import World
 from localign.engine.task import Task
 
 
@@ -28,7 +31,8 @@ def shard(
     """Shard a module in place; its parameters become DTensors under the same names, on the mesh's device.
 
     Args:
-        module: The same weights on every rank; what is trained of it is the master copy, so float32.
+        module: What is trained of it is the master copy, so float32. The same weights on every rank, or on the
+            meta device, to be filled by :func:`fill_from_main`.
         units: Submodules that are gathered for their computation, and let go after it, one at a time; inner ones
             before outer ones. What is in none of them is gathered for the whole step.
         unsharded: Frozen submodules that every rank keeps whole; they are left where they are.
@@ -56,18 +60,26 @@ def shard(
 
 
 def shard_task(
-    task: Task, modules: Iterable[nn.Module], mesh: DeviceMesh, in_bf16: bool, config: TrainConfig
+    task: Task,
+    modules: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    in_bf16: bool,
+    config: TrainConfig,
+    here: World,
 ) -> None:
     """Shard a task's module, and its average, as the task says.
 
     Args:
         task: Names the units and what stays whole.
-        modules: Its module, and copies of it.
+        modules: Its module, and copies of it; what is on the meta device becomes the main rank's.
         mesh: As of :func:`shard`.
         in_bf16: Whether units compute in bfloat16.
         config: Says in what precision gradients are summed, and how long what is gathered is kept.
+        here: All ranks of the mesh.
     """
     for module in modules:
+        empty = {name for names in here.gather(_on_meta(module)) for name in names}
+        whole = {name: t.detach() for (name, *_), t in _tensors(module) if name in empty}
         shard(
             module,
             task.shard_units(module),
@@ -77,6 +89,61 @@ def shard_task(
             reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bf16" else torch.float32,
             reshard_after_forward=config.reshard_after_forward,
         )
+        fill_from_main(module, whole, here)
+
+
+def _on_meta(module: nn.Module) -> list[str]:
+    return [name for (name, *_), tensor in _tensors(module) if tensor.is_meta]
+
+
+@torch.no_grad()
+def fill_from_main(module: nn.Module, whole: Mapping[str, Tensor], here: World) -> None:
+    """Give ranks what they hold on the meta device: each takes its share of what the main rank has, in place.
+
+    One tensor at a time is whole on the device. So one rank alone reads weights, and has them in main memory.
+
+    Args:
+        module: Sharded, the same on every rank but for the values.
+        whole: By first name, what :func:`shard` was given: values on the main rank, perhaps none on others. All
+            ranks name the same.
+        here: All ranks of the module's mesh.
+    """
+    for names, tensor in _tensors(module):
+        if names[0] not in whole:
+            continue
+        source = whole[names[0]]
+        if here.is_main:
+            full = source.to(here.device).contiguous()
+        else:
+            full = torch.empty(source.shape, dtype=source.dtype, device=here.device)
+        if full.numel():
+            dist.broadcast(full.reshape(-1).view(torch.uint8), src=0)  # not every backend knows every dtype
+        if not tensor.is_meta:
+            continue
+        filled = torch.empty_like(tensor, device=here.device)
+        if isinstance(filled, DTensor):
+            mine = distribute_tensor(full, filled.device_mesh, filled.placements, src_data_rank=None)
+            filled.to_local().copy_(mine.to_local())
+        else:
+            filled.copy_(full)
+        if isinstance(tensor, nn.Parameter):
+            filled = nn.Parameter(filled, tensor.requires_grad)
+        _set(module, names, filled)
+
+
+def _tensors(module: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """Parameters and buffers, those that are not saved too, each with all its names."""
+    found: dict[int, tuple[list[str], Tensor]] = {}
+    for named in (module.named_parameters, module.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            found.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return list(found.values())
+
+
+def _set(module: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(parent), attribute, tensor)
 
 
 def reshard(module: nn.Module) -> None:
@@ -114,12 +181,9 @@ def fill_whole(hollow: nn.Module | None, module: nn.Module) -> nn.Module | None:
     state = get_model_state_dict(module, options=options)
     if hollow is None:
         return None
-    tied: dict[int, list[str]] = {}
-    for name, parameter in hollow.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
+    tied = [names for names, _ in _tensors(hollow)]
     hollow.load_state_dict(state, strict=True, assign=True)
-    for first, *others in tied.values():
-        for name in others:
-            parent, _, attribute = name.rpartition(".")
-            setattr(hollow.get_submodule(parent), attribute, hollow.get_parameter(first))
+    for first, *others in tied:
+        if others:
+            _set(hollow, others, hollow.get_parameter(first))
     return hollow

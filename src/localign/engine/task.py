@@ -78,7 +78,11 @@ class Task(ABC):
     @property
     @abstractmethod
     def module(self) -> nn.Module:
-        """What is trained, averaged (EMA), and saved in checkpoints. Frozen helpers stay outside of it."""
+        """What is trained, averaged (EMA), and saved in checkpoints. Frozen helpers stay outside of it.
+
+        In sharded runs ranks other than the main one may have tensors of it on the meta device; they are given
+        their shares of the main rank's.
+        """
 
     @abstractmethod
     def samples(self) -> int:
@@ -86,7 +90,10 @@ class Task(ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
-        """What a continued run must agree on beside its config, by name: data, starting weights."""
+        """What a continued run must agree on beside its config, by name: data, starting weights.
+
+        What the main rank says counts.
+        """
 
     @abstractmethod
     def batches(self, plan: BatchPlan) -> Iterator[Any]:

@@ -21,9 +21,11 @@ from localign import rng
 from localign.alignment import load_student
 from localign.backbones import create_backbone
 from localign.backbones.export import CONFIG_FILE, read_config
+from localign.engine.distributed import first_of_launch
 from localign.errors import UserError
 from localign.files import replacing_folder
 from localign.vlm.config import VLMConfig
+from localign.vlm.configuration import LocalignVLMConfig
 from localign.vlm.modeling import LocalignVLM
 from localign.vlm.presets import VisionSource, vision_side
 from localign.vlm.processing import LocalignVLMProcessor
@@ -34,13 +36,18 @@ transformers_logging.disable_progress_bar()  # localign has its own, and none wh
 def build_vlm(config: VLMConfig) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
     """The model that a run starts with, float32 on the CPU, with what is not trained frozen; and its tokenizer.
 
+    In sharded runs the first rank alone reads a language model's weights, or those of ``init``: others have
+    them on the meta device and are given their shares when the model is sharded. So a node does not hold them
+    once per GPU.
+
     Raises:
         UserError: A part is not there, is damaged, or does not fit another.
     """
+    empty = config.sharding != "none" and not first_of_launch()
     if config.init is not None:
-        model, tokenizer = load_vlm(config.init)
+        model, tokenizer = (_empty_vlm if empty else load_vlm)(config.init)
     else:
-        llm, tokenizer = language_model(config)
+        llm, tokenizer = language_model(config, empty=empty)
         tower, adapter = vision_side(
             config.adapter,
             vision_sources(config),
@@ -60,12 +67,25 @@ def load_vlm(folder: str | Path) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
     Raises:
         UserError: There is none in the folder, or it is damaged.
     """
+    folder = _model_folder(folder)
+    return LocalignVLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+def _empty_vlm(folder: str | Path) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
+    """The same on the meta device."""
+    folder = _model_folder(folder)
+    with torch.device("meta"):
+        model = LocalignVLM(LocalignVLMConfig.from_pretrained(folder))
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _model_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if (folder / "export").is_dir():
         folder = folder / "export"
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder} holds no model: it has no {CONFIG_FILE}")
-    return LocalignVLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    return folder
 
 
 def save_vlm(model: LocalignVLM, processor: LocalignVLMProcessor, folder: Path) -> Path:
@@ -115,16 +135,23 @@ def export_folder(name: str) -> Path | None:
     return None
 
 
-def language_model(config: VLMConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def language_model(
+    config: VLMConfig, *, empty: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model in float32, and its tokenizer, from the Hub, its cache or a folder.
+
+    Args:
+        config: Names it.
+        empty: On the meta device, without its weights.
 
     Raises:
         UserError: It cannot be had, or is no causal language model.
     """
     tokenizer = tokenizer_of(config.llm)
     try:
-        if config.llm_weights == "none":
-            with rng.seeded_globals(config.seed, "language model"):
+        if empty or config.llm_weights == "none":
+            device = torch.device("meta" if empty else "cpu")
+            with device, rng.seeded_globals(config.seed, "language model"):
                 llm = AutoModelForCausalLM.from_config(
                     AutoConfig.from_pretrained(config.llm),
                     dtype=torch.float32,

@@ -234,9 +234,14 @@ def _without(batch: VLMBatch, limit: int) -> VLMBatch:
 
 
 def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, shapes and some values: frozen weights of gigabytes are not read twice."""
+    """A hash of names, shapes and some values: frozen weights of gigabytes are not read twice.
+
+    Empty where there are no values yet, on ranks that are given the main rank's.
+    """
     from localign.backbones.export import content_hash
 
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return ""
     sampled = {}
     for name, tensor in tensors.items():
         flat = tensor.detach().reshape(-1)
