@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from localign.engine.config import TrainConfig
+from localign.engine.muon import Muon, MuonAdamW
 
 _UNDECAYED = (
     "pos_embed",
@@ -50,30 +51,9 @@ def _in_block(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for some parameters and AdamW for the rest, as one optimizer.
-
-    Args:
-        muon, adamw: Over parameters of their own.
-    """
-
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
-        self.parts = (muon, adamw)
-        groups = [group for part in self.parts for group in part.param_groups]
-        super().__init__([{**group} for group in groups], {})
-        self.param_groups = groups  # the parts' own, so that a rate set here is theirs
-        for part in self.parts:
-            part.state = self.state
-
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Both parts' step; there is no closure."""
-        for part in self.parts:
-            part.step()
-
-
 _STATE: dict[type[torch.optim.Optimizer], frozenset[str]] = {
     torch.optim.AdamW: frozenset({"step", "exp_avg", "exp_avg_sq"}),
-    torch.optim.Muon: frozenset({"momentum_buffer"}),
+    Muon: frozenset({"momentum_buffer"}),
 }
 
 
@@ -91,9 +71,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over what is trainable, in groups: decayed or not, for each learning rate. See :func:`set_rates`.
 
-    With ``config.optimizer`` "muon" the :func:`hidden_matrices` are Muon's (Jordan et al., 2024: steps are
-    orthogonalised momentum), whose updates are scaled to the size of AdamW's (Liu et al., 2025): one learning rate
-    and one weight decay suit both.
+    With ``config.optimizer`` "muon" the :func:`hidden_matrices` are Muon's.
 
     Args:
         module: On its device, sharded where it will be.
@@ -119,7 +97,7 @@ def build_optimizer(
     adamw = torch.optim.AdamW(described[False], lr=lr, betas=config.betas, eps=config.eps, fused=fused)
     if not matrices:
         return adamw
-    return MuonAdamW(torch.optim.Muon(described[True], lr=lr, adjust_lr_fn="match_rms_adamw"), adamw)
+    return MuonAdamW(Muon(described[True], lr), adamw)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:

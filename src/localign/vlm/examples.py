@@ -131,7 +131,7 @@ def _text(
 ) -> tuple[list[int], list[int], list[int], int]:
     """Ids, labels, each token's turn (a conversation is one turn), and where an image's tokens go."""
     parts = [[turn] for turn in record.turns] if independent else [record.turns]
-    prompts = [prompt.conversation(tokenizer, part) for part in parts]
+    prompts = prompt.conversations(tokenizer, parts)
     position = prompts[0].image_position
     ids, labels, turns = prompts[0].ids[:position], [IGNORED] * position, [0] * position
     for number, part in enumerate(prompts, start=1):

@@ -56,6 +56,10 @@ class PromptFormat(ABC):
             UserError: The tokenizer lacks what the format needs.
         """
 
+    def conversations(self, tokenizer: PreTrainedTokenizerBase, several: Sequence[Turns]) -> list[Prompt]:
+        """Several conversations, each as by itself, in less time."""
+        return [self.conversation(tokenizer, turns) for turns in several]
+
     @abstractmethod
     def question(self, tokenizer: PreTrainedTokenizerBase, question: str, history: Turns = ()) -> Prompt:
         """A conversation up to where the answer to ``question`` begins; nothing is labelled.
@@ -105,26 +109,39 @@ class _Wrapped(PromptFormat):
     wrapper: ClassVar[str]
 
     def conversation(self, tokenizer: PreTrainedTokenizerBase, turns: Turns) -> Prompt:
+        return self.conversations(tokenizer, [turns])[0]
+
+    def conversations(self, tokenizer: PreTrainedTokenizerBase, several: Sequence[Turns]) -> list[Prompt]:
         begin = bos_ids(tokenizer)
         end = self.end_token_id(tokenizer)
-        ids, labels = list(begin), [IGNORED] * len(begin)
-        for number, (question, answer) in enumerate(turns):
-            asked = _plain_ids(tokenizer, self._wrap(question, first=number == 0))
-            # An answer of nothing but EOS would teach to be silent; the published wrapper writes a space.
-            answered = [*_plain_ids(tokenizer, clean(answer) or " "), end]
-            ids += asked + answered
-            labels += [IGNORED] * len(asked) + answered
-        return Prompt(ids, labels, len(begin))
+        # One call for all texts: a tokenizer takes far longer to be called than to split a question.
+        texts = [text for turns in several for turn in enumerate(turns) for text in self._texts(*turn)]
+        encoded = iter(_plain_ids(tokenizer, texts))
+        prompts = []
+        for turns in several:
+            ids, labels = list(begin), [IGNORED] * len(begin)
+            for _ in turns:
+                asked, answered = next(encoded), [*next(encoded), end]
+                ids += asked + answered
+                labels += [IGNORED] * len(asked) + answered
+            prompts.append(Prompt(ids, labels, len(begin)))
+        return prompts
+
+    def _texts(self, number: int, turn: tuple[str, str]) -> tuple[str, str]:
+        """A question and an answer, as they are written."""
+        question, answer = turn
+        # An answer of nothing but EOS would teach to be silent; the published wrapper writes a space.
+        return self._wrap(question, first=number == 0), clean(answer) or " "
 
     def question(self, tokenizer: PreTrainedTokenizerBase, question: str, history: Turns = ()) -> Prompt:
         ids, _, position = self.conversation(tokenizer, history)
-        ids += _plain_ids(tokenizer, self._wrap(question, first=not history))
+        ids += _plain_ids(tokenizer, [self._wrap(question, first=not history)])[0]
         return Prompt(ids, [IGNORED] * len(ids), position)
 
     def text(self, tokenizer: PreTrainedTokenizerBase, question: str, history: Turns = ()) -> str:
         parts = []
         for number, (asked, answer) in enumerate(history):
-            parts.append(f"{self._wrap(asked, first=number == 0)}{clean(answer) or ' '}{tokenizer.eos_token}")
+            parts += [*self._texts(number, (asked, answer)), str(tokenizer.eos_token)]
         return "".join([*parts, self._wrap(question, first=not history)])
 
     def end_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -203,8 +220,10 @@ _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
 
 
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
     return list(encoded["input_ids"])
 
 

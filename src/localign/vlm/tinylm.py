@@ -141,7 +141,7 @@ class TinyLMTask(Task):
 
     def _tokenise(self, conversations: Sequence[Turns]) -> list[Tensor]:
         prompt = prompt_format(PROMPT)
-        return [torch.tensor(prompt.conversation(self.tokenizer, turns).ids) for turns in conversations]
+        return [torch.tensor(encoded.ids) for encoded in prompt.conversations(self.tokenizer, conversations)]
 
     @property
     def module(self) -> LlamaForCausalLM:
