@@ -115,6 +115,8 @@ def _liger() -> Callable[..., Tensor]:
 def fused_cross_entropy(hidden: Tensor, targets: Tensor, head: VocabularyHead) -> Tensor:
     """What :func:`summed_cross_entropy` gives, by liger-kernel, whose forward pass computes the gradients too.
 
+    The output layer's gradient is therefore held from here on, in float32 while it is summed.
+
     Args:
         hidden: ``(tokens, width)``.
         targets: int64 ``(tokens,)``, each a vocabulary entry.
