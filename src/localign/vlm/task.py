@@ -49,9 +49,8 @@ class VLMTask(Task):
         self.config = config
         self.seed = config.seed
         self.device = torch.device("cpu")
-        device = choose_device(
-            config.device
-        )  # what is misspelt, missing or bad fails before weights are read
+        # A misspelt device, a missing package and bad data fail before weights are read.
+        device = choose_device(config.device)
         if config.cross_entropy == "liger":
             check_liger(device)
         self.data = Conversations.open(config.data, config.images, skip_missing=config.skip_missing)
