@@ -207,6 +207,28 @@ def test_bench_vlm_measures_every_way(llm: Path, tmp_path: Path, capsys: pytest.
     assert str(out) in shown
 
 
+def test_liger_is_a_way_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for spec, device, expected in (
+        (object(), "cuda", (*bench.WAYS, bench.LIGER)),
+        (object(), "cpu", bench.WAYS),
+        (None, "cuda", bench.WAYS),
+    ):
+        monkeypatch.setattr(bench, "find_spec", lambda name, spec=spec: spec)
+        assert bench.ways(torch.device(device)) == expected
+
+
+def test_the_option_and_the_way_reach_the_loss(task: VLMTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = "localign.vlm.losses.fused_cross_entropy"
+    monkeypatch.setattr(fused, lambda hidden, targets, head: 0 * hidden.sum() + 7)
+    batch = first_batch(task, "packed")
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.0)
+    sums, *_ = bench._timed_step(task, optimizer, bench.LIGER, [batch])
+    assert sums.tolist() == [7, int((batch.labels != IGNORED).sum())]
+    assert task.step(task.model, batch).loss_sum.item() != 7
+    monkeypatch.setattr(task, "config", replace(task.config, cross_entropy="liger"))
+    assert task.step(task.model, batch).loss_sum.item() == 7
+
+
 def test_a_way_that_does_not_fit_is_left_out(
     llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ from localign.errors import RunFailure
 from localign.vlm.batching import VLMBatch
 from localign.vlm.build import build_vlm
 from localign.vlm.config import Batching, Sampler
+from localign.vlm.losses import CrossEntropy
 from localign.vlm.modeling import LocalignVLM
 from localign.vlm.prompts import IGNORED
-from localign.vlm.task import VLMTask
+from localign.vlm.task import VLMTask, batch_loss
 
 REPEATS = 3
 
@@ -42,6 +45,8 @@ class Way:
     sampler: Sampler
     whole_logits: bool
     """Logits of every token at once and transformers' mean loss, instead of labelled tokens chunk by chunk."""
+    cross_entropy: CrossEntropy = "chunked"
+    """How the loss is computed without whole logits."""
 
 
 PADDED, PLAIN = "padded", "padded, whole logits"
@@ -54,6 +59,12 @@ WAYS = (
     Way("padded, grouped, whole logits", "padded", "grouped", True),
 )
 """The last is what the published code does."""
+LIGER = Way("packed, liger", "packed", "shuffled", False, "liger")
+
+
+def ways(device: torch.device) -> tuple[Way, ...]:
+    """The ways that can be measured on a device: liger-kernel's only on CUDA, where it is installed."""
+    return (*WAYS, LIGER) if device.type == "cuda" and find_spec("liger_kernel") else WAYS
 
 
 @dataclass
@@ -180,7 +191,7 @@ def _measure(
 ) -> dict[Way, Measured]:
     optimizer = build_optimizer(task.model, task.config)
     set_rates(optimizer, 0.0)
-    measured = {way: Measured() for way in WAYS}
+    measured = {way: Measured() for way in ways(task.device)}
     for repeat in range(-1, repeats):
         say(f"repeat {repeat + 1} of {repeats}" if repeat >= 0 else "warming up")
         # Before the first repeat a step of each: what only a first one pays.
@@ -211,7 +222,7 @@ def _timed_step(
     if cuda:
         torch.cuda.synchronize(task.device)
         torch.cuda.reset_peak_memory_stats(task.device)
-    loss = whole_logits_loss if way.whole_logits else task.step
+    loss = whole_logits_loss if way.whole_logits else partial(batch_loss, cross_entropy=way.cross_entropy)
     sums, timing = timed(lambda: _step(task, optimizer, batches, loss), task.device)
     return sums, timing, torch.cuda.max_memory_allocated(task.device) if cuda else 0
 

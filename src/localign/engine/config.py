@@ -143,7 +143,7 @@ RESUMABLE: frozenset[str] = frozenset(
     {
         "out", "micro_batch", "device", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
         "val_every", "resume", "tensorboard", "wandb", "compile", "grad_checkpointing", "attention", "config",
-        "timeout", "reshard_after_forward", "ddp_bucket_mb",
+        "cross_entropy", "timeout", "reshard_after_forward", "ddp_bucket_mb",
     }
 )  # fmt: skip
 """Fields that may differ when a run is continued: they change neither the samples nor the mathematics."""

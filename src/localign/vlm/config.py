@@ -13,6 +13,7 @@ from localign.backbones.attention import BACKENDS
 from localign.engine.config import TrainConfig
 from localign.errors import UserError
 from localign.vlm.adapters import AdapterName
+from localign.vlm.losses import CrossEntropy
 from localign.vlm.prompts import PromptName
 
 Stage = Literal["align", "finetune", "full-finetune", "lora"]
@@ -88,6 +89,9 @@ class VLMConfig(TrainConfig):
     turns: Turns = "conversation"
     """conversation: each turn sees those before it. independent: each sees the image alone, as if it were a record of
     its own whose image costs nothing; for questions asked one by one, whose answers would give one another away."""
+    cross_entropy: CrossEntropy = "chunked"
+    """How the loss is computed from a part of the logits at a time. chunked: by torch, which makes them anew in the
+    backward pass. liger: by liger-kernel, on CUDA alone (needs the extra localign[liger])."""
     sampler: Sampler = "shuffled"
     """shuffled, or grouped: the published batches of one modality and like lengths."""
     max_bad_share: float = 0.01

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from localign.errors import UserError
+
+CrossEntropy = Literal["chunked", "liger"]
 
 IGNORED = -100
 """The label of a token that is not learned."""
@@ -87,8 +91,71 @@ class VocabularyHead:
         return logits if self.bound is None else self.bound * torch.tanh(logits / self.bound)
 
 
+def check_liger(device: torch.device) -> None:
+    """Whether :func:`fused_cross_entropy` can run on a device, found out without running it.
+
+    Raises:
+        UserError: It is no CUDA device, or liger-kernel is not installed.
+    """
+    if device.type != "cuda":
+        raise UserError(f"--cross-entropy liger needs a CUDA device, not {device.type}")
+    _liger()
+
+
+def _liger() -> Callable[..., Tensor]:
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError:
+        raise UserError(
+            "--cross-entropy liger needs the package liger-kernel: pip install 'localign[liger]'"
+        ) from None
+    return liger_fused_linear_cross_entropy
+
+
+def fused_cross_entropy(hidden: Tensor, targets: Tensor, head: VocabularyHead) -> Tensor:
+    """What :func:`summed_cross_entropy` gives, by liger-kernel, whose forward pass computes the gradients too.
+
+    The output layer's gradient is therefore held from here on, in float32 while it is summed.
+
+    Args:
+        hidden: ``(tokens, width)``.
+        targets: int64 ``(tokens,)``, each a vocabulary entry.
+        head: To logits; its output layer is not called, only its weight and bias are used.
+
+    Returns:
+        float32 scalar, with a gradient path to everything even where there is no token.
+
+    Raises:
+        UserError: The output layer is not torch's linear one (low-rank updates make it another), or
+            liger-kernel is not installed.
+    """
+    layer = head.head
+    if type(layer) is not nn.Linear:  # a subclass may compute something else from its weight
+        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        raise UserError(f"--cross-entropy liger takes torch's linear layer to the vocabulary, not {kind}")
+    if not len(targets):  # liger cannot
+        return summed_cross_entropy(hidden, targets, head, chunk=head.chunk)
+    weight: Tensor = layer.weight
+    bias: Tensor | None = layer.bias
+    if head.scale != 1.0:
+        hidden, bias = hidden * head.scale, None if bias is None else bias * head.scale
+    if torch.is_autocast_enabled(hidden.device.type):
+        # As for a linear layer. Inside, autocast would cast the weight for every chunk, and leave a bias float32.
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if torch.is_grad_enabled() and weight.requires_grad and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()  # else liger leaves out the weight's gradient too
+    return _liger()(
+        hidden, weight, targets, bias, reduction="sum", softcap=head.bound, accum_dtype=torch.float32
+    )
+
+
 def next_token_loss(
-    hidden: Tensor, labels: Tensor, head: VocabularyHead, cu_seqlens: Tensor | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    head: VocabularyHead,
+    cu_seqlens: Tensor | None = None,
+    cross_entropy: CrossEntropy = "chunked",
 ) -> tuple[Tensor, Tensor]:
     """The loss of the labelled tokens; no other position is projected to the vocabulary.
 
@@ -97,11 +164,16 @@ def next_token_loss(
         labels: int64 ``(rows, tokens)``, see :func:`next_token_targets`.
         head: To logits.
         cu_seqlens: Borders of a packed row's sequences.
+        cross_entropy: ``chunked``: :func:`summed_cross_entropy`; ``liger``: :func:`fused_cross_entropy`.
 
     Returns:
         The summed cross-entropy, a float32 scalar, and the number of tokens it is over, an int64 scalar.
     """
     targets = next_token_targets(labels, cu_seqlens)
     learned = targets != IGNORED
-    loss = summed_cross_entropy(hidden[learned], targets[learned], head, chunk=head.chunk)
+    hidden, targets = hidden[learned], targets[learned]
+    if cross_entropy == "liger":
+        loss = fused_cross_entropy(hidden, targets, head)
+    else:
+        loss = summed_cross_entropy(hidden, targets, head, chunk=head.chunk)
     return loss, learned.sum()

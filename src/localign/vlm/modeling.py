@@ -25,7 +25,7 @@ from localign.errors import UserError
 from localign.vlm.adapters import Adapter, build_adapter
 from localign.vlm.attention import packed_arguments, padded_turns, use_packed_attention
 from localign.vlm.configuration import LocalignVLMConfig
-from localign.vlm.losses import VocabularyHead, next_token_loss
+from localign.vlm.losses import CrossEntropy, VocabularyHead, next_token_loss
 from localign.vlm.vision import VisionTower
 from localign.vlm.vocabulary import add_special_tokens, end_tokens, resize_embeddings
 
@@ -206,6 +206,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        cross_entropy: CrossEntropy = "chunked",
         **kwargs: Any,
     ) -> ModelOutput:
         """The language model's output, ``logits`` among it; with labels a :class:`VLMOutput`.
@@ -224,6 +225,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
                 them ``logits`` is None.
             inputs_embeds: ``(rows, tokens, width)`` instead of ``input_ids``, images included.
             logits_to_keep: How many last positions get logits (0: all), or which.
+            cross_entropy: How the loss is computed, see :func:`~localign.vlm.losses.next_token_loss`.
             kwargs: Further arguments of the language model, such as the cache of the tokens before these.
 
         Raises:
@@ -257,17 +259,23 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         if labels is not None:
-            return self._losses(labels, cu_seqlens, kwargs)
+            return self._losses(labels, cu_seqlens, cross_entropy, kwargs)
         if cu_seqlens is not None:
             kwargs["use_cache"] = False
         outputs: ModelOutput = self.language_model(logits_to_keep=logits_to_keep, **kwargs)
         return outputs
 
-    def _losses(self, labels: Tensor, cu_seqlens: Tensor | None, arguments: dict[str, Any]) -> VLMOutput:
+    def _losses(
+        self,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        cross_entropy: CrossEntropy,
+        arguments: dict[str, Any],
+    ) -> VLMOutput:
         decoder = self.language_model.get_decoder()
         hidden = decoder(**(arguments | {"use_cache": False})).last_hidden_state
         head = VocabularyHead(self.get_output_embeddings(), self.config.text_config.get_text_config())
-        loss_sum, count = next_token_loss(hidden, labels, head, cu_seqlens)
+        loss_sum, count = next_token_loss(hidden, labels, head, cu_seqlens, cross_entropy)
         return VLMOutput(loss=loss_sum / count.clamp(min=1), loss_sum=loss_sum, label_count=count)
 
     def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from localign.vlm.batching import VLMBatch, longest_batch, planned_batches, reco
 from localign.vlm.build import build_vlm, merged, save_vlm
 from localign.vlm.config import VLMConfig
 from localign.vlm.examples import Encoder
+from localign.vlm.losses import CrossEntropy, check_liger
 from localign.vlm.modeling import LocalignVLM, VLMOutput
 from localign.vlm.processing import LocalignVLMProcessor
 from localign.vlm.prompts import IGNORED, prompt_format
@@ -48,7 +49,10 @@ class VLMTask(Task):
         self.config = config
         self.seed = config.seed
         self.device = torch.device("cpu")
-        choose_device(config.device)  # a misspelt device, and bad data, fail before weights are read
+        # A misspelt device, a missing package and bad data fail before weights are read.
+        device = choose_device(config.device)
+        if config.cross_entropy == "liger":
+            check_liger(device)
         self.data = Conversations.open(config.data, config.images, skip_missing=config.skip_missing)
         self.val_data = (
             Conversations.open(config.val, config.images, skip_missing=config.skip_missing)
@@ -107,21 +111,7 @@ class VLMTask(Task):
         )
 
     def step(self, model: nn.Module, batch: VLMBatch) -> StepResult:
-        return StepResult(*self._loss(model, batch))
-
-    def _loss(self, model: nn.Module, batch: VLMBatch) -> tuple[Tensor, Tensor]:
-        output: VLMOutput = model(
-            input_ids=batch.input_ids,
-            pixel_values=batch.images if len(batch.images) else None,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            cu_seqlens=batch.cu_seqlens,
-            turns=batch.turns,
-            labels=batch.labels,
-        )
-        assert output.loss_sum is not None
-        assert output.label_count is not None
-        return output.loss_sum, output.label_count
+        return batch_loss(model, batch, self.config.cross_entropy)
 
     def lr_factors(self) -> Mapping[str, float]:
         if self.config.adapter_lr is None:
@@ -164,8 +154,8 @@ class VLMTask(Task):
         for (
             batch
         ) in batches:  # equally many on every rank; the last may begin the data anew, which is not counted
-            loss_sum, count = self._loss(module, to_device(_without(batch, limit), self.device))
-            sums += torch.stack([loss_sum, count.float()])
+            result = self.step(module, to_device(_without(batch, limit), self.device))
+            sums += torch.stack([result.loss_sum, result.weight.float()])
         sums = world.sum(sums)
         return {"val_loss": float(sums[0] / sums[1].clamp(min=1))}
 
@@ -210,6 +200,23 @@ class VLMTask(Task):
         module = merged(module)
         module.config.localign = provenance
         save_vlm(module, self.processor, folder)
+
+
+def batch_loss(model: nn.Module, batch: VLMBatch, cross_entropy: CrossEntropy) -> StepResult:
+    """The summed loss of a batch and the number of tokens it is over, as the model gives them."""
+    output: VLMOutput = model(
+        input_ids=batch.input_ids,
+        pixel_values=batch.images if len(batch.images) else None,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        turns=batch.turns,
+        labels=batch.labels,
+        cross_entropy=cross_entropy,
+    )
+    assert output.loss_sum is not None
+    assert output.label_count is not None
+    return StepResult(output.loss_sum, output.label_count)
 
 
 def _layers(model: LocalignVLM) -> list[nn.Module]:
