@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ from vlm_models import picture
 import localign
 from localign.cli import main, parse
 from localign.engine import BatchPlan
-from localign.vlm.build import load_vlm
+from localign.errors import UserError
+from localign.vlm.build import build_vlm, load_vlm
 from localign.vlm.modeling import LocalignVLM
 from localign.vlm.task import VLMTask
 
@@ -190,8 +192,7 @@ def test_a_log_line_says_how_large_image_tokens_are(data: Path, whole: Path, tmp
 def test_a_second_stage_starts_from_the_first(data: Path, tmp_path: Path) -> None:
     first = trained(data, tmp_path / "first", "--stage", "align")
     command = arguments(data, tmp_path / "second", "--init", str(tmp_path / "first"), "--lr", "1e-9")
-    at = command.index("--llm")
-    assert main(command[:at] + command[at + 2 :]) == 0
+    assert main(without_llm(command)) == 0
     second = load_file(tmp_path / "second" / "export" / "model.safetensors")
     assert_close(second, first, atol=1e-6)
 
@@ -204,8 +205,7 @@ def test_attention_that_cannot_be_had_is_refused(
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot load the language model" in line
     assert "nonsense" in line
-    at = command.index("--llm")
-    assert main([*command[:at], *command[at + 2 :], "--init", str(whole)]) == 2
+    assert main([*without_llm(command), "--init", str(whole)]) == 2
     assert "--llm-attention goes with --llm" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -357,6 +357,46 @@ def test_ranks_with_and_without_images_stay_in_step(data: Path, tmp_path: Path) 
     finished(2, arguments(data, tmp_path / "two", *more))
     single = trained(data, tmp_path / "one", *more[:2], *more[4:])
     assert_close(load_file(tmp_path / "two" / "export" / "model.safetensors"), single)
+
+
+def without_llm(command: list[str]) -> list[str]:
+    at = command.index("--llm")
+    return command[:at] + command[at + 2 :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["init", "tied, lora"])
+def test_ranks_that_are_given_their_weights(data: Path, whole: Path, tmp_path: Path, start: str) -> None:
+    """The first rank alone has read any; what the others compute with is its."""
+    if start == "init":
+        one, two = (without_llm(arguments(data, tmp_path / n, "--init", str(whole))) for n in ("one", "two"))
+    else:
+        tiny_llm("qwen", tie_word_embeddings=True).save_pretrained(tmp_path / "llm")
+        tiny_tokenizer(bos=False).save_pretrained(tmp_path / "llm")
+        more = ["--llm", str(tmp_path / "llm"), "--stage", "lora"]
+        one, two = (arguments(data, tmp_path / name, *more) for name in ("one", "two"))
+    assert main(one) == 0
+    finished(2, [*two, "--sharding", "full"])
+    ours, theirs = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("two", "one"))
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("start", ["llm", "init"])
+def test_other_ranks_read_no_weights(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    shutil.copytree(data / "llama" if start == "llm" else whole / "export", tmp_path / "weightless")
+    (tmp_path / "weightless" / "model.safetensors").unlink()
+    command = arguments(
+        data, tmp_path / "run", f"--{start}", str(tmp_path / "weightless"), "--sharding", "full"
+    )
+    config = parse("vlm train", (command if start == "llm" else without_llm(command))[2:])
+    monkeypatch.setenv("RANK", "1")
+    model, _ = build_vlm(config)
+    assert all(p.is_meta for p in model.language_model.parameters())
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises((UserError, OSError)):
+        build_vlm(config)
 
 
 def last_step(out: Path) -> int:
