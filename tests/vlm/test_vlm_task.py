@@ -17,6 +17,7 @@ import pytest
 import torch
 from engine_runs import kill_all
 from safetensors.torch import load_file
+from timm.layers.activations import QuickGELU
 from tiny_vlm import tiny_llm, tiny_tokenizer
 from vlm_models import picture
 
@@ -357,6 +358,25 @@ def test_ranks_with_and_without_images_stay_in_step(data: Path, tmp_path: Path) 
     finished(2, arguments(data, tmp_path / "two", *more))
     single = trained(data, tmp_path / "one", *more[:2], *more[4:])
     assert_close(load_file(tmp_path / "two" / "export" / "model.safetensors"), single)
+
+
+def test_a_published_fusion_has_exact_gelu_in_clip(data: Path, tmp_path: Path) -> None:
+    """And in CLIP alone, beside another backbone alone; the export is built again as it was trained."""
+    small = ["--weights", "none", "--model-kwargs", '{"depth": 2, "embed_dim": 24, "num_heads": 2}']
+    clip, dino = "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_224.dino"
+    published = ["--published-quirks"]
+    for names, quirks, exact in (
+        ([clip, dino], published, True),
+        ([clip, dino], [], False),
+        ([clip], published, False),
+    ):
+        adapter = "fused-mlp" if len(names) > 1 else "mlp"
+        more = ["--backbone", ",".join(names), "--adapter", adapter, "--image-size", "32", *small, *quirks]
+        model, _ = build_vlm(parse("vlm train", arguments(data, tmp_path / "run", *more)[2:]))
+        first = model.vision.towers[0]
+        assert (type(first.vit.blocks[0].mlp.act) is not QuickGELU) == exact
+        again = LocalignVLM(model.config)
+        assert [type(m) for m in again.vision.modules()] == [type(m) for m in model.vision.modules()]
 
 
 def without_llm(command: list[str]) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers.activations import QuickGELU
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -106,14 +108,19 @@ def _source(name: str, config: VLMConfig) -> VisionSource:
     if folder is None:
         if config.features == "aligned" and len(config.backbone) == 1:
             raise UserError(f"--features aligned takes what `localign align` wrote; {name} is no such folder")
-        backbone = create_backbone(
+        create = partial(
+            create_backbone,
             name,
             weights=config.weights,
             image_size=config.image_size,
-            model_kwargs=config.model_kwargs,
             attention=config.attention,
             seed=config.seed,
         )
+        backbone = create(model_kwargs=config.model_kwargs)
+        # The published fusion gave a CLIP tower, trained with quick GELU, the exact one.
+        fused = len(config.backbone) > 1
+        if config.published_quirks and fused and backbone.activation is QuickGELU:
+            backbone = create(model_kwargs={**config.model_kwargs, "act_layer": "gelu"})
         return VisionSource(backbone)
     section = read_config(folder)["localign"]
     aligned = (

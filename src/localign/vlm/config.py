@@ -101,8 +101,9 @@ class VLMConfig(TrainConfig):
     plan_ranks: int = 1
     """Of a dry run: processes to plan for."""
     published_quirks: bool = False
-    """Follow the published code where it departs from the paper, for comparisons: see the documentation of the
-    adapters."""
+    """Follow the published code where it departs from the paper, for comparisons. A truncated baseline loses a block
+    and its norm; a decoder's blocks, and a CLIP tower beside another one, have exact GELU; the limit of a
+    conversation's tokens counts text alone."""
 
     batch_size: int = 128
     """Conversations per optimizer step, over all ranks and micro-batches."""
