@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from localign.cli import main
-from localign.vlm.demo import EVALUATION, VLMDemoConfig, run_vlm_demo
+from localign.vlm.demo import EVALUATION, MODELS, VLMDemoConfig, run_vlm_demo
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,12 @@ def test_models_are_trained_as_asked_for(tmp_path: Path) -> None:
         "muon",
         "adamw",
     )
+    assert ours.vlm_config("aligned-decoder", 0).adapter_lr is None
+    slow = config(tmp_path, adapter_lr=1e-5)
+    rates = {name: slow.vlm_config(name, 0).adapter_lr for name in MODELS}
+    assert {name for name, rate in rates.items() if rate == 1e-5} == {
+        "aligned-decoder", "baseline-truncated", "aligned-truncated"
+    }  # fmt: skip
 
 
 def test_every_kind_of_question_is_asked_and_scored(demo: Path) -> None:

@@ -84,8 +84,9 @@ class VLMDemoConfig:
     """Of the vision-language models; with adamw most kinds of questions take more than twice as many steps."""
     lr: float = 3e-3
     """Peak learning rate of the vision-language models."""
-    adapter_lr: float = 1e-4
-    """The same of what an adapter has from trained weights: decoders and truncated ViTs."""
+    adapter_lr: float | None = None
+    """The same of what an adapter has from trained weights, decoders and truncated ViTs; default --lr. With adamw
+    1e-4 is better."""
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
