@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,13 @@ from torch import Tensor, nn
 
 _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 """oneDNN's product that adds the bias and applies the activation to what it still has in registers."""
+
+
+@cache
+def fuses_here() -> bool:
+    """Whether there is such a product, and in bfloat16 on this processor; those without AVX-512 refuse it."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return _PRODUCT is not None and torch.backends.mkldnn.is_available() and bool(supported and supported())
 
 
 class FrozenLinear(nn.Module):
@@ -47,6 +55,7 @@ class FrozenLinear(nn.Module):
 def _fuses(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
+        and fuses_here()
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and not torch.is_grad_enabled()
@@ -55,12 +64,12 @@ def _fuses(x: Tensor) -> bool:
 
 
 def fuse_frozen(vit: nn.Module) -> None:
-    """Replace, in place, the linear layers of timm's attention and MLPs; nothing where torch lacks oneDNN.
+    """Replace, in place, the linear layers of timm's attention and MLPs; nothing where that gains nothing.
 
     Args:
         vit: Loaded with its last weights, which :class:`FrozenLinear` keeps a copy of.
     """
-    if _PRODUCT is None or not torch.backends.mkldnn.is_available():
+    if not fuses_here():
         return
     for module in list(vit.modules()):
         if isinstance(module, FrozenLinear):
