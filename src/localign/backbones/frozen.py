@@ -55,7 +55,6 @@ class FrozenLinear(nn.Module):
 def _fuses(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
-        and fuses_here()
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and not torch.is_grad_enabled()
@@ -64,7 +63,7 @@ def _fuses(x: Tensor) -> bool:
 
 
 def fuse_frozen(vit: nn.Module) -> None:
-    """Replace, in place, the linear layers of timm's attention and MLPs; nothing where that gains nothing.
+    """Replace, in place, the linear layers of timm's attention and MLPs, where :func:`fuses_here`.
 
     Args:
         vit: Loaded with its last weights, which :class:`FrozenLinear` keeps a copy of.
