@@ -230,6 +230,13 @@ def test_a_whole_data_set_is_left_as_it_is(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == times
 
 
+def test_a_data_set_does_not_depend_on_the_processes_that_draw_it(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "one", "train", 300, 1, ("presence",))
+    write_dataset(tmp_path / "two", "train", 300, 1, ("presence",), processes=2)
+    assert len(list((tmp_path / "one").rglob("*.png"))) > 256
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
 def test_an_interrupted_data_set_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(tmp_path / "whole", "train", 8, 2)
     write, written = questions._write_image, []

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from localign.data.decoding import UnreadableImage, decode_image
+from localign.data.parallel import in_processes
 from localign.data.sources import SUFFIXES, ImageSource
 from localign.data.sources.tar_index import tar_index, write_portable
-from localign.datatools.reading import encoded, in_processes
+from localign.datatools.reading import encoded
 from localign.errors import UserError
 from localign.files import fsync_path, replace_text, replacing
 

@@ -1,20 +1,9 @@
-"""What the commands on images share: opening a source of encoded files, and going through it in processes."""
+"""What the commands on images share: opening a source of encoded files, and reading them."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
-
-from rich.console import Console
-from rich.progress import track
-from torch.utils.data import Dataset
-
-from localign.data.loader import data_loader, served
 from localign.data.sources import EncodedSource, ExcludingSource, ImageSource, MixtureSource, open_source
 from localign.errors import UserError
-
-T = TypeVar("T")
 
 
 def open_files(spec: str, exclude: str | None = None) -> ImageSource:
@@ -35,36 +24,3 @@ def encoded(source: ImageSource, index: int) -> bytes:
         return encoded(source.source, int(source.kept[index]))
     assert isinstance(source, EncodedSource)
     return source.encoded(index)
-
-
-class _Worker(Dataset[Any]):
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
-
-    def __getitem__(self, items: list[Any]) -> Any:
-        return self.function(items[0])
-
-
-def in_processes(
-    function: Callable[[Any], T], items: Iterable[Any], count: int, processes: int, what: str
-) -> Iterator[T]:
-    """What a function makes of each item, in order, with a bar on a terminal.
-
-    Args:
-        function: Goes to other processes, with whatever it holds.
-        items: What it takes, ``count`` of them.
-        count: How many.
-        processes: 0 works in this one.
-        what: Is done, for the bar.
-
-    Raises:
-        RunFailure: A process died.
-    """
-    loader = data_loader(_Worker(function), lambda: ([item] for item in items), processes, False, None)
-    console = Console(stderr=True)
-    yield from track(served(loader), what, count, console=console, disable=not sys.stderr.isatty())
-
-
-def parts(count: int, most: int = 256) -> list[tuple[int, int]]:
-    """0..count in consecutive (begin, end) of at most so many."""
-    return [(begin, min(begin + most, count)) for begin in range(0, count, most)]

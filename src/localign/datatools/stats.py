@@ -15,9 +15,10 @@ from PIL import Image
 
 from localign.data.classification import ClassLabels, labels_of
 from localign.data.decoding import FORMATS, UnreadableImage, unreadable_on_failure
+from localign.data.parallel import in_processes, parts
 from localign.data.sources import ImageSource
 from localign.datatools.options import StatsConfig
-from localign.datatools.reading import encoded, in_processes, open_files, parts
+from localign.datatools.reading import encoded, open_files
 from localign.errors import UserError
 from localign.files import replace_text
 

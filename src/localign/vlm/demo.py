@@ -159,8 +159,8 @@ def run_vlm_demo(config: VLMDemoConfig) -> dict[str, Any]:
     runs.save_config(folder, "vlm demo", config)
     clock = Stopwatch()
     say("writing questions")
-    train_file = write_dataset(folder / "train", "train", config.scenes, config.questions, config.kinds)
-    test_file = write_dataset(folder / "test", "test", config.test_scenes, config.questions, config.kinds)
+    train_file = _written(config, "train", config.scenes)
+    test_file = _written(config, "test", config.test_scenes)
     _prepare(config, folder, train_file)
     seeds = range(config.seed, config.seed + config.seeds)
     _train_models([config.vlm_config(name, seed) for seed in seeds for name in config.models], config)
@@ -183,6 +183,13 @@ def run_vlm_demo(config: VLMDemoConfig) -> dict[str, Any]:
     Console().print(_table(results))
     print(f"results    {path}")
     return results
+
+
+def _written(config: VLMDemoConfig, split: str, scenes: int) -> Path:
+    """Questions on a split's scenes."""
+    processes = cores() if cores() > 1 else 0
+    folder = Path(config.out) / split
+    return write_dataset(folder, split, scenes, config.questions, config.kinds, processes=processes)
 
 
 def _check_same(folder: Path, config: VLMDemoConfig) -> None:

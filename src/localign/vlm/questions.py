@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from localign import rng
+from localign.data.parallel import in_processes, parts
 from localign.data.scenes import Scene, SceneConfig, SceneObject, SceneSource, relation
 from localign.errors import UserError, near
 from localign.files import fsync_path, replace_text
@@ -245,6 +247,7 @@ def write_dataset(
     seed: int = 0,
     *,
     world: SceneConfig | None = None,
+    processes: int = 0,
 ) -> Path:
     """Write questions on the first scenes of a split, one conversation per scene, and the images.
 
@@ -260,12 +263,14 @@ def write_dataset(
         kinds: See :func:`questions_of`.
         seed: Of the questions; the scenes are those of the world's seed 0, as elsewhere.
         world: The default world where none is given.
+        processes: That draw; 0 draws in this one. The files do not depend on it.
 
     Returns:
         The file of questions.
 
     Raises:
         UserError: An argument is out of range, or the folder holds questions of other settings.
+        RunFailure: A process died.
     """
     world = world or SceneConfig()
     _check(scenes, questions_per_scene, kinds)
@@ -284,18 +289,13 @@ def write_dataset(
     path = folder / QUESTIONS_FILE
     if path.is_file():
         return path
-    records, images = [], []
-    for index in range(scenes):
-        scene = source.scene(index)
-        asked = questions_of(
-            world, scene, seed=seed, split=split, index=index, kinds=kinds, count=questions_per_scene
-        )
-        if not asked:
-            continue
-        name = f"{IMAGES}/{index:06d}.png"
-        images.append(folder / name)
-        _write_image(images[-1], scene)
-        records.append(_record(f"{split}-{index:06d}", name, asked))
+    write = partial(
+        _write_scenes, folder, source, seed=seed, split=split, kinds=tuple(kinds), count=questions_per_scene
+    )
+    spans = parts(scenes)
+    written = in_processes(write, spans, len(spans), processes, "drawing scenes")
+    records = list(itertools.chain.from_iterable(written))
+    images = [folder / record["image"] for record in records]
     with ThreadPoolExecutor(_FLUSHED_AT_ONCE) as pool:
         list(pool.map(fsync_path, images))
     fsync_path(folder / IMAGES)
@@ -353,6 +353,31 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     if changed:
         listed = "; ".join(f"{name}: {there.get(name)!r} there, {settings[name]!r} now" for name in changed)
         raise UserError(f"{folder} holds other questions: {listed}; give another folder")
+
+
+def _write_scenes(
+    folder: Path,
+    source: SceneSource,
+    span: tuple[int, int],
+    *,
+    seed: int,
+    split: str,
+    kinds: Sequence[str],
+    count: int,
+) -> list[dict[str, Any]]:
+    """Write the images of scenes from the first to before the second; their records."""
+    records = []
+    for index in range(*span):
+        scene = source.scene(index)
+        asked = questions_of(
+            source.config, scene, seed=seed, split=split, index=index, kinds=kinds, count=count
+        )
+        if not asked:
+            continue
+        name = f"{IMAGES}/{index:06d}.png"
+        _write_image(folder / name, scene)
+        records.append(_record(f"{split}-{index:06d}", name, asked))
+    return records
 
 
 def _write_image(path: Path, scene: Scene) -> None:
