@@ -54,20 +54,31 @@ def test_a_revision_is_recorded_pinned_and_part_of_the_answers_keys(tmp_path: Pa
     commands.append(f"vlm eval {MODEL} --revision v2 {common} --out {tmp_path / 'none'}")
     responses, models = tmp_path / "one" / "responses" / "rank0.jsonl", []
     counts = []
-    for command in commands:
-        done = subprocess.run(
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
-            input=command,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
-            check=False,
         )
-        assert ("exit 2" if "v2" in command else "exit 0") in done.stdout, done.stderr
-        models.append(model_of(tmp_path / "one"))
-        counts.append(len(responses.read_text().splitlines()))
-    assert f"cannot load the model {MODEL}" in done.stderr
-    assert done.stderr.strip().count("\n") == 0
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for command in commands:
+            if "v2" in command:
+                before = (tmp_path / "stderr").stat().st_size
+            process.stdin.write(command + "\n")
+            process.stdin.flush()
+            said = next((line for line in process.stdout if line.startswith("exit ")), "it died")
+            assert said.strip() == ("exit 2" if "v2" in command else "exit 0")
+            models.append(model_of(tmp_path / "one"))
+            counts.append(len(responses.read_text().splitlines()))
+        process.stdin.close()
+    refusal = (tmp_path / "stderr").read_text()[before:]
+    assert f"cannot load the model {MODEL}" in refusal
+    assert refusal.strip().count("\n") == 0
     assert [model["revision"] for model in models] == [NEW, NEW, OLD, OLD, OLD]
     assert models[0]["weights"] == f"{MODEL}@{NEW}"
     # A commit by its own name is the same model, and another commit is another one.
