@@ -77,8 +77,8 @@ class VLMDemoConfig:
     llm_steps: int = 300
     """Steps in which the language model learns its language."""
     steps: int = 1000
-    """Steps of a vision-language model. The default fits into 25 minutes on two slow cores; comparisons that are to
-    mean something take 3000 or more, and several --seeds: skills come in jumps, and this is before some."""
+    """Steps of a vision-language model. The default fits into 25 minutes on two slow cores; with 3000 most of what is
+    asked is learned. Skills come in jumps, so compare models of several --seeds."""
     batch_size: int = 32
     """Scenes per step."""
     optimizer: Literal["adamw", "muon"] = "muon"

@@ -289,9 +289,7 @@ def write_dataset(
     path = folder / QUESTIONS_FILE
     if path.is_file():
         return path
-    write = partial(
-        _write_scenes, folder, source, seed=seed, split=split, kinds=tuple(kinds), count=questions_per_scene
-    )
+    write = partial(_write_scenes, folder, source, seed=seed, kinds=kinds, count=questions_per_scene)
     spans = parts(scenes)
     written = in_processes(write, spans, len(spans), processes, "drawing scenes")
     records = list(itertools.chain.from_iterable(written))
@@ -361,7 +359,6 @@ def _write_scenes(
     span: tuple[int, int],
     *,
     seed: int,
-    split: str,
     kinds: Sequence[str],
     count: int,
 ) -> list[dict[str, Any]]:
@@ -370,13 +367,13 @@ def _write_scenes(
     for index in range(*span):
         scene = source.scene(index)
         asked = questions_of(
-            source.config, scene, seed=seed, split=split, index=index, kinds=kinds, count=count
+            source.config, scene, seed=seed, split=source.split, index=index, kinds=kinds, count=count
         )
         if not asked:
             continue
         name = f"{IMAGES}/{index:06d}.png"
         _write_image(folder / name, scene)
-        records.append(_record(f"{split}-{index:06d}", name, asked))
+        records.append(_record(f"{source.split}-{index:06d}", name, asked))
     return records
 
 
