@@ -31,14 +31,14 @@ from localign.bench.vlm_setup import training_options
 from localign.cli import main
 from localign.engine.task import BatchPlan
 from localign.errors import RunFailure
-from localign.vlm.batching import VLMBatch
-from localign.vlm.build import build_vlm
 from localign.vlm.config import Batching
-from localign.vlm.examples import Encoder
-from localign.vlm.prompts import IGNORED, prompt_format
-from localign.vlm.records import Conversations
+from localign.vlm.data.batching import VLMBatch
+from localign.vlm.data.examples import Encoder
+from localign.vlm.data.prompts import IGNORED, prompt_format
+from localign.vlm.data.records import Conversations
+from localign.vlm.data.vocabulary import add_special_tokens
+from localign.vlm.model.build import build_vlm
 from localign.vlm.task import VLMTask
-from localign.vlm.vocabulary import add_special_tokens
 
 WAY_NAMES = [way.name for way in bench.WAYS]
 
@@ -218,7 +218,7 @@ def test_liger_is_a_way_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_option_and_the_way_reach_the_loss(task: VLMTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    fused = "localign.vlm.losses.fused_cross_entropy"
+    fused = "localign.vlm.model.losses.fused_cross_entropy"
     monkeypatch.setattr(fused, lambda hidden, targets, head: 0 * hidden.sum() + 7)
     batch = first_batch(task, "packed")
     optimizer = torch.optim.SGD(task.model.parameters(), lr=0.0)

@@ -17,7 +17,7 @@ from localign.cli import main
 from localign.data.drawn import DrawnScenes
 from localign.data.scenes import SceneConfig, SceneSource
 from localign.errors import UserError
-from localign.probe import ProbeCommandConfig, load_backbones
+from localign.probing.command import ProbeCommandConfig, load_backbones
 
 SMALL = (
     "--steps 4 --batch-size 8 --probe-steps 6 --probe-batch 8 --train-scenes 32 --test-scenes 24 "

@@ -20,7 +20,7 @@ from localign.cli import main
 from localign.engine.log import read_log
 from localign.errors import UserError
 from localign.report.figures.locality import measure_locality
-from localign.report.published import TABLE1, TABLE4, TABLE5
+from localign.report.tables.published import TABLE1, TABLE4, TABLE5
 from localign.reproduce import TARGETS, ReproduceConfig, pieces, run, targets
 from localign.reproduce.pieces import Alignment, Heads, Probing
 from localign.reproduce.plan import Plan, Planner

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from localign.seeds import half_width, half_width_apart, t_quantile
+from localign.statistics.student_t import half_width, half_width_apart, t_quantile
 
 
 def test_t_quantiles_join_where_the_table_ends() -> None:

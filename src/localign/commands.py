@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from localign.finetuning import FinetuneConfig
     from localign.options import ExportConfig, ImportConfig, ListConfig, ReportConfig, VerifyConfig
     from localign.planning.config import PlanConfig
+    from localign.planning.vlm import Plan
     from localign.pretraining import PretrainConfig
-    from localign.probe import ProbeCommandConfig
+    from localign.probing.command import ProbeCommandConfig
     from localign.reproduce import ReproduceConfig
-    from localign.vlm.benchmarks.options import EvalConfig, ScoreConfig, ShowConfig
     from localign.vlm.chat import ChatConfig
     from localign.vlm.config import VLMConfig
-    from localign.vlm.demo import VLMDemoConfig
+    from localign.vlm.demo.run import VLMDemoConfig
+    from localign.vlm.evaluation.options import EvalConfig, ScoreConfig, ShowConfig
     from localign.vlm.options import CheckConfig, ConvertConfig, VLMExportConfig
-    from localign.vlm.plan import Plan
 
 
 def demo_config() -> type:
@@ -64,7 +64,7 @@ def finetune_config() -> type:
 
 
 def probe_config() -> type:
-    from localign.probe import ProbeCommandConfig
+    from localign.probing.command import ProbeCommandConfig
 
     return ProbeCommandConfig
 
@@ -124,7 +124,7 @@ def chat_config() -> type:
 
 
 def vlm_demo_config() -> type:
-    from localign.vlm.demo import VLMDemoConfig
+    from localign.vlm.demo.run import VLMDemoConfig
 
     return VLMDemoConfig
 
@@ -148,19 +148,19 @@ def vlm_export_config() -> type:
 
 
 def eval_config() -> type:
-    from localign.vlm.benchmarks.options import EvalConfig
+    from localign.vlm.evaluation.options import EvalConfig
 
     return EvalConfig
 
 
 def score_config() -> type:
-    from localign.vlm.benchmarks.options import ScoreConfig
+    from localign.vlm.evaluation.options import ScoreConfig
 
     return ScoreConfig
 
 
 def show_config() -> type:
-    from localign.vlm.benchmarks.options import ShowConfig
+    from localign.vlm.evaluation.options import ShowConfig
 
     return ShowConfig
 
@@ -230,7 +230,7 @@ def finetune(config: FinetuneConfig) -> None:
 
 def vlm_train(config: VLMConfig) -> None:
     from localign.engine import train
-    from localign.vlm.plan import plan_vlm
+    from localign.planning.vlm import plan_vlm
     from localign.vlm.task import VLMTask
 
     if config.dry_run:
@@ -265,17 +265,17 @@ def vlm_chat(config: ChatConfig) -> None:
 
 
 def vlm_demo(config: VLMDemoConfig) -> None:
-    from localign.vlm.demo import run_vlm_demo
+    from localign.vlm.demo.run import run_vlm_demo
 
     run_vlm_demo(config)
 
 
 def vlm_check(config: CheckConfig) -> int:
-    from localign.vlm.build import tokenizer_of
-    from localign.vlm.checks import check
-    from localign.vlm.examples import Encoder
-    from localign.vlm.prompts import prompt_format
-    from localign.vlm.vocabulary import add_special_tokens
+    from localign.vlm.data.checks import check
+    from localign.vlm.data.examples import Encoder
+    from localign.vlm.data.prompts import prompt_format
+    from localign.vlm.data.vocabulary import add_special_tokens
+    from localign.vlm.model.build import tokenizer_of
 
     encoder = None
     if config.llm is not None:
@@ -306,7 +306,7 @@ def vlm_check(config: CheckConfig) -> int:
 
 
 def vlm_convert(config: ConvertConfig) -> None:
-    from localign.vlm import mixtures
+    from localign.vlm.data import mixtures
 
     if config.what == "ocr-vqa":
         done = mixtures.prepare_ocr_vqa(config.add or "")
@@ -327,8 +327,8 @@ def vlm_convert(config: ConvertConfig) -> None:
 def vlm_export(config: VLMExportConfig) -> None:
     import torch
 
-    from localign.vlm.build import load_vlm, save_vlm
-    from localign.vlm.processing import LocalignVLMProcessor
+    from localign.vlm.model.build import load_vlm, save_vlm
+    from localign.vlm.model.processing import LocalignVLMProcessor
 
     model, tokenizer = load_vlm(config.model)
     model.to(dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
@@ -341,19 +341,19 @@ def vlm_eval(config: EvalConfig) -> None:
         from localign.vlm.lmms.run import run_lmms_eval
 
         return run_lmms_eval(config)
-    from localign.vlm.benchmarks.run import run_eval
+    from localign.vlm.evaluation.run import run_eval
 
     return run_eval(config)
 
 
 def vlm_score(config: ScoreConfig) -> None:
-    from localign.vlm.benchmarks.rescoring import run_score
+    from localign.vlm.evaluation.compare.rescoring import run_score
 
     run_score(config)
 
 
 def vlm_show(config: ShowConfig) -> None:
-    from localign.vlm.benchmarks.show import run_show
+    from localign.vlm.evaluation.show import run_show
 
     run_show(config)
 
@@ -426,7 +426,7 @@ def data_stats(config: StatsConfig) -> None:
 
 
 def probe(config: ProbeCommandConfig) -> None:
-    from localign.probe import run_probe
+    from localign.probing.command import run_probe
 
     run_probe(config)
 
@@ -453,7 +453,7 @@ def export(config: ExportConfig) -> None:
     from localign.alignment.export import export_student
     from localign.alignment.setup import student_of_run
     from localign.backbones import create_backbone, save_backbone
-    from localign.engine.run import provenance
+    from localign.engine.run_folder import provenance
 
     source = Path(config.source)
     if (source / "checkpoints").is_dir():

@@ -21,15 +21,14 @@ from localign.alignment.teacher import TargetName
 from localign.backbones import EMBEDDED, Backbone, create_backbone
 from localign.data.scenes import SceneConfig
 from localign.data.transforms import to_tensor
-from localign.engine import run as runs
-from localign.engine import train
+from localign.engine import run_folder, train
 from localign.engine.distributed import World, choose_device
 from localign.engine.log import Stopwatch, say
 from localign.errors import UserError
 from localign.files import replace_text
 from localign.pictures import PICTURES, save_pictures
-from localign.probe import probe_with_bar
 from localign.probing import AttributeLabels, HeadSpec, LabelledSource, ProbeConfig, reduce_labels
+from localign.probing.command import probe_with_bar
 from localign.probing.datasets import labelled_scenes
 from localign.report import PICTURES_FILE, before_after, build_report, to_terminal
 
@@ -116,9 +115,9 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Everything from scenes to report; returns the content of ``results.json``."""
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / runs.CONFIG_FILE).is_file():
+    if (folder / run_folder.CONFIG_FILE).is_file():
         _check_same_demo(folder, config)
-    runs.save_config(folder, "demo", config)
+    run_folder.save_config(folder, "demo", config)
     clock = Stopwatch()
     device = choose_device(config.device)
     say("drawing scenes")
@@ -144,7 +143,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     results = {
         "command": "demo",
         "config": asdict(config),
-        "versions": runs.provenance(),
+        "versions": run_folder.provenance(),
         "timings": timings,
         "seeds": seeds,
         "world": asdict(SceneConfig()),
@@ -152,7 +151,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "probe": probes,
         "notes": _notes(config),
     }
-    path = runs.write_results(folder, results)
+    path = run_folder.write_results(folder, results)
     Console().print(to_terminal(before_after(results), title="Probing before and after alignment"))
     print(f"results    {path}")
     print(f"report     {build_report(folder)}")
@@ -161,8 +160,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
 def _check_same_demo(folder: Path, config: DemoConfig) -> None:
     """A demo may be continued with more seeds, on another device; all else must stay."""
-    saved = runs.read_config(folder)["config"]
-    now = runs.plain(config)
+    saved = run_folder.read_config(folder)["config"]
+    now = run_folder.plain(config)
     free = ("seeds", "device", "workers", "out")
     fields = [f for f in now if f not in free and saved.get(f) != now[f]]
     if fields:
@@ -173,7 +172,7 @@ def _check_same_demo(folder: Path, config: DemoConfig) -> None:
 def _aligned(config: DemoConfig, seed: int) -> Path:
     align_config = config.align_config(seed)
     folder = Path(align_config.out)
-    if not (folder / runs.RESULTS_FILE).is_file():
+    if not (folder / run_folder.RESULTS_FILE).is_file():
         train(AlignTask(align_config), align_config, "align")
     return folder / "export"
 
@@ -211,7 +210,7 @@ def _save_pictures(
     # A copy: the baseline itself stays on its device for the seeds that follow.
     task = AlignTask(align_config, baseline.copy().cpu())
     task.student = load_student(Path(align_config.out) / "export")
-    task.load_state_dict(runs.read_results(align_config.out))
+    task.load_state_dict(run_folder.read_results(align_config.out))
     images, maps = zip(*(test.load_labelled(i) for i in range(PICTURES)), strict=True)
     table = torch.from_numpy(test.attributes)
     labels = reduce_labels(torch.from_numpy(np.stack(maps)), baseline.patch_size, len(test.classes), table)

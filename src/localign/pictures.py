@@ -1,20 +1,33 @@
-"""The pictures of a report, gathered once from a finished alignment and kept as plain arrays."""
+"""The pictures of a report: models run on a few images, kept as plain arrays in ``pictures.npz``.
+
+Features are reduced to three principal components here, so the file stays small, and the report is then built from
+the run folder alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from localign import rng
 from localign.alignment import AlignTask
 from localign.alignment.objectives import MaskEmbed
+from localign.alignment.student import Student
+from localign.alignment.teacher import Teacher
+from localign.backbones import Backbone
 from localign.data.sources import UnreadableImage
 from localign.files import replacing
-from localign.report import PICTURES_FILE, gather_pictures
+from localign.probing import LabelledSource, Probed, reduce_labels
+from localign.probing.segmentation import labelled_batches
+from localign.report.gather import PICTURES_FILE
 
 PICTURES = 6
 
@@ -74,3 +87,232 @@ def save_pictures(
     )
     with replacing(folder / PICTURES_FILE) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def save_predictions(
+    folder: Path,
+    backbones: Mapping[str, Backbone],
+    probed: Mapping[str, list[Probed]],
+    source: LabelledSource,
+) -> None:
+    """Write ``pictures.npz``: what the first seed's local head makes of the first images; none without such a head."""
+    heads = {name: _shown_head(seeds[0]) for name, seeds in probed.items()}
+    path = folder / PICTURES_FILE
+    path.unlink(missing_ok=True)
+    models = {name: (backbones[name].cpu(), head.cpu()) for name, head in heads.items() if head is not None}
+    if not models:
+        return
+    attributes = getattr(source, "attributes", None)
+    table = None if attributes is None else torch.from_numpy(np.ascontiguousarray(attributes))
+    images, truth, majority = {}, {}, {}
+    for name, (backbone, _) in models.items():
+        images[name], maps = next(labelled_batches(source, backbone.image_size, PICTURES))
+        labels = reduce_labels(maps, backbone.patch_size, len(source.classes), table)
+        truth[name], majority[name] = labels.patch, labels.majority
+    # Codes that say several things of a pixel have no class with the most of a patch.
+    arrays = gather_predictions(models, images, truth, source.classes, majority if table is None else None)
+    arrays["patch_size"] = np.asarray(next(iter(models.values()))[0].patch_size)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def _shown_head(probed: Probed) -> nn.Module | None:
+    """The local transformer, or else the first head with a local task."""
+    local = {spec.label: head for spec, head in probed.trained.heads.items() if spec.task == "local"}
+    return local.get("transformer", next(iter(local.values()), None))
+
+
+@dataclass(frozen=True)
+class Components:
+    """The first three principal components of a set of vectors."""
+
+    mean: NDArray[np.float64]
+    """``(width,)``."""
+    basis: NDArray[np.float64]
+    """``(width, 3)``, orthonormal columns; of each, the entry largest in size is positive."""
+    share: NDArray[np.float64]
+    """``(3,)``, share of the total variance."""
+
+    def __call__(self, tokens: Tensor) -> NDArray[np.float32]:
+        """Scores ``(..., 3)`` of vectors ``(..., width)``."""
+        centred = tokens.double().cpu().numpy() - self.mean
+        return np.asarray(centred @ self.basis, dtype=np.float32)
+
+
+def fit_components(tokens: Tensor) -> Components:
+    """Principal components of vectors ``(..., width)``, all with the same weight; width at least 3."""
+    flat = tokens.double().cpu().numpy().reshape(-1, tokens.shape[-1])
+    mean = flat.mean(0)
+    centred = flat - mean
+    values, vectors = np.linalg.eigh(centred.T @ centred / max(1, len(flat)))
+    values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
+    basis = vectors[:, :3]
+    largest = basis[np.abs(basis).argmax(0), np.arange(3)]
+    # Eigenvectors have no sign of their own; without a rule, equal runs could differ in colour.
+    basis = basis * np.where(largest < 0, -1.0, 1.0)
+    return Components(mean, basis, values[:3] / max(values.sum(), 1e-30))
+
+
+@torch.no_grad()
+def gather_pictures(
+    baseline: Backbone,
+    aligned_student: Student,
+    teacher: Teacher,
+    heads_before: nn.Module | None,
+    heads_after: nn.Module | None,
+    images: Tensor,
+    truth: Tensor | None,
+    class_names: Sequence[str] | None,
+    keep_masks: Tensor | None,
+) -> dict[str, NDArray[Any]]:
+    """Predictions, feature maps and reconstructions of a few images.
+
+    Every model is used in eval mode on the device where it is, and left in the mode it was in.
+
+    Args:
+        baseline: The backbone before alignment.
+        aligned_student: The trained student; its encoder's backbone is the aligned one.
+        teacher: What the student learned from.
+        heads_before: A local-task head trained on the baseline's tokens: ``(k, P + n, d)`` to logits
+            ``(k, n, C)``. None leaves the predictions out, as it does for ``heads_after`` or ``truth``.
+        heads_after: The same head trained on the aligned tokens.
+        images: uint8 ``(k, 3, H, W)``.
+        truth: bool ``(k, n, C)``, the classes of each patch.
+        class_names: C names.
+        keep_masks: bool ``(k, masks, n)``, True = visible, in the order mask, complement, all-visible. None,
+            for a student that reconstructs no masked views, leaves the reconstructions out.
+
+    Returns:
+        Arrays without object dtype. Always ``images``, ``grid``, ``patch_size``, ``mean_colour``,
+        ``pca_baseline`` and ``pca_aligned`` (float32 ``(k, n, 3)``, one PCA per backbone over all images) with
+        ``..._share``; ``keep_masks``, ``target`` and ``reconstruction`` (float32 ``(k, masks, n, 3)``, both
+        in the target's PCA with its ``target_share``; with target ``cls`` ``(k, masks, width)``, each channel in
+        standard deviations from its mean) and ``view_error`` (``(k, masks)``, squared error over the variance of
+        the targets); ``truth``, ``class_names``, ``probability_baseline`` and
+        ``probability_aligned`` (float16 ``(k, n, C)``).
+    """
+    arrays: dict[str, NDArray[Any]] = {
+        "images": images.cpu().numpy(),
+        "grid": np.asarray(baseline.grid),
+        "patch_size": np.asarray(baseline.patch_size),
+        "mean_colour": np.asarray(teacher.backbone.mean),
+    }
+    sides = (
+        ("baseline", baseline, heads_before),
+        ("aligned", aligned_student.encoder.backbone, heads_after),
+    )
+    for name, backbone, head in sides:
+        tokens = _tokens(backbone, images)
+        patches = tokens[:, backbone.num_prefix_tokens :]
+        components = fit_components(patches)
+        arrays |= {f"pca_{name}": components(patches), f"pca_{name}_share": components.share}
+        if head is not None and truth is not None:
+            arrays[f"probability_{name}"] = _probabilities(head, tokens)
+    if truth is not None and heads_before is not None and heads_after is not None:
+        names = class_names or [f"class {i}" for i in range(truth.shape[-1])]
+        arrays |= {"truth": truth.cpu().numpy(), "class_names": np.asarray(list(names), dtype=np.str_)}
+    if keep_masks is not None:
+        arrays["keep_masks"] = keep_masks.cpu().numpy()
+        arrays |= _reconstructions(aligned_student, teacher, images, keep_masks)
+    return arrays
+
+
+@torch.no_grad()
+def gather_predictions(
+    models: Mapping[str, tuple[Backbone, nn.Module]],
+    images: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    class_names: Sequence[str],
+    majority: Mapping[str, Tensor] | None = None,
+) -> dict[str, NDArray[Any]]:
+    """What local-task heads make of the same few images, backbone by backbone.
+
+    Args:
+        models: Name to backbone and head, ``(k, P + n, d)`` to logits ``(k, n, C)``; each is used in eval mode
+            on the device where it is.
+        images: Of each name, uint8 ``(k, 3, H, W)`` at its backbone's size; the first are kept to be shown.
+        truth: Of each name, bool ``(k, n, C)``.
+        class_names: C names.
+        majority: Of each name, int64 ``(k, n)``, the class with most pixels of each patch; None for label maps
+            that say several things of a pixel.
+
+    Returns:
+        ``images``, ``grid``, ``truth``, ``class_names``, maybe ``majority``, of the first backbone, and
+        ``probability_<name>`` (float16 ``(k, n, C)``) of every one; of those with another grid, ``grid_<name>``,
+        ``truth_<name>`` and ``majority_<name>`` too.
+    """
+    first = next(iter(models))
+    arrays: dict[str, NDArray[Any]] = {
+        "images": images[first].cpu().numpy(),
+        "class_names": np.asarray(list(class_names), dtype=np.str_),
+    }
+    for name, (backbone, head) in models.items():
+        arrays[f"probability_{name}"] = _probabilities(head, _tokens(backbone, images[name]))
+        if name != first and tuple(backbone.grid) == tuple(models[first][0].grid):
+            continue
+        tail = "" if name == first else f"_{name}"
+        arrays[f"grid{tail}"] = np.asarray(backbone.grid)
+        arrays[f"truth{tail}"] = truth[name].cpu().numpy()
+        if majority is not None:
+            arrays[f"majority{tail}"] = majority[name].cpu().numpy()
+    return arrays
+
+
+def _tokens(backbone: Backbone, images: Tensor) -> Tensor:
+    with _evaluating(backbone):
+        return backbone.tokens(backbone.normalise(images.to(_device(backbone)))).float()
+
+
+def _probabilities(head: nn.Module, tokens: Tensor) -> NDArray[np.float16]:
+    with _evaluating(head):
+        logits = head(tokens.to(_device(head)))
+    return logits.float().sigmoid().cpu().numpy().astype(np.float16)
+
+
+def _reconstructions(
+    student: Student, teacher: Teacher, images: Tensor, keep_masks: Tensor
+) -> dict[str, NDArray[Any]]:
+    """What the teacher gives of every view, patch tokens or one class token, and the student's attempt at it."""
+    count, masks, _ = keep_masks.shape
+    device, there = _device(student), _device(teacher.backbone)
+    with _evaluating(student):
+        normalised = teacher.backbone.normalise(images.to(device))
+        keep = keep_masks.to(device)
+        predicted = student(normalised, keep).float()
+    wanted = teacher(normalised.to(there), keep.to(there)).float().to(device)
+    one_token = teacher.target == "cls"
+    if one_token:
+        predicted = predicted[:, 0]
+    else:
+        predicted, wanted = (tokens[:, student.num_prefix_tokens :] for tokens in (predicted, wanted))
+    mean = wanted.flatten(0, -2).mean(dim=0)
+    variance = (wanted - mean).square().mean().clamp(min=1e-12)
+    error = (predicted - wanted).square().flatten(1).mean(dim=1) / variance
+    shown: dict[str, NDArray[Any]] = {"view_error": error.view(count, masks).cpu().numpy()}
+    if one_token:
+        # Too few vectors for a PCA of their own: the channels themselves, as deviations from the mean view.
+        spread = (wanted - mean).square().mean(dim=0).sqrt().clamp(min=1e-6)
+        for name, values in (("target", wanted), ("reconstruction", predicted)):
+            shown[name] = ((values - mean) / spread).view(count, masks, -1).cpu().numpy()
+        return shown
+    components = fit_components(wanted)
+    shape = (count, masks, wanted.shape[1], 3)
+    return shown | {
+        "target": components(wanted).reshape(shape),
+        "reconstruction": components(predicted).reshape(shape),
+        "target_share": components.share,
+    }
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

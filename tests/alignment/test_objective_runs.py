@@ -21,7 +21,7 @@ from localign.cli import main
 from localign.data.loader import Batch
 from localign.engine import StepResult, train
 from localign.engine.distributed import World
-from localign.engine.run import read_config
+from localign.engine.run_folder import read_config
 from localign.errors import UserError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}

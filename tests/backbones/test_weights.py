@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from localign.backbones.moco import read_moco_v3
-from localign.backbones.weights import load_strict, read_file, read_state_dict, unwrapped
+from localign.backbones.weights import read_file, read_state_dict, unwrapped
 from localign.errors import UserError
+from localign.weights import load_strict
 
 
 class Payload:

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from localign import rng
 from localign.data.stream import SampleStream
 from localign.engine import BatchPlan, Outcome, StepResult, Task, TrainConfig, train
-from localign.engine import sharded_checkpoint as sharded
+from localign.engine.checkpoints import sharded as sharded
 from localign.engine.distributed import World, first_of_launch
 
 SAMPLES, VOCABULARY, WIDTH, LENGTH = 40, 19, 5, 6

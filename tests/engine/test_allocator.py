@@ -11,13 +11,13 @@ from engine_runs import tiny, weights
 from torch import Tensor
 
 from localign.alignment import AlignTask
-from localign.engine import allocator, products, train
-from localign.engine.allocator import freed_memory_kept
-from localign.engine.products import fast_float32_products
+from localign.engine import train
+from localign.engine.hardware import cpu
+from localign.engine.hardware.cpu import fast_float32_products, freed_memory_kept
 
 CPU = torch.device("cpu")
 STEPS = 8
-glibc = pytest.mark.skipif(allocator._glibc() is None, reason="of the GNU C library")
+glibc = pytest.mark.skipif(cpu._glibc() is None, reason="of the GNU C library")
 
 
 def resident() -> int:
@@ -54,29 +54,29 @@ class Recorded:
 
 def test_only_a_cpu_with_glibc_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Recorded(works=True)
-    monkeypatch.setattr(allocator, "_glibc", lambda: library)
+    monkeypatch.setattr(cpu, "_glibc", lambda: library)
     with freed_memory_kept(torch.device("cuda")):
         assert library.calls == []
     with freed_memory_kept(CPU):
         assert [value for _, value in library.calls] == [1 << 30, 1 << 30]
     assert library.calls[-1] == ("trim", 0)
-    monkeypatch.setattr(allocator, "_glibc", lambda: None)
+    monkeypatch.setattr(cpu, "_glibc", lambda: None)
     with freed_memory_kept(CPU):
         pass
 
 
 def test_a_library_that_refuses_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Recorded(works=False)
-    monkeypatch.setattr(allocator, "_glibc", lambda: library)
+    monkeypatch.setattr(cpu, "_glibc", lambda: library)
     with freed_memory_kept(CPU):
         pass
     assert len(library.calls) == 1
 
 
 def test_other_c_libraries_are_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(cpu.platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("opened"))
-    assert allocator._glibc() is None
+    assert cpu._glibc() is None
 
 
 # -- products ---------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def gradients(scale: float) -> list[Tensor]:
 def test_products_are_as_exact_and_the_setting_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = precision()
     exact = gradients(1.0)
-    monkeypatch.setattr(products, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(cpu, "_mkl_is_slow", lambda: True)
     with fast_float32_products(CPU):
         for ours, expected in zip(gradients(1.0), exact, strict=True):
             assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -106,17 +106,17 @@ def test_products_are_as_exact_and_the_setting_is_undone(monkeypatch: pytest.Mon
 
 def test_a_processor_that_rounds_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     before = precision()
-    monkeypatch.setattr(products, "_mkl_is_slow", lambda: True)
-    monkeypatch.setattr(products, "_rounds", lambda: True)
+    monkeypatch.setattr(cpu, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(cpu, "_rounds", lambda: True)
     with fast_float32_products(CPU):
         assert precision() == before
 
 
 def test_rounding_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not products._rounds()
+    assert not cpu._rounds()
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: bmm(a.bfloat16(), b.bfloat16()).float())
-    assert products._rounds()
+    assert cpu._rounds()
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_the_choice_is_by_the_make(
     make: str, capability: str, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"vendor_id : {make}\n")
-    monkeypatch.setattr(products, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert products._mkl_is_slow() is slow
+    assert cpu._mkl_is_slow() is slow
     with fast_float32_products(torch.device("cuda")):
         assert precision() != "bf16"
 
@@ -139,11 +139,11 @@ def test_the_choice_is_by_the_make(
 def test_a_run_is_the_same_without_either(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(cpu, "_mkl_is_slow", lambda: True)
     fast = tiny(tmp_path / "fast", images, eps=1e-5)
     train(AlignTask(fast), fast, "align")
-    monkeypatch.setattr(products, "_mkl_is_slow", lambda: False)
-    monkeypatch.setattr(allocator, "_glibc", lambda: None)
+    monkeypatch.setattr(cpu, "_mkl_is_slow", lambda: False)
+    monkeypatch.setattr(cpu, "_glibc", lambda: None)
     slow = tiny(tmp_path / "slow", images, eps=1e-5)
     train(AlignTask(slow), slow, "align")
     a, b = weights(tmp_path / "fast", STEPS), weights(tmp_path / "slow", STEPS)

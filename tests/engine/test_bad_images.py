@@ -9,7 +9,7 @@ import pytest
 from engine_runs import make_images, run, run_until, tiny
 
 from localign.engine.log import read_log
-from localign.engine.run import read_results
+from localign.engine.run_folder import read_results
 from localign.errors import UserError
 
 

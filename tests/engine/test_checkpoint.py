@@ -12,8 +12,8 @@ import torch
 from engine_runs import run, run_until, same_bits, tiny
 from torch import nn
 
-from localign.engine import checkpoint as checkpoints_module
-from localign.engine.checkpoint import (
+from localign.engine.checkpoints import whole as checkpoints_module
+from localign.engine.checkpoints.whole import (
     Checkpoints,
     load_optimizer_tensors,
     optimizer_tensors,

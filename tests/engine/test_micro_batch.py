@@ -25,9 +25,10 @@ from torch import nn
 
 from localign.alignment import AlignConfig
 from localign.data.loader import Batch
-from localign.engine import StepResult, memory, microbatch, train
-from localign.engine.memory import available, check_measurable
-from localign.engine.run import read_results
+from localign.engine import StepResult, train
+from localign.engine.hardware import memory, microbatch
+from localign.engine.hardware.memory import available, check_measurable
+from localign.engine.run_folder import read_results
 from localign.errors import UserError
 
 STEPS = 8

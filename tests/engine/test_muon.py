@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from localign.engine import muon
-from localign.engine.muon import Muon, orthogonalised
+from localign.engine.optim import muon
+from localign.engine.optim.muon import Muon, orthogonalised
 
 SHAPES = [(8, 8), (6, 16), (16, 6), (8, 8), (6, 16), (1, 5)]
 RATE, DECAY = 0.1, 0.2

@@ -13,7 +13,7 @@ from torch import nn
 
 from localign.engine.config import TrainConfig, batch_shares, total_steps, with_warmup_steps
 from localign.engine.distributed import World
-from localign.engine.optim import build_optimizer, decays, hidden_matrices, learning_rate, set_rates
+from localign.engine.optim.build import build_optimizer, decays, hidden_matrices, learning_rate, set_rates
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
 

@@ -11,7 +11,7 @@ import pytest
 from engine_runs import furthest, launch, logged, make_images, run, run_ranks, tiny, weights
 
 from localign.engine.log import read_log
-from localign.engine.run import read_results
+from localign.engine.run_folder import read_results
 
 TOLERANCE = 1e-5
 STEPS = 8

@@ -28,10 +28,10 @@ from sharded_runs import (
 from torch import Tensor, nn
 
 from localign.engine import TrainConfig
-from localign.engine.checkpoint import Checkpoints
+from localign.engine.checkpoints.sharded import OFFSETS_KEY
+from localign.engine.checkpoints.whole import Checkpoints
 from localign.engine.distributed import World
-from localign.engine.guards import FOLDER as NONFINITE
-from localign.engine.sharded_checkpoint import OFFSETS_KEY
+from localign.engine.nonfinite import FOLDER as NONFINITE
 from localign.engine.sharding import hollow_copy, shard
 from localign.errors import RunFailure, UserError
 

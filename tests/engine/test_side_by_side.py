@@ -15,8 +15,8 @@ from engine_runs import make_images, run, tiny
 from safetensors.torch import load_file
 
 from localign.engine.log import read_log
-from localign.engine.side_by_side import Job, cores, run_side_by_side
 from localign.errors import RunFailure, RunStopped
+from localign.vlm.demo.side_by_side import Job, cores, run_side_by_side
 
 
 @pytest.fixture(scope="module")

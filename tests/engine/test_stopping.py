@@ -32,8 +32,7 @@ from torch import nn
 from localign.alignment import AlignConfig
 from localign.cli import EXIT_OK, _told_when_ended, exit_code, main
 from localign.data.loader import _start_worker
-from localign.engine import run as runs
-from localign.engine import train
+from localign.engine import run_folder, train
 from localign.engine.stopping import SIGNALS, stop_requests
 from localign.errors import RunStopped
 
@@ -117,7 +116,7 @@ def test_a_validation_that_was_put_off_is_logged_once(
     with pytest.raises(RunStopped):
         asked(config, {STEPS - 1: (signal.SIGTERM,)})  # likewise the last
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "write_results", interrupted)
+        patch.setattr(run_folder, "write_results", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     run(config)

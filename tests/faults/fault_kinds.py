@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from localign import files
-from localign.engine import checkpoint as checkpoints
 from localign.engine import log as logs
-from localign.engine import run as runs
-from localign.engine import sharded_checkpoint as sharded
+from localign.engine import run_folder
+from localign.engine.checkpoints import sharded
+from localign.engine.checkpoints import whole as checkpoints
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ ELSEWHERE: dict[str, Callable[[str], None]] = {
     "kill -9 before a rename": at(files, "put_in_place", die),
     "kill -9 before old checkpoints go": at(checkpoints.Checkpoints, "_tidy", die),
     "kill -9 while logging": at(logs.JsonLines, "write", half_a_line),
-    "kill -9 while exporting": at(runs, "write_results", die),
+    "kill -9 while exporting": at(run_folder, "write_results", die),
 }
 """Installed before the run; they strike when the step was reached."""
 

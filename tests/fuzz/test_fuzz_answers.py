@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localign.errors import UserError
-from localign.vlm.benchmarks import answers
-from localign.vlm.benchmarks.boxes import ORIGINAL, Box, BoxFrame, Size, parse_box, parse_published
-from localign.vlm.benchmarks.raw import read_json_lines, read_pickle
-from localign.vlm.benchmarks.responses import FOLDER, ResponseWriter, read_responses
+from localign.vlm.evaluation.responses import FOLDER, ResponseWriter, read_responses
+from localign.vlm.scoring import answers
+from localign.vlm.scoring.boxes import ORIGINAL, Box, BoxFrame, Size, parse_box, parse_published
+from localign.vlm.scoring.readers import read_json_lines, read_pickle
 
 boxlike = st.text(alphabet="[]()0123456789.,-+eE inf\n", max_size=60) | st.text(max_size=40)
 sizes = st.builds(Size, st.integers(1, 5000), st.integers(1, 5000))

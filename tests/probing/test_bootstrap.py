@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from localign.probing import bootstrap
-from localign.probing.bootstrap import interval, macro_recalls, replicate_weights
+from localign.statistics import bootstrap
+from localign.statistics.bootstrap import interval, macro_recalls, replicate_weights
 
 
 def counts(images: int, classes: int, recall: float, seed: int = 0) -> tuple[Tensor, Tensor]:

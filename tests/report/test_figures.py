@@ -23,7 +23,7 @@ from localign.report.figures.locality import free_offset, locality_drawing
 from localign.report.figures.patches import predictions_drawing, region_centres
 from localign.report.figures.sizes import sizes_drawing
 from localign.report.figures.views import crop, draw_masks, draw_windows, masked, views_drawing
-from localign.report.measures import Measured, comparisons
+from localign.report.tables.measures import Measured, comparisons
 
 LOCAL = Measured("test", "transformer", "local")
 TWO = {"vit_small_patch16_224": (0.2, 0.3), "runs/a/long/path/to/a/run/export-step-20000": (0.5, 0.6)}

@@ -8,7 +8,7 @@ import pytest
 from probe_results import results, twenty_pairs
 
 from localign.report.figures.locality import measure_locality
-from localign.report.measures import (
+from localign.report.tables.measures import (
     Comparison,
     Measured,
     change,

@@ -13,9 +13,9 @@ from probe_results import outcome
 from localign.backbones import CATALOGUE
 from localign.errors import UserError
 from localign.report import write_table
-from localign.report.latex import escape, to_latex
-from localign.report.published import TABLE1, TABLE4, TABLE5
-from localign.report.tables import Grid
+from localign.report.tables.latex import escape, to_latex
+from localign.report.tables.published import TABLE1, TABLE4, TABLE5
+from localign.report.tables.rows import Grid
 
 
 def rows(**recalls: float) -> dict[str, list[dict[str, Any]]]:

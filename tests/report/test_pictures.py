@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from localign.alignment.student import Student, build_student
 from localign.alignment.teacher import Teacher
 from localign.backbones import Backbone
+from localign.pictures import fit_components, gather_pictures, gather_predictions
 from localign.report.classmarks import OTHER_FILL, class_marks
 from localign.report.curves import heads_figure, series, training_figure
-from localign.report.gather import fit_components, gather_pictures, gather_predictions, read_pictures
+from localign.report.gather import read_pictures
 from localign.report.pictures import (
     _token_colours,
     component_colours,

@@ -16,7 +16,7 @@ from probe_results import class_list, pictures, results, twenty_pairs
 from localign.errors import UserError
 from localign.report import build_report, write_figure, write_probe_report
 from localign.report.figures.locality import locality_grid, measure_locality
-from localign.report.probetables import comparison_table, recall_grid
+from localign.report.tables.probe import comparison_table, recall_grid
 
 
 def write(folder: Path, content: dict[str, Any], arrays: dict[str, Any] | None = None) -> list[Path]:

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from localign.report.tables import (
-    Difference,
+from localign.report.tables.rows import (
     before_after,
     class_grid,
-    paired,
     per_class,
     recall_grid,
     signed,
@@ -21,6 +19,8 @@ from localign.report.tables import (
     to_markdown,
     to_terminal,
 )
+from localign.statistics.paired import PairedDifference as Difference
+from localign.statistics.paired import paired
 
 
 def metrics(recall: float | None, per_class: list[float | None]) -> dict[str, Any]:

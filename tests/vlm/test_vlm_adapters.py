@@ -19,9 +19,9 @@ from localign.alignment.student import Student, build_student
 from localign.backbones import Backbone, create_backbone
 from localign.backbones.create import build_vit
 from localign.errors import UserError
-from localign.vlm.adapters import Adapter, AdapterConfig, build_adapter, fresh_adapter
-from localign.vlm.presets import VisionSource, tower_for, vision_side
-from localign.vlm.pretrained_adapters import (
+from localign.vlm.model.adapters import Adapter, AdapterConfig, build_adapter, fresh_adapter
+from localign.vlm.model.presets import VisionSource, tower_for, vision_side
+from localign.vlm.model.pretrained_adapters import (
     adapter_from_backbone,
     adapter_from_student,
     fused_adapter_from_student,

@@ -16,10 +16,10 @@ from localign.data.stream import SampleStream
 from localign.data.transforms import to_tensor
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
-from localign.vlm.batching import VLMBatch, packed_row, padded_rows, planned_batches, record_stream
-from localign.vlm.prompts import IGNORED
-from localign.vlm.records import Conversations
-from localign.vlm.sampling import (
+from localign.vlm.data.batching import VLMBatch, packed_row, padded_rows, planned_batches, record_stream
+from localign.vlm.data.prompts import IGNORED
+from localign.vlm.data.records import Conversations
+from localign.vlm.data.sampling import (
     GroupedRecords,
     deal_evenly,
     deal_grouped,

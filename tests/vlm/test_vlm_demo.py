@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from localign.cli import main
-from localign.vlm.demo import EVALUATION, MODELS, VLMDemoConfig, run_vlm_demo
+from localign.vlm.demo.run import EVALUATION, MODELS, VLMDemoConfig, run_vlm_demo
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def test_export_check_and_chat(demo: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_boxes_are_drawn_onto_a_copy(tmp_path: Path) -> None:
-    from localign.vlm.benchmarks.boxes import Box, Size
     from localign.vlm.chat import draw_boxes
+    from localign.vlm.scoring.boxes import Box, Size
 
     image = Image.new("RGB", (40, 20))
     drawn = draw_boxes(image, [Box.of_pixels((10, 5, 30, 15), Size(40, 20))])

@@ -12,7 +12,7 @@ from PIL import Image
 from vlm_data import record, write_image, write_json
 
 from localign.errors import UserError
-from localign.vlm.mixtures import (
+from localign.vlm.data.mixtures import (
     PUBLISHED_RECORDS,
     lrv_records,
     merge_lrv_instruct,
@@ -20,7 +20,7 @@ from localign.vlm.mixtures import (
     prepare_ocr_vqa,
     strip_text_only,
 )
-from localign.vlm.records import Conversations
+from localign.vlm.data.records import Conversations
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -24,8 +24,8 @@ from vlm_models import QUESTIONS, mixed_records, packed, padded, picture, tiny_p
 
 from localign.errors import UserError
 from localign.vlm import LocalignVLM, LocalignVLMConfig
-from localign.vlm.adapters import fresh_adapter
-from localign.vlm.losses import (
+from localign.vlm.model.adapters import fresh_adapter
+from localign.vlm.model.losses import (
     IGNORED,
     VocabularyHead,
     next_token_loss,
@@ -92,7 +92,7 @@ def test_only_labelled_tokens_are_projected_and_never_more_than_a_chunk(
 ) -> None:
     model, tokenizer = tiny_vlm()
     batch = packed(mixed_records(model, tokenizer))
-    monkeypatch.setattr("localign.vlm.losses.CHUNK_LOGITS", 4 * model.config.text_config.vocab_size)
+    monkeypatch.setattr("localign.vlm.model.losses.CHUNK_LOGITS", 4 * model.config.text_config.vocab_size)
     sizes: list[int] = []
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     with torch.no_grad():

@@ -24,7 +24,7 @@ from vlm_models import Encoded, mixed_records, packed, padded, tiny_vlm
 
 from localign.errors import UserError
 from localign.vlm import LocalignVLM
-from localign.vlm.attention import PACKED_SDPA, has_varlen_kernel, packed_sdpa
+from localign.vlm.model.attention import PACKED_SDPA, has_varlen_kernel, packed_sdpa
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -233,8 +233,8 @@ def test_the_kernel_is_called_as_documented(
     layer.num_key_value_groups = 4 // kv_heads  # type: ignore[assignment]
     options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "cu_seq_lens_q": borders}
     expected, _ = packed_sdpa(layer, *inputs, None, **options)
-    monkeypatch.setattr("localign.vlm.attention.VARLEN", flash_attention)
-    monkeypatch.setattr("localign.vlm.attention.has_varlen_kernel", lambda *_: True)
+    monkeypatch.setattr("localign.vlm.model.attention.VARLEN", flash_attention)
+    monkeypatch.setattr("localign.vlm.model.attention.has_varlen_kernel", lambda *_: True)
     output, _ = packed_sdpa(layer, *inputs, None, **options, max_length_q=12)
     torch.testing.assert_close(output, expected)
 

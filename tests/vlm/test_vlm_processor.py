@@ -15,8 +15,8 @@ from vlm_models import picture, tiny_processor, tiny_vlm
 
 from localign.errors import UserError
 from localign.vlm import LocalignVLMProcessor
-from localign.vlm.images import ImageTransform, open_image
-from localign.vlm.vocabulary import add_special_tokens
+from localign.vlm.data.images import ImageTransform, open_image
+from localign.vlm.data.vocabulary import add_special_tokens
 
 K = 4
 IMAGE, PAD = 260, 259

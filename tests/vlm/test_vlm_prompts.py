@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from localign.errors import UserError
-from localign.vlm.prompts import IGNORED, PromptFormat, prompt_format
+from localign.vlm.data.prompts import IGNORED, PromptFormat, prompt_format
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "

@@ -16,9 +16,10 @@ from PIL import Image
 
 from localign.data.scenes import Scene, SceneConfig, SceneObject, SceneSource, relation
 from localign.errors import UserError
-from localign.vlm import questions
-from localign.vlm.questions import KINDS, Question, questions_of, read_questions, write_dataset
-from localign.vlm.records import parse_record
+from localign.vlm.data import scene_dataset
+from localign.vlm.data.records import parse_record
+from localign.vlm.data.scene_dataset import read_questions, write_dataset
+from localign.vlm.data.scene_questions import KINDS, Question, questions_of
 
 WORLD = SceneConfig()
 SOURCE = SceneSource(WORLD, "test", 500)
@@ -239,7 +240,7 @@ def test_a_data_set_does_not_depend_on_the_processes_that_draw_it(tmp_path: Path
 
 def test_an_interrupted_data_set_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(tmp_path / "whole", "train", 8, 2)
-    write, written = questions._write_image, []
+    write, written = scene_dataset._write_image, []
 
     def stop_at_the_fifth(path: Path, scene: Scene) -> None:
         if len(written) == 4:
@@ -248,12 +249,12 @@ def test_an_interrupted_data_set_is_completed(tmp_path: Path, monkeypatch: pytes
         write(path, scene)
 
     folder = tmp_path / "cut"
-    monkeypatch.setattr(questions, "_write_image", stop_at_the_fifth)
+    monkeypatch.setattr(scene_dataset, "_write_image", stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         write_dataset(folder, "train", 8, 2)
     assert not (folder / "questions.json").exists()
     written[0].write_bytes(b"half a picture")
-    monkeypatch.setattr(questions, "_write_image", write)
+    monkeypatch.setattr(scene_dataset, "_write_image", write)
     write_dataset(folder, "train", 8, 2)
     assert content(folder) == content(tmp_path / "whole")
 

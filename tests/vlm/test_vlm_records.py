@@ -11,9 +11,9 @@ import pytest
 from vlm_data import IMAGE_TOKENS, mixed_data, record, tiny_encoder, turn, write_image, write_json
 
 from localign.errors import RunFailure, UserError
-from localign.vlm import jsonrecords
-from localign.vlm.checks import Finding, LengthBin, check
-from localign.vlm.records import Conversations, Record
+from localign.vlm.data import jsonrecords
+from localign.vlm.data.checks import Finding, LengthBin, check
+from localign.vlm.data.records import Conversations, Record
 
 
 def test_reads_lists_and_lines_alike(tmp_path: Path) -> None:

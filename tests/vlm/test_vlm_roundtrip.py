@@ -21,8 +21,8 @@ from localign.backbones import Backbone
 from localign.backbones.create import build_vit
 from localign.errors import UserError
 from localign.vlm import LocalignVLM
-from localign.vlm.adapters import fresh_adapter
-from localign.vlm.vision import TowerConfig, VisionTower
+from localign.vlm.model.adapters import fresh_adapter
+from localign.vlm.model.vision import TowerConfig, VisionTower
 
 IMAGES = [1, None, 2, None]
 

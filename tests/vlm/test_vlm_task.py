@@ -25,8 +25,8 @@ import localign
 from localign.cli import main, parse
 from localign.engine import BatchPlan
 from localign.errors import UserError
-from localign.vlm.build import build_vlm, load_vlm
-from localign.vlm.modeling import LocalignVLM
+from localign.vlm.model.build import build_vlm, load_vlm
+from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.task import VLMTask
 
 STEPS = 6

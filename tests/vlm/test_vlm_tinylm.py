@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from localign.engine import BatchPlan
 from localign.engine.distributed import World
 from localign.errors import UserError
-from localign.vlm.prompts import prompt_format
-from localign.vlm.questions import write_dataset
-from localign.vlm.tinylm import TinyLMConfig, TinyLMTask, read_turns, train_tiny_lm
-from localign.vlm.tinytokenizer import train_tokenizer
+from localign.vlm.data.prompts import prompt_format
+from localign.vlm.data.scene_dataset import write_dataset
+from localign.vlm.demo.tinylm import TinyLMConfig, TinyLMTask, read_turns, train_tiny_lm
+from localign.vlm.demo.tinytokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

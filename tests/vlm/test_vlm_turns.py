@@ -13,11 +13,11 @@ from vlm_models import picture, tiny_processor, tiny_vlm
 
 from localign.errors import UserError
 from localign.vlm import LocalignVLM
-from localign.vlm.attention import PACKED_SDPA, check_independent_turns, turns_mask
-from localign.vlm.batching import packed_row, padded_rows
-from localign.vlm.examples import Encoder, Example, NothingToLearn
-from localign.vlm.prompts import IGNORED, prompt_format
-from localign.vlm.records import Record
+from localign.vlm.data.batching import packed_row, padded_rows
+from localign.vlm.data.examples import Encoder, Example, NothingToLearn
+from localign.vlm.data.prompts import IGNORED, prompt_format
+from localign.vlm.data.records import Record
+from localign.vlm.model.attention import PACKED_SDPA, check_independent_turns, turns_mask
 
 TURNS = [("What is it?", "a cat"), ("Where?", "at the left, below the table"), ("How many?", "1")]
 RECORDS = [

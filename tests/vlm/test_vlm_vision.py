@@ -15,8 +15,8 @@ from localign.alignment.student import build_student
 from localign.backbones import Backbone, create_backbone
 from localign.backbones.create import build_vit
 from localign.errors import UserError
-from localign.vlm.presets import VisionSource, tower_for
-from localign.vlm.vision import TowerConfig, VisionTower
+from localign.vlm.model.presets import VisionSource, tower_for
+from localign.vlm.model.vision import TowerConfig, VisionTower
 
 
 def pixels(batch: int = 2, size: int = 16) -> Tensor:

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 from tiny_vlm import tiny_tokenizer
 
-from localign.vlm.examples import Encoder
-from localign.vlm.prompts import prompt_format
-from localign.vlm.records import Conversations
+from localign.vlm.data.examples import Encoder
+from localign.vlm.data.prompts import prompt_format
+from localign.vlm.data.records import Conversations
 
 IMAGE_TOKENS = 5
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from localign.vlm import LocalignVLM, LocalignVLMProcessor
-from localign.vlm.adapters import AdapterName, fresh_adapter
-from localign.vlm.prompts import prompt_format
-from localign.vlm.vision import TowerConfig, VisionTower
+from localign.vlm.data.prompts import prompt_format
+from localign.vlm.model.adapters import AdapterName, fresh_adapter
+from localign.vlm.model.vision import TowerConfig, VisionTower
 
 QUESTIONS = ["What is it?", "Where?", "Name the colour of the largest shape, please.", ""]
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student, prepare_backbone
 from localign.backbones import Backbone
-from localign.backbones.weights import StateDict, load_strict, read_file, state_dict_of
+from localign.backbones.weights import StateDict, read_file, state_dict_of
 from localign.errors import UserError
+from localign.weights import load_strict
 
 PUBLISHED_SOFT_CAP = 30.0
 _SCALED = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}

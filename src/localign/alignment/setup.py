@@ -13,10 +13,10 @@ from localign.alignment.published import PUBLISHED_SOFT_CAP
 from localign.alignment.student import Student, build_student
 from localign.backbones import CATALOGUE, EMBEDDED, Backbone, create_backbone
 from localign.backbones.export import CONFIG_FILE
-from localign.backbones.weights import load_strict
-from localign.engine.checkpoint import Checkpoints
-from localign.engine.run import read_config as read_run_config
+from localign.engine.checkpoints.whole import Checkpoints
+from localign.engine.run_folder import read_config as read_run_config
 from localign.errors import UserError
+from localign.weights import load_strict
 
 DEFAULT_LR = 3e-4
 

@@ -19,8 +19,8 @@ from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher, mask_images
 from localign.backbones import Backbone
 from localign.backbones.create import build_vit
-from localign.backbones.weights import load_strict
 from localign.errors import UserError
+from localign.weights import load_strict
 
 _ARCHITECTURE = "vit_base_patch16_224"
 

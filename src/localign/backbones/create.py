@@ -18,8 +18,9 @@ from localign.backbones.backbone import Backbone
 from localign.backbones.catalogue import CATALOGUE
 from localign.backbones.export import CONFIG_FILE, load_backbone
 from localign.backbones.moco import read_moco_v3
-from localign.backbones.weights import load_strict, read_state_dict
+from localign.backbones.weights import read_state_dict
 from localign.errors import UserError, near
+from localign.weights import load_strict
 
 EMBEDDED = "scenes-vit"
 """The small backbone inside the package, pre-trained on scenes with image-level supervision."""

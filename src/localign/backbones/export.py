@@ -20,9 +20,10 @@ from torch import nn
 from localign._version import __version__
 from localign.backbones.attention import AttentionBackend
 from localign.backbones.backbone import Backbone
-from localign.backbones.weights import StateDict, load_strict, read_file
+from localign.backbones.weights import StateDict, read_file
 from localign.errors import UserError
 from localign.files import replace_text, replacing
+from localign.weights import load_strict
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

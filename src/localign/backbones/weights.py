@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy._core.multiarray import scalar as numpy_scalar
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from localign.errors import UserError
 
@@ -89,42 +89,3 @@ def unwrapped(key: str) -> str:
     while key.startswith(_WRAPPERS):
         key = key.split(".", 1)[1]
     return key
-
-
-def load_strict(
-    module: nn.Module, state: Mapping[str, Tensor], source: str | Path, ignore: Iterable[str] = ()
-) -> None:
-    """Load ``state`` into ``module``; every tensor must be there with its shape, and none may be left over.
-
-    Args:
-        module: Takes the weights, in its own dtypes.
-        state: Tensor by parameter name.
-        source: Named in errors.
-        ignore: Name prefixes of tensors in ``state`` that the module is known not to have.
-
-    Raises:
-        UserError: Names the missing, extra and misshapen tensors.
-    """
-    ignored = tuple(ignore)
-    wanted = module.state_dict()
-    given = {k: v for k, v in state.items() if not (ignored and k.startswith(ignored) and k not in wanted)}
-    problems = []
-    if missing := [k for k in wanted if k not in given]:
-        problems.append(f"missing {_listed(missing)}")
-    if extra := [k for k in given if k not in wanted]:
-        problems.append(f"extra {_listed(extra)}")
-    shapes = [
-        f"{k} {tuple(given[k].shape)} for {tuple(v.shape)}"
-        for k, v in wanted.items()
-        if k in given and given[k].shape != v.shape
-    ]
-    if shapes:
-        problems.append(f"wrong shape {_listed(shapes)}")
-    if problems:
-        raise UserError(f"{source} does not fit: {'; '.join(problems)}")
-    module.load_state_dict(given, strict=True)
-
-
-def _listed(names: list[str], most: int = 6) -> str:
-    tail = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} ({', '.join(names[:most])}{tail})"

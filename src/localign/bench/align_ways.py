@@ -35,7 +35,7 @@ from localign.data.transforms import TrainTransform
 from localign.engine import StepResult, train
 from localign.engine.config import computes_in_bf16
 from localign.engine.distributed import choose_device
-from localign.engine.optim import decayed_names
+from localign.engine.optim.build import decayed_names
 from localign.engine.task import BatchPlan
 
 OURS, COMPILED, PLAIN = "ours", "ours, compiled", "plain"

@@ -23,9 +23,9 @@ from localign import rng
 from localign.bench.config import BenchConfig
 from localign.bench.timing import Timing, hardware, timed
 from localign.errors import RunFailure
-from localign.vlm.benchmarks.answers import VQAV2
-from localign.vlm.benchmarks.base import Answer
 from localign.vlm.benchmarks.table import benchmark
+from localign.vlm.scoring.answers import VQAV2
+from localign.vlm.scoring.base import Answer
 
 QUESTIONS, PER_IMAGE = 214_354, 5.292
 """Of the official validation files."""

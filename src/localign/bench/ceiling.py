@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from localign.bench.timing import timed
-from localign.engine.products import fast_float32_products
+from localign.engine.hardware.cpu import fast_float32_products
 
 _SIDES = {"cpu": 2048, "cuda": 8192}
 _WARM = 2

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from localign import rng
-from localign.vlm.prompts import prompt_format
-from localign.vlm.tinylm import PROMPT
-from localign.vlm.tinytokenizer import train_tokenizer
+from localign.vlm.data.prompts import prompt_format
+from localign.vlm.demo.tinylm import PROMPT
+from localign.vlm.demo.tinytokenizer import train_tokenizer
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from localign.planning.gpus import gpu_of_device
 
 if TYPE_CHECKING:
-    from localign.vlm.modeling import LocalignVLM
+    from localign.vlm.model.modeling import LocalignVLM
 
 
 def peak_flops(device: torch.device) -> float | None:

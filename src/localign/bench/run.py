@@ -14,7 +14,7 @@ from rich.table import Table
 from localign.bench.config import BenchConfig
 from localign.bench.labels import bench_labels
 from localign.bench.probe import PLAIN, SEPARATE, bench_probe
-from localign.engine import run as runs
+from localign.engine import run_folder
 from localign.files import replace_text
 
 
@@ -22,7 +22,12 @@ def run_bench(config: BenchConfig) -> dict[str, Any]:
     """Measure, show and write; returns what the JSON file holds."""
     measure, tables = _MEASUREMENTS[config.what]
     measured = measure(config)
-    content = {"command": "bench", "config": runs.plain(config), "versions": runs.provenance(), **measured}
+    content = {
+        "command": "bench",
+        "config": run_folder.plain(config),
+        "versions": run_folder.provenance(),
+        **measured,
+    }
     console = Console(width=None if sys.stdout.isatty() else 110)
     for table in tables(content):
         console.print(table)

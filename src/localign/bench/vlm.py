@@ -22,15 +22,15 @@ from localign.bench.vlm_setup import training_options
 from localign.engine.batch import to_device
 from localign.engine.distributed import choose_device
 from localign.engine.log import say
-from localign.engine.optim import build_optimizer, scale_and_clip, set_rates
+from localign.engine.optim.build import build_optimizer, scale_and_clip, set_rates
 from localign.engine.task import BatchPlan, StepResult
 from localign.errors import RunFailure
-from localign.vlm.batching import VLMBatch
-from localign.vlm.build import build_vlm
 from localign.vlm.config import Batching, Sampler
-from localign.vlm.losses import CrossEntropy
-from localign.vlm.modeling import LocalignVLM
-from localign.vlm.prompts import IGNORED
+from localign.vlm.data.batching import VLMBatch
+from localign.vlm.data.prompts import IGNORED
+from localign.vlm.model.build import build_vlm
+from localign.vlm.model.losses import CrossEntropy
+from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.task import VLMTask, batch_loss
 
 REPEATS = 3

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from localign import rng
-from localign.engine import run as runs
-from localign.engine.allocator import freed_memory_kept
+from localign.engine import run_folder
 from localign.engine.batch import sample_digest, to_device
-from localign.engine.checkpoint import STATE_FIELDS, Checkpoints
+from localign.engine.checkpoints.sharded import ShardedCheckpoints
+from localign.engine.checkpoints.whole import STATE_FIELDS, Checkpoints
 from localign.engine.config import TrainConfig, batch_shares, computes_in_bf16, total_steps, with_warmup_steps
 from localign.engine.disk import writing
 from localign.engine.distributed import World, world
-from localign.engine.guards import NonFiniteGuard
+from localign.engine.hardware.cpu import fast_float32_products, freed_memory_kept
+from localign.engine.hardware.memory import check_measurable
+from localign.engine.hardware.microbatch import Search
 from localign.engine.log import Bar, Log, Stopwatch, say
-from localign.engine.memory import check_measurable
-from localign.engine.microbatch import Search
-from localign.engine.opening import open_folder, open_log
-from localign.engine.optim import (
+from localign.engine.metrics import Totals
+from localign.engine.nonfinite import NonFiniteGuard
+from localign.engine.optim.build import (
     averaged,
     build_optimizer,
     decayed_names,
@@ -33,13 +34,10 @@ from localign.engine.optim import (
     scale_and_clip,
     set_rates,
 )
-from localign.engine.products import fast_float32_products
-from localign.engine.run import Outcome
-from localign.engine.sharded_checkpoint import ShardedCheckpoints
+from localign.engine.run_folder import Outcome, open_folder, open_log
 from localign.engine.sharding import fill_whole, hollow_copy, reshard, shard_task
 from localign.engine.stopping import StopRequest, stop_requests
 from localign.engine.task import BatchPlan, Task, batch_plan
-from localign.engine.totals import Totals
 from localign.errors import RunFailure, RunStopped, UserError
 
 
@@ -317,7 +315,7 @@ class Loop:
     def _writing(self) -> Iterator[None]:
         """Inside, what cannot be written ends the run with a line that says where it can be taken up again."""
         with writing(self.folder, self.checkpoints.whence):
-            runs.check_there(self.folder)
+            run_folder.check_there(self.folder)
             yield
 
     def _gather_bad(self) -> dict[str, str]:
@@ -337,7 +335,7 @@ class Loop:
         state: dict[str, Any] = {}
         if self.world.is_main:
             state = {
-                "config": runs.plain(self.config),
+                "config": run_folder.plain(self.config),
                 "fingerprint": self.task.fingerprint(),
                 "task": self.task.state_dict(),
                 "guard": self.guard.state_dict(),
@@ -357,7 +355,7 @@ class Loop:
         if lacking := sorted(STATE_FIELDS - state.keys()):
             raise UserError(f"checkpoint {self.checkpoints.path(step)} does not say: {', '.join(lacking)}")
         ours = self.world.gather(self.task.fingerprint())[0]
-        runs.check_same_fingerprint(self.folder, state["fingerprint"], ours)
+        run_folder.check_same_fingerprint(self.folder, state["fingerprint"], ours)
         ema = self.ema.module if self.ema is not None else None
         self.checkpoints.restore(step, self.task.module, self.optimizer, ema)
         self.task.load_state_dict(state["task"])
@@ -384,11 +382,11 @@ class Loop:
         self.checkpoints.wait()
         self.bad = self._gather_bad()
         results = {
-            **runs.training_facts(self.command, self.config, self.step, self.seconds),
+            **run_folder.training_facts(self.command, self.config, self.step, self.seconds),
             "world_size": self.world.size,
             "micro_batch": self.micro_batch,
             "samples_digest": f"{self._global_digest():016x}",
-            "skipped_images": runs.bad_images_facts(self.bad, self.task.samples()),
+            "skipped_images": run_folder.bad_images_facts(self.bad, self.task.samples()),
             "skipped_steps": self.guard.skipped,
             "final": metrics,
             "best": self.best,
@@ -399,6 +397,6 @@ class Loop:
         with self.world.together(), self._writing():
             if self.world.is_main:
                 assert whole is not None
-                self.task.export(whole, self.folder / "export", runs.export_facts(results))
-                runs.write_results(self.folder, results)
+                self.task.export(whole, self.folder / "export", run_folder.export_facts(results))
+                run_folder.write_results(self.folder, results)
         return Outcome(self.folder, results, self.world.is_main)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from localign.backbones import AttentionBackend, Backbone, load_backbone, save_backbone
 from localign.backbones.export import CONFIG_FILE, content_hash, read_config
-from localign.backbones.weights import load_strict, read_file
+from localign.backbones.weights import read_file
 from localign.errors import UserError
 from localign.files import replace_text, replacing
 from localign.probing.heads import Geometry, build_head
+from localign.weights import load_strict
 
 HEAD_FILE = "head.safetensors"
 SECTION = "classifier"

@@ -28,7 +28,7 @@ from localign.alignment.objectives.base import MaskedObjective
 from localign.alignment.setup import fresh_student, starting_backbone
 from localign.alignment.teacher import Teacher
 from localign.engine.config import computes_in_bf16
-from localign.engine.optim import hidden_matrices
+from localign.engine.optim.build import hidden_matrices
 from localign.errors import UserError
 
 _COUNTED = 2

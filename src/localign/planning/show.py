@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from localign.engine import run as runs
+from localign.engine import run_folder
 from localign.files import replace_text
 from localign.planning.config import PlanConfig
 from localign.planning.gpus import gpu
@@ -27,7 +27,7 @@ def run_plan(config: PlanConfig) -> Plan:
     for table in (_run_table(plan, config), _memory_table(plan, config)):
         console.print(table)
     if config.save is not None:
-        content = {"command": "plan", "config": runs.plain(config), "versions": runs.provenance()}
+        content = {"command": "plan", "config": run_folder.plain(config), "versions": run_folder.provenance()}
         path = Path(config.save)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps({**content, **as_facts(plan)}, indent=1) + "\n")

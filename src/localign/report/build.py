@@ -11,15 +11,16 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from localign.engine.log import LOG_FILE, read_log
-from localign.engine.run import CONFIG_FILE, RESULTS_FILE, read_config, read_results
+from localign.engine.run_folder import CONFIG_FILE, RESULTS_FILE, read_config, read_results
 from localign.errors import UserError
 from localign.files import replace_text
-from localign.report import captions, html, probepage, tables
+from localign.report import captions, html, probepage
 from localign.report.curves import heads_figure, training_figure
 from localign.report.gather import PICTURES_FILE, read_pictures
 from localign.report.pictures import features_figure, predictions_figure, reconstructions_figure
 from localign.report.probing import probe_report
 from localign.report.style import data_uri, png, svg
+from localign.report.tables import rows as tables
 
 REPORT_FILE = "report.html"
 _FOLD_ABOVE = 40

@@ -102,7 +102,7 @@ def predictions_figure(arrays: Arrays, names: Mapping[str, str] | None = None) -
 
     Args:
         arrays: ``images``, ``truth``, ``class_names``, ``grid`` and ``probability_...`` of
-            :func:`localign.report.gather.gather_pictures`.
+            :func:`localign.pictures.gather_pictures`.
         names: Backbones to show, and what to call them; ``baseline`` and ``aligned`` by default.
     """
     names = names or {"baseline": "baseline", "aligned": "aligned"}

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from localign.report import captions, html, tables
+from localign.report import captions, html
 from localign.report.figures import Drawing
-from localign.report.measures import (
+from localign.report.probing import ProbeReport
+from localign.report.style import data_uri, png, svg
+from localign.report.tables import rows as tables
+from localign.report.tables.measures import (
     Comparison,
     Measured,
     change,
@@ -17,8 +20,6 @@ from localign.report.measures import (
     main_head,
     main_source,
 )
-from localign.report.probing import ProbeReport
-from localign.report.style import data_uri, png, svg
 
 _SENTENCES = 3
 """Up to so many comparisons, the lead tells each."""

@@ -10,10 +10,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from localign.engine.log import say
-from localign.engine.run import read_results
+from localign.engine.run_folder import read_results
 from localign.errors import UserError, near
 from localign.files import replace_text
-from localign.report.csvfiles import write_csv
 from localign.report.figures import Drawing
 from localign.report.figures.bars import heads_drawing, tasks_drawing
 from localign.report.figures.classes import classes_drawing
@@ -29,8 +28,9 @@ from localign.report.figures.patches import predictions_drawing
 from localign.report.figures.sizes import sizes_drawing
 from localign.report.figures.views import views_drawing
 from localign.report.gather import PICTURES_FILE, read_pictures
-from localign.report.latex import to_latex
-from localign.report.measures import (
+from localign.report.tables.csvfiles import write_csv
+from localign.report.tables.latex import to_latex
+from localign.report.tables.measures import (
     Comparison,
     Measured,
     comparisons,
@@ -38,8 +38,8 @@ from localign.report.measures import (
     main_head,
     main_source,
 )
-from localign.report.probetables import comparison_table, recall_caption, recall_grid
-from localign.report.tables import Grid, measured, probe_runs, to_markdown
+from localign.report.tables.probe import comparison_table, recall_caption, recall_grid
+from localign.report.tables.rows import Grid, measured, probe_runs, to_markdown
 
 Results = Mapping[str, Any]
 FIGURES = ("fig3", "fig4", "fig6", "fig7", "fig8", "fig9", "fig10")

@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from localign.alignment import AlignConfig, AlignTask
 from localign.backbones import EMBEDDED, Backbone, create_backbone, load_backbone
 from localign.backbones.export import content_hash
-from localign.engine import run as runs
-from localign.engine import train
-from localign.engine.checkpoint import Checkpoints
+from localign.engine import run_folder, train
+from localign.engine.checkpoints.whole import Checkpoints
 from localign.engine.config import RESUMABLE
 from localign.engine.distributed import World
 from localign.files import replace_text, replacing
-from localign.probe import probe_with_bar, save_predictions
 from localign.probing import HeadSpec, LabelledSource, ProbeConfig, Probed, TrainedHeads
+from localign.probing.command import probe_with_bar, save_predictions
 from localign.probing.suite import Judged
 from localign.report import PICTURES_FILE
 
@@ -70,7 +69,7 @@ class Alignment:
             backbone: Identity of the starting weights.
             folder: Of all alignments.
         """
-        decisive = {k: v for k, v in runs.plain(config).items() if k not in RESUMABLE}
+        decisive = {k: v for k, v in run_folder.plain(config).items() if k not in RESUMABLE}
         key = digest({"config": decisive, "data": data, "backbone": backbone})
         out = folder / f"{config.backbone}-{config.objective}-seed{config.seed}-{key}"
         return Alignment(label, replace(config, out=str(out), resume="auto"), steps, key)
@@ -82,7 +81,7 @@ class Alignment:
 
     def steps_done(self) -> int:
         """Of a finished run all, of one that was cut off those before its last checkpoint."""
-        if (self.folder / runs.RESULTS_FILE).is_file():
+        if (self.folder / run_folder.RESULTS_FILE).is_file():
             return self.steps
         return max(Checkpoints(self.folder / "checkpoints").steps(), default=0)
 

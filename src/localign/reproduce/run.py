@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from localign.backbones import create_backbone
-from localign.engine import run as runs
+from localign.engine import run_folder
 from localign.engine.distributed import World as Processes
 from localign.engine.distributed import world as processes
 from localign.engine.lock import lock
 from localign.engine.log import say
 from localign.errors import UserError
 from localign.files import replace_text
-from localign.probe import SOURCE, differences, recall_table
+from localign.probing.command import SOURCE, differences, recall_table
 from localign.probing.datasets import Split, open_labelled
 from localign.probing.segmentation import labelled_batches
 from localign.report import write_figure, write_table
@@ -125,8 +125,8 @@ def write_target(config: ReproduceConfig, plan: Plan) -> list[Path]:
     outcomes = {name: [p.outcome for p in seeds] for name, seeds in probed.items()}
     results = {
         "command": "reproduce",
-        "config": runs.plain(config),
-        "versions": runs.provenance(),
+        "config": run_folder.plain(config),
+        "versions": run_folder.provenance(),
         "probe": outcomes,
         "differences": [
             entry
@@ -139,7 +139,7 @@ def write_target(config: ReproduceConfig, plan: Plan) -> list[Path]:
     }
     any_outcome = next(iter(outcomes.values()))[0]
     results |= {name: any_outcome[name] for name in ("classes", "class_kinds", "protocol")}
-    runs.write_results(folder, results)
+    run_folder.write_results(folder, results)
     Console().print(recall_table(results))
     if config.target.startswith("table"):
         files = _write_table(config, results, folder)

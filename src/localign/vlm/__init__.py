@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from localign.vlm.configuration import LocalignVLMConfig
-from localign.vlm.modeling import LocalignVLM, VLMOutput
-from localign.vlm.processing import LocalignVLMProcessor
+from localign.vlm.model.configuration import LocalignVLMConfig
+from localign.vlm.model.modeling import LocalignVLM, VLMOutput
+from localign.vlm.model.processing import LocalignVLMProcessor
 
 AutoConfig.register(LocalignVLMConfig.model_type, LocalignVLMConfig, exist_ok=True)
 AutoModelForImageTextToText.register(LocalignVLMConfig, LocalignVLM, exist_ok=True)

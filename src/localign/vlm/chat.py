@@ -15,10 +15,10 @@ from localign.data.sources import UnreadableImage, read_image
 from localign.engine.distributed import choose_device
 from localign.errors import UserError
 from localign.files import replacing
-from localign.vlm.benchmarks.boxes import Box, BoxFrame, Size, parse_box
-from localign.vlm.build import load_vlm
-from localign.vlm.modeling import LocalignVLM
-from localign.vlm.processing import LocalignVLMProcessor
+from localign.vlm.model.build import load_vlm
+from localign.vlm.model.modeling import LocalignVLM
+from localign.vlm.model.processing import LocalignVLMProcessor
+from localign.vlm.scoring.boxes import Box, BoxFrame, Size, parse_box
 
 _LINE = (255, 40, 40)
 

@@ -12,9 +12,9 @@ from localign.backbones import AttentionBackend
 from localign.backbones.attention import BACKENDS
 from localign.engine.config import TrainConfig
 from localign.errors import UserError
-from localign.vlm.adapters import AdapterName
-from localign.vlm.losses import CrossEntropy
-from localign.vlm.prompts import PromptName
+from localign.vlm.data.prompts import PromptName
+from localign.vlm.model.adapters import AdapterName
+from localign.vlm.model.losses import CrossEntropy
 
 Stage = Literal["align", "finetune", "full-finetune", "lora"]
 Features = Literal["auto", "baseline", "aligned"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from localign.errors import UserError
-from localign.vlm.prompts import PromptName
+from localign.vlm.data.prompts import PromptName
 
 Conversion = Literal["lvis", "lrv", "strip-text-only", "ocr-vqa"]
 

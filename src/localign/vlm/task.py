@@ -14,16 +14,16 @@ from localign.data.loader import BadImages
 from localign.engine.batch import to_device
 from localign.engine.distributed import World, choose_device
 from localign.engine.task import BatchPlan, StepResult, Task
-from localign.vlm.attention import check_independent_turns
-from localign.vlm.batching import VLMBatch, longest_batch, planned_batches, record_stream
-from localign.vlm.build import build_vlm, merged, save_vlm
 from localign.vlm.config import VLMConfig
-from localign.vlm.examples import Encoder
-from localign.vlm.losses import CrossEntropy, check_liger
-from localign.vlm.modeling import LocalignVLM, VLMOutput
-from localign.vlm.processing import LocalignVLMProcessor
-from localign.vlm.prompts import IGNORED, prompt_format
-from localign.vlm.records import Conversations
+from localign.vlm.data.batching import VLMBatch, longest_batch, planned_batches, record_stream
+from localign.vlm.data.examples import Encoder
+from localign.vlm.data.prompts import IGNORED, prompt_format
+from localign.vlm.data.records import Conversations
+from localign.vlm.model.attention import check_independent_turns
+from localign.vlm.model.build import build_vlm, merged, save_vlm
+from localign.vlm.model.losses import CrossEntropy, check_liger
+from localign.vlm.model.modeling import LocalignVLM, VLMOutput
+from localign.vlm.model.processing import LocalignVLMProcessor
 
 _MONITORED = 8
 """Images that a log line's readings are of."""

@@ -10,9 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from localign.vlm.benchmarks.base import Answer, Benchmark, QuestionSet, Sample
-from localign.vlm.benchmarks.boxes import ORIGINAL, BoxFrame
-from localign.vlm.questions import KINDS, write_dataset
+from localign.vlm.data.scene_dataset import write_dataset
+from localign.vlm.data.scene_questions import KINDS
+from localign.vlm.scoring.base import Answer, Benchmark, QuestionSet, Sample
+from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -13,9 +13,9 @@ from bench_files import WRITERS
 
 from localign.engine.distributed import World
 from localign.errors import UserError
-from localign.vlm.benchmarks.base import Benchmark, Question, QuestionSet
-from localign.vlm.benchmarks.boxes import ORIGINAL, BoxFrame
 from localign.vlm.benchmarks.table import benchmark
+from localign.vlm.scoring.base import Benchmark, Question, QuestionSet
+from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
@@ -87,7 +87,7 @@ def save_tiny_vlm(folder: Path, seed: int = 0, words: Sequence[str] = (), **opti
     """A random model as ``localign vlm export`` writes it; ``words`` are one token each."""
     from vlm_models import tiny_processor, tiny_vlm
 
-    from localign.vlm.build import save_vlm
+    from localign.vlm.model.build import save_vlm
 
     model, tokenizer = tiny_vlm(seed=seed, words=words, max_position_embeddings=2048)
     for name, value in options.items():

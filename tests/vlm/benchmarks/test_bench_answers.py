@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from localign.vlm.benchmarks import answers
-from localign.vlm.benchmarks.answers import STRICT, TEXTVQA, VIZWIZ, VQAV2, Evaluator, soft_score, strict
+from localign.vlm.scoring import answers
+from localign.vlm.scoring.answers import STRICT, TEXTVQA, VIZWIZ, VQAV2, Evaluator, soft_score, strict
 
 GOLDEN = Path(__file__).resolve().parents[4] / "shared" / "golden" / "scores" / "answers.json"
 EVALUATORS = {"vqav2": VQAV2, "vizwiz": VIZWIZ, "textvqa": TEXTVQA}

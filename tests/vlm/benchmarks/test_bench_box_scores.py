@@ -8,8 +8,8 @@ import pytest
 from bench_files import by_id, scored, words, write_ocid_ref, write_refcoco
 
 from localign.errors import UserError
-from localign.vlm.benchmarks.boxes import BoxFrame
 from localign.vlm.benchmarks.table import benchmark
+from localign.vlm.scoring.boxes import BoxFrame
 
 REFCOCO = {
     "RefCOCO-7-9": "[0.1, 0.1, 0.5, 0.5]",  # the box: 1

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from localign.errors import UserError
-from localign.vlm.benchmarks.boxes import (
+from localign.vlm.data.images import ImageTransform
+from localign.vlm.scoring.boxes import (
     ORIGINAL,
     Box,
     BoxFrame,
@@ -21,7 +22,6 @@ from localign.vlm.benchmarks.boxes import (
     parse_published,
     published_truth,
 )
-from localign.vlm.images import ImageTransform
 
 FRAMES = [
     BoxFrame(layout, scale, (336, 448) if layout == "letterboxed" else None)

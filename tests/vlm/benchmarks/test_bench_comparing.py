@@ -17,13 +17,13 @@ from bench_models import ALONE, ScriptedModel, suites
 from localign.cli import main, parse
 from localign.errors import UserError
 from localign.recipes import read_recipe, recipe_names
-from localign.vlm.benchmarks.comparing import Comparison, compare
-from localign.vlm.benchmarks.comparison_figures import comparison_drawings
-from localign.vlm.benchmarks.intervals import interval_over_seeds
-from localign.vlm.benchmarks.pool import Contender, Entry, read_entries
-from localign.vlm.benchmarks.results import judge_again, read_answers
-from localign.vlm.benchmarks.run import evaluate
-from localign.vlm.benchmarks.summary import Summary, summary_of
+from localign.statistics.paired import interval_over_seeds
+from localign.vlm.evaluation.compare.comparing import Comparison, compare
+from localign.vlm.evaluation.compare.figures import comparison_drawings
+from localign.vlm.evaluation.compare.pool import Contender, Entry, read_entries
+from localign.vlm.evaluation.compare.summary import Summary, summary_of
+from localign.vlm.evaluation.results import judge_again, read_answers
+from localign.vlm.evaluation.run import evaluate
 
 PNG = b"\x89PNG"
 

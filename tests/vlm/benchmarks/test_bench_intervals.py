@@ -15,18 +15,14 @@ from bench_files import likely, scored, words, write_pope, write_vqav2
 from test_bench_scores import VQA
 
 from localign.errors import UserError
-from localign.vlm.benchmarks import intervals as module
-from localign.vlm.benchmarks.base import Sample
-from localign.vlm.benchmarks.intervals import (
-    bootstrap,
-    difference_over_seeds,
-    interval_over_seeds,
-    intervals,
-    mcnemar,
-    paired_differences,
-    z_scores,
-)
+from localign.statistics.mcnemar import check_same, mcnemar
+from localign.statistics.paired import difference_over_seeds, interval_over_seeds
+from localign.statistics.z_scores import z_scores
 from localign.vlm.benchmarks.table import benchmark
+from localign.vlm.evaluation.compare.differences import Difference, Figures, differences
+from localign.vlm.scoring import intervals as module
+from localign.vlm.scoring.base import Sample
+from localign.vlm.scoring.intervals import bootstrap, intervals
 
 
 def samples(scores: Sequence[float], per_image: int = 1) -> list[Sample]:
@@ -49,6 +45,11 @@ SUITE = benchmark("vqav2")
 
 def scores_of(found: Sequence[Sample]) -> dict[str, float]:
     return {sample["id"]: sample["score"] for sample in found}
+
+
+def paired_differences(first: Sequence[Sample], second: Sequence[Sample]) -> dict[str, Difference]:
+    check_same(*([sample["id"] for sample in side] for side in (first, second)))
+    return differences(*(Figures(SUITE.aggregate(side), bootstrap(SUITE, side)) for side in (first, second)))
 
 
 def accuracy_interval(found: Sequence[Sample]) -> tuple[float, float]:
@@ -99,7 +100,7 @@ def test_differences_are_paired() -> None:
     first = np.random.default_rng(0).binomial(1, 0.5, 1000)
     second = first.copy()
     second[np.flatnonzero(first == 0)[:20]] = 1
-    found = paired_differences(SUITE, samples(first), samples(second))["accuracy"]
+    found = paired_differences(samples(first), samples(second))["accuracy"]
     low, high = found.interval or [math.nan, math.nan]
     assert found.value == pytest.approx(2.0)
     assert 0.9 < low < 2 < high < 3.1
@@ -110,9 +111,9 @@ def test_models_that_answered_different_questions_are_not_compared(tmp_path: Pat
     data = SUITE.read(write_vqav2(tmp_path), allow_partial=True)
     found = scored(SUITE, data, words(VQA))
     with pytest.raises(UserError, match="different questions: 1 were put to one of them alone, for example"):
-        paired_differences(SUITE, found, found[1:])
+        paired_differences(found, found[1:])
     with pytest.raises(UserError, match="different questions"):
-        paired_differences(SUITE, found, [*found[1:], found[1]])
+        paired_differences(found, [*found[1:], found[1]])
     with pytest.raises(UserError, match="different questions"):
         mcnemar(scores_of(found), scores_of(found[1:]))
 
@@ -132,7 +133,7 @@ def test_the_interval_of_a_difference_covers_it(monkeypatch: pytest.MonkeyPatch)
         for found in pair:
             for sample, image in zip(found, np.repeat(np.arange(150), sizes), strict=True):
                 sample["image"] = f"{image}.jpg"
-        low, high = paired_differences(SUITE, *pair)["accuracy"].interval or [math.nan, math.nan]
+        low, high = paired_differences(*pair)["accuracy"].interval or [math.nan, math.nan]
         covered += low <= 4 <= high
     assert 930 <= covered <= 970
 

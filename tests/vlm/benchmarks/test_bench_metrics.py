@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from localign.vlm.benchmarks.metrics import (
+from localign.vlm.scoring.metrics import (
     Auroc,
     AveragePrecision,
     Draws,

@@ -29,10 +29,10 @@ from bench_files import (
 )
 
 from localign.errors import UserError
-from localign.vlm.benchmarks.base import TOTAL, Counts
-from localign.vlm.benchmarks.messages import LETTERS, SHORT
 from localign.vlm.benchmarks.table import BENCHMARKS, benchmark, benchmark_class
 from localign.vlm.benchmarks.tallyqa import TallyQA
+from localign.vlm.scoring.base import TOTAL, Counts
+from localign.vlm.scoring.messages import LETTERS, SHORT
 
 OFFICIAL = [name for name in BENCHMARKS if name != "scenes"]
 """Of which there are official files, with known numbers of questions."""

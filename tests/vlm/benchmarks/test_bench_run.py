@@ -15,13 +15,13 @@ from bench_models import ALONE, CPU, Killed, ScriptedModel, suites
 
 from localign.engine.distributed import World
 from localign.errors import UserError
-from localign.vlm.benchmarks import run
-from localign.vlm.benchmarks.base import Question
-from localign.vlm.benchmarks.boxes import BoxFrame
-from localign.vlm.benchmarks.run import Suites, evaluate
 from localign.vlm.benchmarks.table import BENCHMARKS
 from localign.vlm.benchmarks.vsr import VSR
-from localign.vlm.images import open_image
+from localign.vlm.data.images import open_image
+from localign.vlm.evaluation import run
+from localign.vlm.evaluation.run import Suites, evaluate
+from localign.vlm.scoring.base import Question
+from localign.vlm.scoring.boxes import BoxFrame
 
 NAMES = ("pope", "refcoco", "gqa", "tallyqa", "vqav2")
 

@@ -15,10 +15,11 @@ from bench_models import ALONE, ScriptedModel, save_tiny_llava, save_tiny_vlm, s
 from PIL import Image
 
 from localign.cli import main
-from localign.vlm.benchmarks import base, run
-from localign.vlm.benchmarks.results import read_answers
-from localign.vlm.benchmarks.run import evaluate
-from localign.vlm.benchmarks.show import ANSWERED, TRUE, drawn, file_name
+from localign.vlm.evaluation import run
+from localign.vlm.evaluation.results import read_answers
+from localign.vlm.evaluation.run import evaluate
+from localign.vlm.evaluation.show import ANSWERED, TRUE, drawn, file_name
+from localign.vlm.scoring import base
 
 NAMES = ("ai2d", "refcoco", "gqa")
 
@@ -103,7 +104,7 @@ def test_a_finished_evaluation_loads_no_weights(
     )
     localign(command)
     before = content(tmp_path / "results.json")
-    monkeypatch.setattr("localign.vlm.benchmarks.models.load_vlm", None)
+    monkeypatch.setattr("localign.vlm.evaluation.models.load_vlm", None)
     localign(command)
     assert content(tmp_path / "results.json") == before
 

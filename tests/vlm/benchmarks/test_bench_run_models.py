@@ -11,15 +11,15 @@ from bench_models import CPU, save_tiny_idefics, save_tiny_llava, save_tiny_vlm,
 from vlm_models import picture
 
 from localign.errors import UserError
-from localign.vlm.answering import Asked
-from localign.vlm.benchmarks.base import Question
-from localign.vlm.benchmarks.boxes import ORIGINAL, BoxFrame
-from localign.vlm.benchmarks.models import (
+from localign.vlm.evaluation.answering import Asked
+from localign.vlm.evaluation.models import (
     LocalignModel,
     TransformersModel,
     fingerprint_of,
     open_model,
 )
+from localign.vlm.scoring.base import Question
+from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame
 
 SAVERS: dict[str, Callable[[Path], Path]] = {
     "localign": save_tiny_vlm,

@@ -13,12 +13,13 @@ from bench_models import ALONE, ScriptedModel
 from localign.cli import main
 from localign.data.scenes import SceneConfig, SceneSource
 from localign.errors import UserError
-from localign.vlm.benchmarks.base import Answer, Question
-from localign.vlm.benchmarks.boxes import ORIGINAL, BoxFrame, Size
-from localign.vlm.benchmarks.intervals import intervals
-from localign.vlm.benchmarks.run import evaluate
 from localign.vlm.benchmarks.scenes import Scenes, guessing
-from localign.vlm.questions import KINDS, questions_of, write_dataset
+from localign.vlm.data.scene_dataset import write_dataset
+from localign.vlm.data.scene_questions import KINDS, questions_of
+from localign.vlm.evaluation.run import evaluate
+from localign.vlm.scoring.base import Answer, Question
+from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame, Size
+from localign.vlm.scoring.intervals import intervals
 
 SUITE = Scenes()
 

@@ -24,8 +24,8 @@ from bench_files import (
 )
 
 from localign.errors import RunFailure
-from localign.vlm.benchmarks.base import Answer
 from localign.vlm.benchmarks.table import benchmark
+from localign.vlm.scoring.base import Answer
 
 
 def sixteen(**probabilities: float) -> list[float]:

@@ -20,11 +20,11 @@ from PIL import ImageFile
 from localign.cli import main
 from localign.engine.distributed import World
 from localign.errors import UserError
-from localign.vlm.answering import Asked
-from localign.vlm.benchmarks.base import Question
-from localign.vlm.benchmarks.models import open_model
-from localign.vlm.benchmarks.options import IN_LMMS_EVAL
-from localign.vlm.benchmarks.results import read_answers
+from localign.vlm.evaluation.answering import Asked
+from localign.vlm.evaluation.models import open_model
+from localign.vlm.evaluation.options import IN_LMMS_EVAL
+from localign.vlm.evaluation.results import read_answers
+from localign.vlm.scoring.base import Question
 
 # The package brings ninety others: it is no part of the extra "dev".
 lmms_eval = pytest.importorskip("lmms_eval.evaluator", reason="needs the extra localign[lmms-eval]")
@@ -257,7 +257,7 @@ def test_its_own_scores_are_kept(
 ) -> None:
     one_word_tasks(tmp_path / "tasks")
     monkeypatch.setattr(
-        "localign.vlm.benchmarks.models.LocalignModel.answer_texts",
+        "localign.vlm.evaluation.models.LocalignModel.answer_texts",
         lambda self, asked, most: ["Yes"] * len(asked),
     )
     command = (

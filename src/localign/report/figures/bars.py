@@ -25,7 +25,8 @@ from localign.report.figures.drawing import (
     short_names,
     whisker_handle,
 )
-from localign.report.measures import (
+from localign.report.style import ALIGNED, BASELINE, INK, MUTED, new_figure, styled
+from localign.report.tables.measures import (
     Change,
     Estimate,
     Measured,
@@ -37,8 +38,7 @@ from localign.report.measures import (
     main_source,
     models,
 )
-from localign.report.style import ALIGNED, BASELINE, INK, MUTED, new_figure, styled
-from localign.report.tables import HEAD_NAMES, TASK_NAMES, probe_runs
+from localign.report.tables.rows import HEAD_NAMES, TASK_NAMES, probe_runs
 
 Results = Mapping[str, Any]
 _PAIR, _LONE, _GAP, _FRAME = 0.44, 0.22, 0.1, 1.0

@@ -23,9 +23,9 @@ from localign.report.figures.drawing import (
     seeds_handle,
     short_names,
 )
-from localign.report.measures import KINDS, ClassGain, Comparison, Measured, class_gains
 from localign.report.style import CATEGORICAL, INK, MUTED, RULE, new_figure, styled
-from localign.report.tables import HEAD_NAMES
+from localign.report.tables.measures import KINDS, ClassGain, Comparison, Measured, class_gains
+from localign.report.tables.rows import HEAD_NAMES
 
 TOP = 10
 _NAMED = 24

@@ -19,9 +19,9 @@ from localign.report.figures.drawing import (
     short_names,
     whisker_handle,
 )
-from localign.report.measures import Estimate, Measured, display_names, estimate, main_source
 from localign.report.style import CATEGORICAL, INK, PAPER, RULE, new_figure, styled
-from localign.report.tables import probe_runs
+from localign.report.tables.measures import Estimate, Measured, display_names, estimate, main_source
+from localign.report.tables.rows import probe_runs
 
 LOOKS = {
     "transformer": ("all tokens", "o", CATEGORICAL[0]),

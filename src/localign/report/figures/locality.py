@@ -24,7 +24,8 @@ from localign.report.figures.drawing import (
     points,
     short_names,
 )
-from localign.report.measures import (
+from localign.report.style import ALIGNED, BASELINE, INK, MUTED, PAPER, RULE, new_figure, styled
+from localign.report.tables.measures import (
     MIN_TREND,
     Estimate,
     Measured,
@@ -34,8 +35,7 @@ from localign.report.measures import (
     main_source,
     models,
 )
-from localign.report.style import ALIGNED, BASELINE, INK, MUTED, PAPER, RULE, new_figure, styled
-from localign.report.tables import HEAD_NAMES, Grid, probe_runs
+from localign.report.tables.rows import HEAD_NAMES, Grid, probe_runs
 
 _SIDE = 4.6
 """Height of the scatter, inches."""

@@ -22,9 +22,9 @@ from localign.report.figures.drawing import (
     seeds_handle,
     short_names,
 )
-from localign.report.measures import Comparison, Measured, SizeBin, size_bins
 from localign.report.style import ALIGNED, BASELINE, INK, MUTED, new_figure, styled
-from localign.report.tables import HEAD_NAMES, probe_runs
+from localign.report.tables.measures import Comparison, Measured, SizeBin, size_bins
+from localign.report.tables.rows import HEAD_NAMES, probe_runs
 
 Bins = Sequence[SizeBin]
 HEADER = ("backbone", "share_low", "share_high", "positives", "recall", "seeds")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from localign.errors import UserError
-from localign.vlm.benchmarks.base import TOTAL, Counts, Question, Sample
-from localign.vlm.benchmarks.choosing import Choosing, multiple_choice_figures
-from localign.vlm.benchmarks.messages import LETTERS, letter_of_choice
-from localign.vlm.benchmarks.metrics import Statistic
-from localign.vlm.benchmarks.raw import field, read_json, read_text, strings
+from localign.vlm.scoring.base import TOTAL, Counts, Question, Sample
+from localign.vlm.scoring.messages import LETTERS, letter_of_choice
+from localign.vlm.scoring.metrics import Statistic
+from localign.vlm.scoring.multiple_choice import Choosing, multiple_choice_figures
+from localign.vlm.scoring.readers import field, read_json, read_text, strings
 
 CHOICES = 4
 """Letters that are compared, whatever the number of choices: as published."""

@@ -10,12 +10,12 @@ from typing import ClassVar
 import numpy as np
 
 from localign.errors import UserError
-from localign.vlm.benchmarks.answers import strict
-from localign.vlm.benchmarks.base import TOTAL, Answer, Benchmark, Counts, Question, Sample
-from localign.vlm.benchmarks.messages import short_answer
-from localign.vlm.benchmarks.metrics import Ratio, Statistic
-from localign.vlm.benchmarks.open_ended import scores_of
-from localign.vlm.benchmarks.raw import field, read_json
+from localign.vlm.scoring.answers import strict
+from localign.vlm.scoring.base import TOTAL, Answer, Benchmark, Counts, Question, Sample
+from localign.vlm.scoring.messages import short_answer
+from localign.vlm.scoring.metrics import Ratio, Statistic
+from localign.vlm.scoring.open_ended import scores_of
+from localign.vlm.scoring.readers import field, read_json
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from localign.errors import UserError
-from localign.vlm.benchmarks.base import TOTAL, Counts, Question
-from localign.vlm.benchmarks.boxes import Size
-from localign.vlm.benchmarks.messages import box_of
-from localign.vlm.benchmarks.raw import field, four_numbers, read_json
-from localign.vlm.benchmarks.referring import Referring, checked_box
+from localign.vlm.scoring.base import TOTAL, Counts, Question
+from localign.vlm.scoring.boxes import Size
+from localign.vlm.scoring.messages import box_of
+from localign.vlm.scoring.readers import field, four_numbers, read_json
+from localign.vlm.scoring.referring import Referring, checked_box
 
 SIZE = Size(640, 480)
 """Of every image of OCID, pixels."""

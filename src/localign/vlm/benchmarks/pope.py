@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localign.errors import UserError
-from localign.vlm.benchmarks.base import Counts, Question, Sample
-from localign.vlm.benchmarks.choosing import Choosing, binary_curves, columns
-from localign.vlm.benchmarks.messages import short_answer
-from localign.vlm.benchmarks.metrics import Mean, Ratio, Rows, Statistic, rows_by
-from localign.vlm.benchmarks.raw import field, read_json_lines
+from localign.vlm.scoring.base import Counts, Question, Sample
+from localign.vlm.scoring.messages import short_answer
+from localign.vlm.scoring.metrics import Mean, Ratio, Rows, Statistic, rows_by
+from localign.vlm.scoring.multiple_choice import Choosing, binary_curves, columns
+from localign.vlm.scoring.readers import field, read_json_lines
 
 CHOICES = ("Yes", "No")
 

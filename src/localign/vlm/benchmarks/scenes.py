@@ -11,27 +11,21 @@ from typing import ClassVar, TypedDict
 import numpy as np
 
 from localign.errors import UserError
-from localign.vlm.benchmarks.answers import strict
-from localign.vlm.benchmarks.base import Answer, Counts, Question, Sample
-from localign.vlm.benchmarks.boxes import ORIGINAL, Size
-from localign.vlm.benchmarks.metrics import Ratio, Statistic, rows_by
-from localign.vlm.benchmarks.open_ended import scores_of
-from localign.vlm.benchmarks.raw import field, four_numbers, read_json
-from localign.vlm.benchmarks.referring import Referring, box_figures, checked_box
-from localign.vlm.questions import (
-    KINDS,
-    QUESTIONS_FILE,
-    SETTINGS_FILE,
-    AskedQuestion,
-    box_text,
-    read_questions,
-)
+from localign.vlm.data.scene_dataset import QUESTIONS_FILE, SETTINGS_FILE, AskedQuestion, read_questions
+from localign.vlm.data.scene_questions import KINDS, box_text
+from localign.vlm.scoring.answers import strict
+from localign.vlm.scoring.base import Answer, Counts, Question, Sample
+from localign.vlm.scoring.boxes import ORIGINAL, Size
+from localign.vlm.scoring.metrics import Ratio, Statistic, rows_by
+from localign.vlm.scoring.open_ended import scores_of
+from localign.vlm.scoring.readers import field, four_numbers, read_json
+from localign.vlm.scoring.referring import Referring, box_figures, checked_box
 
 _OBJECT = re.compile(r"\ban? (\w+ \w+)")
 
 
 class Scenes(Referring):
-    """The data root is a folder of :func:`~localign.vlm.questions.write_dataset`; a split is a kind of question.
+    """Questions on scenes: the data root is a folder that ``write_dataset`` wrote, and a split is a kind of question.
 
     Every question is answered in words. ``referring`` is judged as RefCOCO is. A ``caption`` scores the objects that
     it and the expected one both name, over those that either names. The other answers are right if they are the

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 
 from localign.errors import UserError, near
-from localign.vlm.benchmarks.base import Benchmark
-from localign.vlm.benchmarks.boxes import BoxFrame
-from localign.vlm.benchmarks.referring import Referring
+from localign.vlm.scoring.base import Benchmark
+from localign.vlm.scoring.boxes import BoxFrame
+from localign.vlm.scoring.referring import Referring
 
 BENCHMARKS = {
     "refcoco": "refcoco.RefCOCO",
@@ -44,7 +44,7 @@ def benchmark(name: str, scoring: str | None = None, frame: BoxFrame | None = No
 
     Args:
         name: One of ``BENCHMARKS``.
-        scoring: One of the benchmark's :attr:`~localign.vlm.benchmarks.base.Benchmark.scorings`; default its first.
+        scoring: One of the benchmark's :attr:`~localign.vlm.scoring.base.Benchmark.scorings`; default its first.
         frame: Of benchmarks of boxes: the frame answers must be in; default whichever each declares. The others
             ignore it, so that one setting serves a list of benchmarks.
 

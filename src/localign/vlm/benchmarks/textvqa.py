@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from localign.errors import UserError
-from localign.vlm.benchmarks.answers import TEXTVQA
-from localign.vlm.benchmarks.base import TOTAL, Counts, Question, Sample
-from localign.vlm.benchmarks.messages import SHORT, short_answer
-from localign.vlm.benchmarks.metrics import Ratio, Statistic
-from localign.vlm.benchmarks.open_ended import OpenEnded, scores_of
-from localign.vlm.benchmarks.raw import field, read_json, read_json_lines, records, strings
+from localign.vlm.scoring.answers import TEXTVQA
+from localign.vlm.scoring.base import TOTAL, Counts, Question, Sample
+from localign.vlm.scoring.messages import SHORT, short_answer
+from localign.vlm.scoring.metrics import Ratio, Statistic
+from localign.vlm.scoring.open_ended import OpenEnded, scores_of
+from localign.vlm.scoring.readers import field, read_json, read_json_lines, records, strings
 
 ANNOTATORS = 10
 OCR_MARK = "\nReference OCR token:"

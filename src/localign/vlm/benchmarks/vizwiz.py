@@ -8,12 +8,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from localign.vlm.benchmarks.answers import VIZWIZ
-from localign.vlm.benchmarks.base import TOTAL, Answer, Counts, Question, Sample
-from localign.vlm.benchmarks.messages import short_answer_or_none
-from localign.vlm.benchmarks.metrics import AveragePrecision, Ratio, Statistic
-from localign.vlm.benchmarks.open_ended import OpenEnded, scores_of
-from localign.vlm.benchmarks.raw import field, read_json, records, strings
+from localign.vlm.scoring.answers import VIZWIZ
+from localign.vlm.scoring.base import TOTAL, Answer, Counts, Question, Sample
+from localign.vlm.scoring.messages import short_answer_or_none
+from localign.vlm.scoring.metrics import AveragePrecision, Ratio, Statistic
+from localign.vlm.scoring.open_ended import OpenEnded, scores_of
+from localign.vlm.scoring.readers import field, read_json, records, strings
 
 UNANSWERABLE = "unanswerable"
 

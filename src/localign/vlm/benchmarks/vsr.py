@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from localign.vlm.benchmarks.base import TOTAL, Counts, Question, Sample
-from localign.vlm.benchmarks.choosing import Choosing, binary_curves, columns
-from localign.vlm.benchmarks.messages import true_or_false
-from localign.vlm.benchmarks.metrics import Ratio, Statistic
-from localign.vlm.benchmarks.raw import field, read_json_lines
+from localign.vlm.scoring.base import TOTAL, Counts, Question, Sample
+from localign.vlm.scoring.messages import true_or_false
+from localign.vlm.scoring.metrics import Ratio, Statistic
+from localign.vlm.scoring.multiple_choice import Choosing, binary_curves, columns
+from localign.vlm.scoring.readers import field, read_json_lines
 
 CHOICES = ("True", "False")
 

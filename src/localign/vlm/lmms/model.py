@@ -15,9 +15,9 @@ from lmms_eval.utils import simple_parse_args_string
 from localign.engine.distributed import choose_device
 from localign.engine.log import Bar
 from localign.errors import UserError
-from localign.vlm.answering import Asked
-from localign.vlm.benchmarks.base import MAX_NEW_TOKENS
-from localign.vlm.benchmarks.models import LocalignModel, TransformersModel, fingerprint_of, open_model
+from localign.vlm.evaluation.answering import Asked
+from localign.vlm.evaluation.models import LocalignModel, TransformersModel, fingerprint_of, open_model
+from localign.vlm.scoring.base import MAX_NEW_TOKENS
 
 
 class _Document(NamedTuple):

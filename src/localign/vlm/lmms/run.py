@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.table import Table
 
-from localign.engine import run as runs
+from localign.engine import run_folder
 from localign.engine.distributed import world
 from localign.engine.lock import lock
 from localign.errors import RunFailure, UserError, near
-from localign.vlm.benchmarks.models import LocalignModel, TransformersModel
-from localign.vlm.benchmarks.options import IN_LMMS_EVAL, EvalConfig
-from localign.vlm.benchmarks.results import (
+from localign.vlm.evaluation.models import LocalignModel, TransformersModel
+from localign.vlm.evaluation.options import IN_LMMS_EVAL, EvalConfig
+from localign.vlm.evaluation.results import (
     ANSWERS_FILE,
     Judged,
     judge,
@@ -26,7 +26,7 @@ from localign.vlm.benchmarks.results import (
     show_results,
     write_answers,
 )
-from localign.vlm.benchmarks.run import check, frame_of, model_of, results_of
+from localign.vlm.evaluation.run import check, frame_of, model_of, results_of
 from localign.vlm.lmms.table import MODEL_NAME, TASK_FOLDER
 
 OUTPUT_FOLDER = "lmms-eval"
@@ -135,7 +135,7 @@ def _evaluate(
     results |= {"engine": "lmms-eval", "tasks": own}
     results["versions"]["lmms-eval"] = importlib.metadata.version("lmms-eval")
     write_answers(folder, judged)
-    runs.write_results(folder, results)
+    run_folder.write_results(folder, results)
     return results
 
 
@@ -222,5 +222,5 @@ def _say(results: Mapping[str, Any], folder: Path) -> None:
                 table.add_row("" if number else task, figure, f"{value:.4f}")
         screen().print(table)
     print(f"answers    {folder / ANSWERS_FILE}")
-    print(f"results    {folder / runs.RESULTS_FILE}")
+    print(f"results    {folder / run_folder.RESULTS_FILE}")
     print(f"lmms-eval  {folder / OUTPUT_FOLDER}")

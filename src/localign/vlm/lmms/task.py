@@ -14,11 +14,11 @@ from lmms_eval.api.task import ConfigurableTask
 from PIL import Image
 
 from localign.errors import UserError
-from localign.vlm.benchmarks.base import Answer, Benchmark, Question, QuestionSet, Sample
-from localign.vlm.benchmarks.boxes import ORIGINAL, BoxFrame
-from localign.vlm.benchmarks.metrics import percent
-from localign.vlm.benchmarks.results import with_scoring
-from localign.vlm.images import open_image
+from localign.vlm.data.images import open_image
+from localign.vlm.evaluation.results import with_scoring
+from localign.vlm.scoring.base import Answer, Benchmark, Question, QuestionSet, Sample
+from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame
+from localign.vlm.scoring.metrics import percent
 
 ROOT_VARIABLE = "LOCALIGN_DATA"
 """Of the environment: the data root, where lmms-eval's own command line runs a task."""

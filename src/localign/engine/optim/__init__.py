@@ -1,0 +1,1 @@
+"""Optimizers and schedule: AdamW, Muon, learning rates, clipping, averaged weights."""

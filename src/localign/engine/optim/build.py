@@ -1,0 +1,160 @@
+"""Optimizers and schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from localign.engine.config import TrainConfig
+from localign.engine.optim.muon import Muon, MuonAdamW
+
+_UNDECAYED = (
+    "pos_embed",
+    "cls_token",
+    "reg_token",
+    "dist_token",
+    "mask_token",
+    "relative_position_bias_table",
+)
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: not to vectors (norms, biases, LayerScale), positions or tokens."""
+    return parameter.ndim > 1 and not name.endswith(_UNDECAYED)
+
+
+def decayed_names(module: nn.Module) -> frozenset[str]:
+    """Names of the trainable parameters that weight decay applies to."""
+    return frozenset(n for n, p in module.named_parameters() if p.requires_grad and decays(n, p))
+
+
+def hidden_matrices(module: nn.Module) -> frozenset[str]:
+    """Names of the trainable matrices that Muon is for: those of linear layers inside blocks.
+
+    Blocks are the numbered parts of a list or sequence of modules. Embeddings, output layers, convolutions and
+    vectors are none of them.
+    """
+    return frozenset(
+        f"{name}.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and layer.weight.requires_grad and _in_block(name)
+    )
+
+
+def _in_block(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+_STATE: dict[type[torch.optim.Optimizer], frozenset[str]] = {
+    torch.optim.AdamW: frozenset({"step", "exp_avg", "exp_avg_sq"}),
+    Muon: frozenset({"momentum_buffer"}),
+}
+
+
+def state_kinds(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, frozenset[str]]:
+    """What an optimizer of :func:`build_optimizer` keeps of each parameter once it has stepped, by its names."""
+    parts = optimizer.parts if isinstance(optimizer, MuonAdamW) else (optimizer,)
+    return {p: _STATE[type(part)] for part in parts for group in part.param_groups for p in group["params"]}
+
+
+def build_optimizer(
+    module: nn.Module,
+    config: TrainConfig,
+    decayed: Container[str] | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> torch.optim.Optimizer:
+    """AdamW over what is trainable, in groups: decayed or not, for each learning rate. See :func:`set_rates`.
+
+    With ``config.optimizer`` "muon" the :func:`hidden_matrices` are Muon's.
+
+    Args:
+        module: On its device, sharded where it will be.
+        config: Learning rate, betas, eps and weight decay.
+        decayed: Of a sharded module: its :func:`decayed_names` from before, when every parameter was whole.
+        rates: Submodule -> factor of its learning rate, where it has another one than the rest; of several that hold
+            a parameter the first counts.
+    """
+    if decayed is None:
+        decayed = decayed_names(module)
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    matrices = hidden_matrices(module) if config.optimizer == "muon" else frozenset()
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        factor = next((f for part, f in (rates or {}).items() if name.startswith(f"{part}.")), 1.0)
+        decay = config.weight_decay if name in decayed else 0.0
+        groups.setdefault((name in matrices, factor, decay), []).append(parameter)
+    fused = all(p.device.type in ("cuda", "cpu", "mps") and p.is_floating_point() for _, p in named)
+    lr = config.lr if config.lr is not None else 3e-4
+    described: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for (is_matrix, factor, decay), parameters in groups.items():
+        described[is_matrix].append({"params": parameters, "weight_decay": decay, "lr_factor": factor})
+    adamw = torch.optim.AdamW(described[False], lr=lr, betas=config.betas, eps=config.eps, fused=fused)
+    if not matrices:
+        return adamw
+    return MuonAdamW(Muon(described[True], lr), adamw)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step; parts that have a factor of their own get that multiple of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_factor"]
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """The rate of one optimizer step: linear warm-up to the peak, then a cosine.
+
+    Args:
+        step: 0-based.
+        steps: Steps of the whole run.
+        config: Peak, shares of it at the start and the end, warm-up steps.
+    """
+    peak = config.lr if config.lr is not None else 3e-4
+    if step < config.warmup_steps:
+        return peak * (config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps)
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def scale_and_clip(module: nn.Module, scale: Tensor, largest: float | None) -> Tensor:
+    """Multiply all gradients by ``scale``, and by less where their norm would exceed ``largest``.
+
+    Args:
+        module: Whole or sharded; of a sharded one, a collective operation.
+        scale: Scalar, the same on every rank.
+        largest: Of the norm over all parameters; None for no clipping.
+
+    Returns:
+        The norm after scaling, before clipping, a plain scalar.
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    norm = norm * scale
+    if largest is not None:
+        scale = scale * (largest / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(local_tensors(gradients), scale)
+    return norm
+
+
+def averaged(module: nn.Module, decay: float) -> AveragedModel:
+    """A copy of the module to be an exponential moving average of it; it may be sharded later, if that is too."""
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(copies: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
+        # A module may be sharded in part, and one operation does not mix sharded and whole tensors.
+        average(local_tensors(copies), local_tensors(current), count)
+
+    return AveragedModel(module, multi_avg_fn=update, use_buffers=False)
+
+
+def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's parts of sharded tensors, as views; whole tensors as they are."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]

@@ -1,0 +1,136 @@
+"""What a run will take, found without weights: `localign vlm train --dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from localign.alignment import AlignConfig
+from localign.alignment.setup import fresh_student, starting_backbone
+from localign.backbones import create_backbone
+from localign.engine.config import total_steps, with_warmup_steps
+from localign.errors import UserError
+from localign.planning.llms import text_config
+from localign.recipes import read_recipe, recipe_names
+from localign.vlm.config import VLMConfig
+from localign.vlm.data.mixtures import PUBLISHED_RECORDS
+from localign.vlm.data.records import Conversations
+from localign.vlm.data.vocabulary import ROWS_MULTIPLE
+from localign.vlm.model.adapters import Adapter, AdapterName
+from localign.vlm.model.build import export_folder, set_stage, vision_sources
+from localign.vlm.model.configuration import LocalignVLMConfig
+from localign.vlm.model.modeling import LocalignVLM
+from localign.vlm.model.presets import VisionSource, vision_side
+from localign.vlm.model.vision import VisionTower
+
+_MASTER, _GRADIENT, _MOMENTS, _FROZEN = 4, 4, 8, 2
+"""Bytes per parameter: fp32 weights, fp32 gradients, AdamW's two moments; bf16 where nothing is trained."""
+
+_RANKS_PER_NODE = 8
+"""What hybrid sharding is planned for."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a run."""
+
+    parameters: dict[str, int]
+    """Of vision, adapter and language model."""
+    trainable: int
+    """Parameters that the stage trains."""
+    image_tokens: int
+    """Tokens an image takes in the language model's sequence."""
+    bytes_per_rank: int
+    """Weights, gradients and optimizer state on one rank; activations come on top."""
+    records: int | None
+    """Conversations of an epoch; None where the data is not there."""
+    steps: int | None
+    """Optimizer steps of the run, likewise."""
+    warmup_steps: int | None
+    """How many of them are warm-up."""
+
+
+def plan_vlm(config: VLMConfig) -> tuple[LocalignVLM, Plan]:
+    """The model of a run on the meta device, and its size.
+
+    Args:
+        config: A backbone that is the folder of an alignment not run yet stands for what the recipe of the
+            folder's name would make: ``runs/align/clip-vit-b``.
+
+    Raises:
+        UserError: A part is not there, or does not fit another.
+    """
+    if config.init is not None:
+        raise UserError("--dry-run plans from parts; leave --init out")
+    with torch.device("meta"):
+        llm = text_config(config.llm)
+        tower, adapter = vision_side(
+            config.adapter,
+            [_planned(name, config) for name in config.backbone],
+            llm.get_text_config().hidden_size,
+            published_quirks=config.published_quirks,
+        )
+        model = set_stage(LocalignVLM(_model_config(llm, tower, adapter)), config)
+    parts: dict[str, nn.Module] = {
+        "vision": model.vision,
+        "adapter": model.adapter,
+        "language model": model.language_model,
+    }
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    share = {"none": 1, "full": config.plan_ranks, "hybrid": min(config.plan_ranks, _RANKS_PER_NODE)}[
+        config.sharding
+    ]
+    taken = trainable * (_MASTER + _GRADIENT + _MOMENTS) // share + frozen * _FROZEN
+    records = _records(config)
+    steps = warmup = None
+    if records is not None:
+        counted = with_warmup_steps(config, records)
+        steps, warmup = total_steps(counted, records), counted.warmup_steps
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    return model, Plan(counts, trainable, tower.num_tokens, taken, records, steps, warmup)
+
+
+def _model_config(llm: PretrainedConfig, tower: VisionTower, adapter: Adapter) -> LocalignVLMConfig:
+    """As after the tokenizer got its padding and image tokens."""
+    text = llm.get_text_config()
+    pad, image = text.vocab_size, text.vocab_size + 1
+    text.pad_token_id, text.vocab_size = pad, -(-(image + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    return LocalignVLMConfig(
+        llm, [asdict(c) for c in tower.configs], asdict(adapter.config), image_token_id=image
+    )
+
+
+def _planned(name: str, config: VLMConfig) -> VisionSource:
+    if export_folder(name) is not None:
+        with torch.device("cpu"):  # files have weights; shapes alone are wanted
+            (source,) = vision_sources(_with_backbone(config, name))
+        return VisionSource(
+            source.backbone.to("meta"), source.aligned, source.student.to("meta") if source.student else None
+        )
+    recipe = f"align/{Path(name).name}"
+    if Path(name).parent.name and recipe in recipe_names():
+        values = read_recipe(recipe, "align").values
+        aligned = AlignConfig(**{**values, "weights": "none", "image_size": config.image_size})
+        student = fresh_student(aligned, starting_backbone(aligned))
+        return VisionSource(student.encoder.backbone, True, student)
+    backbone = create_backbone(
+        name, weights="none", image_size=config.image_size, model_kwargs=config.model_kwargs
+    )
+    return VisionSource(backbone)
+
+
+def _with_backbone(config: VLMConfig, name: str) -> VLMConfig:
+    single: dict[AdapterName, AdapterName] = {"fused-decoder": "decoder", "fused-mlp": "mlp"}
+    return replace(config, backbone=(name,), adapter=single.get(config.adapter, config.adapter))
+
+
+def _records(config: VLMConfig) -> int | None:
+    if all(Path(file).is_file() for file in config.data):
+        return len(Conversations.open(config.data, config.images, skip_missing=config.skip_missing))
+    known = [PUBLISHED_RECORDS.get(Path(file).name) for file in config.data]
+    return sum(k for k in known if k is not None) if None not in known else None

@@ -1,0 +1,1 @@
+"""Results as rows, and rows as Markdown, HTML, LaTeX, CSV and terminal tables."""

@@ -1,0 +1,1 @@
+"""From conversations in JSON files to batches of tokens and pixels."""

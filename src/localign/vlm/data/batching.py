@@ -1,0 +1,298 @@
+"""Micro-batches of conversations, and the loader that serves them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from localign.data.loader import (
+    REPLACEMENT_ATTEMPTS,
+    BadImages,
+    check_batches,
+    data_loader,
+    replacement,
+    served,
+)
+from localign.data.sources import UnreadableImage
+from localign.engine.task import BatchPlan
+from localign.errors import UserError
+from localign.vlm.data.examples import Encoder, Example, NothingToLearn
+from localign.vlm.data.prompts import IGNORED
+from localign.vlm.data.records import Conversations
+from localign.vlm.data.sampling import (
+    GroupedRecords,
+    Integers,
+    RecordStream,
+    ShuffledRecords,
+    deal_evenly,
+    deal_grouped,
+    deal_packed,
+    estimated_lengths,
+)
+
+ImageToTensor = Callable[[Image.Image], Tensor]
+
+
+class VLMBatch(NamedTuple):
+    """The conversations of a micro-batch, in one row (packed) or a row each (padded).
+
+    Images, positions and indices are in the order of the sequences.
+    """
+
+    input_ids: Tensor
+    """int64 ``(1, tokens)`` packed, ``(records, tokens)`` padded on the right."""
+    labels: Tensor
+    """int64, likewise: ids where they are learned, else -100. A sequence's first token has none."""
+    position_ids: Tensor
+    """int64, likewise: from 0 for each sequence; independent turns go on where the image ends."""
+    attention_mask: Tensor | None
+    """int64, likewise, 0 where padded; None packed."""
+    cu_seqlens: Tensor | None
+    """int32 ``(records + 1,)``, where sequences begin and end in a packed row; None padded."""
+    turns: Tensor | None
+    """int64, as ``input_ids``, of independent turns: 0 for what all turns of a sequence see, else the turn. None where
+    turns see those before them."""
+    images: Tensor
+    """uint8 ``(images, 3, H, W)``, of the records that have one."""
+    positions: Tensor
+    """int64 ``(records,)``, global positions in the stream of records."""
+    indices: Tensor
+    """int64 ``(records,)``, which records they are, replacements included."""
+    bad: tuple[tuple[str, str], ...]
+    """(name, reason) of the records and images met that are of no use, and were replaced."""
+
+
+def planned_batches(
+    data: Conversations,
+    encoder: Encoder,
+    transform: ImageToTensor,
+    plan: BatchPlan,
+    *,
+    packed: bool = True,
+    grouped: bool = False,
+    shuffle: bool = True,
+    max_bad_share: float = 0.01,
+) -> Iterator[VLMBatch]:
+    """This rank's micro-batches of a range of steps, in order.
+
+    Step s holds the global positions s * batch .. (s + 1) * batch - 1 of the stream of records. A record whose
+    image is unreadable, or none of whose answers lies within the limit, is replaced by one drawn from (seed,
+    position, attempt): part of the stream too.
+
+    Args:
+        data: The records.
+        encoder: Makes tokens and labels of them.
+        transform: RGB image -> uint8 ``(3, H, W)``.
+        plan: Which steps, and this rank's part of them.
+        packed: All records of a micro-batch in one row, dealt to ranks and micro-batches by length; else a row each,
+            as many in each micro-batch.
+        grouped: The published sampler instead of the shuffled stream.
+        shuffle: False serves records in their own order.
+        max_bad_share: Share of records of no use beyond which the run stops.
+
+    Raises:
+        UserError: The sizes contradict one another; on iteration, too many records are of no use.
+        RunFailure: On iteration, a loader worker died, or the data were changed.
+    """
+    check_batches(plan.global_batch, plan.micro_batch, plan.rank, plan.world_size)
+    if grouped and not shuffle:
+        raise UserError("grouped batches are shuffled")
+    if not packed and encoder.tokenizer.pad_token_id is None:
+        raise UserError("padded batches need a tokenizer with a padding token")
+    if plan.workers:  # else the library warns of every fork, for it has tokenised in this process
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    dealer = _Dealer(
+        data, encoder, plan, record_stream(data, plan, grouped=grouped, shuffle=shuffle), packed, grouped
+    )
+    reader = _Reader(data, encoder, transform, plan.seed, packed)
+    loader = data_loader(reader, dealer.micro_batches, plan.workers, plan.pin_memory, None)
+    bad = BadImages(len(data), max_bad_share)
+
+    def batches() -> Iterator[VLMBatch]:
+        for fetched in served(loader):
+            bad.add(tuple(fetched.bad))
+            if fetched.lost:
+                raise UserError(
+                    f"no usable record for position {fetched.lost[0]} in {REPLACEMENT_ATTEMPTS} draws; "
+                    f"{len(bad)} of {len(data)} records are known to be of no use"
+                )
+            assert fetched.batch is not None
+            # Pinning makes lists of tuples.
+            yield fetched.batch._replace(bad=tuple((name, reason) for name, reason in fetched.bad))
+
+    return batches()
+
+
+def longest_batch(
+    data: Conversations, encoder: Encoder, transform: ImageToTensor, samples: int, *, packed: bool
+) -> VLMBatch:
+    """A micro-batch of the longest records, as far as their estimated lengths tell; of few records, repeated ones.
+
+    Args:
+        data, encoder, transform, packed: As of :func:`planned_batches`.
+        samples: Records in it.
+
+    Raises:
+        UserError: No record is of use.
+    """
+    longest = np.argsort(-estimated_lengths(data, encoder), kind="stable")
+    chosen = np.resize(longest[:samples], samples).tolist()
+    fetched = _Reader(data, encoder, transform, 0, packed)[list(enumerate(chosen))]
+    if fetched.batch is None:
+        raise UserError(f"no usable record in {REPLACEMENT_ATTEMPTS} draws")
+    return fetched.batch
+
+
+def record_stream(
+    data: Conversations, plan: BatchPlan, *, grouped: bool = False, shuffle: bool = True
+) -> RecordStream:
+    """Which records the steps of a run hold, and how many samples an epoch of them has."""
+    if grouped:
+        return GroupedRecords(plan.seed, data.words, data.has_image, plan.global_batch)
+    return ShuffledRecords(plan.seed, len(data), plan.global_batch, shuffle)
+
+
+class _Dealer:
+    """The (position, index) pairs of this rank's micro-batches."""
+
+    def __init__(
+        self,
+        data: Conversations,
+        encoder: Encoder,
+        plan: BatchPlan,
+        stream: RecordStream,
+        packed: bool,
+        grouped: bool,
+    ) -> None:
+        self.plan, self.stream, self.packed, self.grouped = plan, stream, packed, grouped
+        self.words = data.words
+        self.lengths = estimated_lengths(data, encoder) if packed else None
+
+    def micro_batches(self) -> Iterator[list[tuple[int, int]]]:
+        per_rank = self.plan.global_batch // self.plan.world_size // self.plan.micro_batch
+        mine = slice(self.plan.rank * per_rank, (self.plan.rank + 1) * per_rank)
+        for step in range(self.plan.start_step, self.plan.end_step):
+            indices = self.stream.indices(step)
+            first = step * self.plan.global_batch
+            for places in self._deal(indices, per_rank)[mine]:
+                yield [(first + int(place), int(indices[place])) for place in places]
+
+    def _deal(self, indices: Integers, per_rank: int) -> list[Integers]:
+        bins = self.plan.world_size * per_rank
+        if self.lengths is not None:
+            return deal_packed(self.lengths[indices], bins)
+        if self.grouped:
+            return deal_grouped(self.words[indices], self.plan.world_size, per_rank)
+        return deal_evenly(len(indices), bins)
+
+
+class _Fetched(NamedTuple):
+    batch: VLMBatch | None
+    bad: list[tuple[str, str]]
+    lost: list[int]
+
+
+class _Reader(Dataset[_Fetched]):
+    """Makes whole micro-batches in a worker; its items are lists of (position, index)."""
+
+    def __init__(
+        self, data: Conversations, encoder: Encoder, transform: ImageToTensor, seed: int, packed: bool
+    ) -> None:
+        self.data, self.encoder, self.transform, self.seed, self.packed = (
+            data,
+            encoder,
+            transform,
+            seed,
+            packed,
+        )
+
+    def __getitem__(self, samples: list[tuple[int, int]]) -> _Fetched:
+        bad: dict[str, str] = {}
+        examples, images, indices = [], [], []
+        for position, index in samples:
+            read = self._read(position, index, bad)
+            if read is None:
+                return _Fetched(None, list(bad.items()), [position])
+            example, image, used = read
+            examples.append(example)
+            indices.append(used)
+            if image is not None:
+                images.append(image)
+        positions = torch.tensor([position for position, _ in samples], dtype=torch.int64)
+        pixels = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        rows = packed_row(examples) if self.packed else padded_rows(examples, self._padding())
+        batch = VLMBatch(*rows, pixels, positions, torch.tensor(indices, dtype=torch.int64), ())
+        return _Fetched(batch, list(bad.items()), [])
+
+    def _padding(self) -> int:
+        return int(self.encoder.tokenizer.pad_token_id)
+
+    def _read(
+        self, position: int, index: int, bad: dict[str, str]
+    ) -> tuple[Example, Tensor | None, int] | None:
+        for attempt in range(REPLACEMENT_ATTEMPTS + 1):
+            if attempt:
+                index = replacement(self.seed, position, attempt, len(self.data))
+            record = self.data.record(index)
+            try:
+                example = self.encoder(record)
+                if record.image is None:
+                    return example, None, index
+                return example, self.transform(self.data.load_image(index, record.image)), index
+            except UnreadableImage as error:
+                bad[error.name] = error.reason
+            except NothingToLearn as error:
+                bad[self.data.name(index)] = str(error)
+        return None
+
+
+class _Rows(NamedTuple):
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    turns: Tensor | None
+
+
+def packed_row(examples: Sequence[Example]) -> _Rows:
+    """Sequences one after the other in one row; see :class:`VLMBatch`."""
+    lengths = [len(example.input_ids) for example in examples]
+    borders = np.cumsum([0, *lengths])
+    return _Rows(
+        torch.cat([example.input_ids for example in examples])[None],
+        torch.cat([example.labels for example in examples])[None],
+        torch.cat([example.position_ids for example in examples])[None],
+        None,
+        torch.tensor(borders, dtype=torch.int32),
+        torch.cat(turns)[None] if (turns := _turns(examples)) else None,
+    )
+
+
+def padded_rows(examples: Sequence[Example], padding: int) -> _Rows:
+    """A row for each sequence, padded on the right to the longest; see :class:`VLMBatch`."""
+    longest = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), longest), padding, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORED)
+    attention_mask, positions = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    turns = torch.zeros_like(input_ids)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[row, :length], labels[row, :length] = example.input_ids, example.labels
+        attention_mask[row, :length] = 1
+        positions[row, :length] = example.position_ids
+        if example.turns is not None:
+            turns[row, :length] = example.turns
+    return _Rows(input_ids, labels, positions, attention_mask, None, turns if _turns(examples) else None)
+
+
+def _turns(examples: Sequence[Example]) -> list[Tensor]:
+    """Of every example; none where turns are not independent."""
+    return [example.turns for example in examples if example.turns is not None]

@@ -1,0 +1,1 @@
+"""The evaluation harness: it asks models, keeps answers, writes results."""

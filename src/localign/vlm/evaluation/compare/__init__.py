@@ -1,0 +1,1 @@
+"""Comparison of models from their kept answers: differences, panels, tables, figures."""

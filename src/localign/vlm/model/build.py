@@ -1,0 +1,217 @@
+"""From the options of a run to its model and tokenizer."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers.activations import QuickGELU
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from localign import rng
+from localign.alignment import load_student
+from localign.backbones import create_backbone
+from localign.backbones.export import CONFIG_FILE, read_config
+from localign.engine.distributed import first_of_launch
+from localign.errors import UserError
+from localign.files import replacing_folder
+from localign.vlm.config import VLMConfig
+from localign.vlm.model.configuration import LocalignVLMConfig
+from localign.vlm.model.modeling import LocalignVLM
+from localign.vlm.model.presets import VisionSource, vision_side
+from localign.vlm.model.processing import LocalignVLMProcessor
+
+transformers_logging.disable_progress_bar()  # localign has its own, and none where there is no terminal
+
+
+def build_vlm(config: VLMConfig) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
+    """The model that a run starts with, float32 on the CPU, with what is not trained frozen; and its tokenizer.
+
+    In sharded runs the first rank alone reads a language model's weights, or those of ``init``: others have
+    them on the meta device and are given their shares when the model is sharded. So a node does not hold them
+    once per GPU.
+
+    Raises:
+        UserError: A part is not there, is damaged, or does not fit another.
+    """
+    empty = config.sharding != "none" and not first_of_launch()
+    if config.init is not None:
+        model, tokenizer = (_empty_vlm if empty else load_vlm)(config.init)
+    else:
+        llm, tokenizer = language_model(config, empty=empty)
+        tower, adapter = vision_side(
+            config.adapter,
+            vision_sources(config),
+            llm.config.get_text_config().hidden_size,
+            seed=config.seed,
+            published_quirks=config.published_quirks,
+        )
+        model = LocalignVLM.from_parts(
+            tower, adapter, llm, tokenizer, prompt_format=config.prompt, resize=config.resize
+        )
+    return set_stage(model, config), tokenizer
+
+
+def load_vlm(folder: str | Path) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
+    """A model that localign exported, or the run folder around it, in float32.
+
+    Raises:
+        UserError: There is none in the folder, or it is damaged.
+    """
+    folder = _model_folder(folder)
+    return LocalignVLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+def _empty_vlm(folder: str | Path) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
+    """The same on the meta device."""
+    folder = _model_folder(folder)
+    with torch.device("meta"):
+        model = LocalignVLM(LocalignVLMConfig.from_pretrained(folder))
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _model_folder(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if (folder / "export").is_dir():
+        folder = folder / "export"
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{folder} holds no model: it has no {CONFIG_FILE}")
+    return folder
+
+
+def save_vlm(model: LocalignVLM, processor: LocalignVLMProcessor, folder: Path) -> Path:
+    """Write model and processor as one transformers folder, which appears whole or not at all."""
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+    return folder
+
+
+def vision_sources(config: VLMConfig) -> list[VisionSource]:
+    """The backbones that a run names, with the alignments that the adapter takes its decoder from."""
+    return [_source(name, config) for name in config.backbone]
+
+
+def _source(name: str, config: VLMConfig) -> VisionSource:
+    folder = export_folder(name)
+    if folder is None:
+        if config.features == "aligned" and len(config.backbone) == 1:
+            raise UserError(f"--features aligned takes what `localign align` wrote; {name} is no such folder")
+        create = partial(
+            create_backbone,
+            name,
+            weights=config.weights,
+            image_size=config.image_size,
+            attention=config.attention,
+            seed=config.seed,
+        )
+        backbone = create(model_kwargs=config.model_kwargs)
+        # The published fusion gave a CLIP tower, trained with quick GELU, the exact one.
+        fused = len(config.backbone) > 1
+        if config.published_quirks and fused and backbone.activation is QuickGELU:
+            backbone = create(model_kwargs={**config.model_kwargs, "act_layer": "gelu"})
+        return VisionSource(backbone)
+    section = read_config(folder)["localign"]
+    aligned = (
+        section["provenance"].get("command") == "align"
+        if config.features == "auto"
+        else config.features == "aligned"
+    )
+    if aligned and config.adapter in ("decoder", "fused-decoder"):
+        student = load_student(folder, attention=config.attention)
+        return VisionSource(student.encoder.backbone, True, student)
+    return VisionSource(create_backbone(str(folder), attention=config.attention), aligned)
+
+
+def export_folder(name: str) -> Path | None:
+    """The export folder that a backbone's name points to, a run folder's included; None for other names."""
+    for folder in (Path(name) / "export", Path(name)):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    return None
+
+
+def language_model(
+    config: VLMConfig, *, empty: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model in float32, and its tokenizer, from the Hub, its cache or a folder.
+
+    Args:
+        config: Names it.
+        empty: On the meta device, without its weights.
+
+    Raises:
+        UserError: It cannot be had, or is no causal language model.
+    """
+    tokenizer = tokenizer_of(config.llm)
+    try:
+        if empty or config.llm_weights == "none":
+            device = torch.device("meta" if empty else "cpu")
+            with device, rng.seeded_globals(config.seed, "language model"):
+                llm = AutoModelForCausalLM.from_config(
+                    AutoConfig.from_pretrained(config.llm),
+                    dtype=torch.float32,
+                    attn_implementation=config.llm_attention,
+                )
+        else:
+            llm = AutoModelForCausalLM.from_pretrained(
+                config.llm, dtype=torch.float32, attn_implementation=config.llm_attention
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(config.llm, error) from None
+    return llm, tokenizer
+
+
+def tokenizer_of(llm: str) -> PreTrainedTokenizerBase:
+    """A language model's tokenizer. Raises UserError if it cannot be had."""
+    try:
+        return AutoTokenizer.from_pretrained(llm)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(llm, error) from None
+
+
+def _cannot_load(llm: str, error: Exception) -> UserError:
+    return UserError(f"cannot load the language model {llm}: {str(error).strip().splitlines()[0]}")
+
+
+def set_stage(model: LocalignVLM, config: VLMConfig) -> LocalignVLM:
+    """Freeze what the stage does not train, in place; low-rank updates are added where it is ``lora``."""
+    model.requires_grad_(True)
+    model.vision.set_trainable(config.stage == "full-finetune")
+    if config.stage == "align":
+        model.language_model.requires_grad_(False)
+    if config.stage == "lora":
+        model.language_model = _with_lora(model.language_model, config)
+    return model
+
+
+def _with_lora(llm: nn.Module, config: VLMConfig) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UserError("--stage lora needs the package peft: pip install 'localign[lora]'") from None
+    lora = LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with rng.seeded_globals(config.seed, "lora"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(llm, lora)
+
+
+def merged(model: LocalignVLM) -> LocalignVLM:
+    """The model as it is exported: low-rank updates added into the weights they belong to, in place."""
+    llm: Any = model.language_model
+    if hasattr(llm, "merge_and_unload"):
+        model.language_model = llm.merge_and_unload()
+    return model

@@ -1,0 +1,338 @@
+"""The vision-language model: a vision tower, an adapter and a causal language model, as transformers know it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import ModelOutput
+
+from localign.errors import UserError
+from localign.vlm.data.vocabulary import add_special_tokens, end_tokens, resize_embeddings
+from localign.vlm.model.adapters import Adapter, build_adapter
+from localign.vlm.model.attention import packed_arguments, padded_turns, use_packed_attention
+from localign.vlm.model.configuration import LocalignVLMConfig
+from localign.vlm.model.losses import CrossEntropy, VocabularyHead, next_token_loss
+from localign.vlm.model.vision import VisionTower
+
+_CACHE_NAMES = ("cache", "past_key_values")
+"""Of the language models' argument: from transformers 5.24 on, and before."""
+
+
+@dataclass
+class VLMOutput(ModelOutput):
+    """What the model gives with labels; without them it gives what the language model does."""
+
+    loss: Tensor | None = None
+    """float32 scalar: ``loss_sum`` over ``label_count``."""
+    loss_sum: Tensor | None = None
+    """float32 scalar: cross-entropy summed over the labelled tokens."""
+    label_count: Tensor | None = None
+    """int64 scalar: how many labelled tokens were predicted."""
+    logits: Tensor | None = None
+    """None: no more of them are made than the loss needs at a time."""
+
+
+class LocalignVLM(PreTrainedModel, GenerationMixin):
+    """An image's tokens go through the adapter and take the place of the image tokens in the text.
+
+    The vision tower is frozen unless ``vision.set_trainable`` says otherwise. ``save_pretrained`` writes all
+    weights, the tower's too, and ``from_pretrained`` fetches none.
+
+    Args:
+        config: What to build; weights are random.
+        parts: Vision tower, adapter and language model to take instead of building them.
+
+    Raises:
+        UserError: The config names no padding or image token, or describes parts that cannot be built.
+    """
+
+    config_class = LocalignVLMConfig
+    input_modalities = ["image", "text"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: LocalignVLMConfig,
+        parts: tuple[VisionTower, Adapter, PreTrainedModel] | None = None,
+    ) -> None:
+        super().__init__(config)
+        if config.text_config.get_text_config().pad_token_id is None or config.image_token_id is None:
+            raise UserError("the model's config names no padding token or no image token")
+        if parts is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+            vision = VisionTower(config.tower_configs())
+            adapter = build_adapter(config.adapter_config())
+        else:
+            vision, adapter, language_model = parts
+            for part in parts:
+                for module in part.modules():
+                    module._is_hf_initialized = True  # type: ignore[assignment]
+        # The language model comes first: its dtype is then the model's, whatever the frozen tower's.
+        self.language_model: Any = language_model
+        self.vision: VisionTower = vision
+        self.adapter: Adapter = adapter
+        use_packed_attention(self.language_model)
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls,
+        vision: VisionTower,
+        adapter: Adapter,
+        language_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_format: str = "in-out",
+        resize: str = "naive",
+    ) -> LocalignVLM:
+        """Put a model together; the parts are taken, not copied.
+
+        The tokenizer is given an image token, and a padding token if it lacks one, in place. The language
+        model's embeddings grow to a multiple of 64 rows that holds them.
+
+        Args:
+            vision: The tower.
+            adapter: Takes the tower's tokens and gives the language model's width.
+            language_model: Any causal language model.
+            tokenizer: The language model's.
+            prompt_format: Words around questions and answers, by name.
+            resize: How an image becomes the tower's input: ``naive``, ``letterbox`` or ``crop``.
+
+        Raises:
+            UserError: The adapter does not fit the tower or the language model, or the tokenizer has no token
+                that ends an answer.
+        """
+        adapter.config.check_fits(vision)
+        embeddings: Any = language_model.get_input_embeddings()
+        width = embeddings.weight.shape[1]
+        if adapter.config.output_width != width:
+            raise UserError(
+                f"the {adapter.config.kind} adapter gives embeddings of {adapter.config.output_width} channels; "
+                f"the language model ({language_model.config.model_type}) takes {width}"
+            )
+        ends = end_tokens(language_model, tokenizer, prompt_format)
+        image_token_id = add_special_tokens(tokenizer)
+        resize_embeddings(language_model, len(tokenizer))
+        language_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        config = LocalignVLMConfig(
+            text_config=language_model.config,
+            towers=[asdict(tower) for tower in vision.configs],
+            adapter=asdict(adapter.config),
+            image_token_id=image_token_id,
+            prompt_format=prompt_format,
+            resize=resize,
+            attn_implementation=language_model.config._attn_implementation,
+        )
+        model = cls(config, (vision, adapter, language_model))
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=[image_token_id],
+        )
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load what :meth:`save_pretrained` wrote, strictly; arguments are those of transformers.
+
+        Raises:
+            UserError: Tensors are missing, left over or of another shape (they are named), or a weight file
+                is damaged.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            with _without_load_report():
+                loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise UserError(f"the weights in {pretrained_model_name_or_path} are damaged: {error}") from None
+        model, info = loaded
+        _check_coverage(pretrained_model_name_or_path, len(model.state_dict()), info)
+        model.vision.init_non_persistent_buffers()
+        model.vision.set_trainable(False)
+        return (model, info) if wants_info else model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every part has initialised itself."""
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's output layer."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the language model's output layer."""
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Images to embeddings of the language model.
+
+        Args:
+            pixel_values: uint8 ``(images, 3, height, width)``, not normalised.
+
+        Returns:
+            ``(images, tokens per image, width)``.
+        """
+        return self.adapter(self.vision(pixel_values))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        turns: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cross_entropy: CrossEntropy = "chunked",
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """The language model's output, ``logits`` among it; with labels a :class:`VLMOutput`.
+
+        Args:
+            input_ids: int64 ``(rows, tokens)``, with an image token for every token of every image.
+            pixel_values: uint8 ``(images, 3, height, width)``, in the order of their tokens. In training mode
+                a batch without images runs tower and adapter on a blank one, without effect, so that every
+                rank of a sharded model does the same.
+            attention_mask: ``(rows, tokens so far)``, 0 where padded.
+            position_ids: int64 ``(rows, tokens)``; in a packed row they start again with every sequence.
+            cu_seqlens: int32 ``(sequences + 1,)``, the borders of the sequences in the one, packed row.
+            turns: int64 ``(rows, tokens)``: 0 for what all turns of a sequence see, else the turn that a token
+                belongs to and whose tokens alone it sees; default all tokens see those before them.
+            labels: int64 ``(rows, tokens)``, aligned with ``input_ids``, -100 where nothing is learned. With
+                them ``logits`` is None.
+            inputs_embeds: ``(rows, tokens, width)`` instead of ``input_ids``, images included.
+            logits_to_keep: How many last positions get logits (0: all), or which.
+            cross_entropy: How the loss is computed, see :func:`~localign.vlm.model.losses.next_token_loss`.
+            kwargs: Further arguments of the language model, such as the cache of the tokens before these.
+
+        Raises:
+            UserError: A sequence is longer than the language model's positions, or the language model cannot
+                keep packed sequences apart.
+            ValueError: Images and image tokens do not agree, or arguments exclude each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if input_ids is not None:
+            inputs_embeds = self._embed(input_ids, pixel_values)
+        elif pixel_values is not None:
+            raise ValueError("inputs_embeds have their images already; pixel_values go with input_ids")
+        assert inputs_embeds is not None
+        cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+        if cu_seqlens is not None:
+            if cache is not None or position_ids is None or inputs_embeds.shape[0] != 1:
+                raise ValueError("a packed row is the only row, has position_ids and no cache")
+            longest = int(torch.diff(cu_seqlens).max())
+            self._check_length(longest)
+            kwargs |= packed_arguments(
+                self.language_model, inputs_embeds, position_ids, cu_seqlens, longest, turns
+            )
+        else:
+            past = cache.get_seq_length() if cache is not None else 0
+            self._check_length(int(past) + inputs_embeds.shape[1])
+            if turns is not None:
+                attention_mask = padded_turns(self.language_model, turns, attention_mask, inputs_embeds.dtype)
+            kwargs["attention_mask"] = attention_mask
+        kwargs |= {"inputs_embeds": inputs_embeds, "return_dict": True}
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        if labels is not None:
+            return self._losses(labels, cu_seqlens, cross_entropy, kwargs)
+        if cu_seqlens is not None:
+            kwargs["use_cache"] = False
+        outputs: ModelOutput = self.language_model(logits_to_keep=logits_to_keep, **kwargs)
+        return outputs
+
+    def _losses(
+        self,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        cross_entropy: CrossEntropy,
+        arguments: dict[str, Any],
+    ) -> VLMOutput:
+        decoder = self.language_model.get_decoder()
+        hidden = decoder(**(arguments | {"use_cache": False})).last_hidden_state
+        head = VocabularyHead(self.get_output_embeddings(), self.config.text_config.get_text_config())
+        loss_sum, count = next_token_loss(hidden, labels, head, cu_seqlens, cross_entropy)
+        return VLMOutput(loss=loss_sum / count.clamp(min=1), loss_sum=loss_sum, label_count=count)
+
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        embeddings = self.get_input_embeddings()(input_ids)
+        places = input_ids == self.config.image_token_id
+        images = 0 if pixel_values is None else len(pixel_values)
+        wanted = images * self.adapter.config.num_tokens
+        found = int(places.sum())
+        if found != wanted:
+            raise ValueError(f"{images} images are {wanted} tokens, but the text has {found} image tokens")
+        if images == 0:
+            if not self.training:
+                return embeddings
+            shape = (1, 3, *self.vision.image_size)
+            pixel_values = torch.zeros(shape, dtype=torch.uint8, device=input_ids.device)
+        assert pixel_values is not None
+        features = self.get_image_features(pixel_values)
+        # A blank image's features go nowhere, yet are part of the graph: their gradient is zero.
+        return embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings.dtype))
+
+    def _check_length(self, length: int) -> None:
+        config = self.config.text_config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise UserError(
+                f"a sequence of {length:,} tokens is longer than the language model's {limit:,} positions"
+            )
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Without transformers' table of tensors that do not fit: the error names them."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_load_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_load_report)
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _check_coverage(source: str | os.PathLike[str], total: int, info: dict[str, Any]) -> None:
+    missing = set(info["missing_keys"])
+    reshaped = {name for name, *_ in info["mismatched_keys"]}
+    problems = {
+        f"{len(missing)} of {total} tensors are missing": missing,
+        "tensors left over": set(info["unexpected_keys"]),
+        "tensors of another shape": reshaped,
+    }
+    said = [f"{problem} ({_named(names)})" for problem, names in problems.items() if names]
+    if said:
+        raise UserError(f"the weights in {source} do not fit the model: {'; '.join(said)}")
+
+
+def _named(names: set[str], at_most: int = 5) -> str:
+    listed = ", ".join(sorted(names)[:at_most])
+    return listed if len(names) <= at_most else f"{listed} and {len(names) - at_most} more"

@@ -1,0 +1,1 @@
+"""What benchmarks share: questions, readers of official files, normalised answers, boxes, metrics."""
