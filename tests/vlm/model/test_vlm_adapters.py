@@ -27,7 +27,7 @@ from localign.vlm.model.pretrained_adapters import (
     fused_adapter_from_student,
 )
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+GOLDEN = Path(__file__).resolve().parents[4] / "shared" / "golden"
 VARIANTS = ("cls", "cls_prenorm_ls", "no_cls_irregular", "registers")
 needs_golden = pytest.mark.skipif(
     not (GOLDEN / "adapters").is_dir(), reason=f"the reference numbers are not at {GOLDEN}"
