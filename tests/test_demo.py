@@ -14,7 +14,7 @@ from PIL import Image
 import localign
 from localign.backbones import load_backbone, save_backbone
 from localign.cli import main
-from localign.data.drawn import DrawnScenes
+from localign.data.cached_scenes import CachedScenes
 from localign.data.scenes import SceneConfig, SceneSource
 from localign.errors import UserError
 from localign.probing.command import ProbeCommandConfig, load_backbones
@@ -69,7 +69,7 @@ def test_a_demo_with_other_settings_is_refused(demo: Path, capsys: pytest.Captur
 
 
 def test_scenes_drawn_once_are_the_scenes(tmp_path: Path) -> None:
-    drawn, source = DrawnScenes(split="val", length=5), SceneSource(split="val", length=5)
+    drawn, source = CachedScenes(split="val", length=5), SceneSource(split="val", length=5)
     for index in range(5):
         assert np.array_equal(np.asarray(drawn.load(index)), np.asarray(source.load(index)))
         assert np.array_equal(drawn.load_labelled(index)[1], source.load_labelled(index)[1])

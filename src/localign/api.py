@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from localign.alignment import AlignConfig, AlignTask, load_student
-from localign.alignment.setup import default_lr
+from localign.alignment.setup import resolve_align
 from localign.alignment.student import Student
-from localign.backbones import AttentionBackend, Backbone, create_backbone
+from localign.backbones import AttentionBackend, Backbone, export_folder, open_backbone
 from localign.engine import Outcome, train
-from localign.engine.distributed import choose_device
 from localign.errors import UserError
-
-PUBLISHED_BATCH = 1024
-CPU_BATCH = 8
-"""Enough to see an alignment run on a laptop."""
 
 
 def load(
@@ -38,15 +32,11 @@ def load(
     Raises:
         UserError: Unknown name, or a folder that is incomplete or damaged.
     """
-    folder = Path(path_or_name)
-    if (folder / "export").is_dir():
-        folder = folder / "export"
     if decoder:
         if kwargs:
             raise UserError(f"an export with its decoder takes no further arguments, got {', '.join(kwargs)}")
-        return load_student(folder, attention=attention)
-    name = str(folder) if folder.is_dir() else str(path_or_name)
-    return create_backbone(name, attention=attention, **kwargs)
+        return load_student(export_folder(path_or_name), attention=attention)
+    return open_backbone(path_or_name, attention=attention, **kwargs)
 
 
 def align(backbone: str | Backbone = "scenes-vit", data: str = "scenes", **options: Any) -> Outcome:
@@ -73,13 +63,3 @@ def align(backbone: str | Backbone = "scenes-vit", data: str = "scenes", **optio
         raise UserError(f"align: {error}") from error
     config = resolve_align(config)
     return train(AlignTask(config, ready), config, "align")
-
-
-def resolve_align(config: AlignConfig) -> AlignConfig:
-    """The config with its defaults filled in: the backbone's published learning rate, a batch for the device."""
-    on_cpu = choose_device(config.device).type == "cpu"
-    return replace(
-        config,
-        lr=config.lr if config.lr is not None else default_lr(config),
-        batch_size=config.batch_size or (CPU_BATCH if on_cpu else PUBLISHED_BATCH),
-    )

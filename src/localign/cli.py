@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from localign import commands
 from localign._version import __version__
-from localign.errors import RunFailure, RunStopped, UserError, near
+from localign.errors import RunFailure, RunStopped, UserError, did_you_mean
 
 EXIT_OK, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
 
@@ -162,10 +162,10 @@ def _one_line(message: str, known: Sequence[str]) -> str:
     """jsonargparse's messages, which can span many lines, as one."""
     if unknown := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
         option = _hyphens(unknown.group(1).split("=")[0])
-        return f"unknown option {option}{near(option, known)}"
+        return f"unknown option {option}{did_you_mean(option, known)}"
     if unknown := re.search(r"Option '([^']+)' is not accepted", message):
         name = unknown.group(1)
-        return f"unknown key {name!r} in the config file{near('--' + _hyphens(name), known)}"
+        return f"unknown key {name!r} in the config file{did_you_mean('--' + _hyphens(name), known)}"
     if key := re.search(r'[Pp]arser key "([^"]+)"', message):
         value = re.search(r"(?:Given value|Got value): (.*)", message)
         kinds = re.search(r"Subtypes: (.*)", message) or re.search(
@@ -321,7 +321,7 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if group:
         raise UserError(f"localign {arguments[0]} what? there is {', '.join(group)}")
     name = arguments[0]
-    raise UserError(f"unknown command {name!r}{near(name, COMMANDS)}; `localign --help` lists them")
+    raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; `localign --help` lists them")
 
 
 def usage() -> str:
@@ -390,7 +390,7 @@ def exit_code(action: Callable[[], int | None]) -> int:
     try:
         return action() or EXIT_OK
     except (UserError, RunFailure) as error:
-        if not error.told:
+        if not error.already_reported:
             print(f"localign: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
     except RunStopped:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from localign.finetuning import FinetuneConfig
     from localign.options import ExportConfig, ImportConfig, ListConfig, ReportConfig, VerifyConfig
     from localign.planning.config import PlanConfig
-    from localign.planning.vlm import Plan
+    from localign.planning.vlm import VLMPlan
     from localign.pretraining import PretrainConfig
     from localign.probing.command import ProbeCommandConfig
     from localign.reproduce import ReproduceConfig
@@ -197,7 +197,7 @@ def demo(config: DemoConfig) -> None:
 
 def align(config: AlignConfig) -> None:
     from localign.alignment import AlignTask
-    from localign.api import resolve_align
+    from localign.alignment.setup import resolve_align
     from localign.engine import train
     from localign.pictures import example_images, save_pictures
     from localign.report import build_report
@@ -241,7 +241,7 @@ def vlm_train(config: VLMConfig) -> None:
         _say_trained(outcome.folder, outcome.results)
 
 
-def _say_plan(plan: Plan, ranks: int) -> None:
+def _say_plan(plan: VLMPlan, ranks: int) -> None:
     total = sum(plan.parameters.values())
     for name, count in plan.parameters.items():
         print(f"{name:<16} {count:>14,} parameters")
@@ -272,7 +272,7 @@ def vlm_demo(config: VLMDemoConfig) -> None:
 
 def vlm_check(config: CheckConfig) -> int:
     from localign.vlm.data.checks import check
-    from localign.vlm.data.examples import Encoder
+    from localign.vlm.data.examples import ConversationTokenizer
     from localign.vlm.data.prompts import prompt_format
     from localign.vlm.data.vocabulary import add_special_tokens
     from localign.vlm.model.build import tokenizer_of
@@ -281,7 +281,9 @@ def vlm_check(config: CheckConfig) -> int:
     if config.llm is not None:
         tokenizer = tokenizer_of(config.llm)
         add_special_tokens(tokenizer)
-        encoder = Encoder(prompt_format(config.prompt), tokenizer, config.image_tokens, config.max_length)
+        encoder = ConversationTokenizer(
+            prompt_format(config.prompt), tokenizer, config.image_tokens, config.max_length
+        )
     found = check(config.data, config.images, encoder=encoder, missing_list=config.missing_list)
     print(f"records    {found.records:,}, {found.text_only:,} of them text alone; {found.turns:,} turns")
     print(

@@ -22,7 +22,7 @@ from localign.backbones import EMBEDDED, Backbone, create_backbone
 from localign.data.scenes import SceneConfig
 from localign.data.transforms import to_tensor
 from localign.engine import run_folder, train
-from localign.engine.distributed import World, choose_device
+from localign.engine.distributed import DistributedContext, choose_device
 from localign.engine.log import Stopwatch, say
 from localign.errors import UserError
 from localign.files import replace_text
@@ -161,7 +161,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 def _check_same_demo(folder: Path, config: DemoConfig) -> None:
     """A demo may be continued with more seeds, on another device; all else must stay."""
     saved = run_folder.read_config(folder)["config"]
-    now = run_folder.plain(config)
+    now = run_folder.to_dict(config)
     free = ("seeds", "device", "workers", "out")
     fields = [f for f in now if f not in free and saved.get(f) != now[f]]
     if fields:
@@ -192,8 +192,10 @@ def _probed(
     if path.is_file() and not (first and not (Path(config.out) / PICTURES_FILE).is_file()):
         return json.loads(path.read_text()), None
     sources: dict[str, LabelledSource] = {"val": validation, "test": test}
-    here = World(0, 1, 0, choose_device(config.device))
-    ((result, trained, _),) = probe_with_bar(backbone, heads_train, sources, config.probe_config(seed), here)
+    context = DistributedContext(0, 1, 0, choose_device(config.device))
+    ((result, trained, _),) = probe_with_bar(
+        backbone, heads_train, sources, config.probe_config(seed), context
+    )
     replace_text(path, json.dumps(result))
     return result, trained
 

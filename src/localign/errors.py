@@ -9,14 +9,14 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad use or bad input: shown as one line, without a traceback; the command exits with 2."""
 
-    told = False
+    already_reported = False
     """Whether another process of the run shows it."""
 
 
 class RunFailure(Exception):
     """A run that began well and cannot go on: shown as one line; the command exits with 1."""
 
-    told = False
+    already_reported = False
     """Whether another process of the run shows it."""
 
 
@@ -24,7 +24,7 @@ class RunStopped(Exception):
     """A run that was asked to stop (SIGTERM, SIGUSR1) and can be continued; the command exits with 0."""
 
 
-def near(name: str, known: Iterable[str], count: int = 5) -> str:
+def did_you_mean(name: str, known: Iterable[str], count: int = 5) -> str:
     """A tail for an error line that names the known strings nearest to ``name``.
 
     Returns:

@@ -15,13 +15,13 @@ from localign import rng
 from localign.alignment.teacher import mask_images
 from localign.backbones import Backbone, save_backbone
 from localign.backbones.create import EMBEDDED, build_vit
+from localign.data.cached_scenes import CachedScenes
 from localign.data.config import planned_batches
-from localign.data.drawn import DrawnScenes
 from localign.data.loader import Batch
 from localign.data.scenes import SceneConfig
 from localign.data.transforms import TrainTransform
 from localign.engine import BatchPlan, StepResult, Task, TrainConfig
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.errors import UserError
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -102,7 +102,7 @@ class PretrainTask(Task):
             vit = build_vit(ARCHITECTURE, kwargs, pretrained=False)
             backbone = Backbone(vit, name=EMBEDDED, architecture=ARCHITECTURE, model_kwargs=kwargs)
             self.model = Classifier(backbone, len(self.scene_config.classes) - 1)
-        self.source = DrawnScenes(self.scene_config, "pretrain", config.scenes)
+        self.source = CachedScenes(self.scene_config, "pretrain", config.scenes)
         self.pairs = torch.from_numpy(self.source.pair_presence()).float()
 
     @property
@@ -136,9 +136,9 @@ class PretrainTask(Task):
         return mask_images(images, keep, backbone.grid, backbone.patch_size)
 
     @torch.no_grad()
-    def validate(self, module: nn.Module, world: World) -> dict[str, float]:
+    def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
         """Loss and macro recall at threshold 0.5 over the pairs, on scenes of another split."""
-        val = DrawnScenes(self.scene_config, "val", self.config.val_scenes)
+        val = CachedScenes(self.scene_config, "val", self.config.val_scenes)
         truth = torch.from_numpy(val.pair_presence())
         logits = []
         for begin in range(0, len(val), 250):

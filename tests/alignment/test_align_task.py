@@ -13,7 +13,7 @@ from PIL import Image
 from localign.alignment import AlignConfig, AlignTask
 from localign.backbones import Backbone, create_backbone, load_backbone
 from localign.data.loader import Batch
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
 
@@ -45,13 +45,13 @@ def plan(batch: int = 8, micro: int = 8, steps: int = 1) -> BatchPlan:
     return BatchPlan(0, batch, micro, 0, 1, 0, 0, steps, False)
 
 
-def alone() -> World:
-    return World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+def alone() -> DistributedContext:
+    return DistributedContext(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def test_the_scale_is_the_spread_of_training_targets_under_the_training_masks(folder: Path) -> None:
     task = task_of(folder)
-    task.start(alone(), plan())
+    task.on_train_start(alone(), plan())
     fresh = task_of(folder)
     batches = fresh.batches(plan(batch=4, micro=4, steps=5))
     targets = [fresh.teacher(*fresh.views(batch)) for batch in batches]
@@ -64,9 +64,9 @@ def test_the_scale_does_not_depend_on_the_plan_nor_on_being_estimated_twice(fold
     scales = []
     for batch, micro in ((8, 8), (8, 2), (4, 1)):
         task = task_of(folder)
-        task.start(alone(), plan(batch, micro))
+        task.on_train_start(alone(), plan(batch, micro))
         scales.append(float(task.teacher.scale))
-    task.start(alone(), plan())
+    task.on_train_start(alone(), plan())
     assert scales == [float(task.teacher.scale)] * 3
     other = task_of(folder, mask="bernoulli", keep_ratio=0.25)
     other.start(alone(), plan())
@@ -75,7 +75,7 @@ def test_the_scale_does_not_depend_on_the_plan_nor_on_being_estimated_twice(fold
 
 def test_the_scale_travels_in_the_state_exactly_and_cosine_needs_none(folder: Path) -> None:
     task = task_of(folder)
-    task.start(alone(), plan())
+    task.on_train_start(alone(), plan())
     again = task_of(folder)
     again.load_state_dict(task.state_dict())
     assert torch.equal(again.teacher.scale, task.teacher.scale)
@@ -86,7 +86,7 @@ def test_the_scale_travels_in_the_state_exactly_and_cosine_needs_none(folder: Pa
 
 def test_mixing_works_with_any_number_of_scale_images(folder: Path) -> None:
     task = task_of(folder, scale_images=5, mixup=0.5)
-    task.start(alone(), plan())
+    task.on_train_start(alone(), plan())
     assert float(task.teacher.scale) > 0
 
 

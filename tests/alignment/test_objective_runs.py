@@ -20,7 +20,7 @@ from localign.alignment.setup import student_of_run
 from localign.cli import main
 from localign.data.loader import Batch
 from localign.engine import StepResult, train
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.engine.run_folder import read_config
 from localign.errors import UserError
 
@@ -73,13 +73,13 @@ class Stopping(AlignTask):
 @every_variant
 def test_the_loss_falls(variant: str, photos: Path, tmp_path: Path) -> None:
     config = config_of(variant, photos, tmp_path, steps=30, checkpoint_every=100)
-    here = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    context = DistributedContext(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     task = AlignTask(config)
     final = train(task, config, "align").results["final"]["val_loss"]
     fresh = AlignTask(config)
     fresh.load_state_dict(task.state_dict())
     with torch.no_grad():
-        first = fresh.validate(fresh.module.eval(), here)["val_loss"]
+        first = fresh.validate(fresh.module.eval(), context)["val_loss"]
     assert final < 0.97 * first
 
 
@@ -112,13 +112,13 @@ def test_validation_is_the_same_for_any_micro_batch_and_number_of_ranks(
         task = AlignTask(config_of(variant, photos, tmp_path, micro_batch=micro))
         found: list[torch.Tensor] = []
 
-        class Listening(World):
+        class Listening(DistributedContext):
             def sum(self, tensor: torch.Tensor) -> torch.Tensor:
                 found.append(tensor.clone())
                 return tensor
 
-        here = Listening(rank=rank, size=size, local_rank=rank, device=torch.device("cpu"))
-        task.validate(task.module.eval(), here)
+        context = Listening(rank=rank, size=size, local_rank=rank, device=torch.device("cpu"))
+        task.validate(task.module.eval(), context)
         return found[0]
 
     alone = sums(1, 0, 8)

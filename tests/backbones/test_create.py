@@ -10,7 +10,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from localign.backbones import CATALOGUE, EMBEDDED, Entry, create_backbone, save_backbone
+from localign.backbones import CATALOGUE, EMBEDDED, CatalogueEntry, create_backbone, save_backbone
 from localign.errors import UserError
 
 SMALL: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -75,7 +75,7 @@ def test_a_weight_file_of_another_size_is_resampled_and_of_another_model_refused
 def test_moco_v3_needs_and_takes_the_authors_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--weights"):
         create_backbone("moco-vit-b")
-    monkeypatch.setitem(CATALOGUE, "moco-small", Entry(NAME, 64, 3e-4, True, loader="moco-v3"))
+    monkeypatch.setitem(CATALOGUE, "moco-small", CatalogueEntry(NAME, 64, 3e-4, True, loader="moco-v3"))
     trained = timm.create_model(NAME, num_classes=0, img_size=64, **SMALL).state_dict()
     state = {f"module.base_encoder.{k}": v for k, v in trained.items()}
     state |= {f"module.momentum_encoder.{k}": v + 1 for k, v in trained.items()}

@@ -13,7 +13,7 @@ from PIL import Image
 from localign.bench import loader as bench
 from localign.bench import photographs
 from localign.bench.config import BenchConfig
-from localign.bench.loader import PLAIN, PlainImages, Way
+from localign.bench.loader import PLAIN, LoaderWay, PillowImages
 from localign.cli import main
 from localign.errors import RunFailure
 
@@ -44,7 +44,7 @@ def test_drawn_photographs_differ_and_are_drawn_again_alike(tmp_path: Path) -> N
 
 def test_the_plain_way_is_normalised_crops(tmp_path: Path) -> None:
     Image.new("L", (90, 70), 128).save(tmp_path / "x.jpg")
-    crop = PlainImages(tmp_path, 32)[0]
+    crop = PillowImages(tmp_path, 32)[0]
     assert crop.shape == (3, 32, 32)
     expected = (128 / 255 - torch.tensor(bench._MEAN)) / torch.tensor(bench._STD)
     assert torch.allclose(crop, expected[:, None, None].expand_as(crop), atol=1e-5)
@@ -115,9 +115,9 @@ def test_sources_that_disagree_are_a_failure(tmp_path: Path) -> None:
         def __init__(self, value: int) -> None:
             self.images = torch.full((2, 3, 4, 4), value, dtype=torch.uint8)
 
-    def ways(tar: int) -> list[Way]:
+    def ways(tar: int) -> list[LoaderWay]:
         values = {("folder", "scaled"): 5, ("folder", "full"): 7, ("tar", "scaled"): 5, ("tar", "full"): tar}
-        return [Way(name, decode, [Crops(value)]) for (name, decode), value in values.items()]  # type: ignore[arg-type]
+        return [LoaderWay(name, decode, [Crops(value)]) for (name, decode), value in values.items()]  # type: ignore[arg-type]
 
     assert bench._differences(ways(7)) == 2
     with pytest.raises(RunFailure, match="the folder and the tar shards give different crops, decoded full"):

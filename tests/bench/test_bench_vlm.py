@@ -33,8 +33,8 @@ from localign.engine.task import BatchPlan
 from localign.errors import RunFailure
 from localign.vlm.config import Batching
 from localign.vlm.data.batching import VLMBatch
-from localign.vlm.data.examples import Encoder
-from localign.vlm.data.prompts import IGNORED, prompt_format
+from localign.vlm.data.examples import ConversationTokenizer
+from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format
 from localign.vlm.data.records import Conversations
 from localign.vlm.data.vocabulary import add_special_tokens
 from localign.vlm.model.build import build_vlm
@@ -101,12 +101,12 @@ def test_a_word_is_a_token_and_a_record_as_long_as_drawn(tmp_path: Path) -> None
     assert len(tokenizer) <= 1024  # the tiny model's vocabulary
     drawn = drawn_conversations(24, 8, 0.3, seed=3)
     data = Conversations.open([write_conversations(drawn, tmp_path, (8, 6), seed=3)])
-    encoder = Encoder(prompt_format("in-out"), tokenizer, num_image_tokens=9, max_length=4096)
+    encoder = ConversationTokenizer(prompt_format("in-out"), tokenizer, num_image_tokens=9, max_length=4096)
     for i, conversation in enumerate(drawn):
         example = encoder(data.record(i))
         assert len(example.input_ids) == 1 + tokens(conversation) + 9 * conversation.image
         answers = sum(answer + 1 for _, answer in conversation.turns)
-        assert int((example.labels != IGNORED).sum()) == answers
+        assert int((example.labels != IGNORE_INDEX).sum()) == answers
         assert bool(data.has_image[i]) == conversation.image
 
 
@@ -223,7 +223,7 @@ def test_the_option_and_the_way_reach_the_loss(task: VLMTask, monkeypatch: pytes
     batch = first_batch(task, "packed")
     optimizer = torch.optim.SGD(task.model.parameters(), lr=0.0)
     sums, *_ = bench._timed_step(task, optimizer, bench.LIGER, [batch])
-    assert sums.tolist() == [7, int((batch.labels != IGNORED).sum())]
+    assert sums.tolist() == [7, int((batch.labels != IGNORE_INDEX).sum())]
     assert task.step(task.model, batch).loss_sum.item() != 7
     monkeypatch.setattr(task, "config", replace(task.config, cross_entropy="liger"))
     assert task.step(task.model, batch).loss_sum.item() == 7

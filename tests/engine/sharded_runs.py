@@ -27,7 +27,7 @@ from localign import rng
 from localign.data.stream import SampleStream
 from localign.engine import BatchPlan, Outcome, StepResult, Task, TrainConfig, train
 from localign.engine.checkpoints import sharded as sharded
-from localign.engine.distributed import World, first_of_launch
+from localign.engine.distributed import DistributedContext, first_of_launch
 
 SAMPLES, VOCABULARY, WIDTH, LENGTH = 40, 19, 5, 6
 """The width is odd, and some parameters have one row, so ranks get unequal parts and none."""
@@ -172,7 +172,7 @@ class TokenTask(Task):
         return {"tokens": batch.input_ids.numel()}
 
     @torch.no_grad()
-    def validate(self, module: nn.Module, world: World) -> dict[str, float]:
+    def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
         total, count = self._loss(module, collate(range(8), range(100, 108)))
         return {"val_loss": float(total / count)}
 
@@ -195,7 +195,7 @@ class TokenTask(Task):
         assert module.head.weight is module.embedding.weight
         folder.mkdir(exist_ok=True)
         save_file({k: v.clone() for k, v in module.state_dict().items()}, folder / "model.safetensors")
-        loss = self.validate(module.eval(), World(0, 1, 0, torch.device("cpu")))["val_loss"]
+        loss = self.validate(module.eval(), DistributedContext(0, 1, 0, torch.device("cpu")))["val_loss"]
         (folder / "loss.json").write_text(json.dumps(loss))
 
 

@@ -6,37 +6,37 @@ import pytest
 import torch
 from torch import nn
 
-from localign.engine.distributed import World, choose_device, world
+from localign.engine.distributed import DistributedContext, choose_device, distributed_context
 from localign.errors import UserError
 
 
 def test_a_world_of_one() -> None:
-    with world("cpu") as here:
-        assert here == World(0, 1, 0, torch.device("cpu"))
-        assert here.is_main
-        here.barrier()
+    with distributed_context("cpu") as context:
+        assert context == DistributedContext(0, 1, 0, torch.device("cpu"))
+        assert context.is_main
+        context.barrier()
         values = torch.tensor([1.0, 2.0])
-        assert torch.equal(here.sum(values), values)
-        assert here.gather({"a": 1}) == [{"a": 1}]
-        assert here.any(True)
-        assert not here.any(False)
+        assert torch.equal(context.all_reduce(values), values)
+        assert context.all_gather_object({"a": 1}) == [{"a": 1}]
+        assert context.any_rank(True)
+        assert not context.any_rank(False)
         module = nn.Linear(2, 2)
-        assert here.replicate(module) is module
-        with here.without_sync(module, skip=True):
+        assert context.wrap_ddp(module) is module
+        with context.without_sync(module, skip=True):
             module(torch.ones(1, 2)).sum().backward()
         assert module.weight.grad is not None
     assert not torch.distributed.is_initialized()
 
 
 def test_ranks_other_than_the_first_are_not_main() -> None:
-    assert not World(1, 2, 1, torch.device("cpu")).is_main
+    assert not DistributedContext(1, 2, 1, torch.device("cpu")).is_main
 
 
 def test_a_group_of_one_torchrun_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with world("cpu") as here:
-        assert here.size == 1
+    with distributed_context("cpu") as context:
+        assert context.size == 1
     assert not torch.distributed.is_initialized()
 
 
@@ -46,11 +46,11 @@ def test_devices() -> None:
 
 
 def test_a_sharded_world_of_one_has_a_group() -> None:
-    with world("cpu", sharded=True) as here:
+    with distributed_context("cpu", sharded=True) as context:
         assert torch.distributed.is_initialized()
-        assert here.size == 1
-        assert here.mesh(per_node=False).shape == (1,)
-        assert here.mesh(per_node=True).shape == (1, 1)
+        assert context.size == 1
+        assert context.mesh(per_node=False).shape == (1,)
+        assert context.mesh(per_node=True).shape == (1, 1)
     assert not torch.distributed.is_initialized()
 
 

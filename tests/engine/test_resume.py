@@ -13,7 +13,7 @@ from engine_runs import Meddled, logged, run, run_until, same_bits, tiny, weight
 
 from localign.alignment import AlignTask
 from localign.engine.batch import sample_digest
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.engine.log import LOG_FILE, read_log
 from localign.engine.task import BatchPlan
 
@@ -79,10 +79,10 @@ def test_the_target_scale_is_restored_not_estimated_again(
     state_file = tmp_path / "checkpoints" / "step-0000002" / "state.json"
     scale = json.loads(state_file.read_text())["task"]["target_scale"]
 
-    def start(self: AlignTask, world: World, plan: BatchPlan) -> None:
+    def on_train_start(self: AlignTask, context: DistributedContext, plan: BatchPlan) -> None:
         raise AssertionError("a continued run estimated its target scale")
 
-    monkeypatch.setattr(AlignTask, "start", start)
+    monkeypatch.setattr(AlignTask, "on_train_start", on_train_start)
     assert run(replace(config, resume="must")).results["target_scale"] == scale
     assert scale not in (0.0, 1.0)
 

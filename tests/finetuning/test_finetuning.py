@@ -21,7 +21,7 @@ from localign.backbones import Backbone, create_backbone
 from localign.cli import main
 from localign.data.loader import Batch
 from localign.engine import BatchPlan, StepResult, train
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.errors import UserError
 from localign.finetuning import FinetuneConfig, FinetuneTask, ImageClassifier, finetune, load_classifier
 from localign.finetuning.task import classification_loss, ranked, recognised, resolve_finetune
@@ -74,8 +74,8 @@ def plan(batch: int = 8, micro: int = 8, steps: int = 1) -> BatchPlan:
     return BatchPlan(0, batch, micro, 0, 1, 0, 0, steps, False)
 
 
-def alone() -> World:
-    return World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+def alone() -> DistributedContext:
+    return DistributedContext(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def test_it_learns_what_the_folders_tell_apart(data: Path, val: Path, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_hits_are_counted() -> None:
     assert recognised(torch.tensor([[1.0, 1, -1], [-1, -1, 1]]), present).tolist() == [[1, 0, 0], [2, 0, 1]]
 
 
-class _Rank(World):
+class _Rank(DistributedContext):
     """One of two ranks that never meet: what it would sum is kept instead."""
 
     kept: list[Tensor]
@@ -236,10 +236,10 @@ def test_ranks_share_the_validation(data: Path, val: Path) -> None:
     task = FinetuneTask(tiny(data, val=str(val), val_images=5))
     kept = []
     for rank, size in ((0, 1), (0, 2), (1, 2)):
-        world = _Rank(rank, size, rank, torch.device("cpu"))
-        object.__setattr__(world, "kept", [])
-        task.validate(task.module.eval(), world)
-        kept.append(world.kept)
+        context = _Rank(rank, size, rank, torch.device("cpu"))
+        object.__setattr__(context, "kept", [])
+        task.validate(task.module.eval(), context)
+        kept.append(context.kept)
     for whole, *parts in zip(*kept, strict=True):
         torch.testing.assert_close(whole, parts[0] + parts[1])
     assert kept[0][1][1].tolist() == [5, 5]

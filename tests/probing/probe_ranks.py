@@ -13,7 +13,7 @@ import torch
 from probing_toys import Colours, FakeBackbone
 from safetensors.torch import save_file
 
-from localign.engine.distributed import world
+from localign.engine.distributed import distributed_context
 from localign.probing import ProbeConfig, probe_heads
 
 CACHES = ("none", "disk", "device")
@@ -22,7 +22,7 @@ CACHES = ("none", "disk", "device")
 def run(folder: Path) -> None:
     """Probe in every mode; the main rank writes."""
     folder.mkdir(parents=True, exist_ok=True)
-    with world("cpu") as here:
+    with distributed_context("cpu") as context:
         for cache in CACHES:
             config = ProbeConfig(
                 heads=("linear", "transformer", "transformer-anonymous"),
@@ -31,10 +31,10 @@ def run(folder: Path) -> None:
                 cache_dtype="float32", protocol="published" if cache == "disk" else "fixed",
             )  # fmt: skip
             probed = probe_heads(
-                FakeBackbone(), Colours(21, "train"), Colours(13, "val"), config, world=here,
+                FakeBackbone(), Colours(21, "train"), Colours(13, "val"), config, context=context,
                 cache_folder=folder / "cache",
             )  # fmt: skip
-            if here.is_main:
+            if context.is_main:
                 (folder / f"{cache}.json").write_text(json.dumps([p.outcome for p in probed]))
                 weights = {
                     f"{p.trained.seed} {spec.label} {spec.task} {name}": value

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from localign import rng
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.probing import Geometry, HeadSpec, MemoryFeatures, PackedLabels, PatchLabels, ProbeConfig
 
 GEOMETRY = Geometry(width=16, num_heads=2, num_patches=4, num_prefix_tokens=1)
 CLASSES = 5
-ALONE = World(0, 1, 0, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, 0, torch.device("cpu"))
 CONFIG = ProbeConfig(steps=120, batch=16, lr=1e-2, final_lr=1e-3, warmup_steps=10)
 ALL = tuple(HeadSpec(head, task) for head in ("linear", "mlp", "transformer") for task in ("local", "global"))
 

@@ -9,7 +9,7 @@ from probe_results import results, twenty_pairs
 
 from localign.report.figures.locality import measure_locality
 from localign.report.tables.measures import (
-    Comparison,
+    BackbonePair,
     Measured,
     change,
     class_gains,
@@ -27,17 +27,17 @@ LOCAL = Measured("test", "transformer", "local")
 
 def test_names_tell_which_backbone_is_which_aligned() -> None:
     found = comparisons(results({"x-baseline": (0.4, 0.5), "x": (0.5, 0.5), "y": (0.3, 0.3)}))
-    assert found == [Comparison("x", "x-baseline", "x", True)]
+    assert found == [BackbonePair("x", "x-baseline", "x", True)]
     assert len(comparisons(results(twenty_pairs()))) == 10
     demo = comparisons(results({"baseline": (0.4, 0.5), "aligned": (0.5, 0.5)}, backbone="scenes-vit"))
-    assert demo == [Comparison("scenes-vit", "baseline", "aligned", True)]
+    assert demo == [BackbonePair("scenes-vit", "baseline", "aligned", True)]
 
 
 def test_pairs_of_the_results_win_over_names() -> None:
     told = results({"a": (0.4, 0.5), "b": (0.5, 0.5)}) | {
         "pairs": [["A", "b", "a"], ["gone", "a", "nowhere"]]
     }
-    assert comparisons(told) == [Comparison("A", "b", "a", True)]
+    assert comparisons(told) == [BackbonePair("A", "b", "a", True)]
     assert display_names(told) == {"a": "A, after", "b": "A, before"}
 
 

@@ -23,8 +23,8 @@ from localign.report.figures.locality import measure_locality
 from localign.report.tables.published import TABLE1, TABLE4, TABLE5
 from localign.reproduce import TARGETS, ReproduceConfig, pieces, run, targets
 from localign.reproduce.pieces import Alignment, Heads, Probing
-from localign.reproduce.plan import Plan, Planner
-from localign.reproduce.worlds import World, open_world
+from localign.reproduce.plan import Planner, ReproductionPlan
+from localign.reproduce.worlds import DataScale, open_world
 
 TINY_ALIGN = {
     "steps": 2,
@@ -40,7 +40,7 @@ ALL_TABLE1 = {
 }  # fmt: skip
 
 
-def tiny_world(**changes: Any) -> World:
+def tiny_world(**changes: Any) -> DataScale:
     """Scenes with runs of two steps."""
     world = open_world("scenes")
     small = {
@@ -266,13 +266,13 @@ class NoImages:
         return "none"
 
 
-def plan_of(**options: Any) -> Plan:
+def plan_of(**options: Any) -> ReproductionPlan:
     config = ReproduceConfig(**options)
     heads = Heads(NoImages(), {"test": NoImages()})  # type: ignore[arg-type, dict-item]
     return Planner(config, open_world(config.world, quick=config.quick), heads).plan()
 
 
-def aligned(plan: Plan) -> dict[str, Any]:
+def aligned(plan: ReproductionPlan) -> dict[str, Any]:
     """Row -> config of its alignment, first seed."""
     return {n: p[0].aligned.config for n, p in plan.probings.items() if p[0].aligned is not None}
 

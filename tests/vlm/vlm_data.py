@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from tiny_vlm import tiny_tokenizer
 
-from localign.vlm.data.examples import Encoder
+from localign.vlm.data.examples import ConversationTokenizer
 from localign.vlm.data.prompts import prompt_format
 from localign.vlm.data.records import Conversations
 
@@ -56,7 +56,7 @@ def mixed_data(folder: Path, count: int = 12, broken: tuple[int, ...] = ()) -> C
     return Conversations.open([write_json(folder / "data.json", entries)])
 
 
-def tiny_encoder(max_length: int = 400, **options: Any) -> Encoder:
+def tiny_encoder(max_length: int = 400, **options: Any) -> ConversationTokenizer:
     tokenizer = tiny_tokenizer(pad=True)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    return Encoder(prompt_format("in-out"), tokenizer, IMAGE_TOKENS, max_length, **options)
+    return ConversationTokenizer(prompt_format("in-out"), tokenizer, IMAGE_TOKENS, max_length, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from localign.alignment.student import Student, build_student
 from localign.backbones import CATALOGUE, EMBEDDED, Backbone, create_backbone
 from localign.backbones.export import CONFIG_FILE
 from localign.engine.checkpoints.whole import Checkpoints
+from localign.engine.distributed import choose_device
 from localign.engine.run_folder import read_config as read_run_config
 from localign.errors import UserError
 from localign.weights import load_strict
 
 DEFAULT_LR = 3e-4
+PUBLISHED_BATCH = 1024
+CPU_BATCH = 8
+"""Enough to see an alignment run on a laptop."""
 
 
 def starting_backbone(config: AlignConfig, weights: str | None = None) -> Backbone:
@@ -50,6 +55,16 @@ def default_lr(config: AlignConfig) -> float:
     """The learning rate of a run that names none."""
     entry = CATALOGUE.get(config.backbone)
     return entry.lr if entry else DEFAULT_LR
+
+
+def resolve_align(config: AlignConfig) -> AlignConfig:
+    """The config with its defaults filled in: the backbone's published learning rate, a batch for the device."""
+    on_cpu = choose_device(config.device).type == "cpu"
+    return replace(
+        config,
+        lr=config.lr if config.lr is not None else default_lr(config),
+        batch_size=config.batch_size or (CPU_BATCH if on_cpu else PUBLISHED_BATCH),
+    )
 
 
 def fresh_student(config: AlignConfig, backbone: Backbone) -> Student:

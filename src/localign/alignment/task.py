@@ -22,7 +22,7 @@ from localign.backbones.export import content_hash
 from localign.backbones.monitor import attention_logit_stats
 from localign.data.config import ImageData
 from localign.data.loader import Batch
-from localign.engine.distributed import World, choose_device
+from localign.engine.distributed import DistributedContext, choose_device
 from localign.engine.task import BatchPlan, StepResult, Task
 
 MONITOR_IMAGES = 4
@@ -67,8 +67,8 @@ class AlignTask(Task):
         fuse_attention(self.student, device)
 
     @property
-    def inseparable(self) -> int:
-        return self.data.inseparable
+    def micro_batch_multiple(self) -> int:
+        return self.data.micro_batch_multiple
 
     def batches(self, plan: BatchPlan) -> Iterator[Batch]:
         return self.data.train_batches(plan)
@@ -81,7 +81,7 @@ class AlignTask(Task):
         self.student.set_grad_checkpointing(True)
 
     @torch.no_grad()
-    def start(self, world: World, plan: BatchPlan) -> None:
+    def on_train_start(self, context: DistributedContext, plan: BatchPlan) -> None:
         """Estimate the target scale on the first training images, alike on every rank."""
         if self.config.loss == "cosine":
             return  # does not depend on the target's scale
@@ -117,7 +117,7 @@ class AlignTask(Task):
         target = self.objective.target(images, views)
         return self.objective.loss(self.objective.predict(model, images, views), target, views)
 
-    def validate(self, module: nn.Module, world: World) -> dict[str, float]:
+    def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
         """The training loss on held-out images, of views that are the same at every validation."""
         if self.data.val_source is None:
             return {}
@@ -125,10 +125,10 @@ class AlignTask(Task):
         views_seed = rng.key(self.seed, "validation masks") >> 1
         given = self.config.micro_batch
         micro = self.micro_batch or (given if isinstance(given, int) else min(64, self.config.batch_size))
-        for batch in self.data.val_batches(world, micro):
+        for batch in self.data.val_batches(context, micro):
             images, views = self.views(batch, purpose_seed=views_seed)
             sums += torch.stack(self._loss(module, images, views)).to(sums)
-        sums = world.sum(sums)
+        sums = context.all_reduce(sums)
         return {"val_loss": float(sums[0] / sums[1].clamp(min=1))}
 
     def check_skipped(self, images: Mapping[str, str]) -> None:

@@ -26,7 +26,7 @@ _ARCHITECTURE = "vit_base_patch16_224"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RecomputedQuantity:
     """One recomputed quantity."""
 
     variant: str
@@ -42,7 +42,7 @@ class Comparison:
     """Largest absolute difference."""
 
 
-def verify_reference(folder: str | Path) -> list[Comparison]:
+def verify_reference(folder: str | Path) -> list[RecomputedQuantity]:
     """Compare our numbers with a folder of ``meta.json``, ``<variant>.safetensors`` and ``<variant>.pth.tar``.
 
     Everything runs in float32 on the CPU.
@@ -55,7 +55,7 @@ def verify_reference(folder: str | Path) -> list[Comparison]:
     if not meta_file.is_file():
         raise UserError(f"{folder} is no reference folder: it has no meta.json")
     meta = json.loads(meta_file.read_text())
-    results: list[Comparison] = []
+    results: list[RecomputedQuantity] = []
     with torch.no_grad():
         for variant, facts in meta.items():
             reference = load_file(folder / f"{variant}.safetensors")
@@ -63,7 +63,9 @@ def verify_reference(folder: str | Path) -> list[Comparison]:
             computed = [*_plain(backbone, reference), *_student(backbone, reference, folder, variant)]
             unchecked = {k for k in reference if not k.startswith(("backbone.", "images", "keep_masks"))}
             for name, value in computed:
-                results.append(Comparison(variant, name, *_errors(value, reference[name.split(" ")[0]])))
+                results.append(
+                    RecomputedQuantity(variant, name, *_errors(value, reference[name.split(" ")[0]]))
+                )
                 unchecked.discard(name.split(" ")[0])
             if unchecked:
                 raise UserError(f"{variant} holds quantities unknown here: {', '.join(sorted(unchecked))}")

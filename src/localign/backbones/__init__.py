@@ -2,19 +2,21 @@
 
 from localign.backbones.attention import AttentionBackend, SoftCapAttention, apply_soft_cap
 from localign.backbones.backbone import Backbone
-from localign.backbones.catalogue import CATALOGUE, Entry
-from localign.backbones.create import EMBEDDED, create_backbone
-from localign.backbones.export import load_backbone, save_backbone
+from localign.backbones.catalogue import CATALOGUE, CatalogueEntry
+from localign.backbones.create import EMBEDDED, create_backbone, open_backbone
+from localign.backbones.export import export_folder, load_backbone, save_backbone
 
 __all__ = [
     "CATALOGUE",
     "EMBEDDED",
     "AttentionBackend",
     "Backbone",
-    "Entry",
+    "CatalogueEntry",
     "SoftCapAttention",
     "apply_soft_cap",
     "create_backbone",
+    "export_folder",
     "load_backbone",
+    "open_backbone",
     "save_backbone",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """One published backbone."""
 
     timm_name: str
@@ -25,24 +25,24 @@ class Entry:
     """Where the weights come from: timm, or the MoCo v3 authors' checkpoint file."""
 
 
-CATALOGUE: dict[str, Entry] = {
-    "in1k-vit-t": Entry("vit_tiny_patch16_224.augreg_in21k_ft_in1k", 224, 3e-4, True),
-    "in1k-vit-s": Entry("vit_small_patch16_224.augreg_in21k_ft_in1k", 224, 3e-4, True),
-    "in1k-vit-b": Entry("vit_base_patch16_224.augreg_in21k_ft_in1k", 224, 3e-4, True),
-    "in1k-vit-l": Entry("vit_large_patch16_224.augreg_in21k_ft_in1k", 224, 2e-4, True),
-    "moco-vit-b": Entry("vit_base_patch16_224", 224, 3e-4, True, "IN1k", 50, loader="moco-v3"),
-    "clip-vit-b": Entry("vit_base_patch16_clip_quickgelu_224.openai", 224, 3e-4, True),
-    "clip-vit-l": Entry("vit_large_patch14_clip_quickgelu_224.openai", 224, 2e-4, True),
-    "clip-vit-l-336px": Entry("vit_large_patch14_clip_quickgelu_336.openai", 336, 2e-4, True),
-    "siglip-vit-b": Entry("vit_base_patch16_siglip_224.webli", 224, 3e-4, True),
-    "siglip-vit-so400m": Entry("vit_so400m_patch14_siglip_224.webli", 224, 2e-4, True),
-    "siglip-vit-so400m-384px": Entry("vit_so400m_patch14_siglip_384.webli", 384, 2e-4, True),
-    "openclip-vit-b": Entry("vit_base_patch16_clip_224.laion2b", 224, 3e-4, True),
-    "dfn-vit-b": Entry("vit_base_patch16_clip_224.dfn2b", 224, 3e-4, True),
-    "eva02-vit-b": Entry("eva02_base_patch16_clip_224.merged2b", 224, 3e-4, False),
-    "mae-vit-b": Entry("vit_base_patch16_224.mae", 224, 3e-4, True, "IN1k", 50),
-    "beit-vit-b": Entry("beit_base_patch16_224.in22k_ft_in22k_in1k", 224, 3e-4, False),
-    "beitv2-vit-b": Entry("beitv2_base_patch16_224.in1k_ft_in22k_in1k", 224, 3e-4, False),
-    "dino-vit-b": Entry("vit_base_patch16_224.dino", 224, 3e-4, True, "IN1k", 50),
-    "dinov2-vit-b": Entry("vit_base_patch14_reg4_dinov2.lvd142m", 224, 3e-4, True),
+CATALOGUE: dict[str, CatalogueEntry] = {
+    "in1k-vit-t": CatalogueEntry("vit_tiny_patch16_224.augreg_in21k_ft_in1k", 224, 3e-4, True),
+    "in1k-vit-s": CatalogueEntry("vit_small_patch16_224.augreg_in21k_ft_in1k", 224, 3e-4, True),
+    "in1k-vit-b": CatalogueEntry("vit_base_patch16_224.augreg_in21k_ft_in1k", 224, 3e-4, True),
+    "in1k-vit-l": CatalogueEntry("vit_large_patch16_224.augreg_in21k_ft_in1k", 224, 2e-4, True),
+    "moco-vit-b": CatalogueEntry("vit_base_patch16_224", 224, 3e-4, True, "IN1k", 50, loader="moco-v3"),
+    "clip-vit-b": CatalogueEntry("vit_base_patch16_clip_quickgelu_224.openai", 224, 3e-4, True),
+    "clip-vit-l": CatalogueEntry("vit_large_patch14_clip_quickgelu_224.openai", 224, 2e-4, True),
+    "clip-vit-l-336px": CatalogueEntry("vit_large_patch14_clip_quickgelu_336.openai", 336, 2e-4, True),
+    "siglip-vit-b": CatalogueEntry("vit_base_patch16_siglip_224.webli", 224, 3e-4, True),
+    "siglip-vit-so400m": CatalogueEntry("vit_so400m_patch14_siglip_224.webli", 224, 2e-4, True),
+    "siglip-vit-so400m-384px": CatalogueEntry("vit_so400m_patch14_siglip_384.webli", 384, 2e-4, True),
+    "openclip-vit-b": CatalogueEntry("vit_base_patch16_clip_224.laion2b", 224, 3e-4, True),
+    "dfn-vit-b": CatalogueEntry("vit_base_patch16_clip_224.dfn2b", 224, 3e-4, True),
+    "eva02-vit-b": CatalogueEntry("eva02_base_patch16_clip_224.merged2b", 224, 3e-4, False),
+    "mae-vit-b": CatalogueEntry("vit_base_patch16_224.mae", 224, 3e-4, True, "IN1k", 50),
+    "beit-vit-b": CatalogueEntry("beit_base_patch16_224.in22k_ft_in22k_in1k", 224, 3e-4, False),
+    "beitv2-vit-b": CatalogueEntry("beitv2_base_patch16_224.in1k_ft_in22k_in1k", 224, 3e-4, False),
+    "dino-vit-b": CatalogueEntry("vit_base_patch16_224.dino", 224, 3e-4, True, "IN1k", 50),
+    "dinov2-vit-b": CatalogueEntry("vit_base_patch14_reg4_dinov2.lvd142m", 224, 3e-4, True),
 }

@@ -16,10 +16,10 @@ from localign import rng
 from localign.backbones.attention import AttentionBackend
 from localign.backbones.backbone import Backbone
 from localign.backbones.catalogue import CATALOGUE
-from localign.backbones.export import CONFIG_FILE, load_backbone
+from localign.backbones.export import CONFIG_FILE, export_folder, load_backbone
 from localign.backbones.moco import read_moco_v3
 from localign.backbones.weights import read_state_dict
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 from localign.weights import load_strict
 
 EMBEDDED = "scenes-vit"
@@ -150,7 +150,9 @@ def _check_timm_name(name: str) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         known = [EMBEDDED, *CATALOGUE, *timm.list_models()]
-        raise UserError(f"unknown backbone {name!r}{near(name, known)}; `localign list backbones` shows all")
+        raise UserError(
+            f"unknown backbone {name!r}{did_you_mean(name, known)}; `localign list backbones` shows all"
+        )
     if tag:
         try:
             get_pretrained_cfg(name, allow_unregistered=False)
@@ -169,3 +171,14 @@ def _load_weight_file(vit: nn.Module, path: Path, *, moco: bool) -> None:
         except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(f"{path} does not fit {type(vit).__name__}: {error!r}") from error
     load_strict(vit, state, path, ignore=_CLASSIFIER)
+
+
+def open_backbone(path_or_name: str | Path, **options: Any) -> Backbone:
+    """As :func:`create_backbone`, and a run folder stands for its export.
+
+    Args:
+        path_or_name: A run folder, an export folder, or a name.
+        **options: Of :func:`create_backbone`.
+    """
+    folder = export_folder(path_or_name)
+    return create_backbone(str(folder) if folder.is_dir() else str(path_or_name), **options)

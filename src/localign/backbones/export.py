@@ -149,6 +149,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def export_folder(path: str | Path) -> Path:
+    """The export folder of a run folder; any other path as it is."""
+    inner = Path(path) / "export"
+    return inner if inner.is_dir() else Path(path)
+
+
 def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -> Backbone:
     """Read an export folder back; the inverse of :func:`save_backbone`.
 

@@ -42,7 +42,7 @@ TOLERANCE = 5e-3
 _MOST = 1 << 20
 
 
-class Way:
+class AlignWay:
     """A process that takes steps when it is told to."""
 
     def __init__(self, name: str, config: AlignConfig, folder: Path) -> None:
@@ -166,7 +166,7 @@ def _alone(
     """Each way with the largest batch that fits, looked for by doubling."""
     found = []
     for name in names:
-        fitting: Way | None = None
+        fitting: AlignWay | None = None
         batch = options.batch_size
         while fitting is None or not fitting.full:
             say(f"{name}: {batch} images")
@@ -185,18 +185,18 @@ def _alone(
 
 
 @contextmanager
-def _ways(names: Sequence[str], options: AlignConfig, folder: Path) -> Iterator[list[Way]]:
+def _ways(names: Sequence[str], options: AlignConfig, folder: Path) -> Iterator[list[AlignWay]]:
     with ExitStack() as stack:
         ways = []
         for name in names:
             room = Path(stack.enter_context(TemporaryDirectory(dir=folder)))
             config = replace(options, out=str(room / "run"), compile=name == COMPILED)
-            ways.append(Way(name, config, room))
+            ways.append(AlignWay(name, config, room))
             stack.callback(ways[-1].close)
         yield ways
 
 
-def _part(images: str, ways: Sequence[Way], flops: float, compare: bool = False) -> dict[str, Any]:
+def _part(images: str, ways: Sequence[AlignWay], flops: float, compare: bool = False) -> dict[str, Any]:
     """What was measured.
 
     Args:

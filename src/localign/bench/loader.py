@@ -35,7 +35,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Way:
+class LoaderWay:
     """One way to load: a pass over the photographs."""
 
     name: str
@@ -44,7 +44,7 @@ class Way:
     """Begins a pass whenever it is gone through."""
 
 
-class PlainImages(Dataset[Tensor]):
+class PillowImages(Dataset[Tensor]):
     """Files as scripts load them: opened and converted by Pillow, transformed by torchvision."""
 
     def __init__(self, folder: Path, size: int) -> None:
@@ -112,19 +112,19 @@ def _facts(files: list[Path], config: BenchConfig) -> dict[str, Any]:
     }
 
 
-def _plain(folder: Path, config: BenchConfig, batch: int) -> Way:
+def _plain(folder: Path, config: BenchConfig, batch: int) -> LoaderWay:
     loader = DataLoader(
-        PlainImages(folder, config.image_size or SIZE),
+        PillowImages(folder, config.image_size or SIZE),
         batch_size=batch,
         shuffle=True,
         drop_last=True,
         num_workers=config.workers or 0,
         generator=torch.Generator().manual_seed(config.seed),
     )
-    return Way(PLAIN, "full", loader)
+    return LoaderWay(PLAIN, "full", loader)
 
 
-def _ours(forms: dict[str, str], config: BenchConfig, images: int, batch: int) -> Iterator[Way]:
+def _ours(forms: dict[str, str], config: BenchConfig, images: int, batch: int) -> Iterator[LoaderWay]:
     size = config.image_size or SIZE
     decodes: tuple[Decode, ...] = ("scaled", "full")
     for name, spec in forms.items():
@@ -138,10 +138,10 @@ def _ours(forms: dict[str, str], config: BenchConfig, images: int, batch: int) -
                 workers=config.workers or 0,
                 end_step=images // batch,
             )
-            yield Way(name, decode, loader)
+            yield LoaderWay(name, decode, loader)
 
 
-def _differences(ways: list[Way]) -> float:
+def _differences(ways: list[LoaderWay]) -> float:
     """Passes that are not timed, which warm up: the mean absolute difference of scaled crops to full ones, in levels.
 
     Raises:
@@ -159,8 +159,8 @@ def _differences(ways: list[Way]) -> float:
     return float(np.mean([(a.images.float() - b.images.float()).abs().mean() for a, b in pairs]))
 
 
-def _measure(ways: list[Way], repeats: int) -> dict[Way, Timing]:
-    timings: dict[Way, list[Timing]] = {way: [] for way in ways}
+def _measure(ways: list[LoaderWay], repeats: int) -> dict[LoaderWay, Timing]:
+    timings: dict[LoaderWay, list[Timing]] = {way: [] for way in ways}
     for repeat in range(repeats):
         say(f"pass {repeat + 1} of {repeats}")
         for way, found in timings.items():
@@ -181,7 +181,7 @@ def _workers_cpu() -> float:
     return times.children_user + times.children_system
 
 
-def _rows(timings: dict[Way, Timing], images: int) -> list[dict[str, Any]]:
+def _rows(timings: dict[LoaderWay, Timing], images: int) -> list[dict[str, Any]]:
     plain = next(timing for way, timing in timings.items() if way.name == PLAIN)
     return [
         {

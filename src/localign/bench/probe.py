@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from localign.api import load
-from localign.backbones import EMBEDDED, Backbone
+from localign.backbones import EMBEDDED, open_backbone
 from localign.bench.config import BenchConfig
 from localign.bench.plain import plain_run
 from localign.bench.timing import Timing, hardware, timed
@@ -36,7 +35,7 @@ Recalls = dict[HeadSpec, float | None]
 
 
 @dataclass(frozen=True)
-class Job:
+class ProbeJob:
     """One timed run."""
 
     way: str
@@ -56,8 +55,7 @@ def bench_probe(config: BenchConfig) -> dict[str, Any]:
     """
     device = choose_device(config.device)
     options: dict[str, Any] = {} if config.weights is None else {"weights": config.weights}
-    backbone = load(config.backbone or EMBEDDED, **options)
-    assert isinstance(backbone, Backbone)
+    backbone = open_backbone(config.backbone or EMBEDDED, **options)
     backbone.to(device)
     train, test = config.images or IMAGES, max(1, (config.images or IMAGES) // 4)
     suite = ProbeConfig(seed=config.seed, epochs=config.epochs or EPOCHS, curve_images=0, cache="none")
@@ -73,14 +71,14 @@ def bench_probe(config: BenchConfig) -> dict[str, Any]:
             outcomes = probe(backbone, *sources(), probe_config, device=device, cache_folder=Path(folder))
         return [{spec: _recall(outcome, spec) for spec in probe_config.specs()} for outcome in outcomes]
 
-    def jobs() -> Iterator[Job]:
+    def jobs() -> Iterator[ProbeJob]:
         for spec in suite.specs():
             name, alone = f"{spec.label}, {spec.task}", replace(suite, heads=(spec.head,), tasks=(spec.task,))
-            yield Job(PLAIN, name, partial(plain, spec))
-            yield Job(SEPARATE, name, lambda alone=alone: suited(alone)[0])  # type: ignore[misc]
+            yield ProbeJob(PLAIN, name, partial(plain, spec))
+            yield ProbeJob(SEPARATE, name, lambda alone=alone: suited(alone)[0])  # type: ignore[misc]
         for way, cache in WAYS.items():
             together = replace(suite, cache=cache)
-            yield Job(way, "all", lambda together=together: suited(together)[0])  # type: ignore[misc]
+            yield ProbeJob(way, "all", lambda together=together: suited(together)[0])  # type: ignore[misc]
 
     suited(replace(suite, steps=1))  # what only a first run pays
     recalls: dict[str, Recalls] = {}

@@ -24,7 +24,7 @@ def run_bench(config: BenchConfig) -> dict[str, Any]:
     measured = measure(config)
     content = {
         "command": "bench",
-        "config": run_folder.plain(config),
+        "config": run_folder.to_dict(config),
         "versions": run_folder.provenance(),
         **measured,
     }

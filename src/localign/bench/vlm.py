@@ -27,7 +27,7 @@ from localign.engine.task import BatchPlan, StepResult
 from localign.errors import RunFailure
 from localign.vlm.config import Batching, Sampler
 from localign.vlm.data.batching import VLMBatch
-from localign.vlm.data.prompts import IGNORED
+from localign.vlm.data.prompts import IGNORE_INDEX
 from localign.vlm.model.build import build_vlm
 from localign.vlm.model.losses import CrossEntropy
 from localign.vlm.model.modeling import LocalignVLM
@@ -37,7 +37,7 @@ REPEATS = 3
 
 
 @dataclass(frozen=True)
-class Way:
+class VLMWay:
     """One way to train."""
 
     name: str
@@ -51,18 +51,18 @@ class Way:
 
 PADDED, PLAIN = "padded", "padded, whole logits"
 WAYS = (
-    Way("packed", "packed", "shuffled", False),
-    Way("packed, whole logits", "packed", "shuffled", True),
-    Way(PADDED, "padded", "shuffled", False),
-    Way(PLAIN, "padded", "shuffled", True),
-    Way("padded, grouped", "padded", "grouped", False),
-    Way("padded, grouped, whole logits", "padded", "grouped", True),
+    VLMWay("packed", "packed", "shuffled", False),
+    VLMWay("packed, whole logits", "packed", "shuffled", True),
+    VLMWay(PADDED, "padded", "shuffled", False),
+    VLMWay(PLAIN, "padded", "shuffled", True),
+    VLMWay("padded, grouped", "padded", "grouped", False),
+    VLMWay("padded, grouped, whole logits", "padded", "grouped", True),
 )
 """The last is what the published code does."""
-LIGER = Way("packed, liger", "packed", "shuffled", False, "liger")
+LIGER = VLMWay("packed, liger", "packed", "shuffled", False, "liger")
 
 
-def ways(device: torch.device) -> tuple[Way, ...]:
+def ways(device: torch.device) -> tuple[VLMWay, ...]:
     """The ways that can be measured on a device: liger-kernel's only on CUDA, where it is installed."""
     return (*WAYS, LIGER) if device.type == "cuda" and find_spec("liger_kernel") else WAYS
 
@@ -91,7 +91,7 @@ class Pass:
 
 
 @dataclass
-class Measured:
+class VLMTimings:
     """What the repeats of one way gave."""
 
     timings: dict[tuple[int, int], Timing] = field(default_factory=dict)
@@ -182,16 +182,16 @@ def _flops(model: LocalignVLM, batch: VLMBatch) -> float:
     else:
         assert batch.attention_mask is not None
         lengths = batch.attention_mask.sum(dim=1)
-    labelled = int((batch.labels != IGNORED).sum())
+    labelled = int((batch.labels != IGNORE_INDEX).sum())
     return useful_flops(model, lengths.tolist(), labelled, len(batch.images))
 
 
 def _measure(
     task: VLMTask, passes: dict[tuple[Batching, Sampler], Pass], repeats: int
-) -> dict[Way, Measured]:
+) -> dict[VLMWay, VLMTimings]:
     optimizer = build_optimizer(task.model, task.config)
     set_rates(optimizer, 0.0)
-    measured = {way: Measured() for way in ways(task.device)}
+    measured = {way: VLMTimings() for way in ways(task.device)}
     for repeat in range(-1, repeats):
         say(f"repeat {repeat + 1} of {repeats}" if repeat >= 0 else "warming up")
         # Before the first repeat a step of each: what only a first one pays.
@@ -215,7 +215,7 @@ def _measure(
 
 
 def _timed_step(
-    task: VLMTask, optimizer: torch.optim.Optimizer, way: Way, batches: Sequence[VLMBatch]
+    task: VLMTask, optimizer: torch.optim.Optimizer, way: VLMWay, batches: Sequence[VLMBatch]
 ) -> tuple[Tensor, Timing, int]:
     """One step's float64 sums of loss and labelled tokens, its time, and CUDA memory at its peak, bytes."""
     cuda = task.device.type == "cuda"
@@ -263,12 +263,12 @@ def whole_logits_loss(model: LocalignVLM, batch: VLMBatch) -> StepResult:
         use_cache=False,
     )
     mean = ForCausalLMLoss(output.logits, batch.labels, vocab_size=output.logits.shape[-1])
-    count = (batch.labels != IGNORED).sum()
+    count = (batch.labels != IGNORE_INDEX).sum()
     return StepResult(mean * count, count)
 
 
 def _check_equal_losses(
-    measured: dict[Way, Measured], passes: dict[tuple[Batching, Sampler], Pass], tolerance: float
+    measured: dict[VLMWay, VLMTimings], passes: dict[tuple[Batching, Sampler], Pass], tolerance: float
 ) -> None:
     """Of the ways whose passes have the same conversations; samplers may fill up with some more."""
     losses: dict[str, float] = {}
@@ -283,7 +283,7 @@ def _check_equal_losses(
 
 
 def _rows(
-    measured: dict[Way, Measured], passes: dict[tuple[Batching, Sampler], Pass], device: torch.device
+    measured: dict[VLMWay, VLMTimings], passes: dict[tuple[Batching, Sampler], Pass], device: torch.device
 ) -> list[dict[str, Any]]:
     seconds_per_token = {
         way.name: (found.cost(), passes[way.batching, way.sampler].tokens)

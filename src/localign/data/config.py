@@ -9,7 +9,7 @@ from localign.data.loader import BadImages, Batch, EvalLoader, TrainLoader
 from localign.data.mixing import Mixing
 from localign.data.sources import ImageSource, open_source
 from localign.data.transforms import Decode, EvalTransform, TrainCrop, TrainTransform
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
 
@@ -124,7 +124,7 @@ class ImageData:
         self.mixing = Mixing(config.mixup, config.cutmix) if mixes else None
 
     @property
-    def inseparable(self) -> int:
+    def micro_batch_multiple(self) -> int:
         """Neighbours in the stream that a forward pass must hold together: pairs that are mixed."""
         return 1 if self.mixing is None else 2
 
@@ -136,7 +136,7 @@ class ImageData:
         """Refuse to go on where more than the allowed share of the training images is unreadable."""
         BadImages(len(self.source), self.config.max_bad_share).add(tuple(images.items()))
 
-    def val_batches(self, world: World, batch: int) -> Iterator[Batch]:
+    def val_batches(self, context: DistributedContext, batch: int) -> Iterator[Batch]:
         """This rank's part of the validation images, in order; empty without any."""
         if self.val_source is None:
             return iter(())
@@ -146,8 +146,8 @@ class ImageData:
                 self.val_transform,
                 batch=batch,
                 limit=self.config.val_images,
-                rank=world.rank,
-                world_size=world.size,
+                rank=context.rank,
+                world_size=context.size,
                 max_bad_share=self.config.max_bad_share,
             )
         )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from localign import rng
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 
 GROUND = "ground"
 SPLITS = ("pretrain", "train", "val", "test")
@@ -88,7 +88,7 @@ class SceneConfig:
             values = getattr(self, name)
             unknown = [v for v in values if v not in known]
             if unknown:
-                raise UserError(f"scenes know no {name[:-1]} {unknown[0]!r}{near(unknown[0], known)}")
+                raise UserError(f"scenes know no {name[:-1]} {unknown[0]!r}{did_you_mean(unknown[0], known)}")
             if not values or len(set(values)) != len(values):
                 raise UserError(f"scene {name} must be named, each once: {list(values)}")
         if not 1 <= self.min_objects <= self.max_objects <= len(self.shapes) * len(self.colors):

@@ -23,7 +23,7 @@ from torchvision.transforms import functional as F
 
 from localign import rng
 from localign.data.decoding import UndecodedJpeg
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 
 TrainCrop = Literal["published", "rrc", "none"]
 Decode = Literal["scaled", "full"]
@@ -179,7 +179,7 @@ def _rows_columns(size: Size) -> tuple[int, int]:
 
 def _check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}{near(value, known)}")
+        raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}{did_you_mean(value, known)}")
 
 
 def _train_crop(crop: TrainCrop, size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:

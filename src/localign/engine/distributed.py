@@ -28,7 +28,7 @@ _LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|[Tt]imed out|Socke
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """This process among all of the run."""
 
     rank: int
@@ -50,7 +50,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of a tensor over ranks; the input is not changed."""
         if self.size == 1:
             return values
@@ -58,7 +58,7 @@ class World:
         dist.all_reduce(total)
         return total
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Small Python objects of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
@@ -66,27 +66,27 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        return any(self.gather(flag))
+        return any(self.all_gather_object(flag))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """What one rank cannot do inside (UserError, RunFailure), all have failed to do: none waits for it."""
         problem: UserError | RunFailure | None = None
         try:
             yield
         except (UserError, RunFailure) as error:
             problem = error
-        found = self.gather(problem)
+        found = self.all_gather_object(problem)
         if problem is not None:
             raise problem
         for other in found:
             if other is not None:
-                other.told = True  # by the rank that it happened to
+                other.already_reported = True  # by the rank that it happened to
                 raise other
 
-    def replicate(self, module: nn.Module, bucket_mb: float | None = None) -> nn.Module:
+    def wrap_ddp(self, module: nn.Module, bucket_mb: float | None = None) -> nn.Module:
         """The module with gradients averaged over ranks, so many MiB of them at a time."""
         if self.size == 1:
             return module
@@ -170,7 +170,9 @@ def _rank() -> int:
 
 
 @contextmanager
-def world(device: str = "auto", sharded: bool = False, timeout: float = TIMEOUT) -> Iterator[World]:
+def distributed_context(
+    device: str = "auto", sharded: bool = False, timeout: float = TIMEOUT
+) -> Iterator[DistributedContext]:
     """The process group of a ``torchrun`` launch, or a world of one. gloo on CPU, nccl on CUDA.
 
     Args:
@@ -193,7 +195,7 @@ def world(device: str = "auto", sharded: bool = False, timeout: float = TIMEOUT)
         alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
     try:
-        yield World(rank, size, local_rank, chosen, local_size, timeout)
+        yield DistributedContext(rank, size, local_rank, chosen, local_size, timeout)
     except RuntimeError as error:
         # gloo has no error class of its own; nccl's watchdog ends the process by itself.
         if size == 1 or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):

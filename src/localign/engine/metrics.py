@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 
 
 class Totals:
@@ -31,9 +31,9 @@ class Totals:
         """Add what this rank's micro-batch holds, whatever comes of its step."""
         self._counts.update(counts)
 
-    def rates(self, here: World, seconds: float) -> dict[str, float]:
+    def rates(self, context: DistributedContext, seconds: float) -> dict[str, float]:
         """What was counted, over all ranks, per second."""
-        total: Counter[str] = sum(here.gather(self._counts), Counter())
+        total: Counter[str] = sum(context.all_gather_object(self._counts), Counter())
         return {f"{name}_per_second": count / seconds for name, count in sorted(total.items())}
 
     def add(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -49,13 +49,13 @@ class Totals:
         self._loss += sums
         self._grad_norm += grad_norm
 
-    def means(self, here: World) -> dict[str, Any]:
+    def means(self, context: DistributedContext) -> dict[str, Any]:
         """Means over steps, ranks and micro-batches."""
         values: dict[str, Any] = {}
         if self._grad_steps:
             values["loss"] = float(self._loss[0] / self._loss[1].clamp(min=1))
             values["grad_norm"] = float(self._grad_norm / self._grad_steps)
         for name, pair in sorted(self._metrics.items()):
-            total, count = here.sum(pair).tolist()
+            total, count = context.all_reduce(pair).tolist()
             values[name] = total / count if count else None
         return values

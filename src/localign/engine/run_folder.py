@@ -38,7 +38,7 @@ class Outcome:
     """Whether this process is the one that writes files and speaks."""
 
 
-def plain(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as YAML-able values."""
     values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
     return json.loads(json.dumps(values, default=str))
@@ -70,7 +70,7 @@ def _git_commit() -> str | None:
 
 def save_config(folder: Path, command: str, config: Any) -> None:
     """Write the resolved config with versions and seed."""
-    content = {"command": command, "config": plain(config), "versions": provenance()}
+    content = {"command": command, "config": to_dict(config), "versions": provenance()}
     replace_text(folder / CONFIG_FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
@@ -105,7 +105,7 @@ def check_same_config(folder: Path, command: str, config: Any) -> None:
         raise UserError(
             f"{folder} is a run of `localign {saved.get('command')}`, not of `localign {command}`"
         )
-    old, new = {**_defaults(config), **saved["config"]}, plain(config)
+    old, new = {**_defaults(config), **saved["config"]}, to_dict(config)
     changed = [f for f in sorted({*old, *new}) if f not in RESUMABLE and old.get(f) != new.get(f)]
     changed = [f for f in changed if f not in PLACES or not _moved(old.get(f), new.get(f))]
     if changed:
@@ -117,7 +117,7 @@ def _defaults(config: Any) -> dict[str, Any]:
     """The options that need not be given, with what they are then."""
     given = {f.name: f.default for f in fields(config) if f.default is not MISSING}
     made = {f.name: f.default_factory() for f in fields(config) if f.default_factory is not MISSING}
-    return plain({**given, **made})
+    return to_dict({**given, **made})
 
 
 def _moved(old: Any, new: Any) -> bool:
@@ -179,7 +179,7 @@ def training_facts(command: str, config: TrainConfig, steps: int, seconds: float
     images = steps * config.batch_size
     return {
         "command": command,
-        "config": plain(config),
+        "config": to_dict(config),
         "versions": provenance(),
         "steps": steps,
         "images": images,
@@ -304,5 +304,5 @@ def open_log(
     if config.tensorboard:
         sinks.append(TensorBoard(folder, resumed_at))
     if config.wandb:
-        sinks.append(WandB(folder, config.wandb, plain(config)))
+        sinks.append(WandB(folder, config.wandb, to_dict(config)))
     return Log(sinks), bar

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from localign.engine.config import TrainConfig
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.engine.task import Task
 
 
@@ -32,11 +32,11 @@ def shard(
 
     Args:
         module: What is trained of it is the master copy, so float32. The same weights on every rank, or on the
-            meta device, to be filled by :func:`fill_from_main`.
+            meta device, to be filled by :func:`broadcast_from_rank0`.
         units: Submodules that are gathered for their computation, and let go after it, one at a time; inner ones
             before outer ones. What is in none of them is gathered for the whole step.
         unsharded: Frozen submodules that every rank keeps whole; they are left where they are.
-        mesh: Of :meth:`~localign.engine.distributed.World.mesh`.
+        mesh: Of :meth:`~localign.engine.distributed.DistributedContext.mesh`.
         compute_dtype: What units compute in; None for the parameters' own.
         reduce_dtype: What gradients are summed over ranks in.
         reshard_after_forward: Whether units are let go between forward and backward pass.
@@ -65,7 +65,7 @@ def shard_task(
     mesh: DeviceMesh,
     in_bf16: bool,
     config: TrainConfig,
-    here: World,
+    context: DistributedContext,
 ) -> None:
     """Shard a task's module, and its average, as the task says.
 
@@ -75,10 +75,10 @@ def shard_task(
         mesh: As of :func:`shard`.
         in_bf16: Whether units compute in bfloat16.
         config: Says in what precision gradients are summed, and how long what is gathered is kept.
-        here: All ranks of the mesh.
+        context: All ranks of the mesh.
     """
     for module in modules:
-        empty = {name for names in here.gather(_on_meta(module)) for name in names}
+        empty = {name for names in context.all_gather_object(_on_meta(module)) for name in names}
         whole = {name: t.detach() for (name, *_), t in _tensors(module) if name in empty}
         shard(
             module,
@@ -89,7 +89,7 @@ def shard_task(
             reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bf16" else torch.float32,
             reshard_after_forward=config.reshard_after_forward,
         )
-        fill_from_main(module, whole, here)
+        broadcast_from_rank0(module, whole, context)
 
 
 def _on_meta(module: nn.Module) -> list[str]:
@@ -97,7 +97,7 @@ def _on_meta(module: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def fill_from_main(module: nn.Module, whole: Mapping[str, Tensor], here: World) -> None:
+def broadcast_from_rank0(module: nn.Module, whole: Mapping[str, Tensor], context: DistributedContext) -> None:
     """Give ranks what they hold on the meta device: each takes its share of what the main rank has, in place.
 
     One tensor at a time is whole on the device. So one rank alone reads weights, and has them in main memory.
@@ -106,21 +106,21 @@ def fill_from_main(module: nn.Module, whole: Mapping[str, Tensor], here: World) 
         module: Sharded, the same on every rank but for the values.
         whole: By first name, what :func:`shard` was given: values on the main rank, perhaps none on others. All
             ranks name the same.
-        here: All ranks of the module's mesh.
+        context: All ranks of the module's mesh.
     """
     for names, tensor in _tensors(module):
         if names[0] not in whole:
             continue
         source = whole[names[0]]
-        if here.is_main:
-            full = source.to(here.device).contiguous()
+        if context.is_main:
+            full = source.to(context.device).contiguous()
         else:
-            full = torch.empty(source.shape, dtype=source.dtype, device=here.device)
+            full = torch.empty(source.shape, dtype=source.dtype, device=context.device)
         if full.numel():
             dist.broadcast(full.reshape(-1).view(torch.uint8), src=0)  # not every backend knows every dtype
         if not tensor.is_meta:
             continue
-        filled = torch.empty_like(tensor, device=here.device)
+        filled = torch.empty_like(tensor, device=context.device)
         if isinstance(filled, DTensor):
             mine = distribute_tensor(full, filled.device_mesh, filled.placements, src_data_rank=None)
             filled.to_local().copy_(mine.to_local())
@@ -153,7 +153,7 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def hollow_copy(module: nn.Module) -> nn.Module:
+def meta_copy(module: nn.Module) -> nn.Module:
     """A copy whose parameters and saved buffers take no memory (meta device), to be filled once at the end.
 
     Args:
@@ -167,11 +167,11 @@ def hollow_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, hollow)  # what the memo knows is not copied but replaced
 
 
-def fill_whole(hollow: nn.Module | None, module: nn.Module) -> nn.Module | None:
+def gather_full(hollow: nn.Module | None, module: nn.Module) -> nn.Module | None:
     """Gather a sharded module's weights in the hollow copy, on the CPU: one tensor at a time, on the main rank.
 
     Args:
-        hollow: Of :func:`hollow_copy`; None on the other ranks, which take part in the gathering all the same.
+        hollow: Of :func:`meta_copy`; None on the other ranks, which take part in the gathering all the same.
         module: Sharded.
 
     Returns:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from localign.engine.config import TrainConfig
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.errors import UserError
 
 
@@ -33,12 +33,14 @@ class BatchPlan:
     pin_memory: bool
 
 
-def batch_plan(config: TrainConfig, here: World, micro_batch: int, start: int, end: int) -> BatchPlan:
+def batch_plan(
+    config: TrainConfig, context: DistributedContext, micro_batch: int, start: int, end: int
+) -> BatchPlan:
     """A rank's plan.
 
     Args:
         config: Of the run.
-        here: The rank.
+        context: The rank.
         micro_batch: Samples per forward pass.
         start, end: The first step, and one past the last.
     """
@@ -46,12 +48,12 @@ def batch_plan(config: TrainConfig, here: World, micro_batch: int, start: int, e
         seed=config.seed,
         global_batch=config.batch_size,
         micro_batch=micro_batch,
-        rank=here.rank,
-        world_size=here.size,
+        rank=context.rank,
+        world_size=context.size,
         workers=config.workers,
         start_step=start,
         end_step=end,
-        pin_memory=here.device.type == "cuda",
+        pin_memory=context.device.type == "cuda",
     )
 
 
@@ -105,11 +107,11 @@ class Task(ABC):
         """
 
     @property
-    def inseparable(self) -> int:
+    def micro_batch_multiple(self) -> int:
         """Neighbours in the stream that go through one forward pass together: micro-batches hold a multiple."""
         return 1
 
-    def largest(self, samples: int) -> Any:
+    def worst_case_batch(self, samples: int) -> Any:
         """A micro-batch that needs as much memory as any of so many samples; reading it changes nothing."""
         return next(iter(self.batches(BatchPlan(self.seed, samples, samples, 0, 1, 0, 0, 1, False))))
 
@@ -136,10 +138,10 @@ class Task(ABC):
         self.device = device
         self.module.to(device)
 
-    def start(self, world: World, plan: BatchPlan) -> None:
+    def on_train_start(self, context: DistributedContext, plan: BatchPlan) -> None:
         """Prepare a fresh run (not a continued one) before step 0, the same on every rank."""
 
-    def validate(self, module: nn.Module, world: World) -> dict[str, float]:
+    def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
         """Metrics on held-out data, the same on every rank; ``val_loss`` decides which checkpoint is best.
 
         In a sharded run every rank calls the module equally often, or they wait for one another.

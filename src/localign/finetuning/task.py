@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localign import rng
-from localign.api import CPU_BATCH, PUBLISHED_BATCH, load
-from localign.backbones import Backbone
+from localign.alignment.setup import CPU_BATCH, PUBLISHED_BATCH
+from localign.backbones import Backbone, open_backbone
 from localign.backbones.export import content_hash
 from localign.data.classification import ImageLabels, SpreadSource, check_same_classes, labels_of
 from localign.data.config import ImageData, written_decode
 from localign.data.loader import Batch
 from localign.data.mixing import mix_labels
 from localign.engine import BatchPlan, Outcome, StepResult, Task, train
-from localign.engine.distributed import World, choose_device
+from localign.engine.distributed import DistributedContext, choose_device
 from localign.errors import UserError
 from localign.finetuning.config import LABEL_SMOOTHING, FinetuneConfig
 from localign.finetuning.model import ImageClassifier, export_classifier
@@ -127,8 +127,8 @@ class FinetuneTask(Task):
         }
 
     @property
-    def inseparable(self) -> int:
-        return self.data.inseparable
+    def micro_batch_multiple(self) -> int:
+        return self.data.micro_batch_multiple
 
     def batches(self, plan: BatchPlan) -> Iterator[Batch]:
         return self.data.train_batches(plan)
@@ -150,7 +150,7 @@ class FinetuneTask(Task):
         total, count = classification_loss(model(images), targets, self.labels.multi_label, self.smoothing)
         return StepResult(total, count)
 
-    def validate(self, module: nn.Module, world: World) -> dict[str, float]:
+    def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
         """Loss without smoothing, and how much is recognised.
 
         Returns:
@@ -164,12 +164,12 @@ class FinetuneTask(Task):
         multi = labels.multi_label
         loss = torch.zeros(2, device=self.device)
         counts = torch.zeros(2, len(labels.classes) if multi else 2, device=self.device)
-        for batch in self.data.val_batches(world, self.micro_batch or min(64, self.config.batch_size)):
+        for batch in self.data.val_batches(context, self.micro_batch or min(64, self.config.batch_size)):
             targets = labels.targets(self.val_indices[batch.indices]).to(self.device)
             logits = module(self.model.backbone.normalise(batch.images.to(self.device)))
             loss += torch.stack(classification_loss(logits, targets, multi)).to(loss)
             counts += recognised(logits, targets) if multi else ranked(logits, targets)
-        loss, (hits, of) = world.sum(loss), world.sum(counts)
+        loss, (hits, of) = context.all_reduce(loss), context.all_reduce(counts)
         metrics = {"val_loss": float(loss[0] / loss[1].clamp(min=1))}
         shares = hits / of.clamp(min=1)
         if multi:
@@ -197,7 +197,7 @@ class FinetuneTask(Task):
 
 
 def _starting_backbone(config: FinetuneConfig) -> Backbone:
-    backbone = load(
+    return open_backbone(
         config.backbone,
         attention=config.attention,
         weights=config.weights,
@@ -205,8 +205,6 @@ def _starting_backbone(config: FinetuneConfig) -> Backbone:
         model_kwargs=config.model_kwargs,
         seed=config.seed,
     )
-    assert isinstance(backbone, Backbone)
-    return backbone
 
 
 def classification_loss(

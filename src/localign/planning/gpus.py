@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -48,5 +48,5 @@ def gpu(name: str) -> GPU:
     """
     known = {n.lower(): n for n in GPUS}
     if name.lower() not in known:
-        raise UserError(f"unknown GPU {name!r}; known: {', '.join(GPUS)}{near(name.upper(), GPUS)}")
+        raise UserError(f"unknown GPU {name!r}; known: {', '.join(GPUS)}{did_you_mean(name.upper(), GPUS)}")
     return GPUS[known[name.lower()]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from localign.api import PUBLISHED_BATCH
+from localign.alignment.setup import PUBLISHED_BATCH
 from localign.engine.config import batch_shares, computes_in_bf16, total_steps
 from localign.errors import UserError
 from localign.planning.config import PlanConfig
@@ -18,7 +18,7 @@ OCCUPIED = 0.9
 
 
 @dataclass(frozen=True)
-class Plan:
+class AlignmentPlan:
     """What an alignment takes."""
 
     parameters: dict[str, int]
@@ -46,7 +46,7 @@ class Plan:
     gpu_hours: float
 
 
-def make_plan(config: PlanConfig) -> Plan:
+def make_plan(config: PlanConfig) -> AlignmentPlan:
     """Count a step of the run and say what all of it takes.
 
     Raises:
@@ -67,7 +67,7 @@ def make_plan(config: PlanConfig) -> Plan:
     hours = steps * config.batch_size / rate / 3600
     divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
     fitting = [n for n in divisors if memory.of(n) <= OCCUPIED * card.gib * GIB]
-    return Plan(
+    return AlignmentPlan(
         parameters=counted.parameters(),
         trained=counted.trained,
         flops=flops,
@@ -84,13 +84,13 @@ def make_plan(config: PlanConfig) -> Plan:
     )
 
 
-def as_facts(plan: Plan) -> dict[str, Any]:
+def as_facts(plan: AlignmentPlan) -> dict[str, Any]:
     """The plan as JSON holds it, with the memory of a step by the images of its micro-batches."""
     by_size = {str(n): plan.memory.of(n) for n in micro_batches(plan)}
     return {**asdict(plan), "bytes_by_micro_batch": by_size}
 
 
-def micro_batches(plan: Plan) -> list[int]:
+def micro_batches(plan: AlignmentPlan) -> list[int]:
     """Powers of two up to a rank's share, and that."""
     powers = [2**n for n in range(plan.images_per_rank.bit_length()) if 2**n < plan.images_per_rank]
     return [*powers, plan.images_per_rank][-8:]

@@ -13,10 +13,10 @@ from localign.engine import run_folder
 from localign.files import replace_text
 from localign.planning.config import PlanConfig
 from localign.planning.gpus import gpu
-from localign.planning.plan import GIB, OCCUPIED, Plan, as_facts, make_plan, micro_batches
+from localign.planning.plan import GIB, OCCUPIED, AlignmentPlan, as_facts, make_plan, micro_batches
 
 
-def run_plan(config: PlanConfig) -> Plan:
+def run_plan(config: PlanConfig) -> AlignmentPlan:
     """Plan, show and, where a file is given, write.
 
     Raises:
@@ -27,7 +27,11 @@ def run_plan(config: PlanConfig) -> Plan:
     for table in (_run_table(plan, config), _memory_table(plan, config)):
         console.print(table)
     if config.save is not None:
-        content = {"command": "plan", "config": run_folder.plain(config), "versions": run_folder.provenance()}
+        content = {
+            "command": "plan",
+            "config": run_folder.to_dict(config),
+            "versions": run_folder.provenance(),
+        }
         path = Path(config.save)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps({**content, **as_facts(plan)}, indent=1) + "\n")
@@ -35,7 +39,7 @@ def run_plan(config: PlanConfig) -> Plan:
     return plan
 
 
-def _run_table(plan: Plan, config: PlanConfig) -> Table:
+def _run_table(plan: AlignmentPlan, config: PlanConfig) -> Table:
     table = Table(
         title=f"{config.backbone}, {config.objective}: {config.gpus} x {config.gpu}", show_header=False
     )
@@ -61,7 +65,7 @@ def _run_table(plan: Plan, config: PlanConfig) -> Table:
     return table
 
 
-def _memory_table(plan: Plan, config: PlanConfig) -> Table:
+def _memory_table(plan: AlignmentPlan, config: PlanConfig) -> Table:
     room = gpu(config.gpu).gib
     memory = plan.memory
     table = Table(title=f"GiB on a {config.gpu} of {room:g} GiB, by images in a micro-batch")

@@ -35,7 +35,7 @@ _RANKS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class VLMPlan:
     """The size of a run."""
 
     parameters: dict[str, int]
@@ -54,7 +54,7 @@ class Plan:
     """How many of them are warm-up."""
 
 
-def plan_vlm(config: VLMConfig) -> tuple[LocalignVLM, Plan]:
+def plan_vlm(config: VLMConfig) -> tuple[LocalignVLM, VLMPlan]:
     """The model of a run on the meta device, and its size.
 
     Args:
@@ -92,7 +92,7 @@ def plan_vlm(config: VLMConfig) -> tuple[LocalignVLM, Plan]:
         counted = with_warmup_steps(config, records)
         steps, warmup = total_steps(counted, records), counted.warmup_steps
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    return model, Plan(counts, trainable, tower.num_tokens, taken, records, steps, warmup)
+    return model, VLMPlan(counts, trainable, tower.num_tokens, taken, records, steps, warmup)
 
 
 def _model_config(llm: PretrainedConfig, tower: VisionTower, adapter: Adapter) -> LocalignVLMConfig:

@@ -76,7 +76,7 @@ class DiskFeatures:
     """
 
     def __init__(self, folder: Path, extraction: Extraction, shard_images: int) -> None:
-        self.extraction, self.world, self.shard_images = extraction, extraction.world, shard_images
+        self.extraction, self.context, self.shard_images = extraction, extraction.context, shard_images
         self.classes, self.codes = extraction.classes, extraction.codes
         shards = range(-(-len(self) // shard_images))
         self._shards = [_read_shard(_shard_path(folder, shard)) for shard in shards]
@@ -86,15 +86,15 @@ class DiskFeatures:
 
     def own(self) -> Rows:
         """A consecutive part."""
-        return part(len(self), self.world)
+        return part(len(self), self.context)
 
     def share(self, rows: Rows) -> Rows:
         """A consecutive part. Raises UserError where the batch does not divide."""
-        return equal_share(rows, self.world)
+        return equal_share(rows, self.context)
 
     def batches(self, rows: Sequence[Rows]) -> Iterator[Batch]:
         """Copies of the rows, the next batch read while one is in use."""
-        device = self.world.device
+        device = self.context.device
         for tokens, labels in _one_ahead(self._gather, rows):
             yield tokens.to(device), labels.unpack(device)
 
@@ -124,20 +124,20 @@ def extract_to_disk(extraction: Extraction, folder: Path, *, replace: bool, told
         UserError: the folder holds something else or a damaged shard, or the disk is too full.
         RunFailure: features that are not finite.
     """
-    world = extraction.world
+    context = extraction.context
     refusal, held = None, None
-    if world.is_main:
+    if context.is_main:
         try:
             held = _prepare(extraction, folder, replace)
         except UserError as error:
             refusal = str(error)
-    if refusal := world.gather(refusal)[0]:  # every rank must know, or the others would wait
+    if refusal := context.all_gather_object(refusal)[0]:  # every rank must know, or the others would wait
         raise UserError(refusal)
     shard_images = int(_read_header(folder)["shard_images"])
     missing = _missing(folder, len(extraction.source), shard_images)
-    world.barrier()  # so that no rank counts what another has just written
-    _write_shards(extraction, folder, missing[world.rank :: world.size], shard_images, told)
-    world.barrier()
+    context.barrier()  # so that no rank counts what another has just written
+    _write_shards(extraction, folder, missing[context.rank :: context.size], shard_images, told)
+    context.barrier()
     if held is not None:
         held.close()
     return DiskFeatures(folder, extraction, shard_images)

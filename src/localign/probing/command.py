@@ -14,11 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from localign.api import load
-from localign.backbones import Backbone
+from localign.backbones import Backbone, open_backbone
 from localign.engine import run_folder
 from localign.engine.config import Precision
-from localign.engine.distributed import World, world
+from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.log import Bar, Stopwatch, say
 from localign.errors import UserError
 from localign.pictures import save_predictions
@@ -168,17 +167,15 @@ def load_backbones(config: ProbeCommandConfig) -> dict[str, Backbone]:
         raise UserError(f"{next(iter(named.values()))} is an exported backbone; --{option} is for names")
     loaded = {}
     for name, source in named.items():
-        backbone = load(source, **({} if Path(source).is_dir() else options))
-        assert isinstance(backbone, Backbone)
-        loaded[name] = backbone
+        loaded[name] = open_backbone(source, **({} if Path(source).is_dir() else options))
     return loaded
 
 
 def run_probe(config: ProbeCommandConfig) -> None:
     """Probe every backbone; write results, pictures, tables, figures and the report."""
-    with world(config.device) as here:
-        probed = _probe_all(config, here)
-    if not here.is_main:
+    with distributed_context(config.device) as context:
+        probed = _probe_all(config, context)
+    if not context.is_main:
         return
     Console().print(recall_table(probed))
     folder = Path(config.out)
@@ -187,7 +184,7 @@ def run_probe(config: ProbeCommandConfig) -> None:
     print(f"report     {build_report(folder)}")
 
 
-def _probe_all(config: ProbeCommandConfig, here: World) -> dict[str, Any]:
+def _probe_all(config: ProbeCommandConfig, context: DistributedContext) -> dict[str, Any]:
     """The content of ``results.json``, which is written with ``pictures.npz`` beside it."""
     clock = Stopwatch()
     probe_config = config.probe_config()
@@ -203,15 +200,15 @@ def _probe_all(config: ProbeCommandConfig, here: World) -> dict[str, Any]:
     probed: dict[str, list[Probed]] = {}
     timings = {"data": clock.elapsed}
     for name, backbone in backbones.items():
-        if here.is_main:
+        if context.is_main:
             say(f"probing {name}")
         before = clock.elapsed
         probed[name] = probe_with_bar(
-            backbone.to(here.device),
+            backbone.to(context.device),
             train,
             {SOURCE: test},
             probe_config,
-            here,
+            context,
             cache_folder=cache / _file_name(name),
             replace_cache=config.cache_dir is None,
         )
@@ -236,7 +233,7 @@ def _probe_all(config: ProbeCommandConfig, here: World) -> dict[str, Any]:
         for entry in differences(c.after, probed[c.after], c.before, probed[c.before])
     ]
     content["notes"] = _notes(config, first)
-    if here.is_main:
+    if context.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         run_folder.save_config(folder, "probe", config)
         save_predictions(folder, backbones, probed, test)
@@ -323,13 +320,13 @@ def probe_with_bar(
     train: LabelledSource,
     sources: dict[str, LabelledSource],
     config: ProbeConfig,
-    here: World,
+    context: DistributedContext,
     **options: Any,
 ) -> list[Probed]:
     """:func:`localign.probing.probe_heads` with a progress bar on the main rank's terminal."""
     with progress_bars() as progress:
-        shown = progress if here.is_main else None
-        return probe_heads(backbone, train, sources, config, world=here, progress=shown, **options)
+        shown = progress if context.is_main else None
+        return probe_heads(backbone, train, sources, config, context=context, progress=shown, **options)
 
 
 @contextmanager

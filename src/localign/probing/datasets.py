@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
-from localign.data.drawn import DrawnScenes
+from localign.data.cached_scenes import CachedScenes
 from localign.data.sources import UnreadableImage
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 from localign.probing.classes import ade20k, class_table, coco_stuff
 from localign.probing.segmentation import MAP_SUFFIX, AttributeLabels, FolderSegmentation, LabelledSource
 
@@ -68,7 +68,7 @@ def open_labelled(
 
 def labelled_scenes(split: Split, length: int) -> AttributeLabels:
     """Scenes with attribute labels: each shape, each colour, ground."""
-    drawn = DrawnScenes(split=split, length=length)
+    drawn = CachedScenes(split=split, length=length)
     return AttributeLabels(drawn, drawn.config.attributes, drawn.config.attribute_table())
 
 
@@ -80,7 +80,7 @@ def _layout_and_root(data: str) -> tuple[str, Path]:
     root = Path(path if named else data).expanduser()
     if not root.is_dir():
         problem = f"{root} is a file" if root.exists() else f"there is no folder {root}"
-        raise UserError(f"{problem}; labelled data are scenes or a folder{near(data, ['scenes'])}")
+        raise UserError(f"{problem}; labelled data are scenes or a folder{did_you_mean(data, ['scenes'])}")
     return (layout if named else _recognised(root)), root
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.errors import RunFailure, UserError
 from localign.probing.heads import Geometry
 from localign.probing.labels import PatchLabels, reduce_labels
@@ -166,7 +166,7 @@ class Extraction:
     """Images per forward pass."""
     workers: int
     """Loader processes."""
-    world: World
+    context: DistributedContext
 
     @property
     def classes(self) -> int:
@@ -204,7 +204,7 @@ class Extraction:
         Raises:
             UserError: what the source raises.
         """
-        device, table = self.world.device, self.table
+        device, table = self.context.device, self.table
         for images, maps in labelled_batches(
             Picked(self.source, rows), self.backbone.image_size, batch, self.workers
         ):
@@ -237,28 +237,28 @@ def frozen(backbone: Backbone) -> Iterator[None]:
         backbone.train(was_training)
 
 
-def part(count: int, world: World) -> Rows:
+def part(count: int, context: DistributedContext) -> Rows:
     """A rank's consecutive part of ``count`` images; the parts differ by one image at most."""
-    begin, end = world.rank * count // world.size, (world.rank + 1) * count // world.size
+    begin, end = context.rank * count // context.size, (context.rank + 1) * count // context.size
     return np.arange(begin, end, dtype=np.int64)
 
 
-def equal_share(rows: Rows, world: World) -> Rows:
+def equal_share(rows: Rows, context: DistributedContext) -> Rows:
     """A rank's consecutive part of a batch.
 
     Raises:
         UserError: the batch does not divide.
     """
-    if len(rows) % world.size:
-        raise UserError(f"a batch of {len(rows)} does not divide into {world.size} processes")
-    return rows.reshape(world.size, -1)[world.rank]
+    if len(rows) % context.size:
+        raise UserError(f"a batch of {len(rows)} does not divide into {context.size} processes")
+    return rows.reshape(context.size, -1)[context.rank]
 
 
 class LiveFeatures:
     """Nothing is stored: images are loaded and run through the backbone batch by batch."""
 
     def __init__(self, extraction: Extraction) -> None:
-        self.extraction, self.world = extraction, extraction.world
+        self.extraction, self.context = extraction, extraction.context
         self.classes, self.codes = extraction.classes, extraction.codes
 
     def __len__(self) -> int:
@@ -266,11 +266,11 @@ class LiveFeatures:
 
     def own(self) -> Rows:
         """A consecutive part."""
-        return part(len(self), self.world)
+        return part(len(self), self.context)
 
     def share(self, rows: Rows) -> Rows:
         """A consecutive part. Raises UserError where the batch does not divide."""
-        return equal_share(rows, self.world)
+        return equal_share(rows, self.context)
 
     def batches(self, rows: Sequence[Rows]) -> Iterator[Batch]:
         """Loads and runs them; all entries but the last are of one length, as one loader serves them."""
@@ -321,18 +321,18 @@ class MemoryFeatures:
             yield self.features[index].to(self.device), self.labels[index].unpack(self.device)
 
 
-def memory_place(total_bytes: int, world: World) -> torch.device | None:
+def memory_place(total_bytes: int, context: DistributedContext) -> torch.device | None:
     """Where features are kept that need so many bytes over all ranks: the GPUs, the RAM, or (None) neither.
 
     Half of what is free may be taken, as every rank finds it.
     """
-    device = world.device
+    device = context.device
     gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     fits_gpu, fits_ram = (
-        total_bytes / world.size <= MEMORY_SHARE * gpu,
+        total_bytes / context.size <= MEMORY_SHARE * gpu,
         total_bytes <= MEMORY_SHARE * free_ram(),
     )
-    views = world.gather((fits_gpu, fits_ram))
+    views = context.all_gather_object((fits_gpu, fits_ram))
     if all(on_gpu for on_gpu, _ in views):
         return device
     return torch.device("cpu") if all(in_ram for _, in_ram in views) else None
@@ -355,7 +355,7 @@ def extract_to_memory(extraction: Extraction, place: torch.device, told: Told) -
         place: Where features are kept.
         told: Is told how many images this rank has done, of how many.
     """
-    rows = part(len(extraction.source), extraction.world)
+    rows = part(len(extraction.source), extraction.context)
     store = torch.empty(len(rows), *extraction.token_shape, dtype=extraction.dtype, device=place)
     targets: list[PackedLabels] = []
     done = 0
@@ -365,4 +365,4 @@ def extract_to_memory(extraction: Extraction, place: torch.device, told: Told) -
         done += len(tokens)
         told(done, len(rows))
     labels = PackedLabels.cat(targets).to(place)
-    return MemoryFeatures(store, labels, extraction.world.device, len(extraction.source), int(rows[0]))
+    return MemoryFeatures(store, labels, extraction.context.device, len(extraction.source), int(rows[0]))

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 
 TASKS = ("local", "global", "majority")
 INTERVENTIONS = ("none", "cls-only", "anonymous")
@@ -231,5 +231,7 @@ def build_head(
         ("intervention", intervention, INTERVENTIONS),
     ):
         if value not in known:
-            raise UserError(f"unknown {kind} {value!r}; known: {', '.join(known)}{near(value, known)}")
+            raise UserError(
+                f"unknown {kind} {value!r}; known: {', '.join(known)}{did_you_mean(value, known)}"
+            )
     return HEADS[name](backbone_geometry, classes, task, intervention)

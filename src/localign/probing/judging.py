@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.probing.features import Features
 from localign.probing.labels import PatchLabels
 from localign.probing.metrics import MajorityCounts, MultiLabelCounts
@@ -19,7 +19,7 @@ from localign.statistics.bootstrap import interval, macro_recalls
 
 
 @dataclass
-class Judgement:
+class HeadCounts:
     """What a head's predictions on a source came to."""
 
     figures: dict[str, Any]
@@ -31,7 +31,7 @@ class Judgement:
 
 
 @dataclass
-class Verdict:
+class HeadMetrics:
     """A head's figures on a source, and how they scatter."""
 
     figures: dict[str, Any]
@@ -45,11 +45,11 @@ def judge_heads(
     heads: Mapping[Member, nn.Module],
     features: Features,
     config: ProbeConfig,
-    world: World,
+    context: DistributedContext,
     progress: Progress | None = None,
-) -> dict[Member, Judgement]:
+) -> dict[Member, HeadCounts]:
     """Every head's predictions against the targets, over all ranks' images."""
-    device, images = world.device, len(features)
+    device, images = context.device, len(features)
     counts: dict[Member, MajorityCounts | MultiLabelCounts] = {}
     for member in heads:
         majority = member[1].task == "majority"
@@ -75,12 +75,14 @@ def judge_heads(
         done += len(wanted)
         if progress is not None:
             progress("evaluation", done, len(features.own()))
-    summed = {task: world.sum(p) for task, p in positives.items()}
+    summed = {task: context.all_reduce(p) for task, p in positives.items()}
     judgements = {}
     for member, count in counts.items():
         for value in count.state().values():
-            value.copy_(world.sum(value))
-        judgements[member] = Judgement(count.compute(), world.sum(hits[member]), summed[member[1].task])
+            value.copy_(context.all_reduce(value))
+        judgements[member] = HeadCounts(
+            count.compute(), context.all_reduce(hits[member]), summed[member[1].task]
+        )
     return judgements
 
 
@@ -98,33 +100,33 @@ def _count(
 class BestEpochs:
     """Each head's best epoch by macro recall on one source; of equal ones, the first."""
 
-    def __init__(self, features: Features, config: ProbeConfig, world: World) -> None:
-        self.features, self.config, self.world = features, config, world
-        self.kept: dict[Member, tuple[Judgement, dict[str, Tensor]]] = {}
+    def __init__(self, features: Features, config: ProbeConfig, context: DistributedContext) -> None:
+        self.features, self.config, self.context = features, config, context
+        self.kept: dict[Member, tuple[HeadCounts, dict[str, Tensor]]] = {}
 
     def __call__(self, epoch: int, heads: Mapping[Member, nn.Module]) -> None:
-        for member, judgement in judge_heads(heads, self.features, self.config, self.world).items():
+        for member, judgement in judge_heads(heads, self.features, self.config, self.context).items():
             before = self.kept.get(member)
             if before is None or _recall(judgement) > _recall(before[0]):
                 judgement.figures["best_epoch"] = epoch
                 self.kept[member] = judgement, copy.deepcopy(heads[member].state_dict())
 
-    def restored(self, heads: Mapping[Member, nn.Module]) -> dict[Member, Judgement]:
+    def restored(self, heads: Mapping[Member, nn.Module]) -> dict[Member, HeadCounts]:
         """The judgements of the best epochs, whose weights the heads get back."""
         for member, head in heads.items():
             head.load_state_dict(self.kept[member][1])
         return {member: judgement for member, (judgement, _) in self.kept.items()}
 
 
-def _recall(judgement: Judgement) -> float:
+def _recall(judgement: HeadCounts) -> float:
     recall = judgement.figures["macro_recall"]
     return -1.0 if recall is None else recall
 
 
-def with_intervals(judgements: Mapping[Member, Judgement]) -> dict[Member, Verdict]:
+def with_intervals(judgements: Mapping[Member, HeadCounts]) -> dict[Member, HeadMetrics]:
     """Add the bootstrap over images, drawn alike for all heads."""
     recalls = macro_recalls([(j.hits, j.positives) for j in judgements.values()])
     return {
-        member: Verdict({**judgement.figures, "macro_recall_interval": interval(replicates)}, replicates)
+        member: HeadMetrics({**judgement.figures, "macro_recall_interval": interval(replicates)}, replicates)
         for (member, judgement), replicates in zip(judgements.items(), recalls, strict=True)
     }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from localign.backbones.export import content_hash
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.engine.log import say
 from localign.errors import UserError
 from localign.probing.cache import extract_to_disk, gibibytes
@@ -34,7 +34,7 @@ from localign.probing.features import (
     memory_place,
 )
 from localign.probing.heads import Geometry
-from localign.probing.judging import BestEpochs, Verdict, judge_heads, with_intervals
+from localign.probing.judging import BestEpochs, HeadMetrics, judge_heads, with_intervals
 from localign.probing.segmentation import LabelledSource, labelled_batches
 from localign.probing.training import (
     Cache,
@@ -84,7 +84,7 @@ def probe_heads(
     config: ProbeConfig | None = None,
     *,
     device: torch.device | str = "cpu",
-    world: World | None = None,
+    context: DistributedContext | None = None,
     cache_folder: Path | None = None,
     replace_cache: bool = True,
     progress: Progress | None = None,
@@ -98,7 +98,7 @@ def probe_heads(
             the validation-loss curve.
         config: Published settings where missing.
         device: Where features are made and heads are trained, without ``world``.
-        world: The ranks that share the work.
+        context: The ranks that share the work.
         cache_folder: Of a disk cache, with a folder for each source.
         replace_cache: Replace a cache of something else that is there, rather than refuse.
         progress: Told of each batch and step.
@@ -115,26 +115,26 @@ def probe_heads(
         RunFailure: features or losses that are not finite.
     """
     config = config or ProbeConfig()
-    world = world or World(0, 1, 0, torch.device(device))
+    context = context or DistributedContext(0, 1, 0, torch.device(device))
     judges = dict(val_sources) if isinstance(val_sources, Mapping) else {"val": val_sources}
     sources = {"train": train_source, **judges}
-    _check(backbone, sources, config, world)
+    _check(backbone, sources, config, context)
     sha256 = content_hash(backbone.vit.state_dict())
     clock = [time.monotonic()]
     with frozen(backbone):
-        extractions = {name: _extraction(backbone, sha256, s, config, world) for name, s in sources.items()}
+        extractions = {name: _extraction(backbone, sha256, s, config, context) for name, s in sources.items()}
         mode, place = _mode(list(extractions.values()), config, cache_folder)
         features = _features(extractions, mode, place, cache_folder, replace_cache, progress)
         training = features.pop("train")
         clock.append(time.monotonic())
         first = next(iter(features.values()))
-        best = BestEpochs(first, config, world) if config.protocol == "published" else None
+        best = BestEpochs(first, config, context) if config.protocol == "published" else None
         trained = train_heads(
             training,
             config.specs(),
             Geometry.of(backbone),
             config,
-            world,
+            context,
             validation=first,
             after_epoch=best,
             progress=progress,
@@ -142,7 +142,7 @@ def probe_heads(
         clock.append(time.monotonic())
         heads = {(one.seed, spec): head for one in trained for spec, head in one.heads.items()}
         judged = {
-            name: judge_heads(heads, f, config, world, progress) if best is None else best.restored(heads)
+            name: judge_heads(heads, f, config, context, progress) if best is None else best.restored(heads)
             for name, f in features.items()
         }
     verdicts = {name: with_intervals(judgements) for name, judgements in judged.items()}
@@ -168,7 +168,7 @@ def _probed(
     trained: TrainedHeads,
     images: int,
     shared: dict[str, Any],
-    verdicts: Mapping[str, Mapping[Member, Verdict]],
+    verdicts: Mapping[str, Mapping[Member, HeadMetrics]],
 ) -> Probed:
     """One seed's part of the results."""
     results: dict[str, dict[str, dict[str, Any]]] = {}
@@ -189,22 +189,25 @@ def _kinds(source: LabelledSource) -> list[str] | None:
 
 
 def _extraction(
-    backbone: Backbone, sha256: str, source: LabelledSource, config: ProbeConfig, world: World
+    backbone: Backbone, sha256: str, source: LabelledSource, config: ProbeConfig, context: DistributedContext
 ) -> Extraction:
     return Extraction(
         backbone=backbone,
         sha256=sha256,
         source=source,
         dtype=DTYPES[config.cache_dtype],
-        autocast=uses_bfloat16(config.precision, world.device),
+        autocast=uses_bfloat16(config.precision, context.device),
         batch=config.extract_batch,
         workers=config.workers,
-        world=world,
+        context=context,
     )
 
 
 def _check(
-    backbone: Backbone, sources: Mapping[str, LabelledSource], config: ProbeConfig, world: World
+    backbone: Backbone,
+    sources: Mapping[str, LabelledSource],
+    config: ProbeConfig,
+    context: DistributedContext,
 ) -> None:
     """Refuse what cannot be probed, before features are made."""
     if len(sources) < 2:
@@ -213,13 +216,13 @@ def _check(
         raise UserError(
             "the published protocol chooses epochs on what it reports; give one source to judge on"
         )
-    if config.batch % world.size:
-        raise UserError(f"a batch of {config.batch} does not divide into {world.size} processes")
+    if config.batch % context.size:
+        raise UserError(f"a batch of {config.batch} does not divide into {context.size} processes")
     for name, source in sources.items():
         if source.classes != sources["train"].classes:
             raise UserError(f"the source {name!r} has other classes than the training source")
-        if len(source) < world.size:
-            raise UserError(f"the source {name!r} has {len(source)} images for {world.size} processes")
+        if len(source) < context.size:
+            raise UserError(f"the source {name!r} has {len(source)} images for {context.size} processes")
         check_labels(name, source, backbone.image_size)
     config.resolved(len(sources["train"]))
 
@@ -275,13 +278,13 @@ def _mode(
     extractions: list[Extraction], config: ProbeConfig, cache_folder: Path | None
 ) -> tuple[Cache, torch.device]:
     """``none``, ``disk`` or ``device``, and where in memory features are kept."""
-    world, cpu = extractions[0].world, torch.device("cpu")
+    context, cpu = extractions[0].context, torch.device("cpu")
     if config.cache in ("none", "disk"):
         if config.cache == "disk" and cache_folder is None:
             raise UserError("a disk cache needs a folder")
         return config.cache, cpu
     needed = sum(e.bytes_per_image * len(e.source) for e in extractions)
-    place = memory_place(needed, world)
+    place = memory_place(needed, context)
     sizes = f"features take {gibibytes(needed)}, and {gibibytes(free_ram())} of memory are free"
     if place is not None:
         return "device", place
@@ -291,6 +294,6 @@ def _mode(
         return "device", cpu
     if cache_folder is None:
         raise UserError(f"{sizes}; give a cache folder, or cache none")
-    if world.is_main:
+    if context.is_main:
         say(f"{sizes}: keeping them on the disk")
     return "disk", cpu

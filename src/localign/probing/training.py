@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from localign import rng
 from localign.data.stream import SampleStream
 from localign.engine.config import Precision
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.errors import RunFailure, UserError
 from localign.probing.features import DTYPES, Batch, Features, Rows
 from localign.probing.heads import Geometry, build_head
@@ -205,7 +205,7 @@ def train_heads(
     specs: Iterable[HeadSpec],
     geometry: Geometry,
     config: ProbeConfig,
-    world: World,
+    context: DistributedContext,
     *,
     validation: Features | None = None,
     after_epoch: Callable[[int, Mapping[Member, nn.Module]], None] | None = None,
@@ -221,7 +221,7 @@ def train_heads(
         specs: What to train.
         geometry: Of the backbone the features come from.
         config: Seeds, steps, batch, rates and precision.
-        world: The ranks, and the device to train on.
+        context: The ranks, and the device to train on.
         validation: Features for the validation-loss curve; no choice is made with it.
         after_epoch: Called with the number of the epoch that is over, from 1, and all heads.
         progress: Told of each step.
@@ -236,16 +236,16 @@ def train_heads(
     steps, warmup = config.resolved(len(features))
     ends = config.epoch_ends(len(features))
     members = [(seed, spec) for spec in specs for seed in config.all_seeds]
-    heads = {m: _build(*m, geometry, features).to(world.device) for m in members}
+    heads = {m: _build(*m, geometry, features).to(context.device) for m in members}
     parameters = [p for head in heads.values() for p in head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    curves = _Curves(heads, validation, config, world)
+    curves = _Curves(heads, validation, config, context)
     for step, (tokens, labels) in enumerate(features.batches(_shares(features, steps, config)), start=1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, steps, warmup, config.lr, config.final_lr)
         optimizer.zero_grad()
         losses = _losses(heads, tokens, labels, config, share=len(tokens) / config.batch, learn=True)
-        _sum_gradients(parameters, world)
+        _sum_gradients(parameters, context)
         optimizer.step()
         curves.add(losses)
         if step % CURVE_EVERY == 0 or step == steps:
@@ -304,12 +304,12 @@ def _losses(
     return losses
 
 
-def _sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
+def _sum_gradients(parameters: list[nn.Parameter], context: DistributedContext) -> None:
     """Each gradient's sum over ranks, in one exchange."""
-    if world.size == 1:
+    if context.size == 1:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    total = world.sum(torch.cat([g.reshape(-1) for g in gradients]))
+    total = context.all_reduce(torch.cat([g.reshape(-1) for g in gradients]))
     for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
 
@@ -321,7 +321,7 @@ class _Curves:
         heads: In the order of the losses.
         validation: Its first ``curve_images`` images are looked at again for each point, and kept in memory.
         config: How losses are computed.
-        world: The ranks.
+        context: The ranks.
     """
 
     def __init__(
@@ -329,11 +329,11 @@ class _Curves:
         heads: Mapping[Member, nn.Module],
         validation: Features | None,
         config: ProbeConfig,
-        world: World,
+        context: DistributedContext,
     ) -> None:
-        self.heads, self.config, self.world = heads, config, world
+        self.heads, self.config, self.context = heads, config, context
         self.points: dict[int, list[dict[str, Any]]] = {seed: [] for seed in config.all_seeds}
-        self._running, self._steps = torch.zeros(len(heads), device=world.device), 0
+        self._running, self._steps = torch.zeros(len(heads), device=context.device), 0
         self._held: list[Batch] = []
         self._images = 0 if validation is None else min(len(validation), config.curve_images)
         if validation is not None and self._images:
@@ -347,7 +347,7 @@ class _Curves:
 
     def mark(self, step: int) -> None:
         """Add a point. Raises RunFailure where a loss is not finite."""
-        train = self.world.sum(self._running / self._steps).tolist()
+        train = self.context.all_reduce(self._running / self._steps).tolist()
         held_out = self._validation().tolist() if self._images else None
         for seed, points in self.points.items():
             point: dict[str, Any] = {"step": step}
@@ -366,10 +366,10 @@ class _Curves:
 
     @torch.no_grad()
     def _validation(self) -> Tensor:
-        losses = torch.zeros(len(self.heads), device=self.world.device)
+        losses = torch.zeros(len(self.heads), device=self.context.device)
         for tokens, labels in self._held:
             losses += _losses(self.heads, tokens, labels, self.config, share=len(tokens) / self._images)
-        return self.world.sum(losses)
+        return self.context.all_reduce(losses)
 
 
 def chunks(rows: Rows, size: int) -> list[Rows]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from jsonargparse import get_loader
 
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 from localign.plainyaml import load_yaml
 
 FOLDER = Path(str(files("localign"))) / "recipes"
@@ -96,7 +96,7 @@ def _find(name: str, beside: Path | None) -> Path:
         for candidate in (beside / path if beside else path, FOLDER / f"{name}.yaml"):
             if candidate.is_file():
                 return candidate.resolve()
-    raise UserError(f"there is no file or recipe {name!r}{near(name, recipe_names())}")
+    raise UserError(f"there is no file or recipe {name!r}{did_you_mean(name, recipe_names())}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _probing(run: Run) -> list[str]:
 
 
 def headline(
-    results: Mapping[str, Any], rows: Sequence[tables.Row], log: Sequence[Mapping[str, Any]] = ()
+    results: Mapping[str, Any], rows: Sequence[tables.RecallRow], log: Sequence[Mapping[str, Any]] = ()
 ) -> str:
     """One or two sentences: what changed, by how much, and whether that is more than chance."""
     shown = [r for r in _main_rows(rows) if r.head == rows[0].head] if rows else []
@@ -158,7 +158,7 @@ def headline(
     return " ".join(parts) or "A run without results yet."
 
 
-def _sentence(row: tables.Row) -> str:
+def _sentence(row: tables.RecallRow) -> str:
     recall = row.recall
     where = f"{row.task} macro recall ({row.head} head)"
     if recall.difference is None:
@@ -174,12 +174,12 @@ def _sentence(row: tables.Row) -> str:
     return f"{where[0].upper()}{where[1:]} {change}, {numbers} ({chance})."
 
 
-def _main_rows(rows: Sequence[tables.Row]) -> list[tables.Row]:
+def _main_rows(rows: Sequence[tables.RecallRow]) -> list[tables.RecallRow]:
     """Rows of the first source, for local and global recall."""
     return [r for r in rows if r.source == rows[0].source and r.task in ("local", "global")]
 
 
-def _tile(row: tables.Row) -> html.Tile:
+def _tile(row: tables.RecallRow) -> html.Tile:
     recall, title = row.recall, f"{row.task} recall, {row.head}"
     if recall.difference is None:
         return html.Tile(title, f"{tables.percent(recall.baseline)} %", "macro recall")

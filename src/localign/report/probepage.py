@@ -11,7 +11,7 @@ from localign.report.probing import ProbeReport
 from localign.report.style import data_uri, png, svg
 from localign.report.tables import rows as tables
 from localign.report.tables.measures import (
-    Comparison,
+    BackbonePair,
     Measured,
     change,
     comparisons,
@@ -25,7 +25,7 @@ _SENTENCES = 3
 """Up to so many comparisons, the lead tells each."""
 _TITLES = {
     "recall": "Recall",
-    "comparison": "Comparison",
+    "comparison": "BackbonePair",
     "relative_locality": "Relative locality",
 }
 
@@ -43,7 +43,9 @@ def headline(results: Mapping[str, Any]) -> str:
     )
 
 
-def _sentence(results: Mapping[str, Any], pair: Comparison, what: Measured, names: Mapping[str, str]) -> str:
+def _sentence(
+    results: Mapping[str, Any], pair: BackbonePair, what: Measured, names: Mapping[str, str]
+) -> str:
     runs = tables.probe_runs(results)
     before, after = (estimate(runs[n], what) for n in (pair.before, pair.after))
     moved = change(results, pair.before, pair.after, what)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from localign.engine.log import say
 from localign.engine.run_folder import read_results
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 from localign.files import replace_text
 from localign.report.figures import Drawing
 from localign.report.figures.bars import heads_drawing, tasks_drawing
@@ -31,7 +31,7 @@ from localign.report.gather import PICTURES_FILE, read_pictures
 from localign.report.tables.csvfiles import write_csv
 from localign.report.tables.latex import to_latex
 from localign.report.tables.measures import (
-    Comparison,
+    BackbonePair,
     Measured,
     comparisons,
     display_names,
@@ -141,7 +141,7 @@ def _detailed(results: Results, what: Measured) -> Iterator[tuple[str, Drawing |
     if not pairs:
         yield "gains by class", None, "it takes two backbones"
         name = next(iter(probe_runs(results)))
-        alone = Comparison(name, name, name, False)
+        alone = BackbonePair(name, name, name, False)
         yield "recall by size", sizes_drawing(results, alone, what), "object sizes were not told apart"
         return
     names = _file_names(pairs)
@@ -161,7 +161,7 @@ def _detailed(results: Results, what: Measured) -> Iterator[tuple[str, Drawing |
         yield "gains by class and recall by size", None, f"drawn for the first {MAX_DETAILED}, not for {rest}"
 
 
-def _file_names(pairs: Sequence[Comparison]) -> list[str]:
+def _file_names(pairs: Sequence[BackbonePair]) -> list[str]:
     """Tails of file names, different ones; none for a lone comparison."""
     if len(pairs) == 1:
         return [""]
@@ -206,7 +206,7 @@ def write_figure(
         UserError: unknown figure, or nothing to draw it from.
     """
     if name not in FIGURES:
-        raise UserError(f"unknown figure {name!r}; known: {', '.join(FIGURES)}{near(name, FIGURES)}")
+        raise UserError(f"unknown figure {name!r}; known: {', '.join(FIGURES)}{did_you_mean(name, FIGURES)}")
     if name == "fig10":
         if images is None or grid is None:
             raise UserError("fig10 needs images and their grid of patches")

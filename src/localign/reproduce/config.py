@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 from localign.probing.training import Protocol
 from localign.reproduce.targets import TARGETS
 
@@ -51,7 +51,9 @@ class ReproduceConfig:
             raise UserError(f"reproduce what? give one of {', '.join(TARGETS)}")
         if self.target not in TARGETS:
             known = ", ".join(TARGETS)
-            raise UserError(f"unknown target {self.target!r}{near(self.target, TARGETS)}; known: {known}")
+            raise UserError(
+                f"unknown target {self.target!r}{did_you_mean(self.target, TARGETS)}; known: {known}"
+            )
         if self.seeds < 1:
             raise UserError(f"--seeds must be at least 1, not {self.seeds}")
         if self.world == "scenes":

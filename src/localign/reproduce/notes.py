@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from localign.reproduce.config import ReproduceConfig
 from localign.reproduce.pieces import Alignment, Heads, Probing
-from localign.reproduce.worlds import NOTE, World
+from localign.reproduce.worlds import NOTE, DataScale
 
 _PROTOCOLS = {
     "fixed": "Heads are judged as their last step left them: nothing is chosen on the images that are reported. The "
@@ -18,7 +18,7 @@ _PROTOCOLS = {
 
 def notes_of(
     config: ReproduceConfig,
-    world: World,
+    world: DataScale,
     heads: Heads,
     probings: Mapping[str, Sequence[Probing]],
 ) -> list[str]:
@@ -64,7 +64,9 @@ def _heads(every: Sequence[Probing], heads: Heads) -> str:
     )
 
 
-def _of_rows(config: ReproduceConfig, world: World, probings: Mapping[str, Sequence[Probing]]) -> list[str]:
+def _of_rows(
+    config: ReproduceConfig, world: DataScale, probings: Mapping[str, Sequence[Probing]]
+) -> list[str]:
     rows = (row for row in world.rows_of(config.target) if row.name in probings)
     found = (world.of_row(row, config.target).get(NOTE) for row in rows)
     return list(dict.fromkeys(str(note) for note in found if note))

@@ -20,7 +20,7 @@ from localign.backbones.export import content_hash
 from localign.engine import run_folder, train
 from localign.engine.checkpoints.whole import Checkpoints
 from localign.engine.config import RESUMABLE
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.files import replace_text, replacing
 from localign.probing import HeadSpec, LabelledSource, ProbeConfig, Probed, TrainedHeads
 from localign.probing.command import probe_with_bar, save_predictions
@@ -69,7 +69,7 @@ class Alignment:
             backbone: Identity of the starting weights.
             folder: Of all alignments.
         """
-        decisive = {k: v for k, v in run_folder.plain(config).items() if k not in RESUMABLE}
+        decisive = {k: v for k, v in run_folder.to_dict(config).items() if k not in RESUMABLE}
         key = digest({"config": decisive, "data": data, "backbone": backbone})
         out = folder / f"{config.backbone}-{config.objective}-seed{config.seed}-{key}"
         return Alignment(label, replace(config, out=str(out), resume="auto"), steps, key)
@@ -161,13 +161,15 @@ class Probing:
         """All or none."""
         return self.steps if (self.folder / OUTCOME_FILE).is_file() else 0
 
-    def run(self, heads: Heads, here: World) -> None:
+    def run(self, heads: Heads, context: DistributedContext) -> None:
         """Train and judge the heads, and keep what came of it."""
-        backbone = self.source.load().to(here.device)
+        backbone = self.source.load().to(context.device)
         cache = self.folder / "cache"  # used where features do not fit into memory
-        (probed,) = probe_with_bar(backbone, heads.train, heads.judged, self.config, here, cache_folder=cache)
-        here.barrier()
-        if not here.is_main:
+        (probed,) = probe_with_bar(
+            backbone, heads.train, heads.judged, self.config, context, cache_folder=cache
+        )
+        context.barrier()
+        if not context.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(cache, ignore_errors=True)

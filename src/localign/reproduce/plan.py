@@ -14,18 +14,18 @@ from localign.probing import ProbeConfig
 from localign.reproduce.config import ReproduceConfig
 from localign.reproduce.notes import notes_of
 from localign.reproduce.pieces import Alignment, Heads, Probing, Start, backbone_identity
-from localign.reproduce.targets import TARGETS, Row, Target
-from localign.reproduce.worlds import LEFT_OUT, World
+from localign.reproduce.targets import TARGETS, Target, TargetRow
+from localign.reproduce.worlds import LEFT_OUT, DataScale
 
 _WEIGHT_FILES = (".safetensors", ".pth.tar", ".pth", ".pt", ".bin")
 
 
 @dataclass
-class Plan:
+class ReproductionPlan:
     """What a target takes; rows that come to the same run share it."""
 
     target: Target
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TargetRow] = field(default_factory=list)
     """Those that are run."""
     probings: dict[str, list[Probing]] = field(default_factory=dict)
     """By row, one per seed."""
@@ -53,20 +53,20 @@ class Planner:
         heads: What heads are trained and judged on.
     """
 
-    def __init__(self, config: ReproduceConfig, world: World, heads: Heads) -> None:
+    def __init__(self, config: ReproduceConfig, world: DataScale, heads: Heads) -> None:
         self.config, self.world, self.heads = config, world, heads
         self.target = TARGETS[config.target]
         self.folder = Path(config.out) / config.world
         self._sources: dict[tuple[str, str | None], tuple[str, int]] = {}
         self._identities: dict[tuple[str, str], str] = {}
 
-    def plan(self) -> Plan:
+    def plan(self) -> ReproductionPlan:
         """The rows, each with its alignments and probings.
 
         Raises:
             UserError: There are no images to align on.
         """
-        plan = Plan(self.target)
+        plan = ReproductionPlan(self.target)
         left_out: dict[str, list[str]] = {}
         for row in self.world.rows_of(self.config.target):
             if reason := self._left_out(row):
@@ -78,10 +78,10 @@ class Planner:
         plan.notes = notes_of(self.config, self.world, self.heads, plan.probings) + plan.left_out
         return plan
 
-    def _key(self, row: Row) -> str:
+    def _key(self, row: TargetRow) -> str:
         return f"{self.config.target}/{row.name}"
 
-    def _left_out(self, row: Row) -> str:
+    def _left_out(self, row: TargetRow) -> str:
         """Why a row is not run; empty where it is."""
         reason = str(self.world.of_row(row, self.config.target).get(LEFT_OUT, ""))
         entry = CATALOGUE.get(row.backbone)
@@ -103,7 +103,7 @@ class Planner:
             self._identities[named] = backbone_identity(*named)
         return self._identities[named]
 
-    def _probing(self, row: Row, seed: int) -> Probing:
+    def _probing(self, row: TargetRow, seed: int) -> Probing:
         workers = {} if self.config.workers is None else {"workers": self.config.workers}
         config = ProbeConfig(
             protocol=self.config.protocol,
@@ -117,7 +117,7 @@ class Planner:
         label = f"{self._key(row)}, seed {seed}"
         return Probing.of(label, aligned or start, config, self.heads, self.folder / "probe")
 
-    def _alignment(self, row: Row, seed: int) -> Alignment:
+    def _alignment(self, row: TargetRow, seed: int) -> Alignment:
         options = self.world.align_options(row, self.config.target)
         options["data"] = self._images(str(options["data"]))
         free = {name: getattr(self.config, name) for name in ("device", "micro_batch", "workers")}

@@ -13,8 +13,7 @@ from rich.table import Table
 
 from localign.backbones import create_backbone
 from localign.engine import run_folder
-from localign.engine.distributed import World as Processes
-from localign.engine.distributed import world as processes
+from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.lock import lock
 from localign.engine.log import say
 from localign.errors import UserError
@@ -25,8 +24,8 @@ from localign.probing.segmentation import labelled_batches
 from localign.report import write_figure, write_table
 from localign.reproduce.config import ReproduceConfig
 from localign.reproduce.pieces import Alignment, Heads, Probing
-from localign.reproduce.plan import Plan, Planner
-from localign.reproduce.worlds import World, open_world
+from localign.reproduce.plan import Planner, ReproductionPlan
+from localign.reproduce.worlds import DataScale, open_world
 
 VIEWS_BACKBONE = "clip-vit-b"
 """Whose grid fig. 10 shows."""
@@ -45,12 +44,12 @@ def run_reproduce(config: ReproduceConfig) -> list[Path]:
     world = open_world(config.world, quick=config.quick)
     if config.target == "fig10":
         return write_views(config, world)
-    with processes(config.device) as here:
+    with distributed_context(config.device) as here:
         heads = open_heads(config, world)
         plan = Planner(config, world, heads).plan()
         pieces = plan.pieces()
         # One rank looks: the others may come when it has begun to write.
-        done = here.gather([piece.steps_done() for piece in pieces])[0]
+        done = here.all_gather_object([piece.steps_done() for piece in pieces])[0]
         if here.is_main:
             show_plan(config, pieces, done)
             for line in plan.left_out:
@@ -70,7 +69,7 @@ def run_reproduce(config: ReproduceConfig) -> list[Path]:
     return files
 
 
-def hold(folder: Path, here: Processes) -> TextIO | None:
+def hold(folder: Path, here: DistributedContext) -> TextIO | None:
     """Lock the folder of all runs for this command; every rank takes part in a refusal.
 
     Raises:
@@ -83,7 +82,7 @@ def hold(folder: Path, here: Processes) -> TextIO | None:
             held = lock(folder)
         except UserError as error:
             problem = error
-    problem = here.gather(problem)[0]
+    problem = here.all_gather_object(problem)[0]
     if problem is not None:
         raise problem
     return held
@@ -118,14 +117,14 @@ def show_plan(config: ReproduceConfig, pieces: Sequence[Alignment | Probing], do
 # -- results ---------------------------------------------------------------------------------------------
 
 
-def write_target(config: ReproduceConfig, plan: Plan) -> list[Path]:
+def write_target(config: ReproduceConfig, plan: ReproductionPlan) -> list[Path]:
     """Write results.json and the table or figure."""
     folder = result_folder(config)
     probed = {name: [p.read() for p in probings] for name, probings in plan.probings.items()}
     outcomes = {name: [p.outcome for p in seeds] for name, seeds in probed.items()}
     results = {
         "command": "reproduce",
-        "config": run_folder.plain(config),
+        "config": run_folder.to_dict(config),
         "versions": run_folder.provenance(),
         "probe": outcomes,
         "differences": [
@@ -190,7 +189,7 @@ def _write_table(config: ReproduceConfig, results: dict[str, Any], folder: Path)
     return files
 
 
-def write_views(config: ReproduceConfig, world: World) -> list[Path]:
+def write_views(config: ReproduceConfig, world: DataScale) -> list[Path]:
     """Fig. 10, which takes images and a grid of patches, and no training."""
     if config.dry_run:
         print("to do      nothing but the drawing: fig10 takes no runs")
@@ -208,7 +207,7 @@ def write_views(config: ReproduceConfig, world: World) -> list[Path]:
 # -- data ------------------------------------------------------------------------------------------------
 
 
-def open_heads(config: ReproduceConfig, world: World) -> Heads:
+def open_heads(config: ReproduceConfig, world: DataScale) -> Heads:
     """What heads are trained and judged on."""
     data = config.data or "scenes"
     train, test = (open_labelled(data, split, scenes=world.scenes.get(split, 0)) for split in SPLITS)

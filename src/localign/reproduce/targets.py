@@ -12,7 +12,7 @@ _CLIP, _IN1K, _CLIP_LARGE = "clip-vit-b", "in1k-vit-b", "clip-vit-l-336px"
 
 
 @dataclass(frozen=True)
-class Row:
+class TargetRow:
     """One backbone of a target, aligned or not."""
 
     name: str
@@ -29,27 +29,27 @@ class Target:
     """A table or figure."""
 
     about: str
-    rows: tuple[Row, ...] = ()
+    rows: tuple[TargetRow, ...] = ()
     heads: tuple[str, ...] = ("transformer",)
     tasks: tuple[str, ...] = ("local", "global")
     pictures: bool = False
     """Whether predictions on a few images are wanted."""
 
 
-def _table(backbone: str, recipes: dict[str, str], teacher: str = "teacher") -> tuple[Row, ...]:
+def _table(backbone: str, recipes: dict[str, str], teacher: str = "teacher") -> tuple[TargetRow, ...]:
     """The backbone as it is, then what recipes (row name -> recipe) make of it."""
-    aligned = (Row(name, backbone, recipe, teacher) for name, recipe in recipes.items())
-    return (Row(teacher, backbone), *aligned)
+    aligned = (TargetRow(name, backbone, recipe, teacher) for name, recipe in recipes.items())
+    return (TargetRow(teacher, backbone), *aligned)
 
 
-def pairs(*backbones: str) -> tuple[Row, ...]:
+def pairs(*backbones: str) -> tuple[TargetRow, ...]:
     """Each backbone before and after alignment by its own recipe."""
     return tuple(
         row
         for name in backbones
         for row in (
-            Row(name + BASELINE_TAIL, name),
-            Row(name, name, f"align/{name}", name + BASELINE_TAIL),
+            TargetRow(name + BASELINE_TAIL, name),
+            TargetRow(name, name, f"align/{name}", name + BASELINE_TAIL),
         )
     )
 
@@ -98,14 +98,14 @@ TARGETS: dict[str, Target] = {
     "fig8": Target("gains by object size", pairs(_CLIP_LARGE)),
     "fig9": Target(
         "local against global recall, and interventions",
-        tuple(Row(name, name) for name in _FIGURE9),
+        tuple(TargetRow(name, name) for name in _FIGURE9),
         heads=_INTERVENTIONS,
     ),
     "fig10": Target("masks and crops"),
 }
 
 
-def rows_of_one(target: str, backbone: str, recipe: str) -> tuple[Row, ...]:
+def rows_of_one(target: str, backbone: str, recipe: str) -> tuple[TargetRow, ...]:
     """A target's rows where a single backbone stands for all.
 
     Args:
@@ -117,8 +117,8 @@ def rows_of_one(target: str, backbone: str, recipe: str) -> tuple[Row, ...]:
         return tuple(replace(row, backbone=backbone) for row in TARGETS[target].rows)
     if target == "fig9":
         # A trend takes several backbones: the one, and what the objectives of table 1 make of it.
-        others = (Row(r.name, backbone, r.recipe, backbone) for r in TARGETS["table1"].rows if r.recipe)
-        return Row(backbone, backbone), *others
+        others = (TargetRow(r.name, backbone, r.recipe, backbone) for r in TARGETS["table1"].rows if r.recipe)
+        return TargetRow(backbone, backbone), *others
     if not TARGETS[target].rows:
         return ()
     return tuple(replace(row, recipe=row.recipe and recipe) for row in pairs(backbone))

@@ -10,7 +10,7 @@ from typing import Any
 from localign.alignment import AlignConfig
 from localign.errors import UserError
 from localign.recipes import FOLDER, Recipe, read_recipe, read_yaml
-from localign.reproduce.targets import TARGETS, Row, Target, rows_of_one
+from localign.reproduce.targets import TARGETS, Target, TargetRow, rows_of_one
 
 LEFT_OUT, STEPS, NOTE = "left_out", "steps", "note"
 """What a world says of a row beside options of its alignment: why it is not run, its share of steps, and what a
@@ -18,7 +18,7 @@ reader has to know of it."""
 
 
 @dataclass(frozen=True)
-class World:
+class DataScale:
     """A file of ``recipes/worlds``."""
 
     backbone: str | None = None
@@ -40,7 +40,7 @@ class World:
     notes: tuple[str, ...] = ()
     """What a reader of the results has to know."""
 
-    def of_row(self, row: Row, target: str) -> dict[str, Any]:
+    def of_row(self, row: TargetRow, target: str) -> dict[str, Any]:
         """What is different about a row; one without a recipe goes by ``<target>/<name>``."""
         key = row.recipe or f"{target}/{row.name}"
         found: dict[str, Any] = {}
@@ -49,7 +49,7 @@ class World:
                 found |= values
         return found
 
-    def rows_of(self, target: str) -> tuple[Row, ...]:
+    def rows_of(self, target: str) -> tuple[TargetRow, ...]:
         """A target's rows here, those that are left out among them."""
         if self.backbone is None:
             return TARGETS[target].rows
@@ -60,7 +60,7 @@ class World:
         """Heads to train for a target."""
         return tuple(dict.fromkeys((*target.heads, *self.heads)))
 
-    def align_options(self, row: Row, target: str) -> dict[str, Any]:
+    def align_options(self, row: TargetRow, target: str) -> dict[str, Any]:
         """The options of a row's alignment here; its data may still be a data set's name."""
         assert row.recipe is not None
         recipe = read_recipe(row.recipe, "align")
@@ -81,7 +81,7 @@ def _kept(recipe: Recipe, keeps: tuple[str, ...] | None, world: Mapping[str, Any
     return {**world, **{k: v for k, v in recipe.values.items() if k in keeps and k in recipe.stated}}
 
 
-def open_world(name: str, *, quick: bool = False) -> World:
+def open_world(name: str, *, quick: bool = False) -> DataScale:
     """A world by name, with its quick settings where asked for."""
     content = _content(name)
     in_short = content.pop("quick", {})
@@ -90,7 +90,7 @@ def open_world(name: str, *, quick: bool = False) -> World:
     for key in ("keeps", "heads", "notes"):
         if key in content:
             content[key] = tuple(content[key])
-    world = World(**content)
+    world = DataScale(**content)
     _check(name, world)
     return world
 
@@ -110,7 +110,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _check(name: str, world: World) -> None:
+def _check(name: str, world: DataScale) -> None:
     fields = set(AlignConfig.__dataclass_fields__)
     options = {*world.align, *(world.keeps or ()), *(k for row in world.rows.values() for k in row)}
     unknown = sorted(options - fields - {LEFT_OUT, STEPS, NOTE})

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from localign.data.loader import BadImages
 from localign.engine.batch import to_device
-from localign.engine.distributed import World, choose_device
+from localign.engine.distributed import DistributedContext, choose_device
 from localign.engine.task import BatchPlan, StepResult, Task
 from localign.vlm.config import VLMConfig
 from localign.vlm.data.batching import VLMBatch, longest_batch, planned_batches, record_stream
-from localign.vlm.data.examples import Encoder
-from localign.vlm.data.prompts import IGNORED, prompt_format
+from localign.vlm.data.examples import ConversationTokenizer
+from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format
 from localign.vlm.data.records import Conversations
 from localign.vlm.model.attention import check_independent_turns
 from localign.vlm.model.build import build_vlm, merged, save_vlm
@@ -63,7 +63,7 @@ class VLMTask(Task):
             model, tokenizer = build_vlm(config)
         self.model, self.tokenizer = model, tokenizer
         self.processor = LocalignVLMProcessor.for_model(model, tokenizer)
-        self.encoder = Encoder(
+        self.encoder = ConversationTokenizer(
             prompt_format(model.config.prompt_format),
             tokenizer,
             model.vision.num_tokens,
@@ -101,7 +101,7 @@ class VLMTask(Task):
             max_bad_share=self.config.max_bad_share,
         )
 
-    def largest(self, samples: int) -> VLMBatch:
+    def worst_case_batch(self, samples: int) -> VLMBatch:
         return longest_batch(
             self.data,
             self.encoder,
@@ -127,7 +127,7 @@ class VLMTask(Task):
             return {}
         with torch.no_grad():
             image = self.model.get_image_features(batch.images[:_MONITORED].to(self.device))
-            ids = batch.input_ids[batch.labels != IGNORED].to(self.device)
+            ids = batch.input_ids[batch.labels != IGNORE_INDEX].to(self.device)
             text = self.model.get_input_embeddings()(ids)
         return {
             "image_text_ratio": float(
@@ -139,14 +139,14 @@ class VLMTask(Task):
         tokens = batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
         return {"tokens": tokens}
 
-    def validate(self, module: nn.Module, world: World) -> dict[str, float]:
+    def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
         """The loss per labelled token of held-out conversations."""
         if self.val_data is None:
             return {}
         limit = min(self.config.val_records or len(self.val_data), len(self.val_data))
-        micro = self.micro_batch or max(1, self.config.batch_size // world.size)
-        steps = -(-limit // (micro * world.size))
-        plan = BatchPlan(0, micro * world.size, micro, world.rank, world.size, 0, 0, steps, False)
+        micro = self.micro_batch or max(1, self.config.batch_size // context.size)
+        steps = -(-limit // (micro * context.size))
+        plan = BatchPlan(0, micro * context.size, micro, context.rank, context.size, 0, 0, steps, False)
         sums = torch.zeros(2, device=self.device)
         batches = planned_batches(
             self.val_data, self.encoder, self.processor.image_transform(), plan, shuffle=False
@@ -156,7 +156,7 @@ class VLMTask(Task):
         ) in batches:  # equally many on every rank; the last may begin the data anew, which is not counted
             result = self.step(module, to_device(_without(batch, limit), self.device))
             sums += torch.stack([result.loss_sum, result.weight.float()])
-        sums = world.sum(sums)
+        sums = context.all_reduce(sums)
         return {"val_loss": float(sums[0] / sums[1].clamp(min=1))}
 
     def check_skipped(self, images: Mapping[str, str]) -> None:
@@ -234,9 +234,9 @@ def _without(batch: VLMBatch, limit: int) -> VLMBatch:
         if not drop:
             continue
         if batch.cu_seqlens is None:
-            labels[number] = IGNORED
+            labels[number] = IGNORE_INDEX
         else:
-            labels[0, int(batch.cu_seqlens[number]) : int(batch.cu_seqlens[number + 1])] = IGNORED
+            labels[0, int(batch.cu_seqlens[number]) : int(batch.cu_seqlens[number + 1])] = IGNORE_INDEX
     return batch._replace(labels=labels)
 
 

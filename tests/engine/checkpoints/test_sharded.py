@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from localign.engine import TrainConfig
 from localign.engine.checkpoints.sharded import OFFSETS_KEY
 from localign.engine.checkpoints.whole import Checkpoints
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.engine.nonfinite import FOLDER as NONFINITE
-from localign.engine.sharding import hollow_copy, shard
+from localign.engine.sharding import meta_copy, shard
 from localign.errors import RunFailure, UserError
 
 STEPS = 8
@@ -346,12 +346,12 @@ def test_a_command_that_is_not_made_for_it_refuses(tmp_path: Path) -> None:
 
 def test_devices_that_models_are_not_sharded_on() -> None:
     with pytest.raises(UserError, match="not on mps"):
-        World(0, 1, 0, torch.device("mps")).mesh(per_node=False)
+        DistributedContext(0, 1, 0, torch.device("mps")).mesh(per_node=False)
 
 
 def test_a_hollow_copy_takes_no_memory_and_is_complete() -> None:
     module = TokenModel()
-    hollow = hollow_copy(module)
+    hollow = meta_copy(module)
     assert all(p.is_meta for p in hollow.parameters())
     assert [p.requires_grad for p in hollow.parameters()] == [p.requires_grad for p in module.parameters()]
     assert hollow.gain.is_meta

@@ -12,7 +12,7 @@ from engine_runs import Meddled, logged, run, tiny, weights
 from torch import nn
 
 from localign.engine.config import TrainConfig, batch_shares, total_steps, with_warmup_steps
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.engine.optim.build import build_optimizer, decays, hidden_matrices, learning_rate, set_rates
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
@@ -183,7 +183,7 @@ def test_the_gradient_is_that_of_the_mean_and_is_clipped(
     run(config)
     task = Meddled(config)
     plan = BatchPlan(config.seed, 8, 8, 0, 1, 0, 0, 1, False)
-    task.start(World(0, 1, 0, torch.device("cpu")), plan)
+    task.on_train_start(DistributedContext(0, 1, 0, torch.device("cpu")), plan)
     result = task.step(task.module.train(), next(iter(task.batches(plan))))
     mean = result.loss_sum / result.weight
     mean.backward()

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from bench_files import WRITERS
 
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.errors import UserError
 from localign.vlm.benchmarks.table import benchmark
 from localign.vlm.scoring.base import Benchmark, Question, QuestionSet
 from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame
 
 CPU = torch.device("cpu")
-ALONE = World(0, 1, 0, CPU)
+ALONE = DistributedContext(0, 1, 0, CPU)
 
 
 class Killed(Exception):

@@ -17,7 +17,7 @@ from localign.data.transforms import to_tensor
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
 from localign.vlm.data.batching import VLMBatch, packed_row, padded_rows, planned_batches, record_stream
-from localign.vlm.data.prompts import IGNORED
+from localign.vlm.data.prompts import IGNORE_INDEX
 from localign.vlm.data.records import Conversations
 from localign.vlm.data.sampling import (
     GroupedRecords,
@@ -153,7 +153,7 @@ def test_a_packed_row(data: Conversations) -> None:
         ends = batch.cu_seqlens.tolist()
         for begin, end in pairwise(ends):
             assert batch.position_ids[0, begin:end].tolist() == list(range(end - begin))
-            assert batch.labels[0, begin] == IGNORED  # else the token before it would foretell another's
+            assert batch.labels[0, begin] == IGNORE_INDEX  # else the token before it would foretell another's
             assert batch.input_ids[0, begin] == ENCODER.tokenizer.bos_token_id
         assert batch.images.dtype == torch.uint8
         assert batch.images.ndim == 4
@@ -168,7 +168,7 @@ def test_packed_and_padded_rows_of_two_sequences(data: Conversations) -> None:
     assert packed.cu_seqlens.tolist() == [0, a, a + b]
     assert packed.input_ids[0].tolist() == [*short.input_ids.tolist(), *long.input_ids.tolist()]
     assert padded.input_ids[0].tolist() == [*short.input_ids.tolist(), *[3] * (b - a)]
-    assert padded.labels[0].tolist() == [*short.labels.tolist(), *[IGNORED] * (b - a)]
+    assert padded.labels[0].tolist() == [*short.labels.tolist(), *[IGNORE_INDEX] * (b - a)]
     assert padded.attention_mask is not None
     assert padded.attention_mask.tolist() == [[1] * a + [0] * (b - a), [1] * b]
     assert padded.position_ids.tolist() == [[*range(a), *[0] * (b - a)], [*range(b)]]

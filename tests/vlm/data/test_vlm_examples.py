@@ -7,16 +7,16 @@ from tiny_vlm import tiny_tokenizer
 from vlm_data import IMAGE_TOKENS, tiny_encoder
 
 from localign.errors import UserError
-from localign.vlm.data.examples import Encoder, Example, NothingToLearn, encode
-from localign.vlm.data.prompts import IGNORED, prompt_format
+from localign.vlm.data.examples import ConversationTokenizer, Example, NothingToLearn, encode
+from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format
 from localign.vlm.data.records import Record
 
 TURNS = (("<image>\nWhat?", "Kite"), ("Where?", "Left"))
 WITH_IMAGE, TEXT_ONLY = Record("a", "a.png", TURNS), Record("b", None, TURNS)
 
 
-def labelled(encoder: Encoder, example: Example) -> str:
-    return encoder.tokenizer.decode(example.labels[example.labels != IGNORED])
+def labelled(encoder: ConversationTokenizer, example: Example) -> str:
+    return encoder.tokenizer.decode(example.labels[example.labels != IGNORE_INDEX])
 
 
 def test_image_tokens_come_after_the_beginning() -> None:
@@ -25,9 +25,9 @@ def test_image_tokens_come_after_the_beginning() -> None:
     text = encoder.tokenizer.decode(example.input_ids)
     assert text == "<s>" + "<image>" * IMAGE_TOKENS + "In: What?\nOut:Kite</s>In: Where?\nOut:Left</s>"
     assert labelled(encoder, example) == "Kite</s>Left</s>"
-    learned = example.labels != IGNORED
+    learned = example.labels != IGNORE_INDEX
     assert example.labels[learned].equal(example.input_ids[learned])
-    assert example.labels[0] == IGNORED
+    assert example.labels[0] == IGNORE_INDEX
 
 
 def test_text_only_records_have_no_image_tokens() -> None:
@@ -64,7 +64,7 @@ def test_limits_without_room_and_tokenizers_without_an_image_token() -> None:
     with pytest.raises(UserError, match="a limit of 8 tokens leaves no room for text: an image takes 5"):
         tiny_encoder(max_length=8)
     with pytest.raises(UserError, match="the tokenizer has no image token <image>"):
-        Encoder(prompt_format("in-out"), tiny_tokenizer(), IMAGE_TOKENS, 100)
+        ConversationTokenizer(prompt_format("in-out"), tiny_tokenizer(), IMAGE_TOKENS, 100)
     with pytest.raises(UserError, match="no image token"):
         encode(
             WITH_IMAGE,

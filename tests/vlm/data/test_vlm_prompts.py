@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from localign.errors import UserError
-from localign.vlm.data.prompts import IGNORED, PromptFormat, prompt_format
+from localign.vlm.data.prompts import IGNORE_INDEX, PromptFormat, prompt_format
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -48,7 +48,7 @@ def spaced_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def labelled(tokenizer: PreTrainedTokenizerFast, labels: list[int]) -> str:
-    return tokenizer.decode([label for label in labels if label != IGNORED])
+    return tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_published_wrappers(name: str, text: str) -> None:
     ids, labels, image_position = prompt_format(name).conversation(tokenizer, TURNS)
     assert tokenizer.decode(ids) == "<s>" + text
     assert labelled(tokenizer, labels) == "A kite.</s>Left</s>"
-    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
     assert image_position == 1
 
 
@@ -92,9 +92,9 @@ def test_question_is_the_beginning_of_the_conversation(name: str) -> None:
     asked = style.question(tokenizer, TURNS[1][0], history=TURNS[:1])
     whole = style.conversation(tokenizer, TURNS)
     assert whole.ids[: len(asked.ids)] == asked.ids
-    assert whole.labels[len(asked.ids)] != IGNORED
+    assert whole.labels[len(asked.ids)] != IGNORE_INDEX
     assert labelled(tokenizer, whole.labels[len(asked.ids) :]).startswith("Left")
-    assert set(asked.labels) == {IGNORED}
+    assert set(asked.labels) == {IGNORE_INDEX}
     text = style.text(tokenizer, TURNS[1][0], history=TURNS[:1])
     assert tokenizer.decode(asked.ids).removeprefix("<s>") == text
 
@@ -152,7 +152,7 @@ def test_chat_template_is_tokenised_as_one_text() -> None:
     ids, labels, _ = style.conversation(tokenizer, [("hi", "ho")])
     assert ids == tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
     assert tokenizer.convert_ids_to_tokens(ids)[-3:] == ["▁[/INST]", "▁ho", "</s>"]
-    assert labels == [IGNORED] * (len(ids) - 2) + ids[-2:]
+    assert labels == [IGNORE_INDEX] * (len(ids) - 2) + ids[-2:]
 
 
 def test_chat_template_with_bos_puts_the_image_after_it() -> None:

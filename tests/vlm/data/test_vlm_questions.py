@@ -19,25 +19,25 @@ from localign.errors import UserError
 from localign.vlm.data import scene_dataset
 from localign.vlm.data.records import parse_record
 from localign.vlm.data.scene_dataset import read_questions, write_dataset
-from localign.vlm.data.scene_questions import KINDS, Question, questions_of
+from localign.vlm.data.scene_questions import KINDS, SceneQuestion, questions_of
 
 WORLD = SceneConfig()
 SOURCE = SceneSource(WORLD, "test", 500)
 NUMBERS = re.compile(r"\d\.\d\d")
 
 
-def ask(index: int, kinds: Sequence[str] = KINDS, count: int = len(KINDS)) -> list[Question]:
+def ask(index: int, kinds: Sequence[str] = KINDS, count: int = len(KINDS)) -> list[SceneQuestion]:
     scene = SOURCE.scene(index)
     return questions_of(WORLD, scene, seed=0, split="test", index=index, kinds=kinds, count=count)
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[tuple[Scene, Question]]:
+def asked() -> list[tuple[Scene, SceneQuestion]]:
     """One question of every kind on every scene that it suits."""
     return [(SOURCE.scene(index), question) for index in range(500) for question in ask(index)]
 
 
-def of_kind(asked: list[tuple[Scene, Question]], kind: str) -> list[tuple[Scene, Question]]:
+def of_kind(asked: list[tuple[Scene, SceneQuestion]], kind: str) -> list[tuple[Scene, SceneQuestion]]:
     return [(scene, question) for scene, question in asked if question.kind == kind]
 
 
@@ -65,11 +65,11 @@ def test_fewer_questions_are_the_first_of_many() -> None:
     assert ask(5, count=3) == ask(5)[:3]
 
 
-def test_every_kind_is_asked(asked: list[tuple[Scene, Question]]) -> None:
+def test_every_kind_is_asked(asked: list[tuple[Scene, SceneQuestion]]) -> None:
     assert {question.kind for _, question in asked} == set(KINDS)
 
 
-def test_referring_answers_are_the_objects_boxes(asked: list[tuple[Scene, Question]]) -> None:
+def test_referring_answers_are_the_objects_boxes(asked: list[tuple[Scene, SceneQuestion]]) -> None:
     for scene, question in of_kind(asked, "referring"):
         match = re.fullmatch(
             r'Please provide the bounding box coordinate of the region this sentence describes: "(.+)"',
@@ -83,7 +83,9 @@ def test_referring_answers_are_the_objects_boxes(asked: list[tuple[Scene, Questi
         assert np.abs(exact - written).max() <= 0.005 + 1e-9
 
 
-def test_position_questions_point_at_the_middle_of_the_object(asked: list[tuple[Scene, Question]]) -> None:
+def test_position_questions_point_at_the_middle_of_the_object(
+    asked: list[tuple[Scene, SceneQuestion]],
+) -> None:
     for scene, question in of_kind(asked, "position"):
         assert len(scene.objects) > 1
         point = np.array([float(number) for number in NUMBERS.findall(question.message)])
@@ -101,7 +103,7 @@ def test_what_is_where_is_not_given_away_by_where_is_what() -> None:
             assert f'"{turns["position"].answer}"' not in turns["referring"].message
 
 
-def test_counts_are_right(asked: list[tuple[Scene, Question]]) -> None:
+def test_counts_are_right(asked: list[tuple[Scene, SceneQuestion]]) -> None:
     for scene, question in of_kind(asked, "count"):
         match = re.match(r"How many (?:(\w+) objects|(\w+)) are there\?\n", question.message)
         assert match
@@ -110,7 +112,7 @@ def test_counts_are_right(asked: list[tuple[Scene, Question]]) -> None:
         assert question.answer == str(right)
 
 
-def test_statements_are_true_or_the_opposite_holds(asked: list[tuple[Scene, Question]]) -> None:
+def test_statements_are_true_or_the_opposite_holds(asked: list[tuple[Scene, SceneQuestion]]) -> None:
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     for scene, question in of_kind(asked, "relation"):
         match = re.search(r"The (\w+ \w+) is (.+) the (\w+ \w+)\.\n", question.message)
@@ -119,7 +121,7 @@ def test_statements_are_true_or_the_opposite_holds(asked: list[tuple[Scene, Ques
         assert match[2] == (holds if question.answer == "True" else opposite[holds])
 
 
-def test_presence_is_right_and_what_is_absent_is_similar(asked: list[tuple[Scene, Question]]) -> None:
+def test_presence_is_right_and_what_is_absent_is_similar(asked: list[tuple[Scene, SceneQuestion]]) -> None:
     for scene, question in of_kind(asked, "presence"):
         match = re.match(r"Is there an? ((\w+) (\w+)) in the image\?\n", question.message)
         assert match
@@ -129,7 +131,9 @@ def test_presence_is_right_and_what_is_absent_is_similar(asked: list[tuple[Scene
 
 
 @pytest.mark.parametrize("kind", ["attribute", "choice"])
-def test_attributes_are_asked_of_one_object_alone(asked: list[tuple[Scene, Question]], kind: str) -> None:
+def test_attributes_are_asked_of_one_object_alone(
+    asked: list[tuple[Scene, SceneQuestion]], kind: str
+) -> None:
     for scene, question in of_kind(asked, kind):
         first = question.message.split("\n")[0]
         match = re.fullmatch(r"What (?:colour is the (\w+)|shape is the (\w+) object)\?", first)
@@ -144,7 +148,7 @@ def test_attributes_are_asked_of_one_object_alone(asked: list[tuple[Scene, Quest
         assert answers == [given]
 
 
-def test_a_caption_is_the_scenes_own(asked: list[tuple[Scene, Question]]) -> None:
+def test_a_caption_is_the_scenes_own(asked: list[tuple[Scene, SceneQuestion]]) -> None:
     for scene, question in of_kind(asked, "caption"):
         assert question.message == "Provide a short image description."
         assert question.answer.lower() == f"{scene.caption}.".lower()
@@ -153,11 +157,15 @@ def test_a_caption_is_the_scenes_own(asked: list[tuple[Scene, Question]]) -> Non
 @pytest.mark.parametrize(
     ("kind", "answers"), [("relation", 2), ("presence", 2), ("choice", 4), ("count", 3), ("position", 20)]
 )
-def test_answers_come_up_equally_often(asked: list[tuple[Scene, Question]], kind: str, answers: int) -> None:
+def test_answers_come_up_equally_often(
+    asked: list[tuple[Scene, SceneQuestion]], kind: str, answers: int
+) -> None:
     assert evenly([question.answer for _, question in of_kind(asked, kind)], answers)
 
 
-def test_the_words_of_a_statement_say_nothing_about_its_truth(asked: list[tuple[Scene, Question]]) -> None:
+def test_the_words_of_a_statement_say_nothing_about_its_truth(
+    asked: list[tuple[Scene, SceneQuestion]],
+) -> None:
     for words in ("left of", "right of", "above", "below"):
         assert evenly([q.answer for _, q in of_kind(asked, "relation") if words in q.message], 2)
 

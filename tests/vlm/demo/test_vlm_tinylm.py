@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from localign.engine import BatchPlan
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.errors import UserError
 from localign.vlm.data.prompts import prompt_format
 from localign.vlm.data.scene_dataset import write_dataset
@@ -137,7 +137,7 @@ def test_a_trained_model_is_a_transformers_folder(tmp_path: Path) -> None:
     # The same validation loss, from what was written alone.
     task = TinyLMTask(trained)
     assert [tokenizer.decode(ids) for ids in task.val_ids] == [task.tokenizer.decode(i) for i in task.val_ids]
-    again = task.validate(model, World(0, 1, 0, torch.device("cpu")))
+    again = task.validate(model, DistributedContext(0, 1, 0, torch.device("cpu")))
     assert again["val_loss"] == pytest.approx(outcome.results["final"]["val_loss"], rel=1e-5)
 
 

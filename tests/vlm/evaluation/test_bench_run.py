@@ -13,7 +13,7 @@ import pytest
 from bench_files import truncate, write_image
 from bench_models import ALONE, CPU, Killed, ScriptedModel, suites
 
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.errors import UserError
 from localign.vlm.benchmarks.table import BENCHMARKS
 from localign.vlm.benchmarks.vsr import VSR
@@ -249,16 +249,16 @@ def test_a_larger_subset_asks_only_what_is_new(tmp_path: Path) -> None:
 def test_ranks_share_the_questions(
     asked: Suites, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(World, "barrier", lambda self: None)
+    monkeypatch.setattr(DistributedContext, "barrier", lambda self: None)
     shares = []
     for rank in (2, 1):  # the main rank has the last word
         model = ScriptedModel()
         pending = [run._keyed(model, s, q) for s, data in asked for q in data.questions]
-        run.ask(model, pending, tmp_path, World(rank, 3, rank, CPU), 2)
+        run.ask(model, pending, tmp_path, DistributedContext(rank, 3, rank, CPU), 2)
         shares.append(model.asked)
     main = ScriptedModel()
     pending = [run._keyed(main, s, q) for s, data in asked for q in data.questions]
-    run.ask(main, pending, tmp_path, World(0, 3, 0, CPU), 2)
+    run.ask(main, pending, tmp_path, DistributedContext(0, 3, 0, CPU), 2)
     assert sorted([*shares[0], *shares[1], *main.asked]) == sorted(ids(asked))
     assert max(map(len, (*shares, main.asked))) - min(map(len, (*shares, main.asked))) <= 1
     evaluate(ScriptedModel(patience=0), asked, tmp_path, ALONE, 3)  # and one rank goes on from three

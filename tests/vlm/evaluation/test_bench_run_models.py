@@ -11,7 +11,7 @@ from bench_models import CPU, save_tiny_idefics, save_tiny_llava, save_tiny_vlm,
 from vlm_models import picture
 
 from localign.errors import UserError
-from localign.vlm.evaluation.answering import Asked
+from localign.vlm.evaluation.answering import Query
 from localign.vlm.evaluation.models import (
     LocalignModel,
     TransformersModel,
@@ -85,7 +85,7 @@ def test_probabilities_are_those_of_the_letters_after_the_prompt(
 @pytest.mark.parametrize("kind", SAVERS)
 def test_questions_without_an_image(kind: str, folders: dict[str, Path]) -> None:
     model = opened(folders[kind])
-    asked = [Asked("Say hello."), Asked("What is the capital of France?")]
+    asked = [Query("Say hello."), Query("What is the capital of France?")]
     texts = model.answer_texts(asked, 8)
     assert texts == [model.answer_texts([question], 8)[0] for question in asked]
     assert model.answer_texts([asked[0]._replace(image=picture(0))], 8) != texts[:1]

@@ -18,9 +18,9 @@ from bench_models import CPU, ScriptedModel, save_tiny_llava, save_tiny_vlm
 from PIL import ImageFile
 
 from localign.cli import main
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.errors import UserError
-from localign.vlm.evaluation.answering import Asked
+from localign.vlm.evaluation.answering import Query
 from localign.vlm.evaluation.models import open_model
 from localign.vlm.evaluation.options import IN_LMMS_EVAL
 from localign.vlm.evaluation.results import read_answers
@@ -233,14 +233,14 @@ def test_its_own_tasks_run_on_local_data(models: Path, tmp_path: Path) -> None:
 
     words = [f"Is there a {thing}?" for thing in ("cat", "green dog", "kite")]
     short = "\nAnswer the question using a single word or phrase."
-    asked = [Asked(text + short, picture(n)) for n, text in enumerate(words)]
+    asked = [Query(text + short, picture(n)) for n, text in enumerate(words)]
     texts = [model.answer_texts([one], 128)[0].split("\n\n")[0].strip() for one in asked]
     samples = own_samples(tmp_path / "out", "pope_here")
     assert [sample["filtered_resps"] for sample in samples] == texts
     assert len(set(texts)) > 1
     assert results["tasks"]["pope_here"]["pope_yes_ratio,none"] == pytest.approx(2 / 3)
 
-    rows = [model.first_tokens([Asked(text, picture(n))])[0] for n, text in enumerate(words)]
+    rows = [model.first_tokens([Query(text, picture(n))])[0] for n, text in enumerate(words)]
     shares = torch.stack(rows)[:, [model.token(letter) for letter in "ABC"]]
     right = (shares.argmax(dim=1) == 1).double().mean()
     assert results["tasks"]["letter_here"]["acc,none"] == pytest.approx(float(right))
@@ -317,8 +317,8 @@ def test_several_processes_are_refused(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @contextmanager
-    def two(device: str) -> Iterator[World]:
-        yield World(0, 2, 0, CPU)
+    def two(device: str) -> Iterator[DistributedContext]:
+        yield DistributedContext(0, 2, 0, CPU)
 
     monkeypatch.setattr("localign.vlm.lmms.run.world", two)
     command = f"vlm eval {models / 'localign'} --engine lmms-eval --benchmarks pope --out {tmp_path}"

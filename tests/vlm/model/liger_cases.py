@@ -17,7 +17,7 @@ from transformers import CohereConfig, CohereForCausalLM
 from vlm_models import mixed_records, packed, tiny_vlm
 
 from localign.engine.sharding import shard
-from localign.vlm.model.losses import IGNORED, CrossEntropy, VocabularyHead, next_token_loss
+from localign.vlm.model.losses import IGNORE_INDEX, CrossEntropy, LMHead, next_token_loss
 
 WIDTH, VOCABULARY = 12, 70
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,13 +57,13 @@ def found(
     layer = nn.Linear(WIDTH, VOCABULARY, bias=bias).to(dtype).requires_grad_("head" in trained)
     hidden = torch.randn(2, 15, WIDTH, dtype=dtype)
     labels = torch.randint(VOCABULARY, (2, 15))
-    labels[torch.rand(2, 15) >= share] = IGNORED
+    labels[torch.rand(2, 15) >= share] = IGNORE_INDEX
     layer, labels = layer.to(DEVICE), labels.to(DEVICE)
     hidden = hidden.to(DEVICE).requires_grad_("hidden" in trained)
-    head = VocabularyHead(layer, SimpleNamespace(vocab_size=VOCABULARY, **config))
+    head = LMHead(layer, SimpleNamespace(vocab_size=VOCABULARY, **config))
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         loss, count = next_token_loss(hidden, labels, head, cross_entropy=cross_entropy)
-    assert int(count) == int((labels[:, 1:] != IGNORED).sum())
+    assert int(count) == int((labels[:, 1:] != IGNORE_INDEX).sum())
     if loss.requires_grad:
         (factor * loss).backward()
     gradients = {name: p.grad for name, p in layer.named_parameters()}
@@ -130,7 +130,7 @@ def test_gradients_of_bfloat16_weights_are_summed_in_float32() -> None:
     labels = torch.randint(256, (1, 257), device=DEVICE)
     results = []
     for way, one in (("liger", layer), ("chunked", copy.deepcopy(layer).double())):
-        head = VocabularyHead(one, SimpleNamespace(vocab_size=256))
+        head = LMHead(one, SimpleNamespace(vocab_size=256))
         loss, _ = next_token_loss(hidden.to(one.weight.dtype), labels, head, cross_entropy=way)
         loss.backward()
         results.append(one.weight.grad.double())
@@ -194,7 +194,7 @@ def test_a_models_gradients_are_those_of_the_chunks(kind: str, sharded: bool) ->
         # In a second micro-batch nothing is learned.
         losses = [
             one(**batch | labels, cross_entropy=way).loss_sum
-            for labels in ({}, {"labels": torch.full_like(batch["labels"], IGNORED)})
+            for labels in ({}, {"labels": torch.full_like(batch["labels"], IGNORE_INDEX)})
         ]
         for loss in losses:
             loss.backward()

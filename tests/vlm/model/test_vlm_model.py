@@ -26,8 +26,8 @@ from localign.errors import UserError
 from localign.vlm import LocalignVLM, LocalignVLMConfig
 from localign.vlm.model.adapters import fresh_adapter
 from localign.vlm.model.losses import (
-    IGNORED,
-    VocabularyHead,
+    IGNORE_INDEX,
+    LMHead,
     next_token_loss,
     next_token_targets,
     summed_cross_entropy,
@@ -41,9 +41,9 @@ NEW = 7
 
 def test_targets_are_the_next_tokens_labels_within_a_sequence() -> None:
     labels = torch.tensor([[1, 2, 3, 4, 5]])
-    assert next_token_targets(labels).tolist() == [[2, 3, 4, 5, IGNORED]]
+    assert next_token_targets(labels).tolist() == [[2, 3, 4, 5, IGNORE_INDEX]]
     borders = torch.tensor([0, 2, 3, 5], dtype=torch.int32)
-    assert next_token_targets(labels, borders).tolist() == [[2, IGNORED, IGNORED, 5, IGNORED]]
+    assert next_token_targets(labels, borders).tolist() == [[2, IGNORE_INDEX, IGNORE_INDEX, 5, IGNORE_INDEX]]
     assert labels.tolist() == [[1, 2, 3, 4, 5]]
 
 
@@ -137,14 +137,14 @@ def test_the_loss_is_that_of_the_language_models_own_logits(language_model: Any)
         logits = model(**batch).logits
     targets = next_token_targets(labels)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    assert int(result.label_count) == int((targets != IGNORED).sum()) > 0
+    assert int(result.label_count) == int((targets != IGNORE_INDEX).sum()) > 0
     torch.testing.assert_close(result.loss_sum, expected, atol=1e-3, rtol=1e-5)
     torch.testing.assert_close(result.loss, expected / result.label_count, atol=1e-5, rtol=1e-5)
 
 
 def test_the_head_reaches_the_loss_only_through_labelled_tokens() -> None:
-    labels = torch.full((2, 5), IGNORED)
-    head = VocabularyHead(torch.nn.Linear(8, 259), tiny_llm().config)
+    labels = torch.full((2, 5), IGNORE_INDEX)
+    head = LMHead(torch.nn.Linear(8, 259), tiny_llm().config)
     loss, count = next_token_loss(torch.randn(2, 5, 8), labels, head)
     assert (loss.item(), count.item()) == (0, 0)
 

@@ -14,8 +14,8 @@ from vlm_models import picture, tiny_processor, tiny_vlm
 from localign.errors import UserError
 from localign.vlm import LocalignVLM
 from localign.vlm.data.batching import packed_row, padded_rows
-from localign.vlm.data.examples import Encoder, Example, NothingToLearn
-from localign.vlm.data.prompts import IGNORED, prompt_format
+from localign.vlm.data.examples import ConversationTokenizer, Example, NothingToLearn
+from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format
 from localign.vlm.data.records import Record
 from localign.vlm.model.attention import PACKED_SDPA, check_independent_turns, turns_mask
 
@@ -27,8 +27,10 @@ RECORDS = [
 ]
 
 
-def encoder(tokenizer: Any, prompt: str = "in-out", max_length: int = 2000, **options: Any) -> Encoder:
-    return Encoder(prompt_format(prompt), tokenizer, 4, max_length, **options)
+def encoder(
+    tokenizer: Any, prompt: str = "in-out", max_length: int = 2000, **options: Any
+) -> ConversationTokenizer:
+    return ConversationTokenizer(prompt_format(prompt), tokenizer, 4, max_length, **options)
 
 
 def tokenizer_with_image() -> Any:
@@ -130,7 +132,7 @@ def test_what_is_beyond_the_limit_is_cut_off() -> None:
     assert len(cut.input_ids) == 40
     for ours, theirs in ((cut.turns, whole.turns), (cut.position_ids, whole.position_ids)):
         assert torch.equal(ours, theirs[:40])
-    assert not (cut.labels == IGNORED).all()
+    assert not (cut.labels == IGNORE_INDEX).all()
     with pytest.raises(NothingToLearn):
         encoder(tokenizer, max_length=9, independent=True)(RECORDS[0])
     published = encoder(tokenizer, max_length=40, independent=True, text_limit=True)(RECORDS[0])

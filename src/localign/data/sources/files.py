@@ -12,7 +12,7 @@ from pathlib import Path
 
 from localign.data.decoding import read_bytes
 from localign.data.sources.base import SUFFIXES, EncodedSource, Names
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 
 LIST_SUFFIXES = (".txt", ".csv", ".jsonl")
 PATH_HEADERS = frozenset({"path", "file", "filename", "file_name", "image", "name"})
@@ -84,7 +84,7 @@ def _check_folder(root: Path) -> None:
 
 def _near_siblings(path: Path) -> str:
     try:
-        return near(path.name, os.listdir(path.parent))
+        return did_you_mean(path.name, os.listdir(path.parent))
     except OSError:
         return ""
 

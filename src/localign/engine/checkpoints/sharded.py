@@ -39,7 +39,7 @@ from localign.engine.checkpoints.whole import (
     state_text,
 )
 from localign.engine.disk import reason
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.errors import RunFailure, UserError
 from localign.files import fsync_path, put_in_place
 
@@ -61,13 +61,15 @@ class ShardedCheckpoints(Checkpoints):
 
     Args:
         folder, keep, included: As of :class:`Checkpoints`.
-        world: All ranks of the run; they see the same folder.
+        context: All ranks of the run; they see the same folder.
     """
 
-    def __init__(self, folder: Path, keep: int, included: Callable[[str], bool], world: World) -> None:
+    def __init__(
+        self, folder: Path, keep: int, included: Callable[[str], bool], context: DistributedContext
+    ) -> None:
         super().__init__(folder, keep, included)
-        self.world = world
-        self._group = world.cpu_group()  # of its own: training goes on while the thread exchanges plans
+        self.context = context
+        self._group = context.cpu_group()  # of its own: training goes on while the thread exchanges plans
         self._writing: tuple[int, Future[Any]] | None = None
 
     def save(
@@ -87,10 +89,10 @@ class ShardedCheckpoints(Checkpoints):
         self.wait()
         path = self.path(step)
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.world.gather(path.with_name(f".{path.name}.{os.getpid()}.tmp"))[0]
+        temporary = self.context.all_gather_object(path.with_name(f".{path.name}.{os.getpid()}.tmp"))[0]
         # As text at once: what the state refers to may have changed when the thread comes to it.
         publish = partial(self._publish, temporary, step, json.dumps(state), state.get("best"))
-        writer = _Writer(temporary, self.world.rank, publish)
+        writer = _Writer(temporary, self.context.rank, publish)
         moments = {OPTIMIZER + name: tensor for name, tensor in optimizer_tensors(module, optimizer).items()}
         tensors = {**self._module_tensors(module, ema), **moments}
         future = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)

@@ -81,7 +81,7 @@ class Checkpoints:
         found = (_STEP_FOLDER.match(p.name) for p in self.folder.iterdir() if p.is_dir())
         return sorted(int(m.group(1)) for m in found if m)
 
-    def whence(self) -> str:
+    def resume_hint(self) -> str:
         """How a run that has failed goes on, for the line that says so."""
         steps = self.steps()
         return f"--resume continues from step {steps[-1]}" if steps else "there is no checkpoint"

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from localign.engine.config import TrainConfig
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.engine.hardware.cpu import give_back_freed_memory
 from localign.errors import UserError
 
@@ -47,9 +47,9 @@ def check_measurable(config: TrainConfig, device: torch.device) -> None:
     )
 
 
-def meter(here: World) -> Meter:
+def meter(context: DistributedContext) -> Meter:
     """The meter of a rank's device. The ranks of a node share its main memory."""
-    return CudaMeter(here.device) if here.device.type == "cuda" else ProcessMeter(here.local_size)
+    return CudaMeter(context.device) if context.device.type == "cuda" else ProcessMeter(context.local_size)
 
 
 class CudaMeter:

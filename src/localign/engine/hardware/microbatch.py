@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from localign.engine.batch import tensors_of, to_device
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.engine.hardware.memory import ROOM, Meter, meter
 from localign.engine.log import say
 from localign.engine.optim.build import local_tensors
@@ -26,7 +26,7 @@ _MOMENTS = 2
 """AdamW's tensors per parameter."""
 
 
-class Search:
+class MicroBatchFinder:
     """Tries forward and backward passes of one size after another, upwards; all ranks take the same steps.
 
     Replicas on GPUs go on until one of them is out of memory. Where that could not be survived (on a CPU, where
@@ -36,7 +36,7 @@ class Search:
     Args:
         task: In its state before a step, on its device.
         model: Its module, replicated or sharded; no gradients are there.
-        here: This rank.
+        context: This rank.
         per_rank: Samples of a rank and step.
         autocast: What a forward pass is done in.
         sharded: Whether ranks exchange parts of the model within a pass.
@@ -46,17 +46,23 @@ class Search:
         self,
         task: Task,
         model: nn.Module,
-        here: World,
+        context: DistributedContext,
         per_rank: int,
         autocast: Callable[[], AbstractContextManager[Any]],
         sharded: bool,
     ) -> None:
-        self.task, self.model, self.here, self.per_rank, self.autocast = task, model, here, per_rank, autocast
-        self.exchanging = sharded and here.size > 1
-        self.foresees = self.exchanging or here.device.type == "cpu"
+        self.task, self.model, self.context, self.per_rank, self.autocast = (
+            task,
+            model,
+            context,
+            per_rank,
+            autocast,
+        )
+        self.exchanging = sharded and context.size > 1
+        self.foresees = self.exchanging or context.device.type == "cpu"
         self.peaks: list[tuple[int, int]] = []  # of (samples, bytes), in the order they were tried
 
-    def largest(self) -> int:
+    def find(self) -> int:
         """The largest micro-batch that fits on every rank and divides a rank's share.
 
         Weights, gradients and torch's generators are left as they were.
@@ -64,32 +70,32 @@ class Search:
         Raises:
             UserError: Not even the smallest fits.
         """
-        least = self.task.inseparable
+        least = self.task.micro_batch_multiple
         sizes = [n for n in range(least, self.per_rank + 1, least) if self.per_rank % n == 0]
         if sizes == [self.per_rank]:
             return self.per_rank
         # Growth takes two sizes to be seen, whether the second divides the share or not.
         tried = sorted({least, 2 * least, *sizes}) if self.foresees else sizes
-        found, cuda = 0, [self.here.device] if self.here.device.type == "cuda" else []
-        gauge = meter(self.here)
+        found, cuda = 0, [self.context.device] if self.context.device.type == "cuda" else []
+        gauge = meter(self.context)
         self.model.train()
         # What is foreseen keeps away from the end by itself.
-        limited = nullcontext() if self.foresees else _limited(self.here.device)
+        limited = nullcontext() if self.foresees else _limited(self.context.device)
         with torch.random.fork_rng(cuda), limited:
             for size in tried:
-                if self.here.any(not self._foreseen(size, gauge)) or self.here.any(
+                if self.context.any_rank(not self._foreseen(size, gauge)) or self.context.any_rank(
                     not self._fits(size, gauge)
                 ):
                     break
                 found = size if size in sizes else found
         self._clear()
-        with self.here.together():
-            if not found and self.here.is_main:
+        with self.context.raise_on_all_ranks():
+            if not found and self.context.is_main:
                 raise UserError(
-                    f"not even a micro-batch of {least} fits in the memory of {self.here.device}; try "
+                    f"not even a micro-batch of {least} fits in the memory of {self.context.device}; try "
                     "--grad-checkpointing"
                 )
-        if self.here.is_main:
+        if self.context.is_main:
             say(f"micro-batch: {found} of the {self.per_rank} samples of a rank and step")
         return found
 
@@ -118,14 +124,14 @@ class Search:
 
     def _passes(self, size: int) -> None:
         times = max(1, self.per_rank // size)
-        batch = to_device(self.task.largest(size), self.here.device)
+        batch = to_device(self.task.worst_case_batch(size), self.context.device)
         # The loop keeps the batches of a step until its end.
         kept = [t.clone() for t in tensors_of(batch).values() for _ in range(times - 1)]
         # The optimizer takes its memory at its first step.
         trained = local_tensors(p for p in self.task.module.parameters() if p.requires_grad)
         kept += [torch.ones_like(t) for t in trained for _ in range(_MOMENTS)]
         for _ in range(min(2, times)):  # the second time with gradients there
-            with self.here.without_sync(self.model, skip=True):
+            with self.context.without_sync(self.model, skip=True):
                 with self.autocast():
                     result = self.task.step(self.model, batch)
                 result.loss_sum.backward()
@@ -134,7 +140,7 @@ class Search:
     def _clear(self) -> None:
         self.model.zero_grad(set_to_none=True)
         gc.collect()
-        if self.here.device.type == "cuda":
+        if self.context.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.compiler.reset()  # attention was compiled for sizes that do not come again
 

@@ -24,7 +24,7 @@ from localign.report.figures.drawing import (
     short_names,
 )
 from localign.report.style import CATEGORICAL, INK, MUTED, RULE, new_figure, styled
-from localign.report.tables.measures import KINDS, ClassGain, Comparison, Measured, class_gains
+from localign.report.tables.measures import KINDS, BackbonePair, ClassGain, Measured, class_gains
 from localign.report.tables.rows import HEAD_NAMES
 
 TOP = 10
@@ -36,7 +36,7 @@ HEADER = ("class_id", "class", "kind", "positives", "before", "after", "gain")
 
 
 def classes_drawing(
-    results: Mapping[str, Any], pair: Comparison, what: Measured, name: str = "classes"
+    results: Mapping[str, Any], pair: BackbonePair, what: Measured, name: str = "classes"
 ) -> Drawing | None:
     """Gains of every class between two backbones; None where no class was measured on both."""
     gains = class_gains(results, pair, what)

@@ -43,7 +43,7 @@ HEADER = ("image", "backbone", "patches", "right")
 
 
 @dataclass(frozen=True)
-class Look:
+class ClassLook:
     """How a class is drawn."""
 
     fill: str
@@ -139,7 +139,7 @@ def _true_classes(side: Predicted, image: int) -> list[list[tuple[int, float]]]:
     return [[(int(c), 1.0) for c in np.flatnonzero(patch)] for patch in side.truth[image]]
 
 
-def _looks(first: Predicted, sides: Sequence[Predicted]) -> dict[int, Look]:
+def _looks(first: Predicted, sides: Sequence[Predicted]) -> dict[int, ClassLook]:
     """A look for every class that is drawn somewhere; the most frequent twenty get one of their own."""
     classes = first.truth.shape[-1]
     often = np.zeros(classes)
@@ -150,22 +150,22 @@ def _looks(first: Predicted, sides: Sequence[Predicted]) -> dict[int, Look]:
     for side in sides:
         often += np.bincount(side.probability.argmax(-1).ravel(), minlength=classes)
     order = [int(c) for c in np.argsort(-often, kind="stable") if often[c] > 0]
-    looks: dict[int, Look] = {}
+    looks: dict[int, ClassLook] = {}
     styles = [(fill, hatch) for hatch in _HATCHES for fill in CATEGORICAL]
     for c in order:
         if c == 0:
-            looks[c] = Look(GROUND_FILL, "", len([1 for look in looks.values() if look.number]) + 1)
+            looks[c] = ClassLook(GROUND_FILL, "", len([1 for look in looks.values() if look.number]) + 1)
         elif styles:
-            looks[c] = Look(*styles.pop(0), len([1 for look in looks.values() if look.number]) + 1)
+            looks[c] = ClassLook(*styles.pop(0), len([1 for look in looks.values() if look.number]) + 1)
         else:
-            looks[c] = Look(OTHER_FILL, "", 0)
+            looks[c] = ClassLook(OTHER_FILL, "", 0)
     return looks
 
 
 def _draw(
     ax: Axes,
     patches: Sequence[Sequence[tuple[int, float]]],
-    looks: Mapping[int, Look],
+    looks: Mapping[int, ClassLook],
     grid: tuple[int, int],
     wrong: NDArray[np.bool_] | None = None,
 ) -> None:
@@ -242,7 +242,7 @@ def region_centres(classes: NDArray[np.integer], smallest: int) -> list[tuple[in
     return centres
 
 
-def _handles(looks: Mapping[int, Look], class_names: Sequence[str]) -> list[Any]:
+def _handles(looks: Mapping[int, ClassLook], class_names: Sequence[str]) -> list[Any]:
     own = sorted((look.number, c) for c, look in looks.items() if look.number)
     names = short_names([class_names[c] for _, c in own], 24)
     handles: list[Any] = [

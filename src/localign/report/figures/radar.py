@@ -111,7 +111,7 @@ def scale_of(scores: Sequence[float]) -> Scale:
 
 
 @dataclass(frozen=True)
-class Look:
+class LineLook:
     """How a model's line is drawn."""
 
     colour: str
@@ -119,11 +119,11 @@ class Look:
     dash: Any
 
 
-def looks(names: Sequence[str]) -> dict[str, Look]:
+def looks(names: Sequence[str]) -> dict[str, LineLook]:
     """One for each name; the first two are the report's before and after."""
     count = len(COLOURS)
     return {
-        name: Look(
+        name: LineLook(
             COLOURS[i % count],
             MARKERS[(i + i // count) % len(MARKERS)],
             DASHES[(i // count) % len(DASHES)],
@@ -136,7 +136,7 @@ def radar_drawing(
     axes: Sequence[Axis],
     panels: Sequence[Panel],
     scale: Scale,
-    style: Mapping[str, Look],
+    style: Mapping[str, LineLook],
     name: str = "radar",
 ) -> Drawing:
     """All panels in one figure, with the scaling in its data.
@@ -164,7 +164,7 @@ def radar_drawing(
 
 @styled
 def radar_figure(
-    axes: Sequence[Axis], panels: Sequence[Panel], scale: Scale, style: Mapping[str, Look]
+    axes: Sequence[Axis], panels: Sequence[Panel], scale: Scale, style: Mapping[str, LineLook]
 ) -> Figure:
     """Panels side by side, two in a row."""
     models = list(dict.fromkeys(model for panel in panels for model in panel.models))
@@ -194,7 +194,7 @@ def radar_figure(
     return figure
 
 
-def _line(look: Look) -> dict[str, Any]:
+def _line(look: LineLook) -> dict[str, Any]:
     return {
         "color": look.colour, "linestyle": look.dash, "marker": look.marker, "markersize": 4.6,
         "markeredgecolor": PAPER, "markeredgewidth": 0.5, "linewidth": 1.5,
@@ -233,7 +233,7 @@ def _draw_web(ax: Axes, axes: Sequence[Axis], scale: Scale) -> None:
     ax.set_axis_off()
 
 
-def _draw_model(ax: Axes, scores: Sequence[Score | None], scale: Scale, look: Look) -> None:
+def _draw_model(ax: Axes, scores: Sequence[Score | None], scale: Scale, look: LineLook) -> None:
     """A line from axis to axis, open where a benchmark is missing."""
     directions = _directions(len(scores))
     points = [

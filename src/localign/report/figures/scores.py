@@ -23,7 +23,7 @@ from localign.report.figures.drawing import (
     short_names,
     whisker_handle,
 )
-from localign.report.figures.radar import DASHES, Axis, Look, Panel, Score
+from localign.report.figures.radar import DASHES, Axis, LineLook, Panel, Score
 from localign.report.style import INK, MUTED, PAPER, new_figure, styled
 
 _BAR, _GAP, _FRAME = 0.17, 0.16, 1.05
@@ -36,7 +36,7 @@ HEADER = (
 
 
 def scores_drawing(
-    axes: Sequence[Axis], panel: Panel, style: Mapping[str, Look], name: str = "bars"
+    axes: Sequence[Axis], panel: Panel, style: Mapping[str, LineLook], name: str = "bars"
 ) -> Drawing:
     """One panel's models on every benchmark.
 
@@ -59,7 +59,7 @@ def scores_drawing(
 
 
 @styled
-def scores_figure(axes: Sequence[Axis], panel: Panel, style: Mapping[str, Look]) -> Figure:
+def scores_figure(axes: Sequence[Axis], panel: Panel, style: Mapping[str, LineLook]) -> Figure:
     """Groups of horizontal bars, a group for each benchmark, in two columns where there are many."""
     models = list(panel.models)
     group = _BAR * len(models) + _GAP
@@ -91,7 +91,7 @@ def scores_figure(axes: Sequence[Axis], panel: Panel, style: Mapping[str, Look])
     return figure
 
 
-def _draw_bar(ax: Axes, y: float, score: Score | None, look: Look) -> None:
+def _draw_bar(ax: Axes, y: float, score: Score | None, look: LineLook) -> None:
     if score is None:
         ax.text(1, y, "not answered", va="center", fontsize=6.5, color=MUTED, style="italic")
         return
@@ -116,7 +116,7 @@ def _draw_bar(ax: Axes, y: float, score: Score | None, look: Look) -> None:
         )  # fmt: skip
 
 
-def _fill(look: Look) -> dict[str, Any]:
+def _fill(look: LineLook) -> dict[str, Any]:
     hatch = _HATCHES[str(look.dash)]
     return {
         "facecolor": look.colour,
@@ -126,7 +126,7 @@ def _fill(look: Look) -> dict[str, Any]:
     }
 
 
-def _handles(panel: Panel, style: Mapping[str, Look]) -> list[Any]:
+def _handles(panel: Panel, style: Mapping[str, LineLook]) -> list[Any]:
     labels = short_names(list(panel.models), 40)
     handles: list[Any] = [
         Patch(label=label, **_fill(style[model])) for model, label in zip(panel.models, labels, strict=True)

@@ -23,7 +23,7 @@ from localign.report.figures.drawing import (
     short_names,
 )
 from localign.report.style import ALIGNED, BASELINE, INK, MUTED, new_figure, styled
-from localign.report.tables.measures import Comparison, Measured, SizeBin, size_bins
+from localign.report.tables.measures import BackbonePair, Measured, SizeBin, size_bins
 from localign.report.tables.rows import HEAD_NAMES, probe_runs
 
 Bins = Sequence[SizeBin]
@@ -31,7 +31,7 @@ HEADER = ("backbone", "share_low", "share_high", "positives", "recall", "seeds")
 
 
 def sizes_drawing(
-    results: Mapping[str, Any], pair: Comparison, what: Measured, name: str = "sizes"
+    results: Mapping[str, Any], pair: BackbonePair, what: Measured, name: str = "sizes"
 ) -> Drawing | None:
     """Recall per object size of two backbones, or of one compared with itself; None without sizes."""
     runs = probe_runs(results)

@@ -57,7 +57,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BackbonePair:
     """Two backbones that are held against each other."""
 
     label: str
@@ -119,24 +119,24 @@ class Trend:
 # -- which backbones -------------------------------------------------------------------------------------
 
 
-def comparisons(results: Mapping[str, Any]) -> list[Comparison]:
+def comparisons(results: Mapping[str, Any]) -> list[BackbonePair]:
     """Pairs of backbones: those that ``results["pairs"]`` lists, or that names tell; else all against the first.
 
     ``pairs`` holds ``[label, before, after]``; the names that tell are ``X-baseline`` beside ``X``, and
     ``baseline`` beside ``aligned``.
     """
     runs = probe_runs(results)
-    told = [Comparison(str(n), str(b), str(a), True) for n, b, a in results.get("pairs") or ()]
+    told = [BackbonePair(str(n), str(b), str(a), True) for n, b, a in results.get("pairs") or ()]
     told = [c for c in told if c.before in runs and c.after in runs]
     if not told:
         found = [(n, n + BASELINE_SUFFIX, n) for n in runs if n + BASELINE_SUFFIX in runs]
         if {"baseline", "aligned"} <= set(runs):
             found.append((_backbone(runs["baseline"]), "baseline", "aligned"))
-        told = [Comparison(*names, True) for names in found]
+        told = [BackbonePair(*names, True) for names in found]
     if told:
         return told
     first, *others = runs or [""]
-    return [Comparison(name, first, name, False) for name in others]
+    return [BackbonePair(name, first, name, False) for name in others]
 
 
 def _backbone(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -253,7 +253,7 @@ def class_kinds(results: Mapping[str, Any]) -> list[str]:
     return [str(kind) for kind in found]
 
 
-def class_gains(results: Mapping[str, Any], pair: Comparison, what: Measured) -> list[ClassGain]:
+def class_gains(results: Mapping[str, Any], pair: BackbonePair, what: Measured) -> list[ClassGain]:
     """Gain of every class that was measured on both sides, the largest first."""
     runs = probe_runs(results)
     before, after = ([_cell(r, what) for r in runs.get(n, ())] for n in (pair.before, pair.after))

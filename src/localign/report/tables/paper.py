@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 from localign.files import replace_text
 from localign.report.figures.drawing import to_csv
 from localign.report.tables.latex import to_latex
@@ -66,7 +66,7 @@ def write_table(
         UserError: unknown table, or a row of another table.
     """
     if name not in TABLES:
-        raise UserError(f"unknown table {name!r}; known: {', '.join(TABLES)}{near(name, TABLES)}")
+        raise UserError(f"unknown table {name!r}; known: {', '.join(TABLES)}{did_you_mean(name, TABLES)}")
     for key in rows:
         if not key.startswith(f"{name}/"):
             raise UserError(f"{key!r} is no row of {name}; its rows are called {name}/...")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from localign.report.tables.measures import (
-    Comparison,
+    BackbonePair,
     Estimate,
     Measured,
     change,
@@ -91,7 +91,7 @@ def comparison_table(results: Results) -> tuple[str, Grid]:
     return caption, Grid(tuple(header), tuple(body))
 
 
-def _signed(results: Results, pair: Comparison, what: Measured) -> str:
+def _signed(results: Results, pair: BackbonePair, what: Measured) -> str:
     found = change(results, pair.before, pair.after, what)
     if found is None:
         return "–"
@@ -101,7 +101,7 @@ def _signed(results: Results, pair: Comparison, what: Measured) -> str:
     return text.replace("-", "\u2212")
 
 
-def _over(results: Results, pairs: Sequence[Comparison], whats: Sequence[Measured]) -> str:
+def _over(results: Results, pairs: Sequence[BackbonePair], whats: Sequence[Measured]) -> str:
     found = [change(results, pair.before, pair.after, what) for pair in pairs for what in whats]
     kinds = {c.over for c in found if c is not None and c.over}
     words = {"images": "paired bootstrap over images", "seeds": "paired t over seeds"}

@@ -29,7 +29,7 @@ _HEAD_ORDER = ("transformer", "mlp", "linear", "transformer-anonymous", "transfo
 
 
 @dataclass(frozen=True)
-class Row:
+class RecallRow:
     """Macro recall of one head on one task."""
 
     source: str
@@ -71,7 +71,7 @@ def probe_runs(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {name: [r for r in side if isinstance(r, dict)] for name, side in runs.items() if side}
 
 
-def before_after(results: Mapping[str, Any]) -> list[Row]:
+def before_after(results: Mapping[str, Any]) -> list[RecallRow]:
     """Macro recall of every source, task and head, before and after alignment, paired over seeds.
 
     The interval is mean +- t * s / sqrt(n) with n - 1 degrees of freedom, s the standard deviation of the
@@ -84,7 +84,7 @@ def before_after(results: Mapping[str, Any]) -> list[Row]:
             name: [metric(r, source, head, task, "macro_recall") for r in runs.get(name, [])]
             for name in SIDES
         }
-        rows.append(Row(source, task, head, paired(values["baseline"], values["aligned"])))
+        rows.append(RecallRow(source, task, head, paired(values["baseline"], values["aligned"])))
     return rows
 
 
@@ -122,7 +122,7 @@ def class_names(results: Mapping[str, Any]) -> list[str]:
     return [str(name) for name in found]
 
 
-def per_class(results: Mapping[str, Any], row: Row) -> list[ClassRow]:
+def per_class(results: Mapping[str, Any], row: RecallRow) -> list[ClassRow]:
     """Recall per class behind one row; classes without positives are left out."""
     runs = probe_runs(results)
     columns: dict[str, list[list[float | None]]] = {}
@@ -166,7 +166,7 @@ def signed(difference: PairedDifference) -> str:
     return text if difference.half_width is None else f"{text} ± {100 * difference.half_width:.1f}"
 
 
-def recall_grid(rows: Sequence[Row]) -> Grid:
+def recall_grid(rows: Sequence[RecallRow]) -> Grid:
     """The before/after table; recall in percent, differences in points."""
     several = len({r.source for r in rows}) > 1
     both = any(r.recall.aligned is not None for r in rows)
@@ -194,7 +194,7 @@ def class_grid(rows: Sequence[ClassRow], unit: str) -> Grid:
     return Grid(header, tuple(body))
 
 
-def interval_sentence(rows: Sequence[Row]) -> str:
+def interval_sentence(rows: Sequence[RecallRow]) -> str:
     """What the numbers behind the plus-minus sign are."""
     counts = {r.recall.seeds for r in rows if r.recall.difference is not None}
     if not counts:
@@ -232,7 +232,7 @@ def to_html(grid: Grid) -> str:
     return f'<div class="scroll"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
-def to_terminal(rows: Sequence[Row], title: str = "Probing") -> Table:
+def to_terminal(rows: Sequence[RecallRow], title: str = "Probing") -> Table:
     """The before/after table for `rich`."""
     grid = recall_grid(rows)
     table = Table(title=title, caption=interval_sentence(rows))

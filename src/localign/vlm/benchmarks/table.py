@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 from localign.vlm.scoring.base import Benchmark
 from localign.vlm.scoring.boxes import BoxFrame
 from localign.vlm.scoring.referring import Referring
@@ -33,7 +33,9 @@ def benchmark_class(name: str) -> type[Benchmark]:
         UserError: There is none.
     """
     if name not in BENCHMARKS:
-        raise UserError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}{near(name, BENCHMARKS)}")
+        raise UserError(
+            f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}{did_you_mean(name, BENCHMARKS)}"
+        )
     module, class_name = BENCHMARKS[name].split(".")
     found: type[Benchmark] = getattr(importlib.import_module(f"localign.vlm.benchmarks.{module}"), class_name)
     return found

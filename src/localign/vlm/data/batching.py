@@ -23,8 +23,8 @@ from localign.data.loader import (
 from localign.data.sources import UnreadableImage
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
-from localign.vlm.data.examples import Encoder, Example, NothingToLearn
-from localign.vlm.data.prompts import IGNORED
+from localign.vlm.data.examples import ConversationTokenizer, Example, NothingToLearn
+from localign.vlm.data.prompts import IGNORE_INDEX
 from localign.vlm.data.records import Conversations
 from localign.vlm.data.sampling import (
     GroupedRecords,
@@ -71,7 +71,7 @@ class VLMBatch(NamedTuple):
 
 def planned_batches(
     data: Conversations,
-    encoder: Encoder,
+    encoder: ConversationTokenizer,
     transform: ImageToTensor,
     plan: BatchPlan,
     *,
@@ -131,7 +131,12 @@ def planned_batches(
 
 
 def longest_batch(
-    data: Conversations, encoder: Encoder, transform: ImageToTensor, samples: int, *, packed: bool
+    data: Conversations,
+    encoder: ConversationTokenizer,
+    transform: ImageToTensor,
+    samples: int,
+    *,
+    packed: bool,
 ) -> VLMBatch:
     """A micro-batch of the longest records, as far as their estimated lengths tell; of few records, repeated ones.
 
@@ -165,7 +170,7 @@ class _Dealer:
     def __init__(
         self,
         data: Conversations,
-        encoder: Encoder,
+        encoder: ConversationTokenizer,
         plan: BatchPlan,
         stream: RecordStream,
         packed: bool,
@@ -203,7 +208,12 @@ class _Reader(Dataset[_Fetched]):
     """Makes whole micro-batches in a worker; its items are lists of (position, index)."""
 
     def __init__(
-        self, data: Conversations, encoder: Encoder, transform: ImageToTensor, seed: int, packed: bool
+        self,
+        data: Conversations,
+        encoder: ConversationTokenizer,
+        transform: ImageToTensor,
+        seed: int,
+        packed: bool,
     ) -> None:
         self.data, self.encoder, self.transform, self.seed, self.packed = (
             data,
@@ -280,7 +290,7 @@ def padded_rows(examples: Sequence[Example], padding: int) -> _Rows:
     """A row for each sequence, padded on the right to the longest; see :class:`VLMBatch`."""
     longest = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), longest), padding, dtype=torch.int64)
-    labels = torch.full_like(input_ids, IGNORED)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
     attention_mask, positions = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     turns = torch.zeros_like(input_ids)
     for row, example in enumerate(examples):

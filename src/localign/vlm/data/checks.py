@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from localign.files import replace_text
-from localign.vlm.data.examples import Encoder, NothingToLearn
+from localign.vlm.data.examples import ConversationTokenizer, NothingToLearn
 from localign.vlm.data.imageroots import MISSING, StrPath
 from localign.vlm.data.records import ParsedRecord, RecordFile, open_files, read_records
 
@@ -77,7 +77,7 @@ def check(
     paths: Sequence[StrPath],
     image_roots: Sequence[StrPath] = (),
     *,
-    encoder: Encoder | None = None,
+    encoder: ConversationTokenizer | None = None,
     missing_list: StrPath | None = None,
 ) -> CheckResult:
     """Go through all records of a data set.
@@ -115,7 +115,7 @@ class _Found:
 
 
 class _Counts:
-    def __init__(self, encoder: Encoder | None) -> None:
+    def __init__(self, encoder: ConversationTokenizer | None) -> None:
         self.encoder = encoder
         self.records = self.turns = self.text_only = self.missing_records = 0
         self.images: set[str] = set()
@@ -145,7 +145,7 @@ class _Counts:
         if self.encoder is not None:
             self._add_length(self.encoder, parsed, name)
 
-    def _add_length(self, encoder: Encoder, parsed: ParsedRecord, name: str) -> None:
+    def _add_length(self, encoder: ConversationTokenizer, parsed: ParsedRecord, name: str) -> None:
         length = encoder.length(parsed.record)
         self.lengths.append(length)
         if length <= encoder.limit(parsed.record.image is not None):

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from localign.errors import UserError
-from localign.vlm.data.prompts import IGNORED, IMAGE_MARK, PromptFormat
+from localign.vlm.data.prompts import IGNORE_INDEX, IMAGE_MARK, PromptFormat
 from localign.vlm.data.records import Record
 
 
@@ -32,7 +32,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class ConversationTokenizer:
     """How records become examples.
 
     Args:
@@ -101,7 +101,7 @@ def encode(
     text_limit: bool = False,
     independent: bool = False,
 ) -> Example:
-    """Tokenise one record; see :class:`Encoder` for the arguments.
+    """Tokenise one record; see :class:`ConversationTokenizer` for the arguments.
 
     Raises:
         NothingToLearn: No label is within the limit.
@@ -111,10 +111,10 @@ def encode(
     image_tokens = num_image_tokens if record.image is not None else 0
     if image_tokens:
         ids[position:position] = [image_token_id(tokenizer)] * image_tokens
-        labels[position:position] = [IGNORED] * image_tokens
+        labels[position:position] = [IGNORE_INDEX] * image_tokens
         numbers[position:position] = [0] * image_tokens
     limit = max_length + image_tokens if text_limit else max_length
-    if all(label == IGNORED for label in labels[:limit]):
+    if all(label == IGNORE_INDEX for label in labels[:limit]):
         raise NothingToLearn(f"no answer begins within {max_length} tokens")
     input_ids = torch.tensor(ids[:limit], dtype=torch.int64)
     turns = torch.tensor(numbers[:limit], dtype=torch.int64) if independent else None
@@ -133,7 +133,7 @@ def _text(
     parts = [[turn] for turn in record.turns] if independent else [record.turns]
     prompts = prompt.conversations(tokenizer, parts)
     position = prompts[0].image_position
-    ids, labels, turns = prompts[0].ids[:position], [IGNORED] * position, [0] * position
+    ids, labels, turns = prompts[0].ids[:position], [IGNORE_INDEX] * position, [0] * position
     for number, part in enumerate(prompts, start=1):
         ids += part.ids[position:]
         labels += part.labels[position:]

@@ -14,7 +14,7 @@ from transformers.image_utils import load_image
 
 from localign.data.sources import UnreadableImage, read_image, to_rgb
 from localign.data.transforms import EvalTransform, to_tensor
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 
 Resize = Literal["naive", "letterbox", "crop"]
 
@@ -35,7 +35,9 @@ class ImageTransform:
     def __init__(self, image_size: Sequence[int], resize: str, mean: Sequence[float]) -> None:
         if resize not in get_args(Resize):
             known = get_args(Resize)
-            raise UserError(f"unknown resize {resize!r}; known: {', '.join(known)}{near(resize, known)}")
+            raise UserError(
+                f"unknown resize {resize!r}; known: {', '.join(known)}{did_you_mean(resize, known)}"
+            )
         rows, columns = image_size
         self.image_size = (int(rows), int(columns))
         self.resize = resize

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 
 _BLOCK = 2**23
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -48,7 +48,7 @@ def scan(path: Path, digest: blake2b | None = None) -> Iterator[Span]:
             yield from _Scanner(path, file, digest).records()
     except FileNotFoundError:
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"there is no file {path}{near(path.name, names)}") from None
+        raise UserError(f"there is no file {path}{did_you_mean(path.name, names)}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 

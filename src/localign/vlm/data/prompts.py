@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 
 PromptName = Literal["in-out", "vicuna", "chat-template"]
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of what is not learned."""
 
 IMAGE_MARK = "<image>"
@@ -38,7 +38,7 @@ class Prompt(NamedTuple):
 
     ids: list[int]
     labels: list[int]
-    """The ids where they are learned (answers and their end tokens), else IGNORED."""
+    """The ids where they are learned (answers and their end tokens), else IGNORE_INDEX."""
     image_position: int
     """Where the image's tokens are to be inserted: 1 after a beginning-of-sequence token, else 0."""
 
@@ -84,7 +84,9 @@ def prompt_format(name: str) -> PromptFormat:
         UserError: There is none of that name.
     """
     if name not in _FORMATS:
-        raise UserError(f"unknown prompt format {name!r}; known: {', '.join(_FORMATS)}{near(name, _FORMATS)}")
+        raise UserError(
+            f"unknown prompt format {name!r}; known: {', '.join(_FORMATS)}{did_you_mean(name, _FORMATS)}"
+        )
     return _FORMATS[name]
 
 
@@ -119,11 +121,11 @@ class _Wrapped(PromptFormat):
         encoded = iter(_plain_ids(tokenizer, texts))
         prompts = []
         for turns in several:
-            ids, labels = list(begin), [IGNORED] * len(begin)
+            ids, labels = list(begin), [IGNORE_INDEX] * len(begin)
             for _ in turns:
                 asked, answered = next(encoded), [*next(encoded), end]
                 ids += asked + answered
-                labels += [IGNORED] * len(asked) + answered
+                labels += [IGNORE_INDEX] * len(asked) + answered
             prompts.append(Prompt(ids, labels, len(begin)))
         return prompts
 
@@ -136,7 +138,7 @@ class _Wrapped(PromptFormat):
     def question(self, tokenizer: PreTrainedTokenizerBase, question: str, history: Turns = ()) -> Prompt:
         ids, _, position = self.conversation(tokenizer, history)
         ids += _plain_ids(tokenizer, [self._wrap(question, first=not history)])[0]
-        return Prompt(ids, [IGNORED] * len(ids), position)
+        return Prompt(ids, [IGNORE_INDEX] * len(ids), position)
 
     def text(self, tokenizer: PreTrainedTokenizerBase, question: str, history: Turns = ()) -> str:
         parts = []
@@ -187,7 +189,7 @@ class _ChatTemplate(PromptFormat):
         text, spans = _render(tokenizer, [message for turn in turns for message in turn])
         tokens = _encode_rendered(tokenizer, text, spans)
         specials = set(tokenizer.all_special_ids)
-        ids, labels = [token.id for token in tokens], [IGNORED] * len(tokens)
+        ids, labels = [token.id for token in tokens], [IGNORE_INDEX] * len(tokens)
         for span in (span for span in spans if span.answer):
             first = next((i for i, token in enumerate(tokens) if token.end > span.begin), len(tokens))
             after = next((i for i, token in enumerate(tokens) if token.begin >= span.end), len(tokens))
@@ -200,7 +202,7 @@ class _ChatTemplate(PromptFormat):
     def question(self, tokenizer: PreTrainedTokenizerBase, question: str, history: Turns = ()) -> Prompt:
         text, spans = _render(tokenizer, [*(message for turn in history for message in turn), question])
         ids = [token.id for token in _encode_rendered(tokenizer, text, spans)]
-        return Prompt(ids, [IGNORED] * len(ids), _leading_bos(tokenizer, ids))
+        return Prompt(ids, [IGNORE_INDEX] * len(ids), _leading_bos(tokenizer, ids))
 
     def text(self, tokenizer: PreTrainedTokenizerBase, question: str, history: Turns = ()) -> str:
         text, _ = _render(tokenizer, [*(message for turn in history for message in turn), question])
@@ -208,7 +210,7 @@ class _ChatTemplate(PromptFormat):
 
     def end_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         labels = self.conversation(tokenizer, [("a", "b")]).labels
-        return [label for label in labels if label != IGNORED][-1]
+        return [label for label in labels if label != IGNORE_INDEX][-1]
 
 
 _FORMATS: dict[str, PromptFormat] = {f.name: f for f in (_InOut(), _Vicuna(), _ChatTemplate())}

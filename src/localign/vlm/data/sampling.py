@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from localign.data.stream import SampleStream
 from localign.errors import UserError
-from localign.vlm.data.examples import Encoder
+from localign.vlm.data.examples import ConversationTokenizer
 from localign.vlm.data.records import Conversations
 
 Integers = NDArray[np.int64]
@@ -151,7 +151,7 @@ def deal_grouped(
     return list(np.array(dealt, dtype=np.int64).reshape(ranks * bins_per_rank, -1))
 
 
-def estimated_lengths(data: Conversations, encoder: Encoder) -> Integers:
+def estimated_lengths(data: Conversations, encoder: ConversationTokenizer) -> Integers:
     """Tokens of each record, roughly: by its characters, with the ratio of some records that are tokenised.
 
     In whole numbers, for every rank must come to the very same.

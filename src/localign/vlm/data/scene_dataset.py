@@ -20,9 +20,9 @@ from PIL import Image
 
 from localign.data.parallel import in_processes, parts
 from localign.data.scenes import Scene, SceneConfig, SceneSource
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 from localign.files import fsync_path, replace_text
-from localign.vlm.data.scene_questions import KINDS, Question, questions_of
+from localign.vlm.data.scene_questions import KINDS, SceneQuestion, questions_of
 
 QUESTIONS_FILE, SETTINGS_FILE, IMAGES = "questions.json", "settings.json", "images"
 _FLUSHED_AT_ONCE = 16
@@ -37,7 +37,7 @@ class AskedQuestion:
 
     id: str
     image: Path
-    question: Question
+    question: SceneQuestion
 
 
 def write_dataset(
@@ -132,7 +132,7 @@ def _check(scenes: int, questions_per_scene: int, kinds: Sequence[str]) -> None:
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(
-                f"unknown kind of question {kind!r}; known: {', '.join(KINDS)}{near(kind, KINDS)}"
+                f"unknown kind of question {kind!r}; known: {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
             )
 
 
@@ -192,7 +192,7 @@ def _write_image(path: Path, scene: Scene) -> None:
     os.replace(temporary, path)
 
 
-def _record(name: str, image: str, asked: Sequence[Question]) -> dict[str, Any]:
+def _record(name: str, image: str, asked: Sequence[SceneQuestion]) -> dict[str, Any]:
     conversations = []
     for turn, question in enumerate(asked):
         mark = "<image>\n" if turn == 0 else ""
@@ -207,8 +207,8 @@ def _record(name: str, image: str, asked: Sequence[Question]) -> dict[str, Any]:
     }
 
 
-def _questions_in(record: dict[str, Any]) -> Iterator[Question]:
+def _questions_in(record: dict[str, Any]) -> Iterator[SceneQuestion]:
     values = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
     turns = zip(record["kinds"], values[::2], values[1::2], record["boxes"], strict=True)
     for kind, message, answer, box in turns:
-        yield Question(kind, message, answer, tuple(box) if box else None)
+        yield SceneQuestion(kind, message, answer, tuple(box) if box else None)

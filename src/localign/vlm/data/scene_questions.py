@@ -39,7 +39,7 @@ _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "be
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """One question on a scene."""
 
     kind: QuestionKind
@@ -50,12 +50,12 @@ class Question:
     """Of a referring question: where the object is."""
 
 
-Asking = Callable[[SceneConfig, Scene, np.random.Generator], Iterator[Question]]
+Asking = Callable[[SceneConfig, Scene, np.random.Generator], Iterator[SceneQuestion]]
 
 
 def questions_of(
     world: SceneConfig, scene: Scene, *, seed: int, split: str, index: int, kinds: Sequence[str], count: int
-) -> list[Question]:
+) -> list[SceneQuestion]:
     """The questions of one scene; none is asked twice.
 
     Args:
@@ -94,23 +94,23 @@ def box_text(box: Sequence[float]) -> str:
 # -- the kinds: each gives question after question on a scene, until it has no more ---------------------------
 
 
-def _referring(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[Question]:
+def _referring(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
     """Where is what."""
     for thing in scene.objects:
         box = normalised_box(thing, world.image_size)
-        yield Question("referring", REFERRING.format(thing.name), box_text(box), box)
+        yield SceneQuestion("referring", REFERRING.format(thing.name), box_text(box), box)
 
 
-def _position(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[Question]:
+def _position(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
     """What is where; of two objects or more, for else the answer would not depend on the position."""
     if len(scene.objects) < 2:
         return
     for thing in reversed(scene.objects):  # so a referring question beside it does not give it away
         point = [pixels / world.image_size for pixels in thing.center]
-        yield Question("position", f"What is at {box_text(point)}?\n{SHORT}", thing.name)
+        yield SceneQuestion("position", f"What is at {box_text(point)}?\n{SHORT}", thing.name)
 
 
-def _count(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[Question]:
+def _count(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
     """How many objects of a colour or of a shape."""
     counts = {f"{color} objects": sum(o.color == color for o in scene.objects) for color in world.colors}
     counts |= {_plural(shape): sum(o.shape == shape for o in scene.objects) for shape in world.shapes}
@@ -121,20 +121,20 @@ def _count(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Ite
         count = offered[random.choice(len(offered), p=weights / weights.sum())]
         name = _pick([name for name in left if left[name] == count], random)
         del left[name]
-        yield Question("count", f"How many {name} are there?\n{SHORT}", str(count))
+        yield SceneQuestion("count", f"How many {name} are there?\n{SHORT}", str(count))
 
 
-def _relation(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[Question]:
+def _relation(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
     """Whether a statement on two objects is true; a false one says the opposite."""
     for pair in _shuffled(list(itertools.combinations(scene.objects, 2)), random):
         first, second = _shuffled(pair, random)
         true, said = bool(random.integers(2)), relation(first, second)
         where = said if true else _OPPOSITE[said]
         statement = f"The {first.name} is {where} the {second.name}."
-        yield Question("relation", STATEMENT.format(statement), str(true))
+        yield SceneQuestion("relation", STATEMENT.format(statement), str(true))
 
 
-def _presence(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[Question]:
+def _presence(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
     """Whether an object is shown; one that is not has its colour or its shape in common with one that is."""
     shown = {thing.name for thing in scene.objects}
     colors, shapes = ({getattr(o, of) for o in scene.objects} for of in ("color", "shape"))
@@ -149,27 +149,27 @@ def _presence(world: SceneConfig, scene: Scene, random: np.random.Generator) -> 
         if name is None:
             return
         article = "an" if name[0] in "aeiou" else "a"
-        yield Question("presence", f"Is there {article} {name} in the image?\n{SHORT}", answer)
+        yield SceneQuestion("presence", f"Is there {article} {name} in the image?\n{SHORT}", answer)
 
 
-def _attribute(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[Question]:
+def _attribute(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
     """Colour by shape, or shape by colour, where one object alone has it."""
     for asked, answer, _ in _attributes(world, scene, random):
-        yield Question("attribute", f"{asked}\n{SHORT}", answer)
+        yield SceneQuestion("attribute", f"{asked}\n{SHORT}", answer)
 
 
-def _choice(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[Question]:
+def _choice(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
     """The same with choices, up to four in random order; the answer is a letter."""
     for asked, answer, values in _attributes(world, scene, random):
         others = _shuffled([value for value in values if value != answer], random)[: len(LETTERS) - 1]
         choices = _shuffled([answer, *others], random)
         lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
         message = "\n".join([asked, *lines, LETTER])
-        yield Question("choice", message, LETTERS[choices.index(answer)])
+        yield SceneQuestion("choice", message, LETTERS[choices.index(answer)])
 
 
-def _caption(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[Question]:
-    yield Question("caption", CAPTION, f"{scene.caption[0].upper()}{scene.caption[1:]}.")
+def _caption(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
+    yield SceneQuestion("caption", CAPTION, f"{scene.caption[0].upper()}{scene.caption[1:]}.")
 
 
 _ASKING: dict[str, Asking] = {

@@ -20,9 +20,9 @@ from localign.alignment import AlignTask
 from localign.backbones import EMBEDDED
 from localign.demo import DemoConfig
 from localign.engine import run_folder, train
-from localign.engine.distributed import World, choose_device
+from localign.engine.distributed import DistributedContext, choose_device
 from localign.engine.log import Stopwatch, read_log, say
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 from localign.statistics.paired import paired
 from localign.vlm.benchmarks.scenes import Scenes, guessing
 from localign.vlm.config import VLMConfig
@@ -100,7 +100,9 @@ class VLMDemoConfig:
             unknown = [g for g in given if g not in known]
             if unknown:
                 listed = ", ".join(known)
-                raise UserError(f"unknown {name} {unknown[0]!r}; known: {listed}{near(unknown[0], known)}")
+                raise UserError(
+                    f"unknown {name} {unknown[0]!r}; known: {listed}{did_you_mean(unknown[0], known)}"
+                )
             if not given or len(set(given)) != len(given):
                 raise UserError(f"--{name}s takes names, each once")
         if self.at_once is not None and self.at_once < 1:
@@ -197,7 +199,7 @@ def _check_same(folder: Path, config: VLMDemoConfig) -> None:
     """A demo may be continued with more seeds or models, on another device; all else must stay."""
     if not (folder / run_folder.CONFIG_FILE).is_file():
         return
-    saved, now = run_folder.read_config(folder)["config"], run_folder.plain(config)
+    saved, now = run_folder.read_config(folder)["config"], run_folder.to_dict(config)
     free = ("seeds", "models", "device", "workers", "at_once", "out")
     fields = [f for f in now if f not in free and saved.get(f) != now[f]]
     if fields:
@@ -254,7 +256,7 @@ def _asked_model(config: VLMDemoConfig, name: str, seed: int, test_file: Path) -
 def _asked(config: VLMDemoConfig, out: Path, test: Path) -> dict[str, Any]:
     """What a model scores on each kind of question, as `vlm eval` has it, in shares of 1; nothing is asked twice."""
     suite = Scenes()
-    alone = World(0, 1, 0, choose_device(config.device))
+    alone = DistributedContext(0, 1, 0, choose_device(config.device))
     model = open_model(str(out), fingerprint_of(str(out)), alone.device, torch.float32)
     results = evaluate(model, [(suite, suite.read(test))], out / EVALUATION, alone, _TOGETHER, str(out))
     assert results is not None

@@ -83,7 +83,7 @@ def run_side_by_side(jobs: Sequence[Job], at_once: int) -> None:
 def _started(job: Job, threads: int) -> subprocess.Popen[bytes]:
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     path = job.folder.with_name(job.folder.name + CONFIG_SUFFIX)
-    replace_text(path, yaml.safe_dump(run_folder.plain(job.config), sort_keys=False, allow_unicode=True))
+    replace_text(path, yaml.safe_dump(run_folder.to_dict(job.config), sort_keys=False, allow_unicode=True))
     command = [sys.executable, "-m", "localign", *job.command.split(), "--config", str(path)]
     with job.output.open("ab") as output:
         return subprocess.Popen(

@@ -22,10 +22,10 @@ from localign import rng
 from localign.data.stream import SampleStream
 from localign.engine import BatchPlan, Outcome, StepResult, Task, TrainConfig, train
 from localign.engine.batch import to_device
-from localign.engine.distributed import World
+from localign.engine.distributed import DistributedContext
 from localign.errors import UserError
 from localign.files import replacing_folder
-from localign.vlm.data.prompts import IGNORED, prompt_format
+from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format
 from localign.vlm.data.records import open_files, read_records
 from localign.vlm.demo.tinytokenizer import train_tokenizer
 
@@ -179,9 +179,9 @@ class TinyLMTask(Task):
         # Attention is causal and the padding comes last, so no token sees any of it.
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         inside = torch.arange(1, ids.shape[1], device=ids.device) < batch.lengths[:, None]
-        targets = ids[:, 1:].masked_fill(~inside, IGNORED)
+        targets = ids[:, 1:].masked_fill(~inside, IGNORE_INDEX)
         loss = F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
         return loss, inside.sum().float()
 
@@ -189,7 +189,7 @@ class TinyLMTask(Task):
         return {"tokens": int(batch.lengths.sum())}
 
     @torch.no_grad()
-    def validate(self, module: nn.Module, world: World) -> dict[str, float]:
+    def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
         """Cross-entropy per token of the validation conversations."""
         if not self.val_ids:
             return {}

@@ -17,7 +17,7 @@ from localign.vlm.model.processing import LocalignVLMProcessor
 _GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 
 
-class Asked(NamedTuple):
+class Query(NamedTuple):
     """One question, without the prompt format's words."""
 
     message: str
@@ -29,7 +29,7 @@ class Asked(NamedTuple):
 def greedy_answers(
     model: Any,
     processor: LocalignVLMProcessor,
-    questions: Sequence[Asked],
+    questions: Sequence[Query],
     *,
     batch_size: int = 64,
     max_new_tokens: int = 128,

@@ -28,8 +28,8 @@ from transformers import (
 from localign.backbones.export import CONFIG_FILE
 from localign.errors import UserError
 from localign.vlm.data.images import open_image
-from localign.vlm.data.prompts import IGNORED, clean, prompt_format
-from localign.vlm.evaluation.answering import Asked, first_token_probabilities, greedy_answers, greedy_texts
+from localign.vlm.data.prompts import IGNORE_INDEX, clean, prompt_format
+from localign.vlm.evaluation.answering import Query, first_token_probabilities, greedy_answers, greedy_texts
 from localign.vlm.model.build import export_folder, load_vlm
 from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.processing import LocalignVLMProcessor
@@ -39,7 +39,7 @@ from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame
 _BLOCK = 2**24
 
 
-class Put(Protocol):
+class Promptable(Protocol):
     """What is put to a model; a :class:`Question` is."""
 
     @property
@@ -100,7 +100,7 @@ class _OnDevice(ABC):
         """The message with all words of the prompt format."""
 
     @abstractmethod
-    def answer_texts(self, questions: Sequence[Put], max_new_tokens: int) -> list[str]:
+    def answer_texts(self, questions: Sequence[Promptable], max_new_tokens: int) -> list[str]:
         """Greedy answers to a batch; either all are on an image or none is."""
 
     @abstractmethod
@@ -108,7 +108,7 @@ class _OnDevice(ABC):
         """The tokens that an answer of this choice consists of, without those that end it."""
 
     @abstractmethod
-    def _batch(self, questions: Sequence[Put]) -> Mapping[str, Any]:
+    def _batch(self, questions: Sequence[Promptable]) -> Mapping[str, Any]:
         """What the model takes, on its device, padded on the left."""
 
     @cached_property
@@ -134,7 +134,7 @@ class _OnDevice(ABC):
             for row, question in zip(self.first_tokens(questions), questions, strict=True)
         ]
 
-    def first_tokens(self, questions: Sequence[Put]) -> Tensor:
+    def first_tokens(self, questions: Sequence[Promptable]) -> Tensor:
         """How likely each token is as an answer's first, float64 ``(questions, vocabulary)``; one forward pass.
 
         Either all questions are on an image or none is.
@@ -189,8 +189,8 @@ class LocalignModel(_OnDevice):
     def prompt(self, message: str) -> str:
         return self._form.text(self.tokenizer, message)
 
-    def answer_texts(self, questions: Sequence[Put], max_new_tokens: int) -> list[str]:
-        asked = [Asked(question.message, question.image) for question in questions]
+    def answer_texts(self, questions: Sequence[Promptable], max_new_tokens: int) -> list[str]:
+        asked = [Query(question.message, question.image) for question in questions]
         return list(
             greedy_answers(
                 self.model,
@@ -205,14 +205,14 @@ class LocalignModel(_OnDevice):
     def _processor(self) -> LocalignVLMProcessor:
         return LocalignVLMProcessor.for_model(self.model, self.tokenizer)
 
-    def _batch(self, questions: Sequence[Put]) -> Mapping[str, Any]:
+    def _batch(self, questions: Sequence[Promptable]) -> Mapping[str, Any]:
         images = [None if question.image is None else open_image(question.image) for question in questions]
         return self._processor(text=[q.message for q in questions], images=images).to(self._device)
 
     def _first_tokens(self, choice: str) -> list[int]:
         labels = self._form.conversation(self.tokenizer, [("?", choice)]).labels
         end = self._form.end_token_id(self.tokenizer)
-        return [token for token in labels if token not in (IGNORED, end)]
+        return [token for token in labels if token not in (IGNORE_INDEX, end)]
 
     def _load(self) -> Any:
         return load_vlm(self._folder)[0]
@@ -256,10 +256,10 @@ class TransformersModel(_OnDevice):
     def prompt(self, message: str) -> str:
         return str(self._processor.apply_chat_template(_chat(message), add_generation_prompt=True))
 
-    def answer_texts(self, questions: Sequence[Put], max_new_tokens: int) -> list[str]:
+    def answer_texts(self, questions: Sequence[Promptable], max_new_tokens: int) -> list[str]:
         return greedy_texts(self.model, self.tokenizer, self._batch(questions), max_new_tokens)
 
-    def _batch(self, questions: Sequence[Put]) -> Mapping[str, Any]:
+    def _batch(self, questions: Sequence[Promptable]) -> Mapping[str, Any]:
         batch = self._processor.apply_chat_template(
             [_asked(question) for question in questions],
             add_generation_prompt=True,
@@ -387,7 +387,7 @@ def _chat(message: str, image: Any = None) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-def _asked(question: Put) -> list[dict[str, Any]]:
+def _asked(question: Promptable) -> list[dict[str, Any]]:
     if question.image is not None:
         return _chat(question.message, open_image(question.image))
     return [{"role": "user", "content": [{"type": "text", "text": clean(question.message)}]}]

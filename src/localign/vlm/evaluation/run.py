@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from localign.engine import run_folder
-from localign.engine.distributed import World, world
+from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.lock import lock
 from localign.engine.log import Bar
 from localign.errors import RunFailure, UserError
@@ -45,7 +45,7 @@ def run_eval(config: EvalConfig) -> None:
     Raises:
         UserError: Data, model or options do not do; said before the weights are loaded.
     """
-    with world(config.device) as ranks:
+    with distributed_context(config.device) as ranks:
         frame = frame_of(config)
         suites = [
             (suite, suite.read(config.data, limit=config.limit, allow_partial=config.allow_partial))
@@ -63,12 +63,12 @@ def frame_of(config: EvalConfig) -> BoxFrame | None:
 
 
 def model_of(
-    config: EvalConfig, ranks: World, frame: BoxFrame | None = None
+    config: EvalConfig, ranks: DistributedContext, frame: BoxFrame | None = None
 ) -> LocalignModel | TransformersModel:
     """The model, its weights not yet loaded. Raises UserError if there is none."""
     low = config.dtype == "bfloat16" or (config.dtype == "auto" and ranks.device.type == "cuda")
     # Reading all weights takes a while, and a branch may move: one process does it for all.
-    commit, fingerprint = ranks.gather(_version(config) if ranks.is_main else (None, ""))[0]
+    commit, fingerprint = ranks.all_gather_object(_version(config) if ranks.is_main else (None, ""))[0]
     dtype = torch.bfloat16 if low else torch.float32
     return open_model(config.model, fingerprint, ranks.device, dtype, frame, commit)
 
@@ -80,7 +80,12 @@ def _version(config: EvalConfig) -> tuple[str | None, str]:
 
 
 def evaluate(
-    model: AnsweringModel, suites: Suites, folder: Path, ranks: World, batch_size: int, name: str = "model"
+    model: AnsweringModel,
+    suites: Suites,
+    folder: Path,
+    ranks: DistributedContext,
+    batch_size: int,
+    name: str = "model",
 ) -> dict[str, Any] | None:
     """Ask what was not asked before, score everything, and write ``answers.jsonl`` and ``results.json``.
 
@@ -107,7 +112,7 @@ def evaluate(
         known = read_responses(folder, model.frame)
         ranks.barrier()  # nobody writes before everybody has read
         pending = [one for one in asked if one.key not in known]
-        unreadable = ranks.gather(ask(model, pending, folder, ranks, batch_size))
+        unreadable = ranks.all_gather_object(ask(model, pending, folder, ranks, batch_size))
         if not ranks.is_main:
             return None
         return _finish(model, suites, asked, set(chain.from_iterable(unreadable)), folder, name)
@@ -141,7 +146,7 @@ def _keyed(model: AnsweringModel, suite: Benchmark, question: Question) -> _Aske
 
 
 def ask(
-    model: AnsweringModel, pending: Sequence[_Asked], folder: Path, ranks: World, batch_size: int
+    model: AnsweringModel, pending: Sequence[_Asked], folder: Path, ranks: DistributedContext, batch_size: int
 ) -> list[str]:
     """Put this rank's share of questions to the model; answers are on the disk as soon as their batch is done.
 

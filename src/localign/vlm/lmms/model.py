@@ -15,7 +15,7 @@ from lmms_eval.utils import simple_parse_args_string
 from localign.engine.distributed import choose_device
 from localign.engine.log import Bar
 from localign.errors import UserError
-from localign.vlm.evaluation.answering import Asked
+from localign.vlm.evaluation.answering import Query
 from localign.vlm.evaluation.models import LocalignModel, TransformersModel, fingerprint_of, open_model
 from localign.vlm.scoring.base import MAX_NEW_TOKENS
 
@@ -127,7 +127,7 @@ class LocalignLMM(lmms):
         """Raises UserError: not possible."""
         raise UserError(f"{requests[0].task_name} is a task of several rounds; localign models answer once")
 
-    def _batches(self, questions: list[_Document]) -> Iterator[tuple[list[_Document], list[Asked]]]:
+    def _batches(self, questions: list[_Document]) -> Iterator[tuple[list[_Document], list[Query]]]:
         """The longest first: what does not fit, fails at once. All of a batch are on an image or none is."""
         questions = sorted(questions, key=lambda question: -len(question.text))
         bar = Bar("questions", len(questions))
@@ -143,7 +143,7 @@ class LocalignLMM(lmms):
         finally:
             bar.close()
 
-    def _asked(self, question: _Document) -> Asked:
+    def _asked(self, question: _Document) -> Query:
         visual = question.visual
         images = (
             [] if visual is None else visual(self.task_dict[question.task][question.split][question.number])
@@ -152,7 +152,7 @@ class LocalignLMM(lmms):
             raise UserError(
                 f"{question.task} asks about {len(images)} images at once; localign models see one"
             )
-        return Asked(question.text, images[0] if images else None)
+        return Query(question.text, images[0] if images else None)
 
     def _choice(self, request: Instance) -> str:
         """Without the white space before it: the model's prompt format knows what comes before an answer."""

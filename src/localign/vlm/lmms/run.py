@@ -12,9 +12,9 @@ from typing import Any
 from rich.table import Table
 
 from localign.engine import run_folder
-from localign.engine.distributed import world
+from localign.engine.distributed import distributed_context
 from localign.engine.lock import lock
-from localign.errors import RunFailure, UserError, near
+from localign.errors import RunFailure, UserError, did_you_mean
 from localign.vlm.evaluation.models import LocalignModel, TransformersModel
 from localign.vlm.evaluation.options import IN_LMMS_EVAL, EvalConfig
 from localign.vlm.evaluation.results import (
@@ -41,7 +41,7 @@ def run_lmms_eval(config: EvalConfig) -> None:
         RunFailure: lmms-eval cannot load a task.
     """
     _require()
-    with world(config.device) as ranks:
+    with distributed_context(config.device) as ranks:
         if ranks.size > 1:
             raise UserError("--engine lmms-eval works in one process; start it without torchrun")
         if config.limit is not None and config.limit < 1:
@@ -91,7 +91,7 @@ def _manager(config: EvalConfig) -> Any:
     for name in config.benchmarks:
         if name not in manager.all_tasks:
             raise UserError(
-                f"lmms-eval has no task {name!r}{near(name, manager.all_tasks)}; `lmms-eval tasks` lists them"
+                f"lmms-eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}; `lmms-eval tasks` lists them"
             )
     return manager
 

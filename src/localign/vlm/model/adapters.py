@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from localign import rng
 from localign.alignment.student import Decoder, DecoderConfig
 from localign.backbones import Backbone
-from localign.errors import UserError, near
+from localign.errors import UserError, did_you_mean
 from localign.vlm.model.vision import TowerConfig, VisionTower
 
 AdapterName = Literal["linear", "mlp", "fused-mlp", "transformer", "decoder", "truncated", "fused-decoder"]
@@ -59,7 +59,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.kind not in ADAPTERS:
             raise UserError(
-                f"unknown adapter {self.kind!r}; known: {', '.join(ADAPTERS)}{near(self.kind, ADAPTERS)}"
+                f"unknown adapter {self.kind!r}; known: {', '.join(ADAPTERS)}{did_you_mean(self.kind, ADAPTERS)}"
             )
         if isinstance(self.decoder, dict):
             object.__setattr__(self, "decoder", DecoderConfig(**self.decoder))

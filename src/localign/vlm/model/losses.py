@@ -14,7 +14,7 @@ from localign.errors import UserError
 
 CrossEntropy = Literal["chunked", "liger"]
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a token that is not learned."""
 CHUNK_LOGITS = 1 << 26
 """Logits that are held at once: 256 MiB in float32."""
@@ -24,16 +24,16 @@ def next_token_targets(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tens
     """Labels moved by one, so that each position has what it should predict.
 
     Args:
-        labels: int64 ``(rows, tokens)``, aligned with the input; IGNORED where nothing is learned.
+        labels: int64 ``(rows, tokens)``, aligned with the input; IGNORE_INDEX where nothing is learned.
         cu_seqlens: int ``(sequences + 1,)``, the borders of the sequences in a packed row, if it is one. The
             last token of a sequence predicts nothing, whatever comes after it.
 
     Returns:
         Like ``labels``.
     """
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     if cu_seqlens is not None:
-        targets.index_fill_(1, cu_seqlens[1:].to(targets.device, torch.int64) - 1, IGNORED)
+        targets.index_fill_(1, cu_seqlens[1:].to(targets.device, torch.int64) - 1, IGNORE_INDEX)
     return targets
 
 
@@ -65,7 +65,7 @@ def _summed(hidden: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor]
     return F.cross_entropy(project(hidden).float(), targets, reduction="sum")
 
 
-class VocabularyHead:
+class LMHead:
     """From a language model's last hidden states to its logits, as its own ``forward`` computes them.
 
     Some models scale or bound their logits; they say so in their configs, under four names.
@@ -112,7 +112,7 @@ def _liger() -> Callable[..., Tensor]:
     return liger_fused_linear_cross_entropy
 
 
-def fused_cross_entropy(hidden: Tensor, targets: Tensor, head: VocabularyHead) -> Tensor:
+def fused_cross_entropy(hidden: Tensor, targets: Tensor, head: LMHead) -> Tensor:
     """What :func:`summed_cross_entropy` gives, by liger-kernel, whose forward pass computes the gradients too.
 
     The output layer's gradient is therefore held from here on, in float32 while it is summed.
@@ -153,7 +153,7 @@ def fused_cross_entropy(hidden: Tensor, targets: Tensor, head: VocabularyHead) -
 def next_token_loss(
     hidden: Tensor,
     labels: Tensor,
-    head: VocabularyHead,
+    head: LMHead,
     cu_seqlens: Tensor | None = None,
     cross_entropy: CrossEntropy = "chunked",
 ) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ def next_token_loss(
         The summed cross-entropy, a float32 scalar, and the number of tokens it is over, an int64 scalar.
     """
     targets = next_token_targets(labels, cu_seqlens)
-    learned = targets != IGNORED
+    learned = targets != IGNORE_INDEX
     hidden, targets = hidden[learned], targets[learned]
     if cross_entropy == "liger":
         loss = fused_cross_entropy(hidden, targets, head)

@@ -26,7 +26,7 @@ from localign.vlm.data.vocabulary import add_special_tokens, end_tokens, resize_
 from localign.vlm.model.adapters import Adapter, build_adapter
 from localign.vlm.model.attention import packed_arguments, padded_turns, use_packed_attention
 from localign.vlm.model.configuration import LocalignVLMConfig
-from localign.vlm.model.losses import CrossEntropy, VocabularyHead, next_token_loss
+from localign.vlm.model.losses import CrossEntropy, LMHead, next_token_loss
 from localign.vlm.model.vision import VisionTower
 
 _CACHE_NAMES = ("cache", "past_key_values")
@@ -274,7 +274,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
     ) -> VLMOutput:
         decoder = self.language_model.get_decoder()
         hidden = decoder(**(arguments | {"use_cache": False})).last_hidden_state
-        head = VocabularyHead(self.get_output_embeddings(), self.config.text_config.get_text_config())
+        head = LMHead(self.get_output_embeddings(), self.config.text_config.get_text_config())
         loss_sum, count = next_token_loss(hidden, labels, head, cu_seqlens, cross_entropy)
         return VLMOutput(loss=loss_sum / count.clamp(min=1), loss_sum=loss_sum, label_count=count)
 

@@ -20,7 +20,7 @@ from localign.recipes import read_recipe, recipe_names
 from localign.statistics.paired import interval_over_seeds
 from localign.vlm.evaluation.compare.comparing import Comparison, compare
 from localign.vlm.evaluation.compare.figures import comparison_drawings
-from localign.vlm.evaluation.compare.pool import Contender, Entry, read_entries
+from localign.vlm.evaluation.compare.pool import ComparedModel, PanelModel, read_entries
 from localign.vlm.evaluation.compare.summary import Summary, summary_of
 from localign.vlm.evaluation.results import judge_again, read_answers
 from localign.vlm.evaluation.run import evaluate
@@ -72,8 +72,8 @@ def summaries(folder: Path) -> dict[str, Summary]:
     return {name: summary_of(judge_again(part, "default", outcomes[name])) for name, part in records.items()}
 
 
-def contender(name: str, *folders: Path) -> Contender:
-    return Contender(Entry("", "", name, folders), tuple(map(summaries, folders)))
+def contender(name: str, *folders: Path) -> ComparedModel:
+    return ComparedModel(PanelModel("", "", name, folders), tuple(map(summaries, folders)))
 
 
 # -- single models -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from localign.statistics.mcnemar import check_same, mcnemar
 from localign.statistics.paired import difference_over_seeds, interval_over_seeds
 from localign.statistics.z_scores import ZScores, z_scores
 from localign.vlm.evaluation.compare.differences import differences
-from localign.vlm.evaluation.compare.pool import Contender
+from localign.vlm.evaluation.compare.pool import ComparedModel
 from localign.vlm.evaluation.compare.summary import Answered, Summary, answered
 from localign.vlm.evaluation.results import notes_of
 
@@ -31,7 +31,7 @@ Table = Mapping[str, Mapping[str, Answered]]
 """By benchmark and model."""
 
 
-def compare(pool: Sequence[Contender]) -> Comparison:
+def compare(pool: Sequence[ComparedModel]) -> Comparison:
     """Compare every model with the first of its panel, and put all on common scales.
 
     Returns:
@@ -56,7 +56,7 @@ def compare(pool: Sequence[Contender]) -> Comparison:
     }
 
 
-def _panels(pool: Sequence[Contender]) -> list[dict[str, Any]]:
+def _panels(pool: Sequence[ComparedModel]) -> list[dict[str, Any]]:
     panels: dict[tuple[str, str], list[str]] = {}
     for contender in pool:
         entry = contender.entry
@@ -72,7 +72,7 @@ def _distinct(models: Mapping[str, Answered]) -> int:
 # -- answers -------------------------------------------------------------------------------------------------
 
 
-def _answers(name: str, pool: Sequence[Contender]) -> dict[str, Answered]:
+def _answers(name: str, pool: Sequence[ComparedModel]) -> dict[str, Answered]:
     """Of the models that answered a benchmark with all of their seeds."""
     found: dict[str, Answered] = {}
     same: dict[tuple[Path, ...], Answered] = {}
@@ -147,7 +147,7 @@ def _differences(base: Answered, other: Answered) -> dict[str, Any]:
 # -- all benchmarks ------------------------------------------------------------------------------------------
 
 
-def _scales(table: Table, pool: Sequence[Contender]) -> dict[str, Any]:
+def _scales(table: Table, pool: Sequence[ComparedModel]) -> dict[str, Any]:
     """Means, deviations and scores are the pool's own: with other models they are others."""
     labels: dict[tuple[Path, ...], str] = {}
     for contender in pool:
@@ -197,7 +197,7 @@ def _average_interval(
     return interval(total / len(scores))
 
 
-def _notes(table: Table, pool: Sequence[Contender]) -> Iterator[str]:
+def _notes(table: Table, pool: Sequence[ComparedModel]) -> Iterator[str]:
     """What is to be said of the questions; with the models' names where it is not the same of all."""
     labels = [contender.entry.label for contender in pool]
     gaps = False

@@ -16,7 +16,7 @@ _DEEPEST = 3
 
 
 @dataclass(frozen=True)
-class Entry:
+class PanelModel:
     """One model of a comparison."""
 
     figure: str
@@ -34,15 +34,15 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Contender:
+class ComparedModel:
     """A model with what its answers came to."""
 
-    entry: Entry
+    entry: PanelModel
     runs: tuple[Mapping[str, Summary], ...]
     """By benchmark, one for each training seed."""
 
 
-def read_entries(words: Sequence[str]) -> list[Entry]:
+def read_entries(words: Sequence[str]) -> list[PanelModel]:
     """The models that a command line names.
 
     Args:
@@ -65,7 +65,7 @@ def read_entries(words: Sequence[str]) -> list[Entry]:
         named.setdefault(key, []).extend(folders)
     spelt: dict[Path, Path] = {}
     entries = [
-        Entry(*key, tuple(spelt.setdefault(folder.resolve(), folder) for folder in folders))
+        PanelModel(*key, tuple(spelt.setdefault(folder.resolve(), folder) for folder in folders))
         for key, folders in named.items()
     ]
     _check(entries)
@@ -109,14 +109,14 @@ def _own_name(folder: Path, others: Sequence[Path]) -> str:
     return own if sum(other.resolve().name == own for other in others) == 1 else str(folder)
 
 
-def _check(entries: Sequence[Entry]) -> None:
+def _check(entries: Sequence[PanelModel]) -> None:
     """Every evaluation belongs to one model, which may be in several panels."""
     if len({(bool(entry.figure), bool(entry.panel)) for entry in entries}) > 1:
         raise UserError(
             f"{entries[0].label} and others: either all models are in panels (of figures) or none is"
         )
-    owner: dict[Path, Entry] = {}
-    seen: dict[tuple[str, str, Path], Entry] = {}
+    owner: dict[Path, PanelModel] = {}
+    seen: dict[tuple[str, str, Path], PanelModel] = {}
     for entry in entries:
         if len(set(entry.folders)) < len(entry.folders):
             raise UserError(f"{entry.label} has the same folder twice; every training seed has its own")

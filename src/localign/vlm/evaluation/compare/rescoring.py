@@ -11,7 +11,7 @@ from localign.engine import run_folder
 from localign.errors import UserError
 from localign.vlm.evaluation.compare.comparing import compare
 from localign.vlm.evaluation.compare.figures import comparison_drawings
-from localign.vlm.evaluation.compare.pool import Contender, read_entries
+from localign.vlm.evaluation.compare.pool import ComparedModel, read_entries
 from localign.vlm.evaluation.compare.summary import Summary, summary_of
 from localign.vlm.evaluation.compare.tables import comparison_table, write_comparison
 from localign.vlm.evaluation.options import ScoreConfig
@@ -52,7 +52,7 @@ def run_score(config: ScoreConfig) -> None:
         _write(_scored(folders[0], config.scoring))
         return
     found = {folder: _summarised(folder, config.scoring) for folder in folders}
-    pool = [Contender(entry, tuple(found[folder][1] for folder in entry.folders)) for entry in entries]
+    pool = [ComparedModel(entry, tuple(found[folder][1] for folder in entry.folders)) for entry in entries]
     comparison = compare(pool) | {
         "models": {entry.label: [found[folder][0] for folder in entry.folders] for entry in entries}
     }

@@ -11,7 +11,7 @@ from PIL import Image
 from localign.data.scenes import SceneConfig, SceneSource, draw_batch, pair_presence
 
 
-class DrawnScenes(SceneSource):
+class CachedScenes(SceneSource):
     """A :class:`SceneSource` whose scenes are drawn when it is built (7 KB each at 48 px, labels and all).
 
     Args:
