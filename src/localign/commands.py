@@ -6,21 +6,18 @@ Heavy imports wait until a command runs, so that --help and error lines come at 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localign.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from localign.alignment.config import AlignConfig
     from localign.bench.config import BenchConfig
     from localign.datatools.options import DataVerifyConfig, In21kConfig, ShardConfig, StatsConfig
     from localign.demo import DemoConfig
     from localign.finetuning import FinetuneConfig
-    from localign.options import ExportConfig, ImportConfig, ListConfig, ReportConfig, VerifyConfig
+    from localign.options import ExportConfig, ImportConfig, ReportConfig, VerifyConfig
     from localign.planning.config import PlanConfig
     from localign.planning.vlm import VLMPlan
     from localign.pretraining import PretrainConfig
@@ -91,12 +88,6 @@ def import_config() -> type:
     from localign.options import ImportConfig
 
     return ImportConfig
-
-
-def list_config() -> type:
-    from localign.options import ListConfig
-
-    return ListConfig
 
 
 def report_config() -> type:
@@ -489,47 +480,6 @@ def import_(config: ImportConfig) -> None:
     facts = {"method": "MaskEmbed", "source": Path(config.file).name, "backbone": config.backbone}
     folder = export_student(student, config.out, decoder=config.decoder, provenance=facts)
     print(f"imported   {config.file} -> {folder}")
-
-
-def list_(config: ListConfig) -> None:
-    from rich.console import Console
-
-    table = _recipes_table() if config.what == "recipes" else _backbones_table()
-    # Names are for copying: a pipe gets them unfolded.
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
-
-
-def _recipes_table() -> Table:
-    from rich.table import Table
-
-    from localign.recipes import read_recipe, recipe_names
-
-    table = Table(title="recipes", caption="localign COMMAND --config RECIPE [--option value ...]")
-    for column in ("recipe", "command", "run"):
-        table.add_column(column, overflow="fold", no_wrap=column == "recipe")
-    for name in recipe_names():
-        recipe = read_recipe(name)
-        table.add_row(name, recipe.command, recipe.about)
-    return table
-
-
-def _backbones_table() -> Table:
-    from rich.table import Table
-
-    from localign.backbones import CATALOGUE, EMBEDDED
-    from localign.data.scenes import SceneConfig
-
-    table = Table(
-        title="backbones", caption="any other timm name, hf-hub:..., local-dir:... or export folder works too"
-    )
-    for column in ("name", "timm weights", "image", "lr", "soft-cap", "published on"):
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
-    table.add_row(EMBEDDED, "inside the package", str(SceneConfig().image_size), "1e-3", "yes", "scenes")
-    for name, e in CATALOGUE.items():
-        weights = e.timm_name if e.loader == "timm" else f"{e.timm_name} + the authors' file"
-        cap = "yes" if e.soft_cap else "no"
-        table.add_row(name, weights, str(e.image_size), f"{e.lr:g}", cap, f"{e.data}, {e.epochs} epochs")
-    return table
 
 
 def report(config: ReportConfig) -> None:

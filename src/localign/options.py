@@ -3,7 +3,7 @@
 # Annotations stay types here: the command line is made from these classes.
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from localign.errors import UserError
 
@@ -54,14 +54,6 @@ class ImportConfig:
     def __post_init__(self) -> None:
         if not self.file or not self.backbone:
             raise UserError("import takes a file and --backbone NAME")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ListConfig:
-    """Show what there is."""
-
-    what: Literal["backbones", "recipes"] = "backbones"
-    """backbones: the catalogue with its published settings; recipes: the published runs, for --config."""
 
 
 @dataclass(frozen=True, kw_only=True)

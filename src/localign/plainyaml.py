@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,37 @@ MOST_VALUES = 100_000
 """When every alias is written out: a few lines of aliases of aliases stand for more than any memory holds."""
 MOST_OPEN_BRACKETS = 200
 """The parser calls itself for each."""
+
+_FLOAT, _TIMESTAMP = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
+
+
+class _OptionsLoader(yaml.SafeLoader):
+    """Takes 1e-3 for a number, as YAML 1.2 does and the command line; dates stay text."""
+
+
+_OptionsLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in (_FLOAT, _TIMESTAMP)]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_OptionsLoader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def load_options(text: str) -> Any:
+    """The plain values of a file of options, in which ``1e-3`` is a number.
+
+    Args:
+        text: YAML.
+
+    Raises:
+        ValueError: As of :func:`load_yaml`.
+    """
+    return load_yaml(text, lambda text: yaml.load(text, _OptionsLoader))
 
 
 def load_yaml(text: str, loader: Callable[[str], Any] = yaml.safe_load) -> Any:

@@ -30,11 +30,11 @@ from engine_runs import (
 from torch import nn
 
 from localign.alignment import AlignConfig
-from localign.cli import EXIT_OK, _told_when_ended, exit_code, main
+from localign.cli import EXIT_OK, exit_code, main
 from localign.data.loader import _start_worker
 from localign.engine import run_folder, train
-from localign.engine.stopping import SIGNALS, stop_requests
 from localign.errors import RunStopped
+from localign.signals import SIGNALS, exit_on_signals, stop_requests
 
 STEPS = 8
 
@@ -130,12 +130,11 @@ def test_the_command_ends_with_0(tmp_path: Path, images: Path) -> None:
 
 SLOW_TO_BUILD = """
 import os, sys, time
-from localign import cli, commands
-def align(config):
+from localign import cli
+def run(command, config):
     print("building", flush=True)
     time.sleep(60)
-command = cli.COMMANDS["align"]
-cli.COMMANDS["align"] = cli.Command(command.config, align, command.help)
+cli.Command.run = run
 sys.exit(cli.main(["align"]))
 """
 
@@ -155,7 +154,7 @@ def test_before_training_the_process_ends_with_a_line(number: signal.Signals) ->
 
 def test_a_worker_of_a_command_ends_without_a_line(capfd: pytest.CaptureFixture[str]) -> None:
     forking = multiprocessing.get_context("fork")
-    with _told_when_ended():
+    with exit_on_signals():
         begun = forking.Event()
         worker = forking.Process(target=lambda: (begun.set(), time.sleep(60)))
         worker.start()

@@ -20,8 +20,8 @@ from localign import rng
 from localign.data.decoding import UnreadableImage
 from localign.data.sources import ImageSource, load_undecoded
 from localign.data.stream import SampleStream, sample_stream
-from localign.engine.stopping import leave_stopping_to_main
 from localign.errors import RunFailure, UserError
+from localign.signals import ignore_signals
 
 REPLACEMENT_ATTEMPTS = 100
 """Draws in place of an unreadable image before its position counts as lost."""
@@ -364,7 +364,7 @@ def data_loader(
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers; no traceback from each
-    leave_stopping_to_main()
+    ignore_signals()
 
 
 def served(loader: DataLoader[T]) -> Iterator[T]:

@@ -36,9 +36,9 @@ from localign.engine.optim.build import (
 )
 from localign.engine.run_folder import Outcome, open_folder, open_log
 from localign.engine.sharding import gather_full, meta_copy, reshard, shard_task
-from localign.engine.stopping import StopRequest, stop_requests
 from localign.engine.task import BatchPlan, Task, batch_plan
 from localign.errors import RunFailure, RunStopped, UserError
+from localign.signals import StopRequest, stop_requests
 
 
 def train(task: Task, config: TrainConfig, command: str) -> Outcome:

@@ -13,10 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import get_loader
-
+from localign.deprecated import with_new_names
 from localign.errors import UserError, did_you_mean
-from localign.plainyaml import load_yaml
+from localign.plainyaml import load_options
 
 FOLDER = Path(str(files("localign"))) / "recipes"
 _NO_RECIPES = "worlds"
@@ -69,7 +68,7 @@ def _read(name: str, beside: Path | None, seen: tuple[Path, ...]) -> Recipe:
     path = _find(name, beside)
     if path in seen:
         raise UserError(f"{name} is its own base: {' -> '.join(str(p) for p in (*seen, path))}")
-    values = read_yaml(path)
+    values = with_new_names(read_yaml(path), warn_of=str(path))
     base, command, about = (_text(values.pop(key, None), key, path) for key in ("base", "command", "about"))
     if base is None:
         return Recipe(name, values, frozenset(), command, about or "")
@@ -106,8 +105,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: The file is not readable, or holds something else.
     """
     try:
-        # Its loader takes 1e-3 for a number, as the command line does.
-        content = load_yaml(path.read_text(encoding="utf-8"), get_loader("yaml"))
+        content = load_options(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable YAML: {error}") from error
     if content is None:

@@ -15,9 +15,9 @@ import yaml
 from localign.engine import run_folder
 from localign.engine.config import TrainConfig
 from localign.engine.log import say
-from localign.engine.stopping import stop_requests
 from localign.errors import RunFailure, RunStopped
 from localign.files import replace_text
+from localign.signals import stop_requests
 
 OUTPUT_SUFFIX, CONFIG_SUFFIX = ".output.txt", ".yaml"
 """Beside a run's folder: what its process said, and what it was told."""

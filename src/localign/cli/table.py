@@ -1,0 +1,95 @@
+"""The commands: one line for each."""
+
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from localign.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command. Its modules are imported when it runs or shows its help, not before."""
+
+    name: str
+    """One word, or two as in ``vlm train``."""
+    config_path: str
+    """The config class, as ``module:Class`` within localign. The module imports no torch, numpy, timm or
+    transformers, so that the help and error lines come at once."""
+    run_path: str
+    """The function that takes the config and returns an exit code, or None for 0; as ``module:function``."""
+    help: str
+    positional: tuple[str, ...] = ()
+    """Fields that may be given without the option's name, in order."""
+    recipes_of: str | None = None
+    """The command whose recipes it takes, if not its own."""
+
+    def config(self) -> type:
+        """The config class."""
+        return _imported(self.config_path)
+
+    def run(self, config: Any) -> int | None:
+        """Do what the command does."""
+        function: Callable[[Any], int | None] = _imported(self.run_path)
+        return function(config)
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(f"localign.{module}"), name)
+
+
+# name, config class, function, help, positional fields
+# fmt: off
+_TABLE: tuple[Command, ...] = (
+    Command("demo", "demo:DemoConfig", "commands:demo", "align the embedded backbone, probe before and after, report"),
+    Command("align", "alignment.config:AlignConfig", "commands:align", "locality alignment of a backbone"),
+    Command("plan", "planning.config:PlanConfig", "commands:plan", "what an alignment takes before it runs: arithmetic, memory, hours", recipes_of="align"),
+    Command("pretrain", "pretraining:PretrainConfig", "commands:pretrain", "make the embedded backbone"),
+    Command("finetune", "finetuning.config:FinetuneConfig", "commands:finetune", "classification fine-tuning under a transformer head"),
+    Command("probe", "probing.command:ProbeCommandConfig", "commands:probe", "what backbones know about patches and images", ("backbone",)),
+    Command("vlm train", "vlm.config:VLMConfig", "commands:vlm_train", "a ViT, an adapter and a language model, trained on conversations"),
+    Command("vlm chat", "vlm.chat:ChatConfig", "commands:vlm_chat", "ask a model about an image", ("model", "image")),
+    Command("vlm export", "vlm.options:VLMExportConfig", "commands:vlm_export", "write a model as a transformers folder", ("model",)),
+    Command("vlm check", "vlm.options:CheckConfig", "commands:vlm_check", "look for what is wrong with conversations", ("data",)),
+    Command("vlm convert", "vlm.options:ConvertConfig", "commands:vlm_convert", "make the published mixtures of conversations", ("what",)),
+    Command("vlm eval", "vlm.evaluation.options:EvalConfig", "commands:vlm_eval", "put benchmarks to a vision-language model", ("model",)),
+    Command("vlm score", "vlm.evaluation.options:ScoreConfig", "commands:vlm_score", "score answers again, or compare models", ("runs",)),
+    Command("vlm show", "vlm.evaluation.options:ShowConfig", "commands:vlm_show", "draw questions with true and answered boxes", ("answers",)),
+    Command("vlm demo", "vlm.demo.run:VLMDemoConfig", "commands:vlm_demo", "compare models with and without alignment, on drawn scenes"),
+    Command("data shard", "datatools.options:ShardConfig", "commands:data_shard", "pack images into tar shards", ("source", "out")),
+    Command("data verify", "datatools.options:DataVerifyConfig", "commands:data_verify", "decode every image, list the bad ones", ("source",)),
+    Command("data stats", "datatools.options:StatsConfig", "commands:data_stats", "how many images, how large, in which classes", ("source",)),
+    Command("data in21k-p", "datatools.options:In21kConfig", "commands:data_in21k", "make the processed ImageNet-21k and its validation split", ("source", "out")),
+    Command("bench", "bench.config:BenchConfig", "commands:bench", "measure speed beside the plain way: labels, probe, vlm, answers, loader, scaling, align", ("what",)),
+    Command("reproduce", "reproduce.config:ReproduceConfig", "commands:reproduce", "a table or figure of the paper, with all runs it takes", ("target",)),
+    Command("export", "options:ExportConfig", "commands:export", "write a backbone for use elsewhere", ("source",)),
+    Command("import", "options:ImportConfig", "commands:import_", "convert a published checkpoint (.pth.tar)", ("file",)),
+    Command("list", "cli.listing:ListConfig", "cli.listing:run_list", "what there is: backbones, recipes", ("what",)),
+    Command("report", "options:ReportConfig", "commands:report", "write report.html of a run again", ("run",)),
+    Command("verify-reference", "options:VerifyConfig", "commands:verify_reference", "recompute a folder of reference numbers", ("folder",)),
+    Command("completion", "cli.completion:CompletionConfig", "cli.completion:run_completion", "a script that completes options in a shell", ("shell",)),
+)
+# fmt: on
+
+COMMANDS: dict[str, Command] = {command.name: command for command in _TABLE}
+
+
+def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """A command's name, of one word or two as in ``vlm train``, and the arguments after it.
+
+    Raises:
+        UserError: There is no such command.
+    """
+    for words in (2, 1):
+        if (name := " ".join(arguments[:words])) in COMMANDS:
+            return name, list(arguments[words:])
+    name = arguments[0]
+    if group := [known for known in COMMANDS if known.startswith(f"{name} ")]:
+        raise UserError(f"localign {name} what? there is {', '.join(group)}")
+    raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; `localign --help` lists them")

@@ -1,0 +1,38 @@
+"""Values of options: from text, or from what a YAML file holds, to the type of the field."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from typing import Any
+
+from localign.cli.options import Option
+from localign.errors import UserError
+
+
+def converted(option: Option, given: Any) -> Any:
+    """The value of an option.
+
+    Args:
+        option: The option.
+        given: Text of the command line, or any value of a YAML file.
+
+    Raises:
+        UserError: It has another type, or is none of the choices.
+    """
+    # Here, because help and errors about names need no types.
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=option.type)
+    try:
+        parsed = (
+            parser.parse_args([f"--value={given}"])
+            if isinstance(given, str)
+            else parser.parse_object({"value": given})
+        )
+    except ArgumentError as error:
+        shown = f"{str(given)!r:.80}"
+        raise UserError(f"{option.flag} takes {option.accepted}, not {shown}") from error
+    if parsed.value is None and not option.takes_null:
+        raise UserError(f"{option.flag} takes no null")
+    return parsed.value

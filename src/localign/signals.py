@@ -1,0 +1,83 @@
+"""SIGTERM and SIGUSR1, which schedulers send before the time limit of a job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+@dataclass
+class StopRequest:
+    """Whether this process was asked to stop, and by which signal."""
+
+    by: str | None = None
+
+    @property
+    def made(self) -> bool:
+        """Whether there is one."""
+        return self.by is not None
+
+
+@contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Inside, a signal ends the process with one line; training, which saves first, takes the signals over."""
+    process = os.getpid()
+
+    def end(number: int) -> None:
+        if os.getpid() != process:  # a worker, which its parent may end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if os.environ.get("RANK", "0") == "0":
+            # Not print: the signal may have come within one.
+            os.write(2, f"localign: ended by {signal.Signals(number).name}\n".encode())
+        raise SystemExit(128 + number)
+
+    with _handled_by(end):
+        yield
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Inside, a signal is only noted, however often it comes."""
+    request = StopRequest()
+
+    def note(number: int) -> None:
+        request.by = signal.Signals(number).name  # and nothing else: a handler may interrupt any line
+
+    with _handled_by(note):
+        yield request
+
+
+@contextmanager
+def _handled_by(handle: Callable[[int], None]) -> Iterator[None]:
+    """Inside, signals call ``handle``; afterwards they do what they did before.
+
+    Outside of the main thread, where Python sets no signal handlers, this does nothing.
+    """
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        handle(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            # None: it was not set from Python, and Python cannot put it back.
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+
+
+def ignore_signals() -> None:
+    """For loader workers: a signal to all processes of a job must not end them during a step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
