@@ -13,7 +13,6 @@ from localign.errors import UserError
 
 if TYPE_CHECKING:
     from localign.alignment.config import AlignConfig
-    from localign.bench.config import BenchConfig
     from localign.datatools.options import DataVerifyConfig, In21kConfig, ShardConfig, StatsConfig
     from localign.demo import DemoConfig
     from localign.finetuning import FinetuneConfig
@@ -64,12 +63,6 @@ def probe_config() -> type:
     from localign.probing.command import ProbeCommandConfig
 
     return ProbeCommandConfig
-
-
-def bench_config() -> type:
-    from localign.bench.config import BenchConfig
-
-    return BenchConfig
 
 
 def reproduce_config() -> type:
@@ -428,12 +421,6 @@ def plan(config: PlanConfig) -> None:
     from localign.planning.show import run_plan
 
     run_plan(config)
-
-
-def bench(config: BenchConfig) -> None:
-    from localign.bench.run import run_bench
-
-    run_bench(config)
 
 
 def reproduce(config: ReproduceConfig) -> None:

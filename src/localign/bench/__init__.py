@@ -1,1 +1,1 @@
-"""`localign bench`: what the vectorised labels and the one-pass suite save, against the plain way, in one run."""
+"""`localign bench`: speed of alignment steps and of loading on this machine, against plain ways in the same run."""

@@ -19,13 +19,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from localign.alignment import AlignConfig
 from localign.backbones import create_backbone
 from localign.bench import photographs
 from localign.bench.align_ways import COMPILED, FULL, OURS, PLAIN
 from localign.bench.ceiling import Ceiling
-from localign.bench.config import BenchConfig
+from localign.bench.config import AlignBenchConfig
+from localign.bench.show import both_times, show, timing_table, write_measurements
 from localign.bench.timing import Timing, hardware
 from localign.engine.config import computes_in_bf16
 from localign.engine.distributed import choose_device
@@ -92,7 +94,13 @@ class AlignWay:
         return answer
 
 
-def bench_align(config: BenchConfig) -> dict[str, Any]:
+def run_bench_align(config: AlignBenchConfig) -> None:
+    """Measure, write the JSON file, show the tables."""
+    content = write_measurements(config, bench_align(config))
+    show(align_tables(content), config)
+
+
+def bench_align(config: AlignBenchConfig) -> dict[str, Any]:
     """Time whole optimizer steps of each way, and a product of matrices between them.
 
     Raises:
@@ -133,7 +141,7 @@ def bench_align(config: BenchConfig) -> dict[str, Any]:
     }
 
 
-def _photographs(config: BenchConfig, folder: Path) -> Path:
+def _photographs(config: AlignBenchConfig, folder: Path) -> Path:
     images = folder / "photographs"
     images.mkdir()
     if config.data is None:
@@ -253,3 +261,38 @@ def _with_mfu(row: dict[str, Any], ceiling: Ceiling) -> dict[str, Any]:
     clock = "cpu" if ceiling.by_processor_time else "wall"
     speed = row["flops"] / row["seconds"][clock]
     return row | {"flops_per_second": speed, "mfu": speed / ceiling.flops}
+
+
+def align_tables(content: dict[str, Any]) -> list[Table]:
+    """What a step of either way costs, and how much of the ceiling it comes to."""
+    cuda = content["hardware"]["device"].startswith("cuda")
+    tables = []
+    for part in content["parts"]:
+        title = "Steps of aligning {backbone}, {precision}, {images} of {size} pixels".format(
+            **content, images=part["images"]
+        )
+        ratios = ("times faster", "without loading") if part["agree"] else ()
+        numbers = ("images/s", *ratios, "TFLOP/s", "MFU, %", "peak, GiB", "data wait, %", "loss")
+        table = timing_table(title, content, ("way", "batch"), numbers)
+        table.caption = (
+            f"{table.caption}\nMFU: of {content['ceiling_flops'] / 1e12:.3g} TFLOP/s, the fastest product of matrices"
+            + ("" if part["agree"] else "\nthe ways disagree about the loss: nothing is compared")
+        )
+        for row in part["ways"]:
+            if not row["fits"]:
+                table.add_row(row["way"], str(row["batch_size"]), "does not fit")
+                continue
+            named = ("times_faster", "times_faster_without_loading") if part["agree"] else ()
+            table.add_row(
+                row["way"],
+                str(row["batch_size"]),
+                both_times(row["images_per_second"], ".2f", wall_alone=cuda),
+                *(both_times(row[name], ".2f", wall_alone=cuda) for name in named),
+                f"{row['flops_per_second'] / 1e12:.3f}",
+                f"{100 * row['mfu']:.0f}",
+                f"{row['peak_bytes'] / 2**30:.2f}",
+                f"{100 * row['data_wait']:.0f}",
+                f"{row['loss']:.5f}",
+            )
+        tables.append(table)
+    return tables

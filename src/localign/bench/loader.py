@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
 from localign.bench import photographs
-from localign.bench.config import BenchConfig
+from localign.bench.config import LoaderBenchConfig
+from localign.bench.show import show, timing_table, write_measurements
 from localign.bench.timing import Timing, hardware, timed
 from localign.data.loader import TrainLoader
 from localign.data.sources import open_source
@@ -61,7 +63,13 @@ class PillowImages(Dataset[Tensor]):
             return self.transform(image.convert("RGB"))
 
 
-def bench_loader(config: BenchConfig) -> dict[str, Any]:
+def run_bench_loader(config: LoaderBenchConfig) -> None:
+    """Measure, write the JSON file, show the tables."""
+    content = write_measurements(config, bench_loader(config))
+    show(loader_tables(content), config)
+
+
+def bench_loader(config: LoaderBenchConfig) -> dict[str, Any]:
     """Time passes over the same photographs, the ways taking turns; of each the median counts.
 
     Ours give uint8 crops, which are normalised on the device; the plain way normalises in the loader. Both draw random
@@ -95,7 +103,7 @@ def bench_loader(config: BenchConfig) -> dict[str, Any]:
         }
 
 
-def _facts(files: list[Path], config: BenchConfig) -> dict[str, Any]:
+def _facts(files: list[Path], config: LoaderBenchConfig) -> dict[str, Any]:
     pixels = []
     for file in files:
         with Image.open(file) as image:
@@ -112,7 +120,7 @@ def _facts(files: list[Path], config: BenchConfig) -> dict[str, Any]:
     }
 
 
-def _plain(folder: Path, config: BenchConfig, batch: int) -> LoaderWay:
+def _plain(folder: Path, config: LoaderBenchConfig, batch: int) -> LoaderWay:
     loader = DataLoader(
         PillowImages(folder, config.image_size or SIZE),
         batch_size=batch,
@@ -124,7 +132,7 @@ def _plain(folder: Path, config: BenchConfig, batch: int) -> LoaderWay:
     return LoaderWay(PLAIN, "full", loader)
 
 
-def _ours(forms: dict[str, str], config: BenchConfig, images: int, batch: int) -> Iterator[LoaderWay]:
+def _ours(forms: dict[str, str], config: LoaderBenchConfig, images: int, batch: int) -> Iterator[LoaderWay]:
     size = config.image_size or SIZE
     decodes: tuple[Decode, ...] = ("scaled", "full")
     for name, spec in forms.items():
@@ -205,3 +213,22 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def loader_tables(content: dict[str, Any]) -> list[Table]:
+    """How many crops each way loads in a second of one core."""
+    title = "{images} {photographs}, {megapixels:.1f} megapixels and {kilobytes:,.0f} KB each, to {size} pixels".format(
+        **content
+    )
+    numbers = ("images/s and core", "times faster than plain", "images/s")
+    table = timing_table(title, content, ("way", "decode"), numbers)
+    table.caption = (
+        f"{table.caption}, {content['workers'] or 'no'} workers\n"
+        f"scaled crops are {content['mean_difference']:.2f} of 255 levels away from full ones, on average"
+    )
+    for row in content["ways"]:
+        speed, faster = row["images_per_second"], row["times_faster"]
+        table.add_row(
+            row["way"], row["decode"], f"{speed['cpu']:.1f}", f"{faster['cpu']:.2f}", f"{speed['wall']:.1f}"
+        )
+    return [table]

@@ -15,18 +15,22 @@ from localign.deprecated import new_names, with_new_names
 from localign.errors import UserError, did_you_mean
 
 
-def parse(name: str, argv: Sequence[str]) -> Any:
+def parse(name: str | Command, argv: Sequence[str]) -> Any:
     """The config object of a command line.
+
+    Args:
+        name: A name of the table, or a command that is not in it.
+        argv: The arguments after the command.
 
     Raises:
         UserError: Unknown, misspelt, mistyped or contradictory options.
         SystemExit: The command line asks for the help, or to print its options; they are printed.
     """
-    command = COMMANDS[name]
+    command = COMMANDS[name] if isinstance(name, str) else name
     options = options_of(command.config())
-    read = read_arguments(argv, options, command.positional, new_names(name))
+    read = read_arguments(argv, options, command.positional, new_names(command.name))
     if read.help:
-        print(build_parser(name).format_help(), end="")
+        print(build_parser(command).format_help(), end="")
         raise SystemExit(0)
     values = {key: converted(options[key], value) for key, value in _given(read, command, options).items()}
     if read.print_config is not None:
@@ -71,13 +75,13 @@ def _as_yaml(values: Mapping[str, Any], options: Mapping[str, Option], what: str
     return yaml.safe_dump(json.loads(json.dumps(shown)), sort_keys=False, allow_unicode=True)
 
 
-def build_parser(name: str) -> ArgumentParser:
+def build_parser(name: str | Command) -> ArgumentParser:
     """The parser of one command, for its help and for shell completion; :func:`parse` reads command lines."""
-    command = COMMANDS[name]
+    command = COMMANDS[name] if isinstance(name, str) else name
     positional = "".join(f" [{field.upper()}]" for field in command.positional)
     parser = ArgumentParser(
-        prog=f"localign {name}",
-        usage=f"localign {name}{positional} [--config FILE] [--option value ...]",
+        prog=f"localign {command.name}",
+        usage=f"localign {command.name}{positional} [--config FILE] [--option value ...]",
         description=(command.config().__doc__ or command.help).strip().splitlines()[0],
         add_help=False,
     )

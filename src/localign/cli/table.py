@@ -19,7 +19,7 @@ class Command:
     name: str
     """One word, or two as in ``vlm train``."""
     config_path: str
-    """The config class, as ``module:Class`` within localign. The module imports no torch, numpy, timm or
+    """The config class, as ``module:Class``. The module imports no torch, numpy, timm or
     transformers, so that the help and error lines come at once."""
     run_path: str
     """The function that takes the config and returns an exit code, or None for 0; as ``module:function``."""
@@ -28,20 +28,21 @@ class Command:
     """Fields that may be given without the option's name, in order."""
     recipes_of: str | None = None
     """The command whose recipes it takes, if not its own."""
+    package: str = "localign"
+    """The package of the two paths."""
 
     def config(self) -> type:
         """The config class."""
-        return _imported(self.config_path)
+        return self._imported(self.config_path)
 
     def run(self, config: Any) -> int | None:
         """Do what the command does."""
-        function: Callable[[Any], int | None] = _imported(self.run_path)
+        function: Callable[[Any], int | None] = self._imported(self.run_path)
         return function(config)
 
-
-def _imported(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(import_module(f"localign.{module}"), name)
+    def _imported(self, path: str) -> Any:
+        module, _, name = path.partition(":")
+        return getattr(import_module(f"{self.package}.{module}"), name)
 
 
 # name, config class, function, help, positional fields
@@ -66,7 +67,8 @@ _TABLE: tuple[Command, ...] = (
     Command("data verify", "datatools.options:DataVerifyConfig", "commands:data_verify", "decode every image, list the bad ones", ("source",)),
     Command("data stats", "datatools.options:StatsConfig", "commands:data_stats", "how many images, how large, in which classes", ("source",)),
     Command("data in21k-p", "datatools.options:In21kConfig", "commands:data_in21k", "make the processed ImageNet-21k and its validation split", ("source", "out")),
-    Command("bench", "bench.config:BenchConfig", "commands:bench", "measure speed beside the plain way: labels, probe, vlm, answers, loader, scaling, align", ("what",)),
+    Command("bench align", "bench.config:AlignBenchConfig", "bench.align:run_bench_align", "alignment steps against the same mathematics written out plainly"),
+    Command("bench loader", "bench.config:LoaderBenchConfig", "bench.loader:run_bench_loader", "loading of training crops against torchvision's loader"),
     Command("reproduce", "reproduce.config:ReproduceConfig", "commands:reproduce", "a table or figure of the paper, with all runs it takes", ("target",)),
     Command("export", "options:ExportConfig", "commands:export", "write a backbone for use elsewhere", ("source",)),
     Command("import", "options:ImportConfig", "commands:import_", "convert a published checkpoint (.pth.tar)", ("file",)),

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 
+from benchmarks.config import AnswersConfig
 from localign import rng
-from localign.bench.config import BenchConfig
+from localign.bench.show import both_times, show, timing_table, write_measurements
 from localign.bench.timing import Timing, hardware, timed
 from localign.errors import RunFailure
 from localign.vlm.benchmarks.table import benchmark
@@ -36,7 +38,13 @@ _FOLDER = Path("download") / "vqa-v2"
 _NAMES = ("v2_val2014_questions.json", "v2_val2014_annotations.json")
 
 
-def bench_answers(config: BenchConfig) -> dict[str, Any]:
+def run_bench_answers(config: AnswersConfig) -> None:
+    """Measure, write the JSON file, show the tables."""
+    content = write_measurements(config, bench_answers(config))
+    show(answers_tables(content), config)
+
+
+def bench_answers(config: AnswersConfig) -> dict[str, Any]:
     """Draw the files, and measure each way in a process of its own.
 
     Raises:
@@ -194,3 +202,15 @@ _WAYS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, float]]]] = {
     OURS: (_load, _score),
     PLAIN: (_load_plainly, _score_plainly),
 }
+
+
+def answers_tables(content: dict[str, Any]) -> list[Table]:
+    """What each way takes to read the files and to score an answer to every question."""
+    title = "{questions:,} questions of VQAv2, ten annotators each".format(**content)
+    numbers = ("loading, s", "memory at its peak, MB", "scoring, s")
+    table = timing_table(title, content, ("way",), numbers)
+    for row in content["ways"]:
+        peak = row["peak_bytes"]
+        loading, scoring = (both_times(row[part], ".1f", wall_alone=False) for part in ("loading", "scoring"))
+        table.add_row(row["way"], loading, "–" if peak is None else f"{peak / 1e6:,.0f}", scoring)
+    return [table]

@@ -1,6 +1,6 @@
 """What an alignment's step costs with more ranks, more images, more tokens: each case a run of its own.
 
-As a program it is one rank of a case: `torchrun ... -m localign.bench.scaling '{"config": ..., "notes": ...}'`.
+As a program it is one rank of a case: `torchrun ... -m benchmarks.scaling '{"config": ..., "notes": ...}'`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.table import Table
 from torch import nn
 
+from benchmarks.config import ScalingConfig
 from localign import rng
 from localign.alignment import AlignConfig, AlignTask
-from localign.bench.config import BenchConfig
+from localign.bench.show import show, timing_table, write_measurements
 from localign.bench.timing import hardware
 from localign.data.loader import Batch
 from localign.engine import StepResult, train
@@ -47,7 +49,7 @@ class Case:
     """Pixels."""
 
 
-def cases(config: BenchConfig) -> list[Case]:
+def cases(config: ScalingConfig) -> list[Case]:
     """As many images on more ranks; then more images, and larger ones, on one."""
     base = Case(1, config.batch_size or BATCH, config.image_size or IMAGE_SIZE)
     more_ranks = [replace(base, ranks=ranks) for ranks in RANKS]
@@ -55,7 +57,13 @@ def cases(config: BenchConfig) -> list[Case]:
     return [*more_ranks, *more_images, replace(base, image_size=2 * base.image_size)]
 
 
-def bench_scaling(config: BenchConfig) -> dict[str, Any]:
+def run_bench_scaling(config: ScalingConfig) -> None:
+    """Measure, write the JSON file, show the tables."""
+    content = write_measurements(config, bench_scaling(config))
+    show(scaling_tables(content), config)
+
+
+def bench_scaling(config: ScalingConfig) -> dict[str, Any]:
     """Measure all cases, each in processes of its own, one thread each.
 
     Raises:
@@ -86,7 +94,7 @@ def all_reduce_bytes(parameters: int, ranks: int) -> int:
     return 2 * (ranks - 1) * 4 * parameters
 
 
-def _measured(case: Case, config: BenchConfig, images: Path, folder: Path) -> dict[str, Any]:
+def _measured(case: Case, config: ScalingConfig, images: Path, folder: Path) -> dict[str, Any]:
     steps = config.steps or STEPS
     run = AlignConfig(
         backbone=config.backbone or BACKBONE, weights="none", image_size=case.image_size, data=str(images),
@@ -97,8 +105,9 @@ def _measured(case: Case, config: BenchConfig, images: Path, folder: Path) -> di
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)]
     argument = json.dumps({"config": asdict(run), "notes": str(folder)})
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "localign.bench.scaling", argument],
+        [sys.executable, *launcher, "-m", "benchmarks.scaling", argument],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         check=False,
@@ -166,3 +175,28 @@ def _rank(argument: str) -> None:
 
 if __name__ == "__main__":
     _rank(sys.argv[1])
+
+
+def scaling_tables(content: dict[str, Any]) -> list[Table]:
+    """What a step costs in each case, and what goes over the network."""
+    title = "A step of aligning {backbone}, {parameters:,} trained parameters".format(**content)
+    numbers = (
+        "ranks",
+        "images a step",
+        "patches an image",
+        "CPU, s, all ranks",
+        "wall, s",
+        "sent, MB",
+        "foreseen",
+    )
+    table = timing_table(title, content, (), numbers)
+    for row in content["cases"]:
+        sent = row["sent_bytes"]
+        table.add_row(
+            *(str(row[name]) for name in ("ranks", "images", "tokens")),
+            f"{row['cpu_seconds']:.2f}",
+            f"{row['wall_seconds']:.2f}",
+            "–" if sent is None else f"{sent / 1e6:.1f}",
+            f"{row['foreseen_bytes'] / 1e6:.1f}",
+        )
+    return [table]

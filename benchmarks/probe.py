@@ -10,9 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
+from benchmarks.config import ProbingConfig
+from benchmarks.plain import plain_run
 from localign.backbones import EMBEDDED, open_backbone
-from localign.bench.config import BenchConfig
-from localign.bench.plain import plain_run
+from localign.bench.show import show, timing_table, write_measurements
 from localign.bench.timing import Timing, hardware, timed
 from localign.engine.distributed import choose_device
 from localign.engine.log import say
@@ -44,7 +47,13 @@ class ProbeJob:
     run: Callable[[], Recalls]
 
 
-def bench_probe(config: BenchConfig) -> dict[str, Any]:
+def run_bench_probe(config: ProbingConfig) -> None:
+    """Measure, write the JSON file, show the tables."""
+    content = write_measurements(config, bench_probe(config))
+    show(probe_tables(content), config)
+
+
+def bench_probe(config: ProbingConfig) -> dict[str, Any]:
     """Time a run for each head and task, plain and by the suite without a cache; and one pass in each mode.
 
     Every run draws its scenes, as a command of its own would. With repeats, the runs take turns and the best
@@ -125,3 +134,37 @@ def _cost(cost: Timing, costs: dict[str, Timing]) -> dict[str, Any]:
     """Seconds, and how many times cheaper than the separate runs of both kinds."""
     cheaper = {way: asdict(costs[way].over(cost)) for way in (PLAIN, SEPARATE)}
     return {"seconds": asdict(cost), "times_cheaper": cheaper}
+
+
+def probe_tables(content: dict[str, Any]) -> list[Table]:
+    """What each way costs, and that all come to the same recall."""
+    images = content["images"]
+    title = f"6 heads on {content['backbone']}, {content['steps']} steps on {images['train']} scenes"
+    numbers = ("wall, s", "CPU, s", f"times cheaper than {PLAIN}", f"than {SEPARATE}")
+    costs = timing_table(title, content, ("way",), numbers)
+    for row in content["ways"]:
+        seconds, cheaper = row["seconds"], row["times_cheaper"]
+        ratios = [f"{cheaper[way]['wall']:.2f} (CPU {cheaper[way]['cpu']:.2f})" for way in (PLAIN, SEPARATE)]
+        costs.add_row(row["way"], f"{seconds['wall']:.1f}", f"{seconds['cpu']:.1f}", *ratios)
+    ways = [name for name in content["recalls"][0] if name not in ("head", "task", "scatter")]
+    recalls = Table(
+        title=f"Macro recall, %, on {images['test']} scenes",
+        caption="scatter: standard deviation over seeds, in points",
+    )
+    for i, name in enumerate(("head", "task", *ways, "largest difference", "scatter")):
+        recalls.add_column(name, justify="left" if i < 2 else "right")
+    for row in content["recalls"]:
+        values = [row[way] for way in ways]
+        known = None not in values
+        recalls.add_row(
+            row["head"],
+            row["task"],
+            *(_percent(v) for v in values),
+            _percent(max(values) - min(values) if known else None),
+            _percent(row["scatter"]),
+        )
+    return [costs, recalls]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"

@@ -1,4 +1,4 @@
-"""What `localign bench vlm` trains: a language model's sizes, a ViT's, and conversations of the mix."""
+"""What the VLM benchmark trains: a language model's sizes, a ViT's, and conversations of the mix."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig
 
-from localign.bench.config import BenchConfig
-from localign.bench.conversations import (
+from benchmarks.config import VLMBenchConfig
+from benchmarks.conversations import (
     IMAGE_TOKENS,
     MAX_LENGTH,
     drawn_conversations,
@@ -46,7 +46,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
 LLAMA_7B = "meta-llama/Llama-2-7b-hf"
 
 
-def training_options(config: BenchConfig, folder: Path) -> VLMConfig:
+def training_options(config: VLMBenchConfig, folder: Path) -> VLMConfig:
     """Draw conversations and a language model's config into the folder, and name them as a training would."""
     llm_config = _llm_config(config.llm or "tiny")
     width = llm_config.get_text_config().hidden_size

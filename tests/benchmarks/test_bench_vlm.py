@@ -1,4 +1,4 @@
-"""`localign bench vlm` trains on the same conversations in every way, and counts what it says it counts."""
+"""The VLM benchmark trains on the same conversations in every way, and counts what it says it counts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from localign.bench import vlm as bench
-from localign.bench.config import BenchConfig
-from localign.bench.conversations import (
+from benchmarks import vlm as bench
+from benchmarks.config import VLMBenchConfig
+from benchmarks.conversations import (
     MIX,
     WORDS,
     WRAPPING,
@@ -24,11 +24,11 @@ from localign.bench.conversations import (
     drawn_tokenizer,
     write_conversations,
 )
-from localign.bench.flops import peak_flops, useful_flops
-from localign.bench.run import vlm_tables
+from benchmarks.flops import peak_flops, useful_flops
+from benchmarks.run import main
+from benchmarks.vlm import vlm_tables
+from benchmarks.vlm_setup import training_options
 from localign.bench.timing import Timing
-from localign.bench.vlm_setup import training_options
-from localign.cli import main
 from localign.engine.task import BatchPlan
 from localign.errors import RunFailure
 from localign.vlm.config import Batching
@@ -61,7 +61,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(llm: Path, out: Path) -> list[str]:
     sizes = "--image-tokens 16 --batch-size 4 --micro-batch 2 --repeats 1 --device cpu"
-    return ["bench", "vlm", "--llm", str(llm), *sizes.split(), "--out", str(out)]
+    return ["vlm", "--llm", str(llm), *sizes.split(), "--out", str(out)]
 
 
 # -- the conversations ---------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_a_word_is_a_token_and_a_record_as_long_as_drawn(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def task(llm: Path, tmp_path_factory: pytest.TempPathFactory) -> VLMTask:
-    config = BenchConfig(what="vlm", llm=str(llm), image_tokens=16, batch_size=4)
+    config = VLMBenchConfig(llm=str(llm), image_tokens=16, batch_size=4)
     options = training_options(config, tmp_path_factory.mktemp("data"))
     return VLMTask(options, *build_vlm(options))
 
@@ -252,7 +252,7 @@ def test_ways_that_disagree_are_a_failure(llm: Path, tmp_path: Path, monkeypatch
         return result
 
     monkeypatch.setattr(bench, "whole_logits_loss", wrong)
-    config = BenchConfig(what="vlm", llm=str(llm), image_tokens=16, batch_size=2, repeats=1, device="cpu")
+    config = VLMBenchConfig(llm=str(llm), image_tokens=16, batch_size=2, repeats=1, device="cpu")
     with pytest.raises(RunFailure, match="the ways disagree about the loss per token: packed "):
         bench.bench_vlm(config)
 
@@ -260,13 +260,13 @@ def test_ways_that_disagree_are_a_failure(llm: Path, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("bench vlm --images 3", "--images has no effect on bench vlm"),
-        ("bench labels --llm tiny", "--llm has no effect on bench labels"),
-        ("bench probe --grad-checkpointing", "--grad-checkpointing has no effect on bench probe"),
-        ("bench vlm --image-tokens 60", "--image-tokens is a square number, such as 64 or 576, not 60"),
-        ("bench vlm --steps 20", "--steps is a multiple of 16, not 20"),
-        ("bench vlm --batch-size 0", "--batch-size must be above 0"),
-        ("bench vlm --llm /nonexistent/llm", "cannot read the language model's config, /nonexistent/llm"),
+        ("vlm --images 3", "unknown option --images"),
+        ("labels --llm tiny", "unknown option --llm"),
+        ("probe --grad-checkpointing", "unknown option --grad-checkpointing"),
+        ("vlm --image-tokens 60", "--image-tokens is a square number, such as 64 or 576, not 60"),
+        ("vlm --steps 20", "--steps is a multiple of 16, not 20"),
+        ("vlm --batch-size 0", "--batch-size must be above 0"),
+        ("vlm --llm /nonexistent/llm", "cannot read the language model's config, /nonexistent/llm"),
     ],
 )
 def test_bad_use_is_one_line(command: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from localign.bench import labels as bench_labels
-from localign.cli import main
+from benchmarks import labels as bench_labels
+from benchmarks.run import main
 from localign.errors import RunFailure
 from localign.probing import PatchLabels, reduce_labels
 
@@ -40,7 +40,7 @@ def test_drawn_maps_have_regions_and_borders() -> None:
 
 def test_bench_labels_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "bench.json"
-    assert main(["bench", "labels", "--images", "2", "--image-size", "64", "--out", str(out)]) == 0
+    assert main(["labels", "--images", "2", "--image-size", "64", "--out", str(out)]) == 0
     content = json.loads(out.read_text())
     assert [row["way"] for row in content["ways"]] == [
         "loop of torch.unique",
@@ -60,7 +60,7 @@ def test_bench_labels_takes_a_folder_of_label_maps(
     for i in range(3):
         ids = np.random.default_rng(i).integers(0, 9, (6, 8), dtype=np.uint8).repeat(9, 0).repeat(9, 1)
         Image.fromarray(ids).save(tmp_path / f"{i}.png")
-    command = ["bench", "labels", "--image-size", "48", "--patch-size", "16", "--data", str(tmp_path)]
+    command = ["labels", "--image-size", "48", "--patch-size", "16", "--data", str(tmp_path)]
     assert main([*command, "--out", str(tmp_path / "b.json")]) == 0
     assert json.loads((tmp_path / "b.json").read_text())["classes"] == 9
     (tmp_path / "0.png").write_text("no image")
@@ -79,7 +79,7 @@ def test_ways_that_disagree_are_a_failure() -> None:
 @pytest.mark.slow
 def test_bench_probe_shows_equal_recalls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.json"
-    assert main(["bench", "probe", "--images", "32", "--epochs", "1", "--out", str(out)]) == 0
+    assert main(["probe", "--images", "32", "--epochs", "1", "--out", str(out)]) == 0
     content = json.loads(out.read_text())
     one_pass = ["one pass, no cache", "one pass, in memory", "one pass, on the disk"]
     assert [row["way"] for row in content["ways"]] == ["plain runs", "runs of the suite", *one_pass]
@@ -98,19 +98,19 @@ def test_bench_probe_shows_equal_recalls(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("bench cats", "--what takes one of [labels, probe, vlm, answers, loader, scaling, align]"),
-        ("bench answers --device cuda", "--device has no effect on bench answers"),
-        ("bench answers --images 3", "--images has no effect on bench answers"),
-        ("bench answers --questions 0", "--questions must be above 0"),
-        ("bench scaling --repeats 2", "--repeats has no effect on bench scaling"),
-        ("bench scaling --batch-size 6", "--batch-size is a multiple of 4"),
-        ("bench scaling --questions 6", "--questions has no effect on bench scaling"),
-        ("bench labels --epochs 2", "--epochs has no effect on bench labels"),
-        ("bench probe --patch-size 14", "--patch-size has no effect on bench probe"),
-        ("bench labels --images 0", "--images must be above 0"),
-        ("bench labels --data x --images 3", "with --data all of the folder are taken"),
-        ("bench labels --data /nonexistent", "no label maps (*.png) in the folder /nonexistent"),
-        ("bench labels --image-size 8 --images 1", "maps of 8 pixels hold no patch of 14"),
+        ("cats", "unknown benchmark 'cats'; there are labels, probe, vlm, answers, scaling"),
+        ("answers --device cuda", "unknown option --device"),
+        ("answers --images 3", "unknown option --images"),
+        ("answers --questions 0", "--questions must be above 0"),
+        ("scaling --repeats 2", "unknown option --repeats"),
+        ("scaling --batch-size 6", "--batch-size is a multiple of 4"),
+        ("scaling --questions 6", "unknown option --questions"),
+        ("labels --epochs 2", "unknown option --epochs"),
+        ("probe --patch-size 14", "unknown option --patch-size"),
+        ("labels --images 0", "--images must be above 0"),
+        ("labels --data x --images 3", "with --data all of the folder are taken"),
+        ("labels --data /nonexistent", "no label maps (*.png) in the folder /nonexistent"),
+        ("labels --image-size 8 --images 1", "maps of 8 pixels hold no patch of 14"),
     ],
 )
 def test_bad_use_is_one_line(command: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +122,6 @@ def test_bad_use_is_one_line(command: str, said: str, capsys: pytest.CaptureFixt
 def test_bench_scaling_measures_what_was_foreseen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.json"
     command = [
-        "bench",
         "scaling",
         "--image-size",
         "32",

@@ -1,4 +1,4 @@
-"""`localign bench answers`: drawn files are read and scored alike by both ways."""
+"""The benchmark of answers: drawn files are read and scored alike by both ways."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from localign.bench.answers import OURS, PLAIN, check_equal, measured, write_files
-from localign.cli import main
+from benchmarks.answers import OURS, PLAIN, check_equal, measured, write_files
+from benchmarks.run import main
 from localign.errors import RunFailure
 
 
@@ -26,7 +26,7 @@ def test_both_ways_score_drawn_answers_alike(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_measures_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "answers", "--questions", "2000", "--out", str(tmp_path / "b.json")]) == 0
+    assert main(["answers", "--questions", "2000", "--out", str(tmp_path / "b.json")]) == 0
     assert "2,000 questions of VQAv2" in capsys.readouterr().out
     ways = json.loads((tmp_path / "b.json").read_text())["ways"]
     assert [way["way"] for way in ways] == [OURS, PLAIN]

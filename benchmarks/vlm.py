@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from localign.bench.config import BenchConfig
-from localign.bench.conversations import MIX
-from localign.bench.flops import peak_flops, useful_flops
+from benchmarks.config import VLMBenchConfig
+from benchmarks.conversations import MIX
+from benchmarks.flops import peak_flops, useful_flops
+from benchmarks.vlm_setup import training_options
+from localign.bench.show import both_times, show, timing_table, write_measurements
 from localign.bench.timing import Timing, hardware, timed
-from localign.bench.vlm_setup import training_options
 from localign.engine.batch import to_device
 from localign.engine.distributed import choose_device
 from localign.engine.log import say
@@ -115,7 +117,13 @@ class VLMTimings:
         return [Timing.total(t for (r, _), t in self.timings.items() if r == repeat) for repeat in repeats]
 
 
-def bench_vlm(config: BenchConfig) -> dict[str, Any]:
+def run_bench_vlm(config: VLMBenchConfig) -> None:
+    """Measure, write the JSON file, show the tables."""
+    content = write_measurements(config, bench_vlm(config))
+    show(vlm_tables(content), config)
+
+
+def bench_vlm(config: VLMBenchConfig) -> dict[str, Any]:
     """Time whole optimizer steps of each way on the same drawn conversations; the ways take turns, step by step.
 
     The learning rate is 0, so every way meets the same weights, and all must come to the same loss. Loading is
@@ -317,3 +325,32 @@ def _times_faster(this: tuple[Timing, int], other: tuple[Timing, int]) -> dict[s
     ratio = other[0].over(this[0])
     per_token = this[1] / other[1]
     return {"wall": ratio.wall * per_token, "cpu": ratio.cpu * per_token}
+
+
+def vlm_tables(content: dict[str, Any]) -> list[Table]:
+    """What each way trains on in a second, and where the difference comes from."""
+    title = (
+        "Training with the language model {llm}, {image_tokens} tokens an image\n"
+        "{conversations} conversations ({text_only} of text alone), {micro_batch} to a micro-batch"
+    ).format(**content)
+    cuda = content["hardware"]["device"].startswith("cuda")
+    others = next((list(row["times_faster"]) for row in content["ways"] if row["fits"]), [])
+    numbers = ("tokens/s", "padding, %", *(f"times faster than {other}" for other in others))
+    table = timing_table(title, content, ("way",), (*numbers, *(("MFU, %", "peak, GiB") if cuda else ())))
+    loading = max(row["loading_seconds"]["wall"] for row in content["ways"])
+    table.caption = (
+        f"{table.caption}\nwithout loading, which took at most {loading:.1f} s for all conversations"
+    )
+    for row in content["ways"]:
+        if not row["fits"]:
+            table.add_row(row["way"], "does not fit")
+            continue
+        speeds = [(row["tokens_per_second"], ",.0f")]
+        speeds += [(row["times_faster"][other], ".2f") for other in others]
+        speed, *faster = (both_times(*s, wall_alone=cuda) for s in speeds)
+        cells = [speed, f"{100 * row['padding']:.0f}", *faster]
+        if cuda:
+            mfu = "–" if row["mfu"] is None else f"{100 * row['mfu']:.0f}"
+            cells += [mfu, f"{row['peak_bytes'] / 2**30:.1f}"]
+        table.add_row(row["way"], *cells)
+    return [table]

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.labels import numpy_loop
 from localign import rng
 from localign.backbones import Backbone
-from localign.bench.labels import numpy_loop
 from localign.data.stream import SampleStream
 from localign.data.transforms import EvalTransform
 from localign.probing import Geometry, HeadSpec, LabelledSource, PatchLabels, ProbeConfig, build_head

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.config import LabelsConfig
 from localign import rng
-from localign.bench.config import BenchConfig
+from localign.bench.show import show, timing_table, write_measurements
 from localign.bench.timing import Timing, hardware, timed
 from localign.data.transforms import EvalTransform
 from localign.engine.distributed import choose_device
@@ -122,7 +124,13 @@ def numpy_loop(
     )
 
 
-def bench_labels(config: BenchConfig) -> dict[str, Any]:
+def run_bench_labels(config: LabelsConfig) -> None:
+    """Measure, write the JSON file, show the tables."""
+    content = write_measurements(config, bench_labels(config))
+    show(labels_tables(content), config)
+
+
+def bench_labels(config: LabelsConfig) -> dict[str, Any]:
     """Time all ways on the same maps, after a check that they agree.
 
     Raises:
@@ -180,3 +188,17 @@ def _row(name: str, timing: Timing, ours: Timing, count: int) -> dict[str, Any]:
         "times_slower": asdict(timing.over(ours)),
         "seconds": asdict(timing),
     }
+
+
+def labels_tables(content: dict[str, Any]) -> list[Table]:
+    """How many label maps a second each way reduces."""
+    title = "{maps} label maps of {size} pixels, patches of {patch}, {classes} classes".format(**content)
+    table = timing_table(title, content, ("way",), ("images/s", "times slower", "in CPU time"))
+    for row in content["ways"]:
+        table.add_row(
+            row["way"],
+            f"{row['images_per_second']:,.0f}",
+            f"{row['times_slower']['wall']:.1f}",
+            f"{row['times_slower']['cpu']:.1f}",
+        )
+    return [table]

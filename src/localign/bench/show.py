@@ -1,0 +1,55 @@
+"""Measurements as a table on the screen and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from localign.bench.config import MeasurementConfig
+from localign.engine import run_folder
+from localign.files import replace_text
+
+
+def write_measurements(config: MeasurementConfig, measured: dict[str, Any]) -> dict[str, Any]:
+    """Write what was measured to the JSON file that the config names; returns what the file holds."""
+    content = {
+        "command": "bench",
+        "config": {"what": config.what, **run_folder.to_dict(config)},
+        "versions": run_folder.provenance(),
+        **measured,
+    }
+    path = Path(config.file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def show(tables: Sequence[Table], config: MeasurementConfig) -> None:
+    """Print the tables and the path of the JSON file."""
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    for table in tables:
+        console.print(table)
+    print(f"results    {config.file}")
+
+
+def timing_table(title: str, content: dict[str, Any], texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table whose caption names the hardware; columns of text, then columns of numbers."""
+    where = content["hardware"]
+    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
+    table = Table(title=title, caption=f"{where['processor']}, {where['device']}, {threads}")
+    for name in texts:
+        table.add_column(name)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def both_times(value: dict[str, float], form: str, wall_alone: bool) -> str:
+    """A figure by wall time, with the figure by CPU time in brackets unless ``wall_alone``."""
+    return f"{value['wall']:{form}}" + ("" if wall_alone else f" (CPU {value['cpu']:{form}})")
