@@ -167,7 +167,7 @@ def test_the_peak_of_a_gpu_is_by_its_name(
 
 def test_the_median_of_each_step_counts() -> None:
     timings = {(0, 0): 1.0, (1, 0): 9.0, (2, 0): 2.0, (0, 1): 30.0, (1, 1): 10.0, (2, 1): 20.0}
-    measured = bench.Measured({key: Timing(wall, 2 * wall) for key, wall in timings.items()})
+    measured = bench.VLMTimings({key: Timing(wall, 2 * wall) for key, wall in timings.items()})
     assert measured.cost() == Timing(22, 44)
     assert [t.wall for t in measured.repeats()] == [31, 19, 22]
 
