@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from localign.bench.config import MeasurementConfig
 from localign.errors import UserError
+from localign.options.bench import MeasurementConfig
 
 
 @dataclass(frozen=True, kw_only=True)

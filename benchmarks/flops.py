@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from localign.planning.gpus import gpu_of_device
+from localign.gpus import gpu_of_device
 
 if TYPE_CHECKING:
     from localign.vlm.model.modeling import LocalignVLM

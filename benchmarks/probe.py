@@ -14,14 +14,14 @@ from rich.table import Table
 
 from benchmarks.config import ProbingConfig
 from benchmarks.plain import plain_run
-from localign.backbones import EMBEDDED, open_backbone
+from localign.backbones import open_backbone
 from localign.bench.show import show, timing_table, write_measurements
 from localign.bench.timing import Timing, hardware, timed
 from localign.engine.distributed import choose_device
 from localign.engine.log import say
+from localign.options.names import EMBEDDED, Cache
 from localign.probing import HeadSpec, LabelledSource, ProbeConfig, probe
 from localign.probing.datasets import labelled_scenes
-from localign.probing.training import Cache
 
 IMAGES, EPOCHS, REPEATS = 600, 5.0, 1
 NOISE_SEEDS = 3

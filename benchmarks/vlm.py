@@ -27,11 +27,11 @@ from localign.engine.log import say
 from localign.engine.optim.build import build_optimizer, scale_and_clip, set_rates
 from localign.engine.task import BatchPlan, StepResult
 from localign.errors import RunFailure
-from localign.vlm.config import Batching, Sampler
+from localign.options.names import CrossEntropy
+from localign.options.vlm.train import Batching, Sampler
 from localign.vlm.data.batching import VLMBatch
 from localign.vlm.data.prompts import IGNORE_INDEX
 from localign.vlm.model.build import build_vlm
-from localign.vlm.model.losses import CrossEntropy
 from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.task import VLMTask, batch_loss
 

@@ -16,8 +16,8 @@ from benchmarks.conversations import (
     drawn_tokenizer,
     write_conversations,
 )
+from localign.options.vlm.train import VLMConfig
 from localign.planning.llms import text_config
-from localign.vlm.config import VLMConfig
 
 BATCH, STEPS = 16, 16
 """16 conversations are one rank's share of the published 128 over 8 ranks."""

@@ -17,7 +17,8 @@ from localign.cli import main
 from localign.data.cached_scenes import CachedScenes
 from localign.data.scenes import SceneConfig, SceneSource
 from localign.errors import UserError
-from localign.probing.command import ProbeCommandConfig, load_backbones
+from localign.options.probe import ProbeCommandConfig
+from localign.probing.command import load_backbones
 
 SMALL = (
     "--steps 4 --batch-size 8 --probe-steps 6 --probe-batch 8 --train-scenes 32 --test-scenes 24 "

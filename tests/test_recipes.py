@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from localign.alignment import AlignConfig
-from localign.alignment.objectives import OBJECTIVES
-from localign.alignment.setup import fresh_student, starting_backbone
+from localign.alignment.setup import build_objective, fresh_student, starting_backbone
 from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher
 from localign.backbones import CATALOGUE
@@ -135,7 +134,7 @@ def built(config: AlignConfig) -> tuple[Student, Teacher]:
         backbone = starting_backbone(config, weights="none")
         assert config.target is not None
         teacher = Teacher(backbone, config.target)
-        OBJECTIVES[config.objective](config, teacher)  # refuses what does not fit the grid
+        build_objective(config, teacher)  # refuses what does not fit the grid
         return fresh_student(config, backbone), teacher
 
 

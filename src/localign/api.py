@@ -8,9 +8,10 @@ from typing import Any
 from localign.alignment import AlignConfig, AlignTask, load_student
 from localign.alignment.setup import resolve_align
 from localign.alignment.student import Student
-from localign.backbones import AttentionBackend, Backbone, export_folder, open_backbone
+from localign.backbones import Backbone, export_folder, open_backbone
 from localign.engine import Outcome, train
 from localign.errors import UserError
+from localign.options.names import AttentionBackend
 
 
 def load(

@@ -12,163 +12,162 @@ from typing import TYPE_CHECKING, Any
 from localign.errors import UserError
 
 if TYPE_CHECKING:
-    from localign.alignment.config import AlignConfig
-    from localign.datatools.options import DataVerifyConfig, In21kConfig, ShardConfig, StatsConfig
-    from localign.demo import DemoConfig
     from localign.finetuning import FinetuneConfig
-    from localign.options import ExportConfig, ImportConfig, ReportConfig, VerifyConfig
-    from localign.planning.config import PlanConfig
+    from localign.options.align import AlignConfig
+    from localign.options.datatools import DataVerifyConfig, In21kConfig, ShardConfig, StatsConfig
+    from localign.options.demo import DemoConfig
+    from localign.options.export import ExportConfig, ImportConfig, ReportConfig, VerifyConfig
+    from localign.options.plan import PlanConfig
+    from localign.options.pretrain import PretrainConfig
+    from localign.options.probe import ProbeCommandConfig
+    from localign.options.vlm.demo import VLMDemoConfig
+    from localign.options.vlm.evaluation import EvalConfig, ScoreConfig, ShowConfig
+    from localign.options.vlm.tools import ChatConfig, CheckConfig, ConvertConfig, VLMExportConfig
+    from localign.options.vlm.train import VLMConfig
     from localign.planning.vlm import VLMPlan
-    from localign.pretraining import PretrainConfig
-    from localign.probing.command import ProbeCommandConfig
     from localign.reproduce import ReproduceConfig
-    from localign.vlm.chat import ChatConfig
-    from localign.vlm.config import VLMConfig
-    from localign.vlm.demo.run import VLMDemoConfig
-    from localign.vlm.evaluation.options import EvalConfig, ScoreConfig, ShowConfig
-    from localign.vlm.options import CheckConfig, ConvertConfig, VLMExportConfig
 
 
 def demo_config() -> type:
-    from localign.demo import DemoConfig
+    from localign.options.demo import DemoConfig
 
     return DemoConfig
 
 
 def align_config() -> type:
-    from localign.alignment.config import AlignConfig
+    from localign.options.align import AlignConfig
 
     return AlignConfig
 
 
 def plan_config() -> type:
-    from localign.planning.config import PlanConfig
+    from localign.options.plan import PlanConfig
 
     return PlanConfig
 
 
 def pretrain_config() -> type:
-    from localign.pretraining import PretrainConfig
+    from localign.options.pretrain import PretrainConfig
 
     return PretrainConfig
 
 
 def finetune_config() -> type:
-    from localign.finetuning.config import FinetuneConfig
+    from localign.options.finetune import FinetuneConfig
 
     return FinetuneConfig
 
 
 def probe_config() -> type:
-    from localign.probing.command import ProbeCommandConfig
+    from localign.options.probe import ProbeCommandConfig
 
     return ProbeCommandConfig
 
 
 def reproduce_config() -> type:
-    from localign.reproduce.config import ReproduceConfig
+    from localign.options.reproduce import ReproduceConfig
 
     return ReproduceConfig
 
 
 def export_config() -> type:
-    from localign.options import ExportConfig
+    from localign.options.export import ExportConfig
 
     return ExportConfig
 
 
 def import_config() -> type:
-    from localign.options import ImportConfig
+    from localign.options.export import ImportConfig
 
     return ImportConfig
 
 
 def report_config() -> type:
-    from localign.options import ReportConfig
+    from localign.options.export import ReportConfig
 
     return ReportConfig
 
 
 def verify_config() -> type:
-    from localign.options import VerifyConfig
+    from localign.options.export import VerifyConfig
 
     return VerifyConfig
 
 
 def vlm_config() -> type:
-    from localign.vlm.config import VLMConfig
+    from localign.options.vlm.train import VLMConfig
 
     return VLMConfig
 
 
 def chat_config() -> type:
-    from localign.vlm.chat import ChatConfig
+    from localign.options.vlm.tools import ChatConfig
 
     return ChatConfig
 
 
 def vlm_demo_config() -> type:
-    from localign.vlm.demo.run import VLMDemoConfig
+    from localign.options.vlm.demo import VLMDemoConfig
 
     return VLMDemoConfig
 
 
 def check_config() -> type:
-    from localign.vlm.options import CheckConfig
+    from localign.options.vlm.tools import CheckConfig
 
     return CheckConfig
 
 
 def convert_config() -> type:
-    from localign.vlm.options import ConvertConfig
+    from localign.options.vlm.tools import ConvertConfig
 
     return ConvertConfig
 
 
 def vlm_export_config() -> type:
-    from localign.vlm.options import VLMExportConfig
+    from localign.options.vlm.tools import VLMExportConfig
 
     return VLMExportConfig
 
 
 def eval_config() -> type:
-    from localign.vlm.evaluation.options import EvalConfig
+    from localign.options.vlm.evaluation import EvalConfig
 
     return EvalConfig
 
 
 def score_config() -> type:
-    from localign.vlm.evaluation.options import ScoreConfig
+    from localign.options.vlm.evaluation import ScoreConfig
 
     return ScoreConfig
 
 
 def show_config() -> type:
-    from localign.vlm.evaluation.options import ShowConfig
+    from localign.options.vlm.evaluation import ShowConfig
 
     return ShowConfig
 
 
 def shard_config() -> type:
-    from localign.datatools.options import ShardConfig
+    from localign.options.datatools import ShardConfig
 
     return ShardConfig
 
 
 def data_verify_config() -> type:
-    from localign.datatools.options import DataVerifyConfig
+    from localign.options.datatools import DataVerifyConfig
 
     return DataVerifyConfig
 
 
 def stats_config() -> type:
-    from localign.datatools.options import StatsConfig
+    from localign.options.datatools import StatsConfig
 
     return StatsConfig
 
 
 def in21k_config() -> type:
-    from localign.datatools.options import In21kConfig
+    from localign.options.datatools import In21kConfig
 
     return In21kConfig
 

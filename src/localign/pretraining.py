@@ -1,9 +1,8 @@
 """The embedded backbone: a small ViT that learns from image-level labels of scenes what there is, not where."""
 
-# Annotations stay types here: the command line is made from this module's config class.
+from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +13,18 @@ from torch import Tensor, nn
 from localign import rng
 from localign.alignment.teacher import mask_images
 from localign.backbones import Backbone, save_backbone
-from localign.backbones.create import EMBEDDED, build_vit
+from localign.backbones.create import build_vit
 from localign.data.cached_scenes import CachedScenes
-from localign.data.config import planned_batches
+from localign.data.images import planned_batches
 from localign.data.loader import Batch
 from localign.data.scenes import SceneConfig
 from localign.data.transforms import TrainTransform
-from localign.engine import BatchPlan, StepResult, Task, TrainConfig
+from localign.engine import BatchPlan, StepResult, Task
 from localign.engine.distributed import DistributedContext
-from localign.errors import UserError
+from localign.options.names import EMBEDDED
+from localign.options.pretrain import PretrainConfig
 
 ARCHITECTURE = "vit_tiny_patch16_224"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainConfig):
-    """Pre-training of the embedded backbone on scenes, with labels of whole images only."""
-
-    out: str = "runs/pretrain"
-    """Run folder."""
-    steps: int | None = 2000
-    """Optimizer steps."""
-    batch_size: int = 128
-    """Scenes per optimizer step."""
-    lr: float | None = 1e-3
-    """Peak learning rate."""
-    min_lr_ratio: float = 0.02
-    """Learning rate at the end of the cosine, as a share of the peak."""
-    warmup_steps: int = 100
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.05
-    """AdamW's."""
-    workers: int = 1
-    """Loader processes."""
-    scenes: int = 40_000
-    """Scenes to train on."""
-    val_scenes: int = 1000
-    """Scenes to validate on."""
-    patch_size: int = 8
-    """Patch side, pixels."""
-    width: int = 96
-    """Channels of a token."""
-    depth: int = 6
-    """Transformer blocks."""
-    num_heads: int = 3
-    """Attention heads."""
-    hidden_images: float = 0.0
-    """Share of images of which a uniformly random number of patches is hidden, as the teacher will see them."""
-    most_hidden: float = 0.5
-    """Largest share of patches hidden in such an image."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.hidden_images <= 1 or not 0 <= self.most_hidden <= 1:
-            raise UserError("--hidden-images and --most-hidden are shares in 0..1")
 
 
 class Classifier(nn.Module):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
 
-from localign.alignment.losses import (
-    LOSS_NAMES,
-    LOSSES,
-    TOKEN_SELECTIONS,
-    LossName,
-    reconstruction_loss,
-    select_tokens,
-)
+from localign.alignment.losses import LOSSES, reconstruction_loss, select_tokens
+from localign.options.names import LossName, TokenSelection
 
 NAMES: list[LossName] = ["mse", "cosine", "l1"]
 
@@ -26,8 +22,8 @@ def pair(views: int = 4, tokens: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def test_the_table_is_complete() -> None:
-    assert set(LOSSES) == set(LOSS_NAMES) == set(NAMES)
-    assert TOKEN_SELECTIONS == ("all", "hidden", "visible")
+    assert set(LOSSES) == set(get_args(LossName)) == set(NAMES)
+    assert get_args(TokenSelection) == ("all", "hidden", "visible")
 
 
 def test_values_by_hand() -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from localign.alignment.masks import MaskKind, MaskSampler, _one_block_mask
+from localign.alignment.masks import MaskSampler, _one_block_mask
 from localign.alignment.shapley import coalitions, kernel_probabilities
 from localign.errors import UserError
+from localign.options.names import MaskKind
 
 GRID = (8, 10)
 KINDS: list[tuple[MaskKind, float]] = [

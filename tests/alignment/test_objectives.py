@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localign.alignment import AlignConfig
-from localign.alignment.objectives import OBJECTIVES, Objective
+from localign.alignment.objectives import Objective
 from localign.alignment.objectives.base import visible_mean, visible_sum
 from localign.alignment.objectives.clipself import (
     CLIPSelf,
@@ -19,7 +19,7 @@ from localign.alignment.objectives.clipself import (
     smallest_side,
     window_masks,
 )
-from localign.alignment.setup import fresh_student
+from localign.alignment.setup import build_objective, fresh_student
 from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher, mask_images
 from localign.backbones import Backbone, create_backbone
@@ -51,7 +51,7 @@ def parts(config: AlignConfig, backbone: Backbone) -> tuple[Objective, Student]:
     student = fresh_student(config, backbone)
     draw = torch.Generator().manual_seed(0)
     nn.init.normal_(student.encoder.head.weight, std=0.3, generator=draw)
-    return OBJECTIVES[config.objective](config, Teacher(backbone, config.target)), student
+    return build_objective(config, Teacher(backbone, config.target)), student
 
 
 def images_of(backbone: Backbone, count: int = 4) -> Tensor:

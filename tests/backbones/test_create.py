@@ -10,8 +10,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from localign.backbones import CATALOGUE, EMBEDDED, CatalogueEntry, create_backbone, save_backbone
+from localign.backbones import CATALOGUE, CatalogueEntry, create_backbone, save_backbone
 from localign.errors import UserError
+from localign.options.names import EMBEDDED
 
 SMALL: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 NAME = "vit_tiny_patch16_224"

@@ -12,10 +12,10 @@ from PIL import Image
 
 from localign.bench import loader as bench
 from localign.bench import photographs
-from localign.bench.config import LoaderBenchConfig
 from localign.bench.loader import PLAIN, LoaderWay, PillowImages
 from localign.cli import main
 from localign.errors import RunFailure
+from localign.options.bench import LoaderBenchConfig
 
 SIDES = (320, 240)
 

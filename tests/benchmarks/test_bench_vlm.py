@@ -31,7 +31,7 @@ from benchmarks.vlm_setup import training_options
 from localign.bench.timing import Timing
 from localign.engine.task import BatchPlan
 from localign.errors import RunFailure
-from localign.vlm.config import Batching
+from localign.options.vlm.train import Batching
 from localign.vlm.data.batching import VLMBatch
 from localign.vlm.data.examples import ConversationTokenizer
 from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format

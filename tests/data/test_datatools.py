@@ -18,10 +18,10 @@ from localign.data.sources import TarSource, open_source
 from localign.data.transforms import TrainTransform
 from localign.datatools import packing
 from localign.datatools.in21k import run_in21k
-from localign.datatools.options import In21kConfig, ShardConfig
 from localign.datatools.packing import member_name
 from localign.datatools.shard import run_shard
 from localign.errors import UserError
+from localign.options.datatools import In21kConfig, ShardConfig
 
 
 def contents(source) -> dict[str, bytes]:

@@ -12,11 +12,12 @@ import torch
 from restarts import BATCH, samples
 
 from localign.data.classification import labels_of
-from localign.data.config import DataConfig, ImageData
+from localign.data.images import ImageData
 from localign.data.sources import ExcludingSource, MixtureSource, UnreadableImage, open_source
 from localign.data.sources.mixture import apportioned
 from localign.data.stream import sample_stream
 from localign.errors import UserError
+from localign.options.data import DataConfig
 
 STEPS = 12
 

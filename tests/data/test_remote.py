@@ -18,16 +18,17 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from restarts import samples
 
-from localign.data.config import DataConfig, ImageData
 from localign.data.decoding import read_image
+from localign.data.images import ImageData
 from localign.data.loader import TrainLoader
 from localign.data.sources import ParquetSource, open_source, remote
 from localign.data.sources.remote import StreamedTarSource
 from localign.data.stream import sample_stream
 from localign.data.transforms import TrainTransform
-from localign.datatools.options import ShardConfig
 from localign.datatools.shard import run_shard
 from localign.errors import RunFailure, UserError
+from localign.options.data import DataConfig
+from localign.options.datatools import ShardConfig
 
 NUMBERS = itertools.count()
 

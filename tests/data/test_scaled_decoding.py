@@ -11,16 +11,17 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from localign.alignment.config import AlignConfig
 from localign.data import decoding
-from localign.data.config import DataConfig, ImageData
 from localign.data.decoding import CROP_MARGIN, UndecodedJpeg, UnreadableImage, decode_image, open_image
+from localign.data.images import ImageData
 from localign.data.loader import EvalLoader, TrainLoader
 from localign.data.sources import FolderSource, load_undecoded, open_source
 from localign.data.transforms import TrainTransform
 from localign.errors import UserError
 from localign.finetuning import FinetuneConfig
 from localign.finetuning.task import resolve_finetune
+from localign.options.align import AlignConfig
+from localign.options.data import DataConfig
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-sample" / "train"
 SIZE = 32

@@ -12,7 +12,7 @@ import torch
 
 from localign.alignment import AlignConfig, AlignTask
 from localign.data.loader import Batch
-from localign.planning.config import PlanConfig
+from localign.options.plan import PlanConfig
 
 SMALL_VIT: dict[str, Any] = {
     "backbone": "vit_tiny_patch16_224", "weights": "none", "model_kwargs": {"depth": 3}, "device": "cpu",

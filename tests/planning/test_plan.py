@@ -15,9 +15,9 @@ import torch
 from planned_steps import planned, step, task
 
 from localign.cli import main
-from localign.planning.config import PlanConfig
+from localign.gpus import GPUS
+from localign.options.plan import PlanConfig
 from localign.planning.counting import CountedAlignment
-from localign.planning.gpus import GPUS
 from localign.planning.plan import GIB, OCCUPIED, make_plan
 from localign.recipes import read_recipe, recipe_names
 

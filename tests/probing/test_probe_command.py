@@ -16,7 +16,7 @@ from PIL import Image
 
 from localign.backbones import create_backbone, save_backbone
 from localign.cli import main
-from localign.probing.command import ProbeCommandConfig
+from localign.options.probe import ProbeCommandConfig
 
 TINY = (
     "--weights none --model-kwargs img_size=24 patch_size=8 embed_dim=24 depth=1 num_heads=2 "

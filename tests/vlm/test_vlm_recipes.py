@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from localign.cli import main, parse
+from localign.options.vlm.train import VLMConfig
 from localign.planning.vlm import plan_vlm
 from localign.recipes import read_recipe, recipe_names
-from localign.vlm.config import VLMConfig
 
 RECIPES = [n for n in recipe_names() if n.startswith("vlm/")]
 

@@ -11,9 +11,10 @@ from tiny_vlm import TEXT_WIDTH, tiny_backbone, tiny_llm, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from localign.options.names import AdapterName
 from localign.vlm import LocalignVLM, LocalignVLMProcessor
 from localign.vlm.data.prompts import prompt_format
-from localign.vlm.model.adapters import AdapterName, fresh_adapter
+from localign.vlm.model.adapters import fresh_adapter
 from localign.vlm.model.vision import TowerConfig, VisionTower
 
 QUESTIONS = ["What is it?", "Where?", "Name the colour of the largest shape, please.", ""]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student
-from localign.backbones import AttentionBackend, load_backbone, save_backbone
+from localign.backbones import load_backbone, save_backbone
 from localign.backbones.export import load_decoder_state, read_config
 from localign.errors import UserError
+from localign.options.names import AttentionBackend
 from localign.weights import load_strict
 
 _PROJECTION, _DECODER = "encoder_head.", "decoder."

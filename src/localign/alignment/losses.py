@@ -7,15 +7,11 @@ micro-batches and ranks divides by what was selected.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
 
-LossName = Literal["mse", "cosine", "l1"]
-TokenSelection = Literal["all", "hidden", "visible"]
-LOSS_NAMES: tuple[str, ...] = get_args(LossName)
-TOKEN_SELECTIONS: tuple[str, ...] = get_args(TokenSelection)
+from localign.options.names import LossName, TokenSelection
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -13,51 +12,20 @@ from torch import Tensor
 from localign import rng
 from localign.alignment.shapley import kernel_cardinalities
 from localign.errors import UserError
+from localign.options.align import MaskOptions
 
-MaskKind = Literal["uniform", "bernoulli", "block", "shapley"]
-MASK_KINDS: tuple[str, ...] = get_args(MaskKind)
 _BLOCK_ASPECT = 0.3
 _BLOCK_ATTEMPTS = 10_000
 
 
 @dataclass(frozen=True)
-class MaskSampler:
-    """Draws the masks of each image from the seed and the image's global position alone.
+class MaskSampler(MaskOptions):
+    """Draws the masks of each image from the seed and the image's global position alone."""
 
-    Raises:
-        UserError: Unknown kind, or a share outside (0, 1).
-    """
-
-    kind: MaskKind = "uniform"
-    """uniform: cardinality uniform in 0..n, then positions uniform; bernoulli: each patch kept with
-    probability ``keep_ratio``; block: rectangles are hidden until at least a share of ``1 - keep_ratio`` is
-    covered, which the last one exceeds by less than ``block_min_patches`` or so; shapley: cardinality k in
-    1..n-1 with probability proportional to 1 / (k (n - k)), then positions uniform."""
-    keep_ratio: float = 0.5
-    """Share of patches kept visible, for bernoulli and block; the others ignore the default and refuse the rest."""
-    complement: bool = True
-    """Also use the mask's complement."""
-    all_visible: bool = True
-    """Also use the mask that hides nothing."""
-    block_min_patches: int = 16
-    """Smallest block, in patches."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in MASK_KINDS:
-            raise UserError(f"unknown mask kind {self.kind!r}; known: {', '.join(MASK_KINDS)}")
-        if not 0 < self.keep_ratio < 1:
-            raise UserError(f"the keep ratio must lie between 0 and 1, not {self.keep_ratio}")
-        if self.kind in ("uniform", "shapley") and self.keep_ratio != 0.5:
-            raise UserError(
-                f"{self.kind} masks draw their own cardinality; a keep ratio goes with bernoulli or block"
-            )
-        if self.block_min_patches < 1:
-            raise UserError(f"blocks need at least one patch, not {self.block_min_patches}")
-
-    @property
-    def masks_per_image(self) -> int:
-        """1, 2 or 3."""
-        return 1 + self.complement + self.all_visible
+    @classmethod
+    def of(cls, options: MaskOptions) -> MaskSampler:
+        """The sampler that the options of an alignment describe."""
+        return cls(**vars(options))
 
     def check(self, grid: tuple[int, int]) -> None:
         """Refuse a grid on which the masks do not fit.

@@ -9,15 +9,19 @@ from typing import Any
 from timm.layers import Attention
 
 from localign import rng
-from localign.alignment.config import AlignConfig
+from localign.alignment.masks import MaskSampler
+from localign.alignment.objectives import OBJECTIVES, Objective, ObjectiveOptions
 from localign.alignment.published import PUBLISHED_SOFT_CAP
 from localign.alignment.student import Student, build_student
-from localign.backbones import CATALOGUE, EMBEDDED, Backbone, create_backbone
+from localign.alignment.teacher import Teacher
+from localign.backbones import CATALOGUE, Backbone, create_backbone
 from localign.backbones.export import CONFIG_FILE
 from localign.engine.checkpoints.whole import Checkpoints
 from localign.engine.distributed import choose_device
 from localign.engine.run_folder import read_config as read_run_config
 from localign.errors import UserError
+from localign.options.align import AlignConfig
+from localign.options.names import EMBEDDED
 from localign.weights import load_strict
 
 DEFAULT_LR = 3e-4
@@ -65,6 +69,19 @@ def resolve_align(config: AlignConfig) -> AlignConfig:
         lr=config.lr if config.lr is not None else default_lr(config),
         batch_size=config.batch_size or (CPU_BATCH if on_cpu else PUBLISHED_BATCH),
     )
+
+
+def build_objective(config: AlignConfig, teacher: Teacher) -> Objective:
+    """The objective of an alignment.
+
+    Raises:
+        UserError: Its masks or crops do not fit the teacher's grid.
+    """
+    assert config.loss is not None  # AlignConfig has filled in both
+    assert config.decoder is not None
+    masks = None if config.mask is None else MaskSampler.of(config.masks())
+    options = ObjectiveOptions(config.loss, config.decoder, config.loss_tokens, masks)
+    return OBJECTIVES[config.objective](options, teacher)
 
 
 def fresh_student(config: AlignConfig, backbone: Backbone) -> Student:

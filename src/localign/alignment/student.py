@@ -11,8 +11,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from localign.backbones import AttentionBackend, Backbone
+from localign.backbones import Backbone
 from localign.errors import UserError
+from localign.options.names import AttentionBackend
 
 HeadStart = Literal["zero", "identity"]
 NORM_EPS = 1e-5

@@ -10,20 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from localign import rng
-from localign.alignment.config import AlignConfig
 from localign.alignment.export import export_student
-from localign.alignment.objectives import OBJECTIVES
-from localign.alignment.setup import fresh_student, starting_backbone
+from localign.alignment.setup import build_objective, fresh_student, starting_backbone
 from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher
 from localign.backbones import Backbone
 from localign.backbones.attention import fuse_attention
 from localign.backbones.export import content_hash
 from localign.backbones.monitor import attention_logit_stats
-from localign.data.config import ImageData
+from localign.data.images import ImageData
 from localign.data.loader import Batch
 from localign.engine.distributed import DistributedContext, choose_device
 from localign.engine.task import BatchPlan, StepResult, Task
+from localign.options.align import AlignConfig
 
 MONITOR_IMAGES = 4
 _SCALE_CHUNK = 32
@@ -45,7 +44,7 @@ class AlignTask(Task):
         backbone = backbone or starting_backbone(config)
         assert config.target is not None  # AlignConfig has filled it in
         self.teacher = Teacher(backbone, config.target)
-        self.objective = OBJECTIVES[config.objective](config, self.teacher)
+        self.objective = build_objective(config, self.teacher)
         self.data = ImageData(config, backbone.image_size)
         self.student = fresh_student(config, backbone)
         self.teacher_hash = content_hash(backbone.vit.state_dict())

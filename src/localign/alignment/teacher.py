@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,8 @@ from localign.backbones import Backbone
 from localign.backbones.attention import fuse_attention
 from localign.backbones.frozen import fuse_frozen
 from localign.errors import UserError
+from localign.options.names import TargetName
 
-TargetName = Literal["penultimate", "last", "cls", "pooled"]
-TARGETS: tuple[str, ...] = get_args(TargetName)
 _CPU_VIEWS = 24
 """Views at a time on a CPU: attention there is not fused, and its matrices are to stay few, whatever the batch."""
 
@@ -61,8 +60,8 @@ class Teacher(nn.Module):
 
     def __init__(self, backbone: Backbone, target: TargetName = "penultimate") -> None:
         super().__init__()
-        if target not in TARGETS:
-            raise UserError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
+        if target not in get_args(TargetName):
+            raise UserError(f"unknown target {target!r}; known: {', '.join(get_args(TargetName))}")
         if target == "cls" and backbone.num_prefix_tokens != 1:
             raise UserError(
                 f"target cls needs a backbone with exactly one prefix token; {backbone.name} has "

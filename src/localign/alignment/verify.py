@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from localign.alignment.export import export_student, load_student
-from localign.alignment.losses import LossName, reconstruction_loss
+from localign.alignment.losses import reconstruction_loss
 from localign.alignment.published import PUBLISHED_SOFT_CAP, read_published
 from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher, mask_images
 from localign.backbones import Backbone
 from localign.backbones.create import build_vit
 from localign.errors import UserError
+from localign.options.names import LossName
 from localign.weights import load_strict
 
 _ARCHITECTURE = "vit_base_patch16_224"

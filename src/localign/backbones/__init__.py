@@ -1,10 +1,11 @@
 """One ViT behind one small interface: tokens of any layer, patch grid, prefix tokens, pixel statistics."""
 
-from localign.backbones.attention import AttentionBackend, SoftCapAttention, apply_soft_cap
+from localign.backbones.attention import SoftCapAttention, apply_soft_cap
 from localign.backbones.backbone import Backbone
 from localign.backbones.catalogue import CATALOGUE, CatalogueEntry
-from localign.backbones.create import EMBEDDED, create_backbone, open_backbone
+from localign.backbones.create import create_backbone, open_backbone
 from localign.backbones.export import export_folder, load_backbone, save_backbone
+from localign.options.names import EMBEDDED, AttentionBackend
 
 __all__ = [
     "CATALOGUE",

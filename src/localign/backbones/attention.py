@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from localign.errors import UserError
-
-AttentionBackend = Literal["auto", "eager", "flex"]
-BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
+from localign.options.names import BACKENDS, AttentionBackend
 
 
 def soft_cap(logits: Tensor, cap: float | Tensor) -> Tensor:

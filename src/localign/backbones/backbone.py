@@ -11,8 +11,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from localign.backbones.attention import AttentionBackend, apply_soft_cap
+from localign.backbones.attention import apply_soft_cap
 from localign.errors import UserError
+from localign.options.names import AttentionBackend
 
 FAMILIES = (VisionTransformer, Eva, Beit)
 FinalNorm = Literal["norm", "fc_norm", "none"]

@@ -13,16 +13,15 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from localign import rng
-from localign.backbones.attention import AttentionBackend
 from localign.backbones.backbone import Backbone
 from localign.backbones.catalogue import CATALOGUE
 from localign.backbones.export import CONFIG_FILE, export_folder, load_backbone
 from localign.backbones.moco import read_moco_v3
 from localign.backbones.weights import read_state_dict
 from localign.errors import UserError, did_you_mean
+from localign.options.names import EMBEDDED, AttentionBackend
 from localign.weights import load_strict
 
-EMBEDDED = "scenes-vit"
 """The small backbone inside the package, pre-trained on scenes with image-level supervision."""
 _REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
 # A backbone has no classifier, whatever file its weights come from.

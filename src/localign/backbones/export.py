@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from localign._version import __version__
-from localign.backbones.attention import AttentionBackend
 from localign.backbones.backbone import Backbone
 from localign.backbones.weights import StateDict, read_file
 from localign.errors import UserError
 from localign.files import replace_text, replacing
+from localign.options.names import AttentionBackend
 from localign.weights import load_strict
 
 CONFIG_FILE = "config.json"

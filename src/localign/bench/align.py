@@ -26,13 +26,13 @@ from localign.backbones import create_backbone
 from localign.bench import photographs
 from localign.bench.align_ways import COMPILED, FULL, OURS, PLAIN
 from localign.bench.ceiling import Ceiling
-from localign.bench.config import AlignBenchConfig
 from localign.bench.show import both_times, show, timing_table, write_measurements
 from localign.bench.timing import Timing, hardware
-from localign.engine.config import computes_in_bf16
 from localign.engine.distributed import choose_device
 from localign.engine.log import say
+from localign.engine.schedule import computes_in_bf16
 from localign.errors import RunFailure, UserError
+from localign.options.bench import AlignBenchConfig
 from localign.planning.counting import CountedAlignment
 
 BACKBONE, BATCH, STEPS, WARM = "vit_tiny_patch16_224", 32, 8, 2

@@ -24,6 +24,7 @@ from torchvision.transforms.functional import normalize
 
 from localign import rng
 from localign.alignment import AlignConfig, AlignTask
+from localign.alignment.masks import MaskSampler
 from localign.alignment.setup import fresh_student, starting_backbone
 from localign.alignment.student import Student
 from localign.backbones import Backbone
@@ -33,9 +34,9 @@ from localign.data.sources import FolderSource
 from localign.data.stream import SampleStream
 from localign.data.transforms import TrainTransform
 from localign.engine import StepResult, train
-from localign.engine.config import computes_in_bf16
 from localign.engine.distributed import choose_device
 from localign.engine.optim.build import decayed_names
+from localign.engine.schedule import computes_in_bf16
 from localign.engine.task import BatchPlan
 
 OURS, COMPILED, PLAIN = "ours", "ours, compiled", "plain"
@@ -247,7 +248,7 @@ def plain(config: AlignConfig, turns: Turns) -> None:
             pin_memory=device.type == "cuda",
         )
     )
-    sampler, scale = config.masks(), None
+    sampler, scale = MaskSampler.of(config.masks()), None
     bf16 = computes_in_bf16(config, device.type)
     turns.say(ready=True)
     for step in range(config.steps or 0):

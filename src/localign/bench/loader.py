@@ -20,14 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
 from localign.bench import photographs
-from localign.bench.config import LoaderBenchConfig
 from localign.bench.show import show, timing_table, write_measurements
 from localign.bench.timing import Timing, hardware, timed
 from localign.data.loader import TrainLoader
 from localign.data.sources import open_source
-from localign.data.transforms import Decode, TrainTransform
+from localign.data.transforms import TrainTransform
 from localign.engine.log import say
 from localign.errors import RunFailure
+from localign.options.bench import LoaderBenchConfig
+from localign.options.names import Decode
 
 REPEATS, BATCH, SIZE = 3, 32, 224
 DRAWN, TAKEN = 64, 256

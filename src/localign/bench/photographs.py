@@ -12,9 +12,9 @@ from PIL import Image
 from localign import rng
 from localign.data.decoding import UnreadableImage, decode_image
 from localign.data.sources import FolderSource
-from localign.datatools.options import ShardConfig
 from localign.datatools.shard import run_shard
 from localign.errors import UserError
+from localign.options.datatools import ShardConfig
 
 WIDTH, HEIGHT, QUALITY = 2000, 1500, 90
 _FIELDS = 4

@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from localign.bench.config import MeasurementConfig
 from localign.engine import run_folder
 from localign.files import replace_text
+from localign.options.bench import MeasurementConfig
 
 
 def write_measurements(config: MeasurementConfig, measured: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """`localign list`: the backbones and recipes that there are."""
 
-# Annotations stay types here: the command line is made from this module's config class.
-
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,8 +42,9 @@ def _recipes() -> list[dict[str, Any]]:
 
 
 def _backbones() -> list[dict[str, Any]]:
-    from localign.backbones import CATALOGUE, EMBEDDED
+    from localign.backbones import CATALOGUE
     from localign.data.scenes import SceneConfig
+    from localign.options.names import EMBEDDED
 
     embedded = {"timm_name": None, "image_size": SceneConfig().image_size, "lr": 1e-3, "soft_cap": True,
                 "data": "scenes", "epochs": None, "loader": "package"}  # fmt: skip

@@ -24,9 +24,8 @@ from torchvision.transforms import functional as F
 from localign import rng
 from localign.data.decoding import UndecodedJpeg
 from localign.errors import UserError, did_you_mean
+from localign.options.names import Decode, TrainCrop
 
-TrainCrop = Literal["published", "rrc", "none"]
-Decode = Literal["scaled", "full"]
 EvalMode = Literal["crop", "square"]
 Size = int | tuple[int, int]
 

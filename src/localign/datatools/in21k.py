@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from localign import rng
 from localign.data.sources import ExcludingSource, ImageSource, TarSource
 from localign.data.sources.tar_index import SHARD
-from localign.datatools.options import In21kConfig
 from localign.datatools.packing import QUALITY, Packing, facts_of, pack, partial, put_whole
 from localign.datatools.reading import open_files
 from localign.datatools.shard import finished
 from localign.errors import UserError
+from localign.options.datatools import In21kConfig
 
 
 def run_in21k(config: In21kConfig) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import numpy as np
 from localign.data.classification import ClassLabels, labels_of
 from localign.data.sources import ExcludingSource, FileListSource, ImageSource, ParquetSource
 from localign.data.stream import sample_stream
-from localign.datatools.options import ShardConfig
 from localign.datatools.packing import ABOUT, QUALITY, Packing, facts_of, pack, partial, put_whole
 from localign.datatools.reading import open_files
 from localign.errors import UserError
+from localign.options.datatools import ShardConfig
 
 
 def run_shard(config: ShardConfig) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from localign.data.classification import ClassLabels, labels_of
 from localign.data.decoding import FORMATS, UnreadableImage, unreadable_on_failure
 from localign.data.parallel import in_processes, parts
 from localign.data.sources import ImageSource
-from localign.datatools.options import StatsConfig
 from localign.datatools.reading import encoded, open_files
 from localign.errors import UserError
 from localign.files import replace_text
+from localign.options.datatools import StatsConfig
 
 
 @dataclass(frozen=True)

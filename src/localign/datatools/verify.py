@@ -10,10 +10,10 @@ from typing import Any
 from localign.data.decoding import UnreadableImage, decode_image
 from localign.data.parallel import in_processes, parts
 from localign.data.sources import ImageSource, TarSource
-from localign.datatools.options import DataVerifyConfig
 from localign.datatools.packing import read_checksums, sha256
 from localign.datatools.reading import encoded, open_files
 from localign.files import replace_text
+from localign.options.datatools import DataVerifyConfig
 
 
 @dataclass(frozen=True)

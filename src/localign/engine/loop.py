@@ -17,7 +17,6 @@ from localign.engine import run_folder
 from localign.engine.batch import sample_digest, to_device
 from localign.engine.checkpoints.sharded import ShardedCheckpoints
 from localign.engine.checkpoints.whole import STATE_FIELDS, Checkpoints
-from localign.engine.config import TrainConfig, batch_shares, computes_in_bf16, total_steps, with_warmup_steps
 from localign.engine.disk import writing
 from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.hardware.cpu import fast_float32_products, freed_memory_kept
@@ -35,9 +34,11 @@ from localign.engine.optim.build import (
     set_rates,
 )
 from localign.engine.run_folder import Outcome, open_folder, open_log
+from localign.engine.schedule import batch_shares, computes_in_bf16, total_steps, with_warmup_steps
 from localign.engine.sharding import gather_full, meta_copy, reshard, shard_task
 from localign.engine.task import BatchPlan, Task, batch_plan
 from localign.errors import RunFailure, RunStopped, UserError
+from localign.options.train import TrainConfig
 from localign.signals import StopRequest, stop_requests
 
 

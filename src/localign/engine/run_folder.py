@@ -17,13 +17,27 @@ import yaml
 
 from localign._version import __version__
 from localign.engine.checkpoints.whole import Checkpoints, remove_leftovers
-from localign.engine.config import PLACES, RESUMABLE, Resume, TrainConfig
 from localign.engine.disk import writing
 from localign.engine.lock import lock
 from localign.engine.log import Bar, JsonLines, Log, Sink, TensorBoard, WandB, say
 from localign.errors import UserError
 from localign.files import replace_text
+from localign.options.names import Resume
+from localign.options.train import TrainConfig
 from localign.plainyaml import load_yaml
+
+RESUMABLE: frozenset[str] = frozenset(
+    {
+        "out", "micro_batch", "device", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
+        "val_every", "resume", "tensorboard", "wandb", "compile", "grad_checkpointing", "attention", "config",
+        "cross_entropy", "timeout", "reshard_after_forward", "ddp_bucket_mb",
+    }
+)  # fmt: skip
+"""Fields that may differ when a run is continued: they change neither the samples nor the mathematics."""
+
+PLACES: frozenset[str] = frozenset({"data", "images", "val", "weights"})
+"""Fields that name files and folders. They may have moved when a run is continued, under the same last name: other
+data and other weights show in the task's fingerprint."""
 
 CONFIG_FILE, RESULTS_FILE = "config.yaml", "results.json"
 

@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from localign.engine.config import TrainConfig
 from localign.engine.distributed import DistributedContext
 from localign.engine.task import Task
+from localign.options.train import TrainConfig
 
 
 def shard(

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localign.engine.config import TrainConfig
 from localign.engine.distributed import DistributedContext
 from localign.errors import UserError
+from localign.options.train import TrainConfig
 
 
 @dataclass(frozen=True)

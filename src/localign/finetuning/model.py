@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from localign.backbones import AttentionBackend, Backbone, load_backbone, save_backbone
+from localign.backbones import Backbone, load_backbone, save_backbone
 from localign.backbones.export import CONFIG_FILE, content_hash, read_config
 from localign.backbones.weights import read_file
 from localign.errors import UserError
 from localign.files import replace_text, replacing
+from localign.options.names import AttentionBackend
 from localign.probing.heads import Geometry, build_head
 from localign.weights import load_strict
 

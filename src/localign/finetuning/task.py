@@ -16,14 +16,15 @@ from localign.alignment.setup import CPU_BATCH, PUBLISHED_BATCH
 from localign.backbones import Backbone, open_backbone
 from localign.backbones.export import content_hash
 from localign.data.classification import ImageLabels, SpreadSource, check_same_classes, labels_of
-from localign.data.config import ImageData, written_decode
+from localign.data.images import ImageData
 from localign.data.loader import Batch
 from localign.data.mixing import mix_labels
 from localign.engine import BatchPlan, Outcome, StepResult, Task, train
 from localign.engine.distributed import DistributedContext, choose_device
 from localign.errors import UserError
-from localign.finetuning.config import LABEL_SMOOTHING, FinetuneConfig
 from localign.finetuning.model import ImageClassifier, export_classifier
+from localign.options.data import written_decode
+from localign.options.finetune import LABEL_SMOOTHING, FinetuneConfig
 
 SCENES_PER_VALIDATION = 2048
 TOP_FIVE_FROM = 6

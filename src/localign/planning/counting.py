@@ -22,14 +22,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from localign.alignment.config import AlignConfig
-from localign.alignment.objectives import OBJECTIVES, Objective
+from localign.alignment.objectives import Objective
 from localign.alignment.objectives.base import MaskedObjective
-from localign.alignment.setup import fresh_student, starting_backbone
+from localign.alignment.setup import build_objective, fresh_student, starting_backbone
 from localign.alignment.teacher import Teacher
-from localign.engine.config import computes_in_bf16
 from localign.engine.optim.build import hidden_matrices
+from localign.engine.schedule import computes_in_bf16
 from localign.errors import UserError
+from localign.options.align import AlignConfig
 
 _COUNTED = 2
 """Images that operations are counted on: they are proportional to images."""
@@ -91,7 +91,7 @@ class CountedAlignment:
             self.student = fresh_student(replace(config, soft_cap="none") if fused else config, backbone)
         assert config.target is not None  # AlignConfig has filled it in
         self.teacher = Teacher(backbone, config.target)
-        self.objective: Objective = OBJECTIVES[config.objective](config, self.teacher)
+        self.objective: Objective = build_objective(config, self.teacher)
         if not isinstance(self.objective, MaskedObjective):
             raise UserError(
                 f"--objective {config.objective} has views that depend on data; it cannot be planned"

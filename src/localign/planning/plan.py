@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from localign.alignment.setup import PUBLISHED_BATCH
-from localign.engine.config import batch_shares, computes_in_bf16, total_steps
+from localign.engine.schedule import batch_shares, computes_in_bf16, total_steps
 from localign.errors import UserError
-from localign.planning.config import PlanConfig
+from localign.gpus import gpu
+from localign.options.plan import PlanConfig
 from localign.planning.counting import CountedAlignment, Flops, Memory, mask_cost
-from localign.planning.gpus import gpu
 
 GIB = 2**30
 OCCUPIED = 0.9

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from localign.engine import run_folder
 from localign.files import replace_text
-from localign.planning.config import PlanConfig
-from localign.planning.gpus import gpu
+from localign.gpus import gpu
+from localign.options.plan import PlanConfig
 from localign.planning.plan import GIB, OCCUPIED, AlignmentPlan, as_facts, make_plan, micro_batches
 
 

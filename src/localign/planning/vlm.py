@@ -12,15 +12,16 @@ from transformers import PretrainedConfig
 from localign.alignment import AlignConfig
 from localign.alignment.setup import fresh_student, starting_backbone
 from localign.backbones import create_backbone
-from localign.engine.config import total_steps, with_warmup_steps
+from localign.engine.schedule import total_steps, with_warmup_steps
 from localign.errors import UserError
+from localign.options.names import AdapterName
+from localign.options.vlm.train import VLMConfig
 from localign.planning.llms import text_config
 from localign.recipes import read_recipe, recipe_names
-from localign.vlm.config import VLMConfig
 from localign.vlm.data.mixtures import PUBLISHED_RECORDS
 from localign.vlm.data.records import Conversations
 from localign.vlm.data.vocabulary import ROWS_MULTIPLE
-from localign.vlm.model.adapters import Adapter, AdapterName
+from localign.vlm.model.adapters import Adapter
 from localign.vlm.model.build import export_folder, set_stage, vision_sources
 from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.modeling import LocalignVLM

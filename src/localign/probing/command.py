@@ -1,13 +1,12 @@
 """`localign probe`: what one or more backbones know about patches and images."""
 
-# Annotations stay types here: the command line is made from this module's config class.
+from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +15,13 @@ from rich.table import Table
 
 from localign.backbones import Backbone, open_backbone
 from localign.engine import run_folder
-from localign.engine.config import Precision
 from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.log import Bar, Stopwatch, say
 from localign.errors import UserError
+from localign.options.probe import ProbeCommandConfig, file_name
 from localign.pictures import save_predictions
 from localign.probing import LabelledSource, ProbeConfig, Probed, Progress, probe_heads
 from localign.probing.datasets import open_labelled
-from localign.probing.training import Cache, Protocol
 from localign.report import build_report
 from localign.report.probing import write_probe_report
 from localign.report.tables.measures import Measured, change, comparisons, estimate
@@ -33,117 +31,6 @@ from localign.statistics.bootstrap import interval
 TRAIN_SCENES, TEST_SCENES = 6000, 4000
 SOURCE = "test"
 """What the images that heads are judged on are called in results."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeCommandConfig:
-    """Train small heads on frozen features and measure patch-level and image-level recall (section 4)."""
-
-    backbone: str = "scenes-vit"
-    """Backbones to probe, separated by commas: names, run folders or export folders, each maybe as NAME=path
-    with the name it goes by in results; the first is what the others are compared with."""
-    data: str = "scenes"
-    """scenes, or a folder of labelled images: COCO-Stuff's or ADE20k's layout, or images/ and masks/ (each
-    with train and val) and classes.json."""
-    things_only: bool = False
-    """Of COCO-Stuff: the things alone; stuff counts as unlabeled."""
-    out: str = "runs/probe"
-    """Folder for results.json, tables, figures and report.html."""
-    heads: tuple[str, ...] = ("transformer", "mlp", "linear")
-    """transformer, mlp, linear, and the interventions transformer-cls-only and transformer-anonymous."""
-    tasks: tuple[str, ...] = ("local", "global")
-    """local (classes of a patch), global (of the image), majority (of a patch's pixels)."""
-    seed: int = 0
-    """First seed; seeds decide how heads are initialised. All see the same samples in the same order."""
-    seeds: int = 1
-    """How many seeds, all trained in one pass."""
-    protocol: Protocol = "fixed"
-    """fixed: report what the last step left. published: report each head's best epoch on the reported images
-    themselves, which flatters."""
-    epochs: float | None = None
-    """Passes over the training images; default 5."""
-    steps: int | None = None
-    """Optimizer steps, instead of epochs."""
-    batch_size: int = 32
-    """Images per step, over all ranks."""
-    lr: float = 1e-3
-    """Peak learning rate, falling to a tenth."""
-    cache: Cache = "auto"
-    """Features: none (a forward pass at every step), disk, device (in memory); auto: device where they take at
-    most half of what is free, else disk."""
-    cache_dir: str | None = None
-    """Folder of the disk cache, used again by later runs; default OUT/cache."""
-    cache_dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
-    """Type of stored features."""
-    precision: Precision = "auto"
-    """fp32, bf16 (autocast), or auto: bf16 on CUDA, fp32 elsewhere."""
-    train_scenes: int | None = None
-    """Of scenes: images to train heads on; default 6000."""
-    test_scenes: int | None = None
-    """Of scenes: images to measure on; default 4000."""
-    weights: str = "pretrained"
-    """Of names: pretrained, none (random), or a weight file."""
-    image_size: int | None = None
-    """Of names: side of the square input, pixels."""
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Of names: further arguments of timm's constructor."""
-    workers: int = 0
-    """Loader processes per rank."""
-    device: str = "auto"
-    """Where features are made and heads trained: auto, cpu, cuda, cuda:N or mps."""
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.epochs is not None:
-            raise UserError("--steps and --epochs contradict each other; give one")
-        if self.cache_dir is not None and self.cache in ("none", "device"):
-            raise UserError(f"--cache-dir has no effect with --cache {self.cache}")
-        if self.data != "scenes" and (self.train_scenes is not None or self.test_scenes is not None):
-            raise UserError("--train-scenes and --test-scenes go with --data scenes")
-        self.named_backbones()
-        self.probe_config()
-
-    def named_backbones(self) -> dict[str, str]:
-        """Name in results -> name or path to load, in order.
-
-        Raises:
-            UserError: an empty or repeated name.
-        """
-        named: dict[str, str] = {}
-        for entry in self.backbone.split(","):
-            name, equals, source = (part.strip() for part in entry.partition("="))
-            source = source if equals else name
-            if not name or not source:
-                raise UserError(
-                    f"--backbone takes names or NAME=path, separated by commas, not {self.backbone!r}"
-                )
-            if _file_name(name) in map(_file_name, named):
-                raise UserError(f"two backbones go by the name {name!r}; give them names, as in NAME=path")
-            named[name] = source
-        return named
-
-    def probe_config(self) -> ProbeConfig:
-        """The part that is the benchmark's own."""
-        return ProbeConfig(
-            heads=self.heads,
-            tasks=self.tasks,
-            seed=self.seed,
-            seeds=self.seeds,
-            protocol=self.protocol,
-            steps=self.steps,
-            epochs=self.epochs if self.epochs is not None else ProbeConfig.epochs,
-            batch=self.batch_size,
-            lr=self.lr,
-            final_lr=self.lr / 10,
-            cache=self.cache,
-            cache_dtype=self.cache_dtype,
-            precision=self.precision,
-            workers=self.workers,
-        )
-
-
-def _file_name(name: str) -> str:
-    """A backbone's name as that of a folder."""
-    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def load_backbones(config: ProbeCommandConfig) -> dict[str, Backbone]:
@@ -209,7 +96,7 @@ def _probe_all(config: ProbeCommandConfig, context: DistributedContext) -> dict[
             {SOURCE: test},
             probe_config,
             context,
-            cache_folder=cache / _file_name(name),
+            cache_folder=cache / file_name(name),
             replace_cache=config.cache_dir is None,
         )
         backbone.cpu()

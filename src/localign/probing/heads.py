@@ -18,10 +18,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from localign.errors import UserError, did_you_mean
+from localign.options.probe import HeadSpec
 
-TASKS = ("local", "global", "majority")
-INTERVENTIONS = ("none", "cls-only", "anonymous")
 MLP_HIDDEN = 1024
 TRANSFORMER_BLOCKS = 2
 LAYER_SCALE = 0.01
@@ -178,25 +176,16 @@ def block_at(block: Any, tokens: Tensor, read: slice) -> Tensor:
 
 
 def _linear(geometry: Geometry, classes: int, task: str, intervention: str) -> nn.Module:
-    _refuse_intervention("linear", intervention)
     return TokenHead(nn.Linear(geometry.width, classes), geometry, task)
 
 
 def _mlp(geometry: Geometry, classes: int, task: str, intervention: str) -> nn.Module:
-    _refuse_intervention("mlp", intervention)
     layers = nn.Linear(geometry.width, MLP_HIDDEN), nn.GELU(), nn.Linear(MLP_HIDDEN, classes)
     return TokenHead(nn.Sequential(*layers), geometry, task)
 
 
 def _transformer(geometry: Geometry, classes: int, task: str, intervention: str) -> nn.Module:
-    if intervention != "none" and task == "global":
-        raise UserError(f"the intervention {intervention!r} predicts per patch; it has no global task")
     return TransformerHead(geometry, classes, task, intervention)
-
-
-def _refuse_intervention(name: str, intervention: str) -> None:
-    if intervention != "none":
-        raise UserError(f"the intervention {intervention!r} applies to the transformer head, not to {name}")
 
 
 HEADS: dict[str, Callable[[Geometry, int, str, str], nn.Module]] = {
@@ -225,13 +214,5 @@ def build_head(
     Raises:
         UserError: an unknown name, or an intervention where it has no meaning.
     """
-    for kind, value, known in (
-        ("probing head", name, tuple(HEADS)),
-        ("probing task", task, TASKS),
-        ("intervention", intervention, INTERVENTIONS),
-    ):
-        if value not in known:
-            raise UserError(
-                f"unknown {kind} {value!r}; known: {', '.join(known)}{did_you_mean(value, known)}"
-            )
+    HeadSpec(name, task, intervention).check()
     return HEADS[name](backbone_geometry, classes, task, intervention)

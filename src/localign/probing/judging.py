@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from localign.engine.distributed import DistributedContext
+from localign.options.probe import ProbeConfig
 from localign.probing.features import Features
 from localign.probing.labels import PatchLabels
 from localign.probing.metrics import MajorityCounts, MultiLabelCounts
-from localign.probing.training import Member, ProbeConfig, Progress, chunks, uses_bfloat16
+from localign.probing.training import Member, Progress, chunks, uses_bfloat16
 from localign.statistics.bootstrap import interval, macro_recalls
 
 

@@ -22,6 +22,8 @@ from localign.backbones.export import content_hash
 from localign.engine.distributed import DistributedContext
 from localign.engine.log import say
 from localign.errors import UserError
+from localign.options.names import Cache
+from localign.options.probe import HeadSpec, ProbeConfig
 from localign.probing.cache import extract_to_disk, gibibytes
 from localign.probing.features import (
     DTYPES,
@@ -36,16 +38,7 @@ from localign.probing.features import (
 from localign.probing.heads import Geometry
 from localign.probing.judging import BestEpochs, HeadMetrics, judge_heads, with_intervals
 from localign.probing.segmentation import LabelledSource, labelled_batches
-from localign.probing.training import (
-    Cache,
-    HeadSpec,
-    Member,
-    ProbeConfig,
-    Progress,
-    TrainedHeads,
-    train_heads,
-    uses_bfloat16,
-)
+from localign.probing.training import Member, Progress, TrainedHeads, train_heads, uses_bfloat16
 
 if TYPE_CHECKING:
     from localign.backbones.backbone import Backbone

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from localign import rng
 from localign.data.stream import SampleStream
-from localign.engine.config import Precision
 from localign.engine.distributed import DistributedContext
-from localign.errors import RunFailure, UserError
-from localign.probing.features import DTYPES, Batch, Features, Rows
+from localign.errors import RunFailure
+from localign.options.names import Precision
+from localign.options.probe import HeadSpec, ProbeConfig
+from localign.probing.features import Batch, Features, Rows
 from localign.probing.heads import Geometry, build_head
 from localign.probing.labels import PatchLabels
 
@@ -31,140 +32,12 @@ CURVE_EVERY = 100
 ORDER_SEED = 0
 """Of the order of the samples, whatever the seeds of the heads."""
 
-Cache = Literal["auto", "none", "disk", "device"]
-Protocol = Literal["fixed", "published"]
-
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, how much is done, of how much)."""
 
 
-@dataclass(frozen=True)
-class HeadSpec:
-    """One head to train."""
-
-    head: str
-    """``linear``, ``mlp`` or ``transformer``."""
-    task: str
-    """``local``, ``global`` or ``majority``."""
-    intervention: str = "none"
-    """``none``, ``cls-only`` or ``anonymous``; transformer heads with a prediction per patch only."""
-
-    @property
-    def label(self) -> str:
-        """The head's name in results, ``transformer`` or ``transformer-anonymous``."""
-        return self.head if self.intervention == "none" else f"{self.head}-{self.intervention}"
-
-
 Member = tuple[int, HeadSpec]
 """One head of a run: its seed and what it is."""
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """What is trained on the frozen features, and how; the defaults are the published settings."""
-
-    heads: tuple[str, ...] = ("transformer", "mlp", "linear")
-    """Head names; an intervention is written behind its head, as in ``transformer-cls-only``."""
-    tasks: tuple[str, ...] = ("local", "global")
-    """``local`` (the classes in a patch), ``global`` (in the image), ``majority`` (of a patch's pixels)."""
-    seed: int = 0
-    """The first seed; seeds decide how heads are initialised."""
-    seeds: int = 1
-    """How many: ``seed`` .. ``seed + seeds - 1``, all in one pass."""
-    epochs: float = 5.0
-    """Passes over the training images; not used where ``steps`` is given."""
-    steps: int | None = None
-    """Optimiser steps; empty: as many as ``epochs`` asks for."""
-    batch: int = 32
-    """Images per optimiser step, over all ranks."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    final_lr: float = 1e-4
-    """Learning rate at the last step."""
-    warmup_steps: int | None = None
-    """Optimiser steps of linear warm-up; empty: 500, or a tenth of all steps where that is less."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay, on all parameters."""
-    protocol: Protocol = "fixed"
-    """``fixed``: report what the last step left. ``published``: judge every epoch on the reported images and
-    report each head's best, by macro recall; which chooses on what it reports."""
-    precision: Precision = "auto"
-    """``fp32``, ``bf16`` (autocast), or ``auto``: bf16 on CUDA, fp32 elsewhere."""
-    cache: Cache = "auto"
-    """``none`` (a forward pass at every step), ``disk``, ``device`` (in memory), or ``auto``: in memory where
-    it takes no more than half of what is free, else on the disk."""
-    cache_dtype: str = "bfloat16"
-    """How kept features are stored: ``float32``, ``float16`` or ``bfloat16``."""
-    extract_batch: int = 32
-    """Images per forward pass where no gradients are needed."""
-    workers: int = 0
-    """Processes that load images, per rank; 0 loads in the main process."""
-    curve_images: int = 512
-    """Images behind each point of the validation-loss curve; 0 draws none."""
-
-    def __post_init__(self) -> None:
-        choices = (
-            ("precision", get_args(Precision)),
-            ("protocol", get_args(Protocol)),
-            ("cache", get_args(Cache)),
-            ("cache_dtype", tuple(DTYPES)),
-        )
-        for name, known in choices:
-            if getattr(self, name) not in known:
-                raise UserError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
-        for name, least in (
-            ("batch", 1),
-            ("extract_batch", 1),
-            ("seeds", 1),
-            ("curve_images", 0),
-            ("workers", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
-            raise UserError("probing needs at least one step: epochs > 0 and steps >= 1")
-        if not 0 < self.final_lr <= self.lr:
-            raise UserError(f"learning rates must satisfy 0 < final_lr <= lr, got {self.final_lr}, {self.lr}")
-        self.specs()
-
-    @property
-    def all_seeds(self) -> range:
-        """The seeds of the heads."""
-        return range(self.seed, self.seed + self.seeds)
-
-    def specs(self) -> tuple[HeadSpec, ...]:
-        """All heads x tasks; an intervention only with tasks that predict per patch."""
-        specs = []
-        for name in self.heads:
-            head, _, intervention = name.partition("-")
-            for task in self.tasks:
-                if intervention and task == "global":
-                    continue
-                specs.append(HeadSpec(head, task, intervention or "none"))
-        for spec in specs:
-            with torch.device("meta"):  # a misspelt name fails here, before hours of feature extraction
-                build_head(spec.head, Geometry(8, 1, 1, 1), 2, spec.task, spec.intervention)
-        if not specs or len(set(specs)) != len(specs):
-            raise UserError(f"probing needs heads and tasks, each once: {self.heads}, {self.tasks}")
-        return tuple(specs)
-
-    def resolved(self, images: int) -> tuple[int, int]:
-        """(steps, warm-up steps) for a number of training images.
-
-        Raises:
-            UserError: the warm-up is as long as the training.
-        """
-        steps = self.steps or max(1, int(self.epochs * images) // self.batch)
-        warmup = min(500, steps // 10) if self.warmup_steps is None else self.warmup_steps
-        if not 0 <= warmup < steps:
-            raise UserError(f"warm-up of {warmup} steps must be shorter than the training of {steps} steps")
-        return steps, warmup
-
-    def epoch_ends(self, images: int) -> dict[int, int]:
-        """Step -> epoch, from 1, for the steps after which an epoch is over; the last may be cut short."""
-        steps, _ = self.resolved(images)
-        epochs = -(-steps * self.batch // images)
-        return {min(steps, -(-epoch * images // self.batch)): epoch for epoch in range(1, epochs + 1)}
 
 
 def learning_rate(step: int, steps: int, warmup_steps: int, lr: float, final_lr: float) -> float:

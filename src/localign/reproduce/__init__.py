@@ -1,6 +1,6 @@
 """Tables and figures of the paper, each by one command."""
 
-from localign.reproduce.config import ReproduceConfig
+from localign.options.reproduce import ReproduceConfig
 from localign.reproduce.run import run_reproduce
 from localign.reproduce.targets import TARGETS
 

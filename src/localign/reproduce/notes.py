@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from localign.reproduce.config import ReproduceConfig
+from localign.options.reproduce import ReproduceConfig
 from localign.reproduce.pieces import Alignment, Heads, Probing
 from localign.reproduce.worlds import NOTE, DataScale
 

@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from localign.alignment import AlignConfig, AlignTask
-from localign.backbones import EMBEDDED, Backbone, create_backbone, load_backbone
+from localign.backbones import Backbone, create_backbone, load_backbone
 from localign.backbones.export import content_hash
 from localign.engine import run_folder, train
 from localign.engine.checkpoints.whole import Checkpoints
-from localign.engine.config import RESUMABLE
 from localign.engine.distributed import DistributedContext
+from localign.engine.run_folder import RESUMABLE
 from localign.files import replace_text, replacing
+from localign.options.names import EMBEDDED
 from localign.probing import HeadSpec, LabelledSource, ProbeConfig, Probed, TrainedHeads
 from localign.probing.command import probe_with_bar, save_predictions
 from localign.probing.suite import Judged

@@ -8,10 +8,10 @@ from pathlib import Path
 from localign.alignment import AlignConfig
 from localign.backbones import CATALOGUE
 from localign.data.sources import open_source
-from localign.engine.config import total_steps
+from localign.engine.schedule import total_steps
 from localign.errors import UserError
+from localign.options.reproduce import ReproduceConfig
 from localign.probing import ProbeConfig
-from localign.reproduce.config import ReproduceConfig
 from localign.reproduce.notes import notes_of
 from localign.reproduce.pieces import Alignment, Heads, Probing, Start, backbone_identity
 from localign.reproduce.targets import TARGETS, Target, TargetRow

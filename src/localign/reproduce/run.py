@@ -18,11 +18,11 @@ from localign.engine.lock import lock
 from localign.engine.log import say
 from localign.errors import UserError
 from localign.files import replace_text
+from localign.options.reproduce import ReproduceConfig
 from localign.probing.command import SOURCE, differences, recall_table
 from localign.probing.datasets import Split, open_labelled
 from localign.probing.segmentation import labelled_batches
 from localign.report import write_figure, write_table
-from localign.reproduce.config import ReproduceConfig
 from localign.reproduce.pieces import Alignment, Heads, Probing
 from localign.reproduce.plan import Planner, ReproductionPlan
 from localign.reproduce.worlds import DataScale, open_world

@@ -1,12 +1,11 @@
 """`localign vlm chat`: ask a model about an image, in the terminal."""
 
-# Annotations stay types here: the command line is made from this module's config class.
+from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -15,39 +14,13 @@ from localign.data.sources import UnreadableImage, read_image
 from localign.engine.distributed import choose_device
 from localign.errors import UserError
 from localign.files import replacing
+from localign.options.vlm.tools import ChatConfig
 from localign.vlm.model.build import load_vlm
 from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.model.processing import LocalignVLMProcessor
 from localign.vlm.scoring.boxes import Box, BoxFrame, Size, parse_box
 
 _LINE = (255, 40, 40)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatConfig:
-    """Ask a model about an image; the conversation is remembered until it is ended by an empty line."""
-
-    model: str = ""
-    """A run folder of `localign vlm train`, or what it exported."""
-    image: str = ""
-    """An image file."""
-    question: str | None = None
-    """Ask this alone and stop; default questions are read line by line."""
-    boxes: str = "original:0-1"
-    """What coordinates in answers mean, as LAYOUT:0-SCALE: original:0-1 (shares of the image), original:0-1000, ..."""
-    max_new_tokens: int = 512
-    """Longest answer, tokens."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on CUDA, float32 elsewhere."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-
-    def __post_init__(self) -> None:
-        if not self.model or not self.image:
-            raise UserError("chat takes a model and an image: localign vlm chat MODEL IMAGE")
-        if self.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens must be above 0, not {self.max_new_tokens}")
-        BoxFrame.parse(self.boxes)
 
 
 class Chat:
@@ -90,7 +63,7 @@ class Chat:
 
 def run_chat(config: ChatConfig) -> None:
     """Answer questions until there are no more; where an answer names a box, draw it onto a copy of the image."""
-    path = Path(config.image)
+    path, frame = Path(config.image), BoxFrame.parse(config.boxes)
     try:
         image = read_image(config.image, config.image)
     except UnreadableImage as error:
@@ -100,7 +73,7 @@ def run_chat(config: ChatConfig) -> None:
     model, tokenizer = load_vlm(config.model)
     model.to(device=device, dtype=torch.bfloat16 if low else torch.float32).eval()  # type: ignore[call-arg]
     chat = Chat(model, LocalignVLMProcessor.for_model(model, tokenizer), image, config.max_new_tokens)
-    frame, drawn = BoxFrame.parse(config.boxes), path.with_name(f"{path.stem}-boxes.png")
+    drawn = path.with_name(f"{path.stem}-boxes.png")
     boxes: list[Box] = []
     for question in _questions(config.question):
         answer = chat.ask(question)

@@ -14,14 +14,15 @@ from localign.data.loader import BadImages
 from localign.engine.batch import to_device
 from localign.engine.distributed import DistributedContext, choose_device
 from localign.engine.task import BatchPlan, StepResult, Task
-from localign.vlm.config import VLMConfig
+from localign.options.names import CrossEntropy
+from localign.options.vlm.train import VLMConfig
 from localign.vlm.data.batching import VLMBatch, longest_batch, planned_batches, record_stream
 from localign.vlm.data.examples import ConversationTokenizer
 from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format
 from localign.vlm.data.records import Conversations
 from localign.vlm.model.attention import check_independent_turns
 from localign.vlm.model.build import build_vlm, merged, save_vlm
-from localign.vlm.model.losses import CrossEntropy, check_liger
+from localign.vlm.model.losses import check_liger
 from localign.vlm.model.modeling import LocalignVLM, VLMOutput
 from localign.vlm.model.processing import LocalignVLMProcessor
 

@@ -11,11 +11,12 @@ import torch
 from engine_runs import Meddled, logged, run, tiny, weights
 from torch import nn
 
-from localign.engine.config import TrainConfig, batch_shares, total_steps, with_warmup_steps
 from localign.engine.distributed import DistributedContext
 from localign.engine.optim.build import build_optimizer, decays, hidden_matrices, learning_rate, set_rates
+from localign.engine.schedule import batch_shares, total_steps, with_warmup_steps
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
+from localign.options.train import TrainConfig
 
 
 def decayed(module: nn.Module) -> set[str]:

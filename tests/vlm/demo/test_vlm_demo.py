@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from localign.cli import main
-from localign.vlm.demo.run import EVALUATION, MODELS, VLMDemoConfig, run_vlm_demo
+from localign.options.vlm.demo import MODELS, VLMDemoConfig
+from localign.vlm.demo.run import EVALUATION, run_vlm_demo
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from PIL import ImageFile
 from localign.cli import main
 from localign.engine.distributed import DistributedContext
 from localign.errors import UserError
+from localign.options.vlm.evaluation import IN_LMMS_EVAL
 from localign.vlm.evaluation.answering import Query
 from localign.vlm.evaluation.models import open_model
-from localign.vlm.evaluation.options import IN_LMMS_EVAL
 from localign.vlm.evaluation.results import read_answers
 from localign.vlm.scoring.base import Question
 

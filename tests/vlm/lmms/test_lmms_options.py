@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from localign.cli import main
+from localign.options.vlm.evaluation import IN_LMMS_EVAL
 from localign.vlm.benchmarks.table import BENCHMARKS
-from localign.vlm.evaluation.options import IN_LMMS_EVAL
 from localign.vlm.lmms.table import TASK_FOLDER
 from localign.vlm.scoring.base import MAX_NEW_TOKENS
 from localign.vlm.scoring.boxes import ORIGINAL

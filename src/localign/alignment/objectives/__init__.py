@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
 
 from localign.alignment.objectives.additive import Additive
 from localign.alignment.objectives.averaging import Averaging
-from localign.alignment.objectives.base import DecoderName, Objective
+from localign.alignment.objectives.base import Objective, ObjectiveOptions
 from localign.alignment.objectives.clipself import CLIPSelf
 from localign.alignment.objectives.maskembed import MaskEmbed
 from localign.alignment.objectives.mim import MaskedImageModelling
+from localign.options.names import ObjectiveName
 
-ObjectiveName = Literal["maskembed", "averaging", "additive", "clipself", "mim"]
-OBJECTIVES: dict[str, type[Objective]] = {
+OBJECTIVES: Mapping[ObjectiveName, type[Objective]] = {
     "maskembed": MaskEmbed,
     "averaging": Averaging,
     "additive": Additive,
@@ -21,6 +21,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 __all__ = [
-    "OBJECTIVES", "Additive", "Averaging", "CLIPSelf", "DecoderName", "MaskEmbed", "MaskedImageModelling",
-    "Objective", "ObjectiveName",
+    "OBJECTIVES", "Additive", "Averaging", "CLIPSelf", "MaskEmbed", "MaskedImageModelling", "Objective",
+    "ObjectiveOptions",
 ]  # fmt: skip

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from localign.alignment.losses import reconstruction_loss
-from localign.alignment.objectives.base import MaskedObjective, visible_sum
+from localign.alignment.objectives.base import MaskedObjective, ObjectiveOptions, visible_sum
 from localign.alignment.teacher import Teacher
-
-if TYPE_CHECKING:
-    from localign.alignment.config import AlignConfig
 
 
 class Additive(MaskedObjective):
@@ -31,11 +27,9 @@ class Additive(MaskedObjective):
     """
 
     method = "additive reconstruction"
-    targets = ("cls", "pooled")
-    losses = ("mse",)  # of another loss the solution is not known, let alone the Shapley values
 
-    def __init__(self, config: AlignConfig, teacher: Teacher) -> None:
-        super().__init__(config, teacher)
+    def __init__(self, options: ObjectiveOptions, teacher: Teacher) -> None:
+        super().__init__(options, teacher)
         self.exact_sum = self.masks.kind == "shapley"
         self._nothing: Tensor | None = None
 

@@ -16,7 +16,6 @@ class Averaging(MaskedObjective):
     """
 
     method = "MaskEmbed with averaging"
-    targets = ("cls", "pooled")
 
     def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:
         """``(batch * masks, width)``."""

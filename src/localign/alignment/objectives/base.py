@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from localign.alignment.losses import LossName, reconstruction_loss, select_tokens
-from localign.alignment.teacher import TargetName, Teacher
+from localign.alignment.losses import reconstruction_loss, select_tokens
+from localign.alignment.masks import MaskSampler
+from localign.alignment.teacher import Teacher
+from localign.options.names import DecoderName, LossName, TokenSelection
 
-if TYPE_CHECKING:
-    from localign.alignment.config import AlignConfig
 
-DecoderName = Literal["transformer", "none"]
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """What an objective needs to know of the options of an alignment."""
+
+    loss: LossName
+    decoder: DecoderName = "none"
+    loss_tokens: TokenSelection = "all"
+    """Of masked objectives: the tokens that the loss goes over."""
+    masks: MaskSampler | None = None
+    """Of masked objectives."""
 
 
 class Objective(ABC):
     """Which views of an image the teacher sees, and how the student's embeddings account for them.
 
-    An objective has no weights: the student is ``encoder`` (backbone and linear head) and, where
-    :attr:`decoders` says so, the decoder. It is used as::
+    An objective has no weights: the student is ``encoder`` (backbone and linear head) and, with
+    ``--decoder transformer``, the decoder. It is used as::
 
         views = objective.draw(seed, positions)
         target = objective.target(images, views)
         loss_sum, weight = objective.loss(objective.predict(model, images, views), target, views)
 
     Args:
-        config: The options; its target, loss and decoder are among the objective's own.
+        options: They go with the objective, see :data:`localign.options.align.OBJECTIVE_CHOICES`.
         teacher: Already on the right layer.
 
     Raises:
@@ -37,19 +47,10 @@ class Objective(ABC):
 
     method: ClassVar[str]
     """What an export says about where it came from."""
-    targets: ClassVar[tuple[TargetName, ...]]
-    """What the teacher may give, the default first."""
-    losses: ClassVar[tuple[LossName, ...]] = ("mse", "cosine", "l1")
-    """The default first."""
-    decoders: ClassVar[tuple[DecoderName, ...]] = ("none",)
-    """The default first."""
-    masked: ClassVar[bool] = True
-    """Whether the options of masks apply."""
 
-    def __init__(self, config: AlignConfig, teacher: Teacher) -> None:
-        assert config.loss is not None  # AlignConfig has filled it in
-        self.loss_name: LossName = config.loss
-        self.decodes = config.decoder == "transformer"
+    def __init__(self, options: ObjectiveOptions, teacher: Teacher) -> None:
+        self.loss_name: LossName = options.loss
+        self.decodes = options.decoder == "transformer"
         self.teacher = teacher
         self.grid = teacher.backbone.grid
         self.patch_size = teacher.backbone.patch_size
@@ -97,10 +98,11 @@ class Objective(ABC):
 class MaskedObjective(Objective):
     """An objective whose views are keep-masks: bool ``(batch, masks, patches)``, True = visible."""
 
-    def __init__(self, config: AlignConfig, teacher: Teacher) -> None:
-        super().__init__(config, teacher)
-        self.loss_tokens = config.loss_tokens
-        self.masks = config.masks()
+    def __init__(self, options: ObjectiveOptions, teacher: Teacher) -> None:
+        super().__init__(options, teacher)
+        assert options.masks is not None
+        self.loss_tokens = options.loss_tokens
+        self.masks = options.masks
         self.masks.check(self.grid)
 
     def draw(self, seed: int, positions: Tensor) -> Tensor:

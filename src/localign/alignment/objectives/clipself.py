@@ -21,10 +21,6 @@ class CLIPSelf(Objective):
     """
 
     method = "CLIPSelf"
-    targets = ("cls", "pooled")
-    losses = ("cosine", "mse", "l1")
-    decoders = ("none", "transformer")
-    masked = False
 
     def draw(self, seed: int, positions: Tensor) -> Tensor:
         """Windows, see :func:`draw_windows`."""

@@ -11,8 +11,6 @@ class MaskEmbed(MaskedObjective):
     """The teacher sees masked images, the decoder equally masked embeddings of whole ones (eq. 1)."""
 
     method = "MaskEmbed"
-    targets = ("penultimate", "last", "cls")
-    decoders = ("transformer",)
 
     def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:
         """``(batch * masks, tokens, width)``, or the first of the tokens for target ``cls``."""

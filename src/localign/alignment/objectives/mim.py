@@ -17,7 +17,6 @@ class MaskedImageModelling(MaskedObjective):
     """
 
     method = "masked image modelling"
-    targets = ("penultimate", "last")
 
     def target(self, images: Tensor, views: Tensor) -> Tensor:
         """``(batch * masks, tokens, width)``, alike for all masks of one image."""

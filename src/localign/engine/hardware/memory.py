@@ -7,10 +7,10 @@ from typing import Protocol
 
 import torch
 
-from localign.engine.config import TrainConfig
 from localign.engine.distributed import DistributedContext
 from localign.engine.hardware.cpu import give_back_freed_memory
 from localign.errors import UserError
+from localign.options.train import TrainConfig
 
 ROOM = 0.9
 """Share of the memory that may be used: batches differ, and an allocator needs some to move in."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from localign.engine.config import TrainConfig
 from localign.engine.optim.muon import Muon, MuonAdamW
+from localign.options.train import TrainConfig
 
 _UNDECAYED = (
     "pos_embed",

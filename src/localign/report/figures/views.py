@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from localign import rng
-from localign.alignment.masks import MaskKind, MaskSampler
+from localign.alignment.masks import MaskSampler
+from localign.options.names import MaskKind
 from localign.report.captions import Words
 from localign.report.figures.drawing import Drawing
 from localign.report.pictures import below, show

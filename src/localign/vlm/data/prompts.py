@@ -10,14 +10,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from localign.errors import UserError, did_you_mean
-
-PromptName = Literal["in-out", "vicuna", "chat-template"]
+from localign.options.names import PromptName
 
 IGNORE_INDEX = -100
 """The label of what is not learned."""

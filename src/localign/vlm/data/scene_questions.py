@@ -9,16 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
 from localign import rng
 from localign.data.scenes import Scene, SceneConfig, SceneObject, relation
+from localign.options.names import QuestionKind
 
-QuestionKind = Literal[
-    "referring", "position", "count", "relation", "presence", "attribute", "choice", "caption"
-]
 KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom as shares of the image's width and height, to two decimals."""

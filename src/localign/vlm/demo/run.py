@@ -5,140 +5,40 @@ questions' language first, from text alone; then one model per adapter and seed 
 conversations for the same steps, and asked about scenes that nothing was trained with.
 """
 
-# Annotations stay types here: the command line is made from this module's config class.
+from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from localign.alignment import AlignTask
-from localign.backbones import EMBEDDED
-from localign.demo import DemoConfig
 from localign.engine import run_folder, train
 from localign.engine.distributed import DistributedContext, choose_device
 from localign.engine.log import Stopwatch, read_log, say
-from localign.errors import UserError, did_you_mean
+from localign.errors import UserError
+from localign.options.demo import DemoConfig
+from localign.options.vlm.demo import MODELS, VLMDemoConfig
+from localign.options.vlm.train import VLMConfig
 from localign.statistics.paired import paired
 from localign.vlm.benchmarks.scenes import Scenes, guessing
-from localign.vlm.config import VLMConfig
 from localign.vlm.data.scene_dataset import write_dataset
-from localign.vlm.data.scene_questions import KINDS
 from localign.vlm.demo.side_by_side import Job, cores, run_side_by_side
 from localign.vlm.demo.tinylm import TinyLMConfig, train_tiny_lm
 from localign.vlm.evaluation.models import fingerprint_of, open_model
 from localign.vlm.evaluation.run import evaluate
-from localign.vlm.model.adapters import AdapterName
 from localign.vlm.task import VLMTask
 
-MODELS: dict[str, tuple[bool, AdapterName]] = {
-    "baseline-mlp": (False, "mlp"),
-    "aligned-decoder": (True, "decoder"),
-    "baseline-transformer": (False, "transformer"),
-    "baseline-truncated": (False, "truncated"),
-    "aligned-mlp": (True, "mlp"),
-    "aligned-transformer": (True, "transformer"),
-    "aligned-truncated": (True, "truncated"),
-}
-"""Name in results -> whether the backbone is aligned, adapter."""
 EVALUATION = "eval"
 """Folder of a model's answers and results, in its run folder."""
 LLM_WIDTH, LLM_MLP_WIDTH = 128, 320
 """Of the language model: small enough to converge on a laptop."""
 _TOGETHER = 128
 """Questions that are asked at a time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VLMDemoConfig:
-    """Compare vision-language models with and without locality alignment, on questions about drawn scenes."""
-
-    out: str = "runs/vlm-demo"
-    """Folder of the demo; one that was cut off is continued."""
-    models: tuple[str, ...] = ("baseline-mlp", "aligned-decoder")
-    """Which: baseline-mlp, aligned-decoder, baseline-transformer, baseline-truncated, aligned-mlp, aligned-transformer,
-    aligned-truncated; the first is what the others are compared with."""
-    kinds: tuple[str, ...] = ("referring", "position", "count", "relation", "presence")
-    """Kinds of questions: referring, position, count, relation, presence, attribute, choice, caption."""
-    seeds: int = 1
-    """Repetitions of the models' training, each with another seed; intervals need several."""
-    seed: int = 0
-    """The first seed, and that of the alignment."""
-    scenes: int = 40_000
-    """Scenes to train on."""
-    questions: int = 8
-    """Questions on a scene, at most."""
-    test_scenes: int = 600
-    """Scenes to ask about."""
-    llm_steps: int = 300
-    """Steps in which the language model learns its language."""
-    steps: int = 1000
-    """Steps of a vision-language model. The default fits into 25 minutes on two slow cores; with 3000 most of what is
-    asked is learned. Skills come in jumps, so compare models of several --seeds."""
-    batch_size: int = 32
-    """Scenes per step."""
-    optimizer: Literal["adamw", "muon"] = "muon"
-    """Of the vision-language models; with adamw most kinds of questions take more than twice as many steps."""
-    lr: float = 3e-3
-    """Peak learning rate of the vision-language models."""
-    adapter_lr: float | None = None
-    """The same of what an adapter has from trained weights, decoders and truncated ViTs; default --lr. With adamw
-    1e-4 is better."""
-    workers: int = 0
-    """Loader processes."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    at_once: int | None = None
-    """Models trained side by side; default one per core on a CPU, and one else."""
-
-    def __post_init__(self) -> None:
-        for name, given, known in (("model", self.models, MODELS), ("kind", self.kinds, KINDS)):
-            unknown = [g for g in given if g not in known]
-            if unknown:
-                listed = ", ".join(known)
-                raise UserError(
-                    f"unknown {name} {unknown[0]!r}; known: {listed}{did_you_mean(unknown[0], known)}"
-                )
-            if not given or len(set(given)) != len(given):
-                raise UserError(f"--{name}s takes names, each once")
-        if self.at_once is not None and self.at_once < 1:
-            raise UserError(f"--at-once must be at least 1, not {self.at_once}")
-        for field in ("seeds", "scenes", "questions", "test_scenes", "llm_steps", "steps", "batch_size"):
-            if getattr(self, field) < 1:
-                raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(self, field)}")
-
-    def vlm_config(self, name: str, seed: int) -> VLMConfig:
-        """The training of one model."""
-        aligned, adapter = MODELS[name]
-        folder = Path(self.out)
-        return VLMConfig(
-            data=(str(folder / "train" / "questions.json"),),
-            backbone=(str(folder / "align") if aligned else EMBEDDED,),
-            adapter=adapter,
-            llm=str(folder / "llm" / "export"),
-            out=str(folder / f"{name}-seed{seed}"),
-            seed=seed,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            optimizer=self.optimizer,
-            adapter_lr=self.adapter_lr if adapter in ("decoder", "truncated") else None,
-            min_lr_ratio=0.02,
-            weight_decay=0.05,
-            betas=(0.9, 0.98),
-            max_length=512,
-            turns="independent",
-            workers=self.workers,
-            device=self.device,
-            checkpoint_every=200,
-            log_every=20,
-            resume="auto",
-            **fastest(self.device),
-        )
 
 
 def fastest(device: str) -> dict[str, Any]:
@@ -166,7 +66,10 @@ def run_vlm_demo(config: VLMDemoConfig) -> dict[str, Any]:
     test_file = _written(config, "test", config.test_scenes)
     _prepare(config, folder, train_file)
     seeds = range(config.seed, config.seed + config.seeds)
-    _train_models([config.vlm_config(name, seed) for seed in seeds for name in config.models], config)
+    _train_models(
+        [config.vlm_config(name, seed, **fastest(config.device)) for seed in seeds for name in config.models],
+        config,
+    )
     say("asking")
     models = {name: [_asked_model(config, name, seed, test_file) for seed in seeds] for name in config.models}
     results = {

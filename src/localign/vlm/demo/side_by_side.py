@@ -13,10 +13,10 @@ from pathlib import Path
 import yaml
 
 from localign.engine import run_folder
-from localign.engine.config import TrainConfig
 from localign.engine.log import say
 from localign.errors import RunFailure, RunStopped
 from localign.files import replace_text
+from localign.options.train import TrainConfig
 from localign.signals import stop_requests
 
 OUTPUT_SUFFIX, CONFIG_SUFFIX = ".output.txt", ".yaml"

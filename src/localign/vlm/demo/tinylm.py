@@ -4,8 +4,6 @@ The embedded vision-language model starts from it as a full-sized one starts fro
 the questions, and nothing of images. It is written in transformers' format, as any other language model is.
 """
 
-# Annotations stay types here: the command line is made from this module's config class.
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

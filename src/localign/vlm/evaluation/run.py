@@ -15,6 +15,7 @@ from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.lock import lock
 from localign.engine.log import Bar
 from localign.errors import RunFailure, UserError
+from localign.options.vlm.evaluation import EvalConfig
 from localign.vlm.data.images import open_image
 from localign.vlm.evaluation.models import (
     AnsweringModel,
@@ -24,7 +25,6 @@ from localign.vlm.evaluation.models import (
     hub_commit,
     open_model,
 )
-from localign.vlm.evaluation.options import EvalConfig
 from localign.vlm.evaluation.responses import ResponseWriter, read_responses, response_key
 from localign.vlm.evaluation.results import (
     judge,

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from localign.errors import UserError
 from localign.files import replacing
+from localign.options.vlm.evaluation import ShowConfig
 from localign.vlm.benchmarks.table import benchmark_class
 from localign.vlm.data.images import open_image
-from localign.vlm.evaluation.options import ShowConfig
 from localign.vlm.evaluation.results import ANSWERS_FILE, Record, read_answers
 from localign.vlm.scoring.boxes import ORIGINAL, Box, Size
 

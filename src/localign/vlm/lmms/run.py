@@ -15,8 +15,8 @@ from localign.engine import run_folder
 from localign.engine.distributed import distributed_context
 from localign.engine.lock import lock
 from localign.errors import RunFailure, UserError, did_you_mean
+from localign.options.vlm.evaluation import IN_LMMS_EVAL, EvalConfig
 from localign.vlm.evaluation.models import LocalignModel, TransformersModel
-from localign.vlm.evaluation.options import IN_LMMS_EVAL, EvalConfig
 from localign.vlm.evaluation.results import (
     ANSWERS_FILE,
     Judged,

@@ -15,7 +15,7 @@ Where the output layer is zero, all image embeddings are exactly zero at the sta
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,9 @@ from localign import rng
 from localign.alignment.student import Decoder, DecoderConfig
 from localign.backbones import Backbone
 from localign.errors import UserError, did_you_mean
+from localign.options.names import AdapterName
 from localign.vlm.model.vision import TowerConfig, VisionTower
 
-AdapterName = Literal["linear", "mlp", "fused-mlp", "transformer", "decoder", "truncated", "fused-decoder"]
 ADAPTERS: tuple[str, ...] = get_args(AdapterName)
 
 

@@ -26,7 +26,7 @@ from localign.backbones.export import CONFIG_FILE, read_config
 from localign.engine.distributed import first_of_launch
 from localign.errors import UserError
 from localign.files import replacing_folder
-from localign.vlm.config import VLMConfig
+from localign.options.vlm.train import VLMConfig
 from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.model.presets import VisionSource, vision_side

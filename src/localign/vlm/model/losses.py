@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from localign.errors import UserError
-
-CrossEntropy = Literal["chunked", "liger"]
+from localign.options.names import CrossEntropy
 
 IGNORE_INDEX = -100
 """The label of a token that is not learned."""

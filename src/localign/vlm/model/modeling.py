@@ -22,11 +22,12 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from localign.errors import UserError
+from localign.options.names import CrossEntropy
 from localign.vlm.data.vocabulary import add_special_tokens, end_tokens, resize_embeddings
 from localign.vlm.model.adapters import Adapter, build_adapter
 from localign.vlm.model.attention import packed_arguments, padded_turns, use_packed_attention
 from localign.vlm.model.configuration import LocalignVLMConfig
-from localign.vlm.model.losses import CrossEntropy, LMHead, next_token_loss
+from localign.vlm.model.losses import LMHead, next_token_loss
 from localign.vlm.model.vision import VisionTower
 
 _CACHE_NAMES = ("cache", "past_key_values")

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from localign.alignment.student import Student
 from localign.backbones import Backbone
 from localign.errors import UserError
-from localign.vlm.model.adapters import Adapter, AdapterName, fresh_adapter
+from localign.options.names import AdapterName
+from localign.vlm.model.adapters import Adapter, fresh_adapter
 from localign.vlm.model.pretrained_adapters import (
     TRUNCATED_BLOCKS,
     adapter_from_backbone,

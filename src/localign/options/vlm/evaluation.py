@@ -1,7 +1,5 @@
 """Config classes of the commands that put benchmarks to models."""
 
-# Annotations stay types here: the command line is made from these classes.
-
 from dataclasses import dataclass
 from typing import Literal
 

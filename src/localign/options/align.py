@@ -1,17 +1,86 @@
 """Options of `localign align`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
-from localign.alignment.losses import LOSS_NAMES, TOKEN_SELECTIONS, LossName, TokenSelection
-from localign.alignment.masks import MaskKind, MaskSampler
-from localign.alignment.objectives import OBJECTIVES, DecoderName, Objective, ObjectiveName
-from localign.alignment.teacher import TARGETS, TargetName
-from localign.backbones import AttentionBackend
-from localign.backbones.attention import BACKENDS
-from localign.data.config import DataConfig, written_decode
-from localign.engine.config import TrainConfig
 from localign.errors import UserError
+from localign.options.data import DataConfig, written_decode
+from localign.options.names import (
+    BACKENDS,
+    AttentionBackend,
+    DecoderName,
+    LossName,
+    MaskKind,
+    ObjectiveName,
+    TargetName,
+    TokenSelection,
+)
+from localign.options.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class ObjectiveChoices:
+    """What goes with an objective; the default first."""
+
+    targets: tuple[TargetName, ...]
+    """What the teacher may give."""
+    losses: tuple[LossName, ...] = ("mse", "cosine", "l1")
+    decoders: tuple[DecoderName, ...] = ("none",)
+    masked: bool = True
+    """Whether the options of masks apply."""
+
+
+OBJECTIVE_CHOICES: Mapping[ObjectiveName, ObjectiveChoices] = {
+    "maskembed": ObjectiveChoices(("penultimate", "last", "cls"), decoders=("transformer",)),
+    "averaging": ObjectiveChoices(("cls", "pooled")),
+    # Of another loss the solution is not known, let alone the Shapley values.
+    "additive": ObjectiveChoices(("cls", "pooled"), losses=("mse",)),
+    "clipself": ObjectiveChoices(
+        ("cls", "pooled"), losses=("cosine", "mse", "l1"), decoders=("none", "transformer"), masked=False
+    ),
+    "mim": ObjectiveChoices(("penultimate", "last")),
+}
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """Which keep-masks are drawn; how, says :class:`localign.alignment.masks.MaskSampler`.
+
+    Raises:
+        UserError: Unknown kind, or a share outside (0, 1).
+    """
+
+    kind: MaskKind = "uniform"
+    """uniform: cardinality uniform in 0..n, then positions uniform; bernoulli: each patch kept with
+    probability ``keep_ratio``; block: rectangles are hidden until at least a share of ``1 - keep_ratio`` is
+    covered, which the last one exceeds by less than ``block_min_patches`` or so; shapley: cardinality k in
+    1..n-1 with probability proportional to 1 / (k (n - k)), then positions uniform."""
+    keep_ratio: float = 0.5
+    """Share of patches kept visible, for bernoulli and block; the others ignore the default and refuse the rest."""
+    complement: bool = True
+    """Also use the mask's complement."""
+    all_visible: bool = True
+    """Also use the mask that hides nothing."""
+    block_min_patches: int = 16
+    """Smallest block, in patches."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(MaskKind):
+            raise UserError(f"unknown mask kind {self.kind!r}; known: {', '.join(get_args(MaskKind))}")
+        if not 0 < self.keep_ratio < 1:
+            raise UserError(f"the keep ratio must lie between 0 and 1, not {self.keep_ratio}")
+        if self.kind in ("uniform", "shapley") and self.keep_ratio != 0.5:
+            raise UserError(
+                f"{self.kind} masks draw their own cardinality; a keep ratio goes with bernoulli or block"
+            )
+        if self.block_min_patches < 1:
+            raise UserError(f"blocks need at least one patch, not {self.block_min_patches}")
+
+    @property
+    def masks_per_image(self) -> int:
+        """1, 2 or 3."""
+        return 1 + self.complement + self.all_visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +132,10 @@ class AlignConfig(DataConfig, TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choices()
-        objective = OBJECTIVES[self.objective]
-        self._fill_in(objective)
-        self._check_objective(objective)
-        if objective.masked:
+        choices = OBJECTIVE_CHOICES[self.objective]
+        self._fill_in(choices)
+        self._check_objective(choices)
+        if choices.masked:
             self.masks()
         if self.scale_images < 1 or self.decoder_depth < 1:
             raise UserError("--scale-images and --decoder-depth must be at least 1")
@@ -79,49 +148,49 @@ class AlignConfig(DataConfig, TrainConfig):
         if isinstance(self.soft_cap, str) and self.soft_cap not in ("auto", "none"):
             raise UserError(f"--soft-cap takes a number, auto or none, not {self.soft_cap!r}")
 
-    def masks(self) -> MaskSampler:
-        """The sampler these options describe; not for objectives without masks."""
+    def masks(self) -> MaskOptions:
+        """The masks of these options; not for objectives without masks."""
         assert self.mask is not None
-        return MaskSampler(
+        return MaskOptions(
             self.mask, self.keep_ratio, self.complement, self.all_visible, self.block_min_patches
         )
 
     def _check_choices(self) -> None:
         choices = {
-            "objective": tuple(OBJECTIVES),
-            "target": TARGETS,
-            "loss": LOSS_NAMES,
-            "loss_tokens": TOKEN_SELECTIONS,
+            "objective": get_args(ObjectiveName),
+            "target": get_args(TargetName),
+            "loss": get_args(LossName),
+            "loss_tokens": get_args(TokenSelection),
             "attention": BACKENDS,
-            "decoder": ("transformer", "none"),
+            "decoder": get_args(DecoderName),
         }
         for name, known in choices.items():
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise UserError(f"{_option(name)} takes {', '.join(known)}, not {value!r}")
 
-    def _fill_in(self, objective: type[Objective]) -> None:
+    def _fill_in(self, choices: ObjectiveChoices) -> None:
         """Put the objective's defaults where nothing was given, so that what is saved explains itself."""
         defaults = {
-            "target": objective.targets[0],
-            "loss": objective.losses[0],
-            "decoder": objective.decoders[0],
-            "mask": "uniform" if objective.masked else None,
+            "target": choices.targets[0],
+            "loss": choices.losses[0],
+            "decoder": choices.decoders[0],
+            "mask": "uniform" if choices.masked else None,
             "decode": written_decode(self, self.crop),
         }
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
 
-    def _check_objective(self, objective: type[Objective]) -> None:
-        known = {"target": objective.targets, "loss": objective.losses, "decoder": objective.decoders}
+    def _check_objective(self, choices: ObjectiveChoices) -> None:
+        known = {"target": choices.targets, "loss": choices.losses, "decoder": choices.decoders}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise UserError(
                     f"--objective {self.objective} goes with {_option(name)} {' or '.join(values)}, "
                     f"not {getattr(self, name)}"
                 )
-        if not objective.masked and (given := self._changed(*_MASK_OPTIONS)):
+        if not choices.masked and (given := self._changed(*_MASK_OPTIONS)):
             raise UserError(f"--objective {self.objective} has no masks: {given} would have no effect")
         if self.decoder == "none" and (given := self._changed("decoder_depth", "decoder_layer_scale")):
             raise UserError(f"--objective {self.objective} has no decoder: {given} would have no effect")

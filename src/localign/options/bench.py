@@ -1,7 +1,5 @@
 """Options of `localign bench align` and `localign bench loader`."""
 
-# Annotations stay types here: the command line is made from this module's config classes.
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

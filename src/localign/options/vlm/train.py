@@ -3,18 +3,12 @@
 Defaults are those of the paper's runs (appendix D), where it names them.
 """
 
-# Annotations stay types here: the command line is made from this module's config class.
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from localign.backbones import AttentionBackend
-from localign.backbones.attention import BACKENDS
-from localign.engine.config import TrainConfig
 from localign.errors import UserError
-from localign.vlm.data.prompts import PromptName
-from localign.vlm.model.adapters import AdapterName
-from localign.vlm.model.losses import CrossEntropy
+from localign.options.names import BACKENDS, AdapterName, AttentionBackend, CrossEntropy, PromptName
+from localign.options.train import TrainConfig
 
 Stage = Literal["align", "finetune", "full-finetune", "lora"]
 Features = Literal["auto", "baseline", "aligned"]

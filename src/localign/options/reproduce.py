@@ -1,14 +1,11 @@
 """Options of `localign reproduce`."""
 
-# Annotations stay types here: the command line is made from this module's config class.
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from localign.errors import UserError, did_you_mean
-from localign.probing.training import Protocol
-from localign.reproduce.targets import TARGETS
+from localign.options.names import REPRODUCTIONS, Protocol
 
 WorldName = Literal["scenes", "coco", "ade20k"]
 
@@ -48,11 +45,11 @@ class ReproduceConfig:
 
     def __post_init__(self) -> None:
         if not self.target:
-            raise UserError(f"reproduce what? give one of {', '.join(TARGETS)}")
-        if self.target not in TARGETS:
-            known = ", ".join(TARGETS)
+            raise UserError(f"reproduce what? give one of {', '.join(REPRODUCTIONS)}")
+        if self.target not in REPRODUCTIONS:
+            known = ", ".join(REPRODUCTIONS)
             raise UserError(
-                f"unknown target {self.target!r}{did_you_mean(self.target, TARGETS)}; known: {known}"
+                f"unknown target {self.target!r}{did_you_mean(self.target, REPRODUCTIONS)}; known: {known}"
             )
         if self.seeds < 1:
             raise UserError(f"--seeds must be at least 1, not {self.seeds}")

@@ -7,12 +7,10 @@ is usual for fine-tuning ViTs.
 from dataclasses import dataclass, field
 from typing import Any
 
-from localign.backbones import AttentionBackend
-from localign.backbones.attention import BACKENDS
-from localign.data.config import DataConfig
-from localign.data.transforms import TrainCrop
-from localign.engine.config import TrainConfig
 from localign.errors import UserError
+from localign.options.data import DataConfig
+from localign.options.names import BACKENDS, AttentionBackend, TrainCrop
+from localign.options.train import TrainConfig
 
 LABEL_SMOOTHING = 0.1
 

@@ -1,7 +1,5 @@
 """Config classes of the commands that are no training run."""
 
-# Annotations stay types here: the command line is made from these classes.
-
 from dataclasses import dataclass, field
 from typing import Any
 

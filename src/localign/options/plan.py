@@ -1,12 +1,10 @@
 """Options of `localign plan`."""
 
-# Annotations stay types here: the command line is made from this module's config class.
-
 from dataclasses import dataclass
 
-from localign.alignment.config import AlignConfig
 from localign.errors import UserError
-from localign.planning.gpus import gpu
+from localign.gpus import gpu
+from localign.options.align import AlignConfig
 
 IMAGES: dict[str, int] = {"imagenet-1k": 1_281_167, "imagenet-21k": 12_600_000}
 """Training images of the data that recipes name; ImageNet-21k is the processed one, rounded."""

@@ -1,7 +1,5 @@
 """Options of `localign data ...`."""
 
-# Annotations stay types here: the command line is made from these classes.
-
 import os
 from dataclasses import dataclass
 

@@ -1,12 +1,10 @@
-"""Config classes of the small commands: check, convert, export."""
-
-# Annotations stay types here: the command line is made from these classes.
+"""Options of `localign vlm chat`, `check`, `convert` and `export`."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from localign.errors import UserError
-from localign.vlm.data.prompts import PromptName
+from localign.options.names import PromptName
 
 Conversion = Literal["lvis", "lrv", "strip-text-only", "ocr-vqa"]
 
@@ -85,3 +83,29 @@ class VLMExportConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise UserError("export what? give a run folder of `localign vlm train`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """Ask a model about an image; the conversation is remembered until it is ended by an empty line."""
+
+    model: str = ""
+    """A run folder of `localign vlm train`, or what it exported."""
+    image: str = ""
+    """An image file."""
+    question: str | None = None
+    """Ask this alone and stop; default questions are read line by line."""
+    boxes: str = "original:0-1"
+    """What coordinates in answers mean, as LAYOUT:0-SCALE: original:0-1 (shares of the image), original:0-1000, ..."""
+    max_new_tokens: int = 512
+    """Longest answer, tokens."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on CUDA, float32 elsewhere."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+    def __post_init__(self) -> None:
+        if not self.model or not self.image:
+            raise UserError("chat takes a model and an image: localign vlm chat MODEL IMAGE")
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens must be above 0, not {self.max_new_tokens}")

@@ -1,18 +1,10 @@
-"""What every training command shares.
+"""Options that all training commands share."""
 
-The modules of config classes keep their annotations as types (no postponed evaluation): the command line is
-made from them.
-"""
-
-import math
-from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from dataclasses import dataclass
+from typing import Literal
 
 from localign.errors import UserError
-
-Precision = Literal["auto", "fp32", "bf16"]
-Resume = Literal["never", "must", "auto"]
-ShardingMode = Literal["none", "full", "hybrid"]
+from localign.options.names import Precision, Resume, ShardingMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,74 +127,3 @@ class TrainConfig:
             raise UserError(f"--ema must lie between 0 and 1, not {self.ema}")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise UserError(f"--warmup-steps {self.warmup_steps} leaves nothing of --steps {self.steps}")
-
-
-Config = TypeVar("Config", bound=TrainConfig)
-
-RESUMABLE: frozenset[str] = frozenset(
-    {
-        "out", "micro_batch", "device", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
-        "val_every", "resume", "tensorboard", "wandb", "compile", "grad_checkpointing", "attention", "config",
-        "cross_entropy", "timeout", "reshard_after_forward", "ddp_bucket_mb",
-    }
-)  # fmt: skip
-"""Fields that may differ when a run is continued: they change neither the samples nor the mathematics."""
-
-PLACES: frozenset[str] = frozenset({"data", "images", "val", "weights"})
-"""Fields that name files and folders. They may have moved when a run is continued, under the same last name: other
-data and other weights show in the task's fingerprint."""
-
-
-def with_warmup_steps(config: Config, samples: int) -> Config:
-    """The config with its warm-up counted in steps.
-
-    Args:
-        config: Its batch size is known.
-        samples: Training images.
-    """
-    if config.warmup_epochs is not None:
-        steps = round(config.warmup_epochs * samples / config.batch_size)
-        return replace(config, warmup_steps=steps, warmup_epochs=None)
-    if config.warmup_share is not None:
-        # 0.29 * 100 is a hair below 29 in floating point
-        steps = math.floor(round(config.warmup_share * total_steps(config, samples), 6))
-        return replace(config, warmup_steps=steps, warmup_share=None)
-    return config
-
-
-def total_steps(config: TrainConfig, samples: int) -> int:
-    """Optimizer steps of a run.
-
-    Args:
-        config: Has steps or epochs; one epoch without either.
-        samples: Training images.
-
-    Raises:
-        UserError: The warm-up is as long as the run.
-    """
-    steps = config.steps
-    if steps is None:
-        steps = max(1, round((config.epochs or 1.0) * samples / config.batch_size))
-    if config.warmup_steps >= steps:
-        raise UserError(f"--warmup-steps {config.warmup_steps} leaves nothing of the run's {steps} steps")
-    return steps
-
-
-def computes_in_bf16(config: TrainConfig, device: str) -> bool:
-    """Whether a run computes in bfloat16 on a type of device."""
-    return config.precision == "bf16" or (config.precision == "auto" and device == "cuda")
-
-
-def batch_shares(config: TrainConfig, ranks: int) -> tuple[int, int]:
-    """Images per rank and step, and per forward pass; where that is to be found, all until then.
-
-    Raises:
-        UserError: The batch does not divide.
-    """
-    per_rank, rest = divmod(config.batch_size, ranks)
-    micro = config.micro_batch if isinstance(config.micro_batch, int) else per_rank
-    if rest or not per_rank or per_rank % micro:
-        raise UserError(
-            f"batch size {config.batch_size} does not divide into {ranks} ranks times micro-batches of {micro}"
-        )
-    return per_rank, micro

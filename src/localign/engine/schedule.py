@@ -1,0 +1,67 @@
+"""How long a run is and how its batch divides: steps, warm-up, micro-batches, precision."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TypeVar
+
+from localign.errors import UserError
+from localign.options.train import TrainConfig
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def with_warmup_steps(config: Config, samples: int) -> Config:
+    """The config with its warm-up counted in steps.
+
+    Args:
+        config: Its batch size is known.
+        samples: Training images.
+    """
+    if config.warmup_epochs is not None:
+        steps = round(config.warmup_epochs * samples / config.batch_size)
+        return replace(config, warmup_steps=steps, warmup_epochs=None)
+    if config.warmup_share is not None:
+        # 0.29 * 100 is a hair below 29 in floating point
+        steps = math.floor(round(config.warmup_share * total_steps(config, samples), 6))
+        return replace(config, warmup_steps=steps, warmup_share=None)
+    return config
+
+
+def total_steps(config: TrainConfig, samples: int) -> int:
+    """Optimizer steps of a run.
+
+    Args:
+        config: Has steps or epochs; one epoch without either.
+        samples: Training images.
+
+    Raises:
+        UserError: The warm-up is as long as the run.
+    """
+    steps = config.steps
+    if steps is None:
+        steps = max(1, round((config.epochs or 1.0) * samples / config.batch_size))
+    if config.warmup_steps >= steps:
+        raise UserError(f"--warmup-steps {config.warmup_steps} leaves nothing of the run's {steps} steps")
+    return steps
+
+
+def computes_in_bf16(config: TrainConfig, device: str) -> bool:
+    """Whether a run computes in bfloat16 on a type of device."""
+    return config.precision == "bf16" or (config.precision == "auto" and device == "cuda")
+
+
+def batch_shares(config: TrainConfig, ranks: int) -> tuple[int, int]:
+    """Images per rank and step, and per forward pass; where that is to be found, all until then.
+
+    Raises:
+        UserError: The batch does not divide.
+    """
+    per_rank, rest = divmod(config.batch_size, ranks)
+    micro = config.micro_batch if isinstance(config.micro_batch, int) else per_rank
+    if rest or not per_rank or per_rank % micro:
+        raise UserError(
+            f"batch size {config.batch_size} does not divide into {ranks} ranks times micro-batches of {micro}"
+        )
+    return per_rank, micro
