@@ -1,4 +1,4 @@
-# Every target sets up what it needs, once, in .venv; give VENV=path to use another place.
+# Every target creates the virtual environment first if it is missing; VENV=path selects another folder.
 VENV ?= .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.localign-installed
@@ -21,7 +21,7 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not thorough"
 
-# Fifty faults and more, random input by the thousand, a run of 20,000 steps: half an hour or so.
+# More than fifty injected faults, thousands of random inputs, a run of 20,000 steps: about half an hour.
 test-slow: $(STAMP)
 	FUZZ_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz
 

@@ -10,10 +10,9 @@
 #SBATCH --open-mode=append
 #SBATCH --output=localign-%j.log
 
-# One task is one rank: SLURM starts the ranks, and its signal reaches each of them. 120 seconds before the time is
-# up they save a checkpoint and end with 0 (before the first step: with 138); the job goes back into the queue until
-# the run has its results.
-# Set what is in this block; OUT and DATA are folders that every node sees.
+# Each task is one rank: SLURM starts the ranks and signals each of them. 120 seconds before the time limit they save
+# a checkpoint and exit 0 (138 before the first step), and the job requeues itself until the run has results.
+# Edit this block. Every node must see the folders OUT and DATA.
 OUT=${OUT:-runs/so400m}
 DATA=${DATA:-/data/in21k}
 COMMAND=(
@@ -25,7 +24,7 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=1
 
-# exec, so that the task is Python itself: SLURM does not signal what a task has started.
+# exec makes Python the task itself, because SLURM does not signal the children of a task.
 srun --kill-on-bad-exit=1 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
     export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE

@@ -49,7 +49,8 @@ def fastest(device: str) -> dict[str, Any]:
     """
     if choose_device(device).type != "cpu":
         return {}
-    has = torch.cpu.get_capabilities()
+    # torch 2.9 lacks the function, and its users train in float32
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     bf16 = bool(has.get("avx512_bf16") or has.get("amx_bf16"))
     return {"batching": "padded", **({"precision": "bf16", "llm_attention": "eager"} if bf16 else {})}
 
