@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import re
@@ -62,7 +63,7 @@ def test_every_command_has_help_with_every_option(name: str, capsys: pytest.Capt
         main([name, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    fields = COMMANDS[name].config().__dataclass_fields__
+    fields = [field.name for field in dataclasses.fields(COMMANDS[name].config())]
     assert all(f"--{field.replace('_', '-')}" in text for field in fields)
     assert "_" not in "".join(re.findall(r"--[a-z_-]+", text))
 
@@ -70,7 +71,8 @@ def test_every_command_has_help_with_every_option(name: str, capsys: pytest.Capt
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_option_is_documented(name: str) -> None:
     helps = {a.dest: a.help for a in build_parser(name)._actions}
-    undocumented = [field for field in COMMANDS[name].config().__dataclass_fields__ if not helps.get(field)]
+    fields = [field.name for field in dataclasses.fields(COMMANDS[name].config())]
+    undocumented = [field for field in fields if not helps.get(field)]
     assert undocumented == []
 
 
