@@ -1,7 +1,10 @@
-"""CPU settings for training: float32 matrix products on AMD processors with AVX-512, and glibc's allocator.
+"""Two CPU settings for training.
 
-torch has two libraries for matrix products: MKL, which it takes by default, and oneDNN. MKL leaves AVX-512 unused on
-processors that Intel did not make; oneDNN uses it. On all other processors the products stay as torch has them.
+- :func:`fast_float32_products` has an effect on AMD processors with AVX-512 only. torch multiplies float32 matrices
+  with MKL, which does not use AVX-512 on AMD processors; oneDNN does.
+- :func:`freed_memory_kept` changes two thresholds of glibc's malloc.
+
+`benchmarks/` has the step times with and without each of them.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,17 +23,17 @@ _SIDE = 64
 
 @contextmanager
 def fast_float32_products(device: torch.device) -> Iterator[None]:
-    """Inside, float32 products on a CPU are oneDNN's where those are faster; elsewhere nothing changes.
+    """Multiply float32 matrices with oneDNN inside the block, on an AMD processor with AVX-512; else do nothing.
 
-    They are as exact as before, but sum in another order. torch's only way to oneDNN's products is to permit bfloat16
-    in them, of which oneDNN makes use on processors with matrix units for bfloat16 alone (AMX). So a processor that
-    rounds is left as it was; what is faster is told by the processor's make, not measured, so that a run that goes on
-    later computes alike.
+    The products stay float32 products; only the order of summation changes. torch offers one way to choose oneDNN:
+    to permit bfloat16. oneDNN makes use of that permission only on processors with matrix units for bfloat16
+    (AMX), so a processor that does round keeps MKL. The vendor decides rather than a timing, so that a resumed run
+    makes the same choice.
     """
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch's types do not know of it
-    if matmul is None or device.type != "cpu" or not _mkl_is_slow():
+    if device.type != "cpu" or not _mkl_is_slow():
         yield
         return
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
@@ -43,62 +45,60 @@ def fast_float32_products(device: torch.device) -> Iterator[None]:
 
 
 def _mkl_is_slow() -> bool:
-    """Whether this is a processor with AVX-512 that MKL does not use, and torch has both libraries."""
+    """Whether this is an AMD processor with AVX-512 and torch has both libraries."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return both and wide and _CPUINFO.is_file() and "AuthenticAMD" in _CPUINFO.read_text()
+    avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return both and avx512 and _CPUINFO.is_file() and "AuthenticAMD" in _CPUINFO.read_text()
 
 
 def _rounds() -> bool:
-    """Whether products of float32 are rounded to fewer bits: all of 24 are needed for these factors to come back."""
+    """Whether float32 products lose bits. The factors below survive only with all 24 bits of the significand."""
     factors = torch.full((_SIDE, _SIDE), 1 + 2**-23)
-    return any(
-        not torch.equal(product, factors) for product in (factors @ torch.eye(_SIDE), _batched(factors))
-    )
-
-
-def _batched(factors: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(factors.expand(2, -1, -1), torch.eye(_SIDE).expand(2, -1, -1))[1]
+    identity = torch.eye(_SIDE)
+    batched = torch.bmm(factors.expand(2, -1, -1), identity.expand(2, -1, -1))[1]
+    return not all(torch.equal(product, factors) for product in (factors @ identity, batched))
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Of `malloc.h`: bytes free at the end of the heap, and bytes of a block, from which on the kernel gets them back."""
-_KEPT = 1 << 30
-_USUAL = 32 << 20
-"""What glibc's own threshold rises to in a process that frees large blocks."""
+"""Parameters of mallopt, from `malloc.h`: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, both in bytes."""
+_TRAINING_THRESHOLD = 1 << 30
+_DEFAULT_THRESHOLD = 32 << 20
+"""glibc raises its own threshold up to this value in a process that frees large blocks."""
 
 
 @contextmanager
 def freed_memory_kept(device: torch.device) -> Iterator[None]:
-    """Inside, memory that is freed stays with the process, on a CPU and with glibc; elsewhere nothing changes.
+    """Keep freed memory in the process inside the block, on a CPU with glibc; else do nothing.
 
-    glibc gives large blocks back to the kernel when they are freed. A training step frees all its activations, so that
-    every step would have the kernel fill the same pages with zeros again. Kept, a process holds what its largest step
-    took; afterwards it is given back.
+    glibc returns large blocks to the kernel when they are freed. A training step frees all its activations, so without
+    this setting the kernel zeroes the same pages again in every step. The process holds the memory of its largest
+    step until the block ends.
     """
     libc = _glibc() if device.type == "cpu" else None
     if libc is None:
         yield
         return
-    # A threshold that is set no longer moves by itself; the other is set first, as it is of no use without.
-    kept = libc.mallopt(_MMAP_THRESHOLD, _KEPT) and libc.mallopt(_TRIM_THRESHOLD, _KEPT)
+    # Setting a threshold stops glibc from adjusting it. The mmap threshold comes first: the other needs it.
+    changed = libc.mallopt(_MMAP_THRESHOLD, _TRAINING_THRESHOLD) and libc.mallopt(
+        _TRIM_THRESHOLD, _TRAINING_THRESHOLD
+    )
     try:
         yield
     finally:
-        if kept:
-            libc.mallopt(_MMAP_THRESHOLD, _USUAL)
-            libc.mallopt(_TRIM_THRESHOLD, 2 * _USUAL)
-            give_back_freed_memory()
+        if changed:
+            libc.mallopt(_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
+            libc.mallopt(_TRIM_THRESHOLD, 2 * _DEFAULT_THRESHOLD)
+            trim_heap()
 
 
-def give_back_freed_memory() -> None:
-    """Hand what is freed, and still with the process, to the kernel, where the C library is glibc."""
+def trim_heap() -> None:
+    """Return freed memory to the kernel, where the C library is glibc."""
     if libc := _glibc():
         libc.malloc_trim(0)
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library, where it is GNU's."""
+    """The C library, if it is glibc."""
     if platform.libc_ver()[0] != "glibc":
         return None
     libc = ctypes.CDLL(None)

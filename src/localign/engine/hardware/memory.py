@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from localign.engine.distributed import DistributedContext
-from localign.engine.hardware.cpu import give_back_freed_memory
+from localign.engine.hardware.cpu import trim_heap
 from localign.errors import UserError
 from localign.options.train import TrainConfig
 
@@ -78,7 +78,7 @@ class ProcessMeter:
         self.budget = _status("VmRSS") + int(ROOM * available()) // sharers
 
     def restart(self) -> None:
-        give_back_freed_memory()  # training keeps it, and it is no part of what comes next
+        trim_heap()  # training keeps it, and it is no part of what comes next
         (_PROC / "self" / "clear_refs").write_text("5")
 
     def peak(self) -> int:
