@@ -168,14 +168,13 @@ def test_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(memory, "_PROC", tmp_path)
     monkeypatch.setattr(memory, "_CGROUPS", root)
     assert available() == 3_500_000
-    (tmp_path / "self" / "cgroup").write_text("4:cpu,memory:/job\n0::/\n")
-    (root / "memory" / "job").mkdir(parents=True)
-    for name, value in (("limit_in_bytes", 700), ("usage_in_bytes", 600)):
-        (root / "memory" / "job" / f"memory.{name}").write_text(f"{value}\n")
-    (root / "memory" / "job" / "memory.stat").write_text("total_inactive_file 50\n")
-    assert available() == 150
-    (tmp_path / "self" / "cgroup").write_text("0::/elsewhere\n")
+    (tmp_path / "self" / "cgroup").write_text("4:cpu,memory:/job\n0::/elsewhere\n")
     assert available() == 8000 * 1024
+    for name, value in (("max", "700"), ("current", "600"), ("stat", "inactive_file 50")):
+        (root / f"memory.{name}").write_text(f"{value}\n")
+    assert available() == 150, "a container sees its own group as the root"
+    (tmp_path / "self" / "cgroup").write_text("4:cpu,memory:/job\n")
+    assert available() == 150
 
 
 def test_memory_that_cannot_be_measured_is_refused(

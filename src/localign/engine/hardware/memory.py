@@ -1,4 +1,4 @@
-"""How much memory a device has left, and how much a piece of work took at its peak."""
+"""Memory that a device has left, and the peak of a piece of work. Main memory is read from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from localign.errors import UserError
 from localign.options.train import TrainConfig
 
 ROOM = 0.9
-"""Share of the memory that may be used: batches differ, and an allocator needs some to move in."""
+"""Share of the memory that may be used; the rest is for larger batches and the allocator's fragmentation."""
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 62
-_FIRST = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-_SECOND = "memory.max", "memory.current", "inactive_file"
-"""Files of the two versions of control groups, and a field of memory.stat."""
 
 
 class Meter(Protocol):
-    """The memory of this rank."""
+    """Measures the memory of this rank."""
 
     budget: int
-    """Bytes that the rank may come to at its peak."""
+    """Bytes that the rank may use at its peak."""
 
     def restart(self) -> None:
-        """Forget the peak so far."""
+        """Reset the peak."""
 
     def peak(self) -> int:
-        """Bytes since then, at most at a time."""
+        """The most bytes in use at one time since :meth:`restart`."""
 
 
 def check_measurable(config: TrainConfig, device: torch.device) -> None:
-    """Raises UserError where the memory that a run is to be fitted into cannot be known."""
+    """Refuse `--micro-batch auto` on a device whose memory cannot be measured.
+
+    Raises:
+        UserError: It was given for such a device.
+    """
     if config.micro_batch != "auto":
         return
     if device.type == "cuda" or (device.type == "cpu" and (_PROC / "self" / "clear_refs").exists()):
@@ -48,12 +49,12 @@ def check_measurable(config: TrainConfig, device: torch.device) -> None:
 
 
 def meter(context: DistributedContext) -> Meter:
-    """The meter of a rank's device. The ranks of a node share its main memory."""
+    """The meter of a rank's device. Ranks of one node share its main memory."""
     return CudaMeter(context.device) if context.device.type == "cuda" else ProcessMeter(context.local_size)
 
 
 class CudaMeter:
-    """What torch's allocator hands out, of what it has and what is free beside it."""
+    """Measures what torch's allocator hands out. The budget is its reserved memory and the device's free memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -68,17 +69,17 @@ class CudaMeter:
 
 
 class ProcessMeter:
-    """What a process has in main memory, as Linux counts it.
+    """Measures a process's resident memory, on Linux.
 
     Args:
-        sharers: Processes that will need as much at the same time.
+        processes: How many processes share the free memory equally.
     """
 
-    def __init__(self, sharers: int) -> None:
-        self.budget = _status("VmRSS") + int(ROOM * available()) // sharers
+    def __init__(self, processes: int) -> None:
+        self.budget = _status("VmRSS") + int(ROOM * available()) // processes
 
     def restart(self) -> None:
-        trim_heap()  # training keeps it, and it is no part of what comes next
+        trim_heap()  # freed memory that the process still holds would count
         (_PROC / "self" / "clear_refs").write_text("5")
 
     def peak(self) -> int:
@@ -86,37 +87,33 @@ class ProcessMeter:
 
 
 def available() -> int:
-    """Bytes of main memory that can still be taken without swapping, within the limits of all control groups."""
-    least = _amount(_PROC / "meminfo", "MemAvailable")
-    for line in (_PROC / "self" / "cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            least = min(least, _left(_CGROUPS / "memory", path, _FIRST))
-        elif not controllers:
-            least = min(least, _left(_CGROUPS, path, _SECOND))
-    return max(0, least)
+    """Bytes of main memory that this process can take without swapping, within its control groups' limits."""
+    return max(0, min(_read_kib(_PROC / "meminfo", "MemAvailable"), _left_in_cgroups()))
 
 
-def _left(root: Path, path: str, files: tuple[str, str, str]) -> int:
-    """Bytes that a control group, and those it is in, may still take; what files in the cache take can be had."""
-    limit, usage, cached = files
-    least, group = _NO_LIMIT, root / path.lstrip("/")
+def _left_in_cgroups() -> int:
+    """Bytes left below the lowest `memory.max` of the process's control groups (version 2), page cache counted as free.
+
+    A container sees its own group as the root of the file system, so groups that are not there are skipped.
+    """
+    lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    group = _CGROUPS / next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    left = _NO_LIMIT
     for folder in (group, *group.parents):
-        if not folder.is_relative_to(root) or not (folder / limit).is_file():
-            continue  # a container sees its own group as the root, under another path
-        told = (folder / limit).read_text().strip()
-        if told != "max":
+        limit = folder / "memory.max"
+        if folder.is_relative_to(_CGROUPS) and limit.is_file() and limit.read_text().strip() != "max":
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            least = min(least, int(told) - int((folder / usage).read_text()) + int(stat[cached]))
-    return least
+            used = int((folder / "memory.current").read_text()) - int(stat["inactive_file"])
+            left = min(left, int(limit.read_text()) - used)
+    return left
 
 
 def _status(field: str) -> int:
-    return _amount(_PROC / "self" / "status", field)
+    return _read_kib(_PROC / "self" / "status", field)
 
 
-def _amount(file: Path, field: str) -> int:
-    """A field of a file of Linux's, bytes; it is in kB there."""
+def _read_kib(file: Path, field: str) -> int:
+    """Bytes in a field of a file below /proc, which counts in KiB."""
     return 1024 * next(
         int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(f"{field}:")
     )
