@@ -26,7 +26,7 @@ from localign.cli import exit_code
 from localign.data.loader import Batch
 from localign.engine import Outcome, StepResult, train
 from localign.engine.checkpoints.checksums import FILES, SEAL, facts_of, sealed_text
-from localign.engine.checkpoints.whole import STATE_FILE
+from localign.engine.checkpoints.replicated import STATE_FILE
 from localign.engine.log import LOG_FILE, read_log
 
 COMMAND = "align"

@@ -27,7 +27,7 @@ from localign import rng
 from localign.data.stream import SampleStream
 from localign.engine import BatchPlan, Outcome, StepResult, Task, TrainConfig, train
 from localign.engine.checkpoints import sharded as sharded
-from localign.engine.distributed import DistributedContext, first_of_launch
+from localign.engine.distributed import DistributedContext, is_main_process
 
 SAMPLES, VOCABULARY, WIDTH, LENGTH = 40, 19, 5, 6
 """The width is odd, and some parameters have one row, so ranks get unequal parts and none."""
@@ -128,7 +128,7 @@ class TokenTask(Task):
     def __init__(self, config: TrainConfig, **events: Any) -> None:
         self.config, self.events = config, Events(**events)
         self.seed, self.device = config.seed, torch.device("cpu")
-        empty = self.events.hollow and not first_of_launch()
+        empty = self.events.hollow and not is_main_process()
         with torch.device("meta" if empty else "cpu"), rng.seeded_globals(config.seed, "token weights"):
             self.model = TokenModel()
 

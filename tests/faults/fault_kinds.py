@@ -16,8 +16,8 @@ from typing import Any
 from localign import files
 from localign.engine import log as logs
 from localign.engine import run_folder
+from localign.engine.checkpoints import replicated as checkpoints
 from localign.engine.checkpoints import sharded
-from localign.engine.checkpoints import whole as checkpoints
 
 
 @dataclass(frozen=True)

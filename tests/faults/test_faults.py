@@ -26,7 +26,7 @@ from sharded_runs import token
 
 from localign.alignment import AlignConfig
 from localign.engine import TrainConfig
-from localign.engine.checkpoints.whole import Checkpoints
+from localign.engine.checkpoints.replicated import Checkpoints
 
 STEPS = 30
 TIMEOUT = 15.0

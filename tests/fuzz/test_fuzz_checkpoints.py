@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+from localign.engine.checkpoints.replicated import BEST_FILE, MODEL_FILE, Checkpoints, reading
 from localign.engine.checkpoints.sharded import OFFSETS_KEY, _Reader
-from localign.engine.checkpoints.whole import BEST_FILE, MODEL_FILE, Checkpoints, reading
 from localign.engine.log import LOG_FILE, JsonLines, read_log
 from localign.engine.run_folder import CONFIG_FILE, RESULTS_FILE, read_config, read_results
 from localign.errors import UserError

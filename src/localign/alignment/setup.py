@@ -16,7 +16,7 @@ from localign.alignment.student import Student, build_student
 from localign.alignment.teacher import Teacher
 from localign.backbones import CATALOGUE, Backbone, create_backbone
 from localign.backbones.export import CONFIG_FILE
-from localign.engine.checkpoints.whole import Checkpoints
+from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.distributed import choose_device
 from localign.engine.run_folder import read_config as read_run_config
 from localign.errors import UserError

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from localign.bench.timing import timed
-from localign.engine.hardware.cpu import fast_float32_products
+from localign.engine.hardware.cpu import fast_float32_matmul
 
 _SIDES = {"cpu": 2048, "cuda": 8192}
 _WARM = 2
@@ -47,7 +47,7 @@ class Ceiling:
         return 2 * self.side**3 / min(self.seconds)
 
     def _trained(self, product: Callable[[], Tensor]) -> float:
-        with fast_float32_products(self.device):
+        with fast_float32_matmul(self.device):
             return self._time(product)
 
     def _time(self, product: Callable[[], Tensor]) -> float:

@@ -160,7 +160,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def first_of_launch() -> bool:
+def is_main_process() -> bool:
     """Whether this process becomes the main rank; known before there is a process group."""
     return _rank() == 0
 

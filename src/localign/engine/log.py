@@ -144,7 +144,7 @@ class Bar:
         """One step further."""
         self._progress.advance(self._task)
 
-    def at(self, done: int, total: int) -> None:
+    def update(self, done: int, total: int) -> None:
         """So far, of how much."""
         self._progress.update(self._task, completed=done, total=total)
 

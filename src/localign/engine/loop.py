@@ -15,11 +15,11 @@ from torch import Tensor
 from localign import rng
 from localign.engine import run_folder
 from localign.engine.batch import sample_digest, to_device
+from localign.engine.checkpoints.replicated import STATE_FIELDS, Checkpoints
 from localign.engine.checkpoints.sharded import ShardedCheckpoints
-from localign.engine.checkpoints.whole import STATE_FIELDS, Checkpoints
 from localign.engine.disk import writing
 from localign.engine.distributed import DistributedContext, distributed_context
-from localign.engine.hardware.cpu import fast_float32_products, freed_memory_kept
+from localign.engine.hardware.cpu import fast_float32_matmul, keep_freed_memory
 from localign.engine.hardware.memory import check_measurable
 from localign.engine.hardware.microbatch import MicroBatchFinder
 from localign.engine.log import Bar, Log, Stopwatch, say
@@ -60,7 +60,7 @@ def train(task: Task, config: TrainConfig, command: str) -> Outcome:
     with stop_requests() as stop, distributed_context(config.device, sharded, config.timeout) as context:
         loop = Loop(task, config, command, context, stop)
         try:
-            with freed_memory_kept(context.device), fast_float32_products(context.device):
+            with keep_freed_memory(context.device), fast_float32_matmul(context.device):
                 return loop.run()
         finally:
             loop.close()

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from localign._version import __version__
-from localign.engine.checkpoints.whole import Checkpoints, remove_leftovers
+from localign.engine.checkpoints.replicated import Checkpoints, remove_leftovers
 from localign.engine.disk import writing
 from localign.engine.lock import lock
 from localign.engine.log import Bar, JsonLines, Log, Sink, TensorBoard, WandB, say

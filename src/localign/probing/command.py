@@ -224,7 +224,7 @@ def progress_bars() -> Iterator[Progress]:
     def progress(what: str, done: int, total: int) -> None:
         if what not in bars:
             bars[what] = Bar(what, total)
-        bars[what].at(done, total)
+        bars[what].update(done, total)
         if total and done >= total:
             bars.pop(what).close()
 

@@ -18,7 +18,7 @@ from localign.alignment import AlignConfig, AlignTask
 from localign.backbones import Backbone, create_backbone, load_backbone
 from localign.backbones.export import content_hash
 from localign.engine import run_folder, train
-from localign.engine.checkpoints.whole import Checkpoints
+from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.distributed import DistributedContext
 from localign.engine.run_folder import RESUMABLE
 from localign.files import replace_text, replacing

@@ -12,8 +12,8 @@ import torch
 from engine_runs import run, run_until, same_bits, tiny
 from torch import nn
 
-from localign.engine.checkpoints import whole as checkpoints_module
-from localign.engine.checkpoints.whole import (
+from localign.engine.checkpoints import replicated as checkpoints_module
+from localign.engine.checkpoints.replicated import (
     Checkpoints,
     load_optimizer_tensors,
     optimizer_tensors,

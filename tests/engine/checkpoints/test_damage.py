@@ -14,8 +14,8 @@ import pytest
 from engine_runs import last_step, logged, run, run_until, same_bits, tiny, weights
 
 from localign.alignment import AlignConfig
-from localign.engine.checkpoints import whole as checkpoints
-from localign.engine.checkpoints.whole import Checkpoints
+from localign.engine.checkpoints import replicated as checkpoints
+from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.log import JsonLines
 from localign.errors import RunFailure, UserError
 

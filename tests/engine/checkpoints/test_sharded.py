@@ -28,8 +28,8 @@ from sharded_runs import (
 from torch import Tensor, nn
 
 from localign.engine import TrainConfig
+from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.checkpoints.sharded import OFFSETS_KEY
-from localign.engine.checkpoints.whole import Checkpoints
 from localign.engine.distributed import DistributedContext
 from localign.engine.nonfinite import FOLDER as NONFINITE
 from localign.engine.sharding import meta_copy, shard

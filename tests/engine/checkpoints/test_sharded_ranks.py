@@ -18,7 +18,7 @@ from sharded_runs import TokenModel, part, run, run_until, token
 from torch import Tensor
 
 from localign.engine import TrainConfig
-from localign.engine.checkpoints.whole import Checkpoints
+from localign.engine.checkpoints.replicated import Checkpoints
 
 STEPS = 8
 TOLERANCE = 1e-5

@@ -13,7 +13,7 @@ from torch import Tensor
 from localign.alignment import AlignTask
 from localign.engine import train
 from localign.engine.hardware import cpu
-from localign.engine.hardware.cpu import fast_float32_products, freed_memory_kept
+from localign.engine.hardware.cpu import fast_float32_matmul, keep_freed_memory
 
 CPU = torch.device("cpu")
 STEPS = 8
@@ -29,7 +29,7 @@ def resident() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads memory from /proc")
 def test_a_freed_block_stays_until_the_end() -> None:
     size = 256 << 20
-    with freed_memory_kept(CPU):
+    with keep_freed_memory(CPU):
         block = torch.ones(size // 4)
         taken = resident()
         del block
@@ -55,20 +55,20 @@ class Recorded:
 def test_only_a_cpu_with_glibc_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Recorded(works=True)
     monkeypatch.setattr(cpu, "_glibc", lambda: library)
-    with freed_memory_kept(torch.device("cuda")):
+    with keep_freed_memory(torch.device("cuda")):
         assert library.calls == []
-    with freed_memory_kept(CPU):
+    with keep_freed_memory(CPU):
         assert [value for _, value in library.calls] == [1 << 30, 1 << 30]
     assert library.calls[-1] == ("trim", 0)
     monkeypatch.setattr(cpu, "_glibc", lambda: None)
-    with freed_memory_kept(CPU):
+    with keep_freed_memory(CPU):
         pass
 
 
 def test_a_library_that_refuses_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Recorded(works=False)
     monkeypatch.setattr(cpu, "_glibc", lambda: library)
-    with freed_memory_kept(CPU):
+    with keep_freed_memory(CPU):
         pass
     assert len(library.calls) == 1
 
@@ -98,7 +98,7 @@ def test_products_are_as_exact_and_the_setting_is_undone(monkeypatch: pytest.Mon
     before = precision()
     exact = gradients(1.0)
     monkeypatch.setattr(cpu, "_mkl_is_slow", lambda: True)
-    with fast_float32_products(CPU):
+    with fast_float32_matmul(CPU):
         for ours, expected in zip(gradients(1.0), exact, strict=True):
             assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert precision() == before
@@ -108,7 +108,7 @@ def test_a_processor_that_rounds_is_left_as_it_was(monkeypatch: pytest.MonkeyPat
     before = precision()
     monkeypatch.setattr(cpu, "_mkl_is_slow", lambda: True)
     monkeypatch.setattr(cpu, "_rounds", lambda: True)
-    with fast_float32_products(CPU):
+    with fast_float32_matmul(CPU):
         assert precision() == before
 
 
@@ -132,7 +132,7 @@ def test_the_choice_is_by_the_make(
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert cpu._mkl_is_slow() is slow
-    with fast_float32_products(torch.device("cuda")):
+    with fast_float32_matmul(torch.device("cuda")):
         assert precision() != "bf16"
 
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
 from localign.engine.checkpoints.checksums import FileFacts, facts_of, file_facts
-from localign.engine.checkpoints.whole import (
+from localign.engine.checkpoints.replicated import (
     STATE_FILE,
     Checkpoints,
     load_optimizer_tensors,

@@ -1,8 +1,8 @@
 """Two CPU settings for training.
 
-- :func:`fast_float32_products` has an effect on AMD processors with AVX-512 only. torch multiplies float32 matrices
+- :func:`fast_float32_matmul` has an effect on AMD processors with AVX-512 only. torch multiplies float32 matrices
   with MKL, which does not use AVX-512 on AMD processors; oneDNN does.
-- :func:`freed_memory_kept` changes two thresholds of glibc's malloc.
+- :func:`keep_freed_memory` changes two thresholds of glibc's malloc.
 
 `benchmarks/` has the step times with and without each of them.
 """
@@ -22,7 +22,7 @@ _SIDE = 64
 
 
 @contextmanager
-def fast_float32_products(device: torch.device) -> Iterator[None]:
+def fast_float32_matmul(device: torch.device) -> Iterator[None]:
     """Multiply float32 matrices with oneDNN inside the block, on an AMD processor with AVX-512; else do nothing.
 
     The products stay float32 products; only the order of summation changes. torch offers one way to choose oneDNN:
@@ -67,7 +67,7 @@ _DEFAULT_THRESHOLD = 32 << 20
 
 
 @contextmanager
-def freed_memory_kept(device: torch.device) -> Iterator[None]:
+def keep_freed_memory(device: torch.device) -> Iterator[None]:
     """Keep freed memory in the process inside the block, on a CPU with glibc; else do nothing.
 
     glibc returns large blocks to the kernel when they are freed. A training step frees all its activations, so without

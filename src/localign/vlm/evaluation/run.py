@@ -168,7 +168,7 @@ def ask(
             unreadable += [one.key for one in batch if one.key not in answered]
             done += len(batch)
             if bar is not None:
-                bar.at(min(done * ranks.size, len(pending)), len(pending))
+                bar.update(min(done * ranks.size, len(pending)), len(pending))
     finally:
         writer.close()
         if bar is not None:

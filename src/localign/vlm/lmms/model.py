@@ -139,7 +139,7 @@ class LocalignLMM(lmms):
                     chosen = [pair for pair in pairs if (pair[1].image is not None) == on_image]
                     if chosen:
                         yield [question for question, _ in chosen], [asked for _, asked in chosen]
-                bar.at(begin + len(together), len(questions))
+                bar.update(begin + len(together), len(questions))
         finally:
             bar.close()
 

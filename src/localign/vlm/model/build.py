@@ -23,7 +23,7 @@ from localign import rng
 from localign.alignment import load_student
 from localign.backbones import create_backbone
 from localign.backbones.export import CONFIG_FILE, read_config
-from localign.engine.distributed import first_of_launch
+from localign.engine.distributed import is_main_process
 from localign.errors import UserError
 from localign.files import replacing_folder
 from localign.options.vlm.train import VLMConfig
@@ -45,7 +45,7 @@ def build_vlm(config: VLMConfig) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
     Raises:
         UserError: A part is not there, is damaged, or does not fit another.
     """
-    empty = config.sharding != "none" and not first_of_launch()
+    empty = config.sharding != "none" and not is_main_process()
     if config.init is not None:
         model, tokenizer = (_empty_vlm if empty else load_vlm)(config.init)
     else:

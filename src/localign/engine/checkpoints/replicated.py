@@ -43,7 +43,7 @@ _DAMAGED = ".damaged"
 
 
 @dataclass(frozen=True)
-class Loaded:
+class CheckpointContent:
     """A checkpoint's content, on the CPU."""
 
     step: int
@@ -191,7 +191,7 @@ class Checkpoints:
         with reading(path), _named(STATE_FILE):
             return read_sealed((path / STATE_FILE).read_text(encoding="utf-8"))
 
-    def load(self, step: int) -> Loaded:
+    def load(self, step: int) -> CheckpointContent:
         """Check a checkpoint and read it.
 
         Raises:
@@ -200,12 +200,12 @@ class Checkpoints:
         self.verify(step)
         return self._read(step)
 
-    def _read(self, step: int) -> Loaded:
+    def _read(self, step: int) -> CheckpointContent:
         path, state = self.path(step), self.state(step)
         with reading(path):
             model, optimizer = load_file(path / MODEL_FILE), load_file(path / OPTIMIZER_FILE)
             ema = load_file(path / EMA_FILE) if (path / EMA_FILE).is_file() else None
-        return Loaded(step, model, optimizer, ema, state)
+        return CheckpointContent(step, model, optimizer, ema, state)
 
     def restore(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
