@@ -31,11 +31,6 @@ def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key(seed, purpose, *index)))
 
 
-def torch_generator(seed: int, purpose: str, *index: int) -> torch.Generator:
-    """A CPU torch generator keyed by (seed, purpose, index), for initialisations."""
-    return torch.Generator().manual_seed(key(seed, purpose, *index) >> 1)
-
-
 def _mix(x: Tensor) -> Tensor:
     """The finaliser of splitmix64 on int64 tensors; multiplication wraps modulo 2**64."""
 

@@ -107,7 +107,7 @@ class TokenModel(nn.Module):
 
 def sample(index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, labels and features of one sample; every third has no label."""
-    draw = rng.torch_generator(0, "token sample", index)
+    draw = torch.Generator().manual_seed(rng.key(0, "token sample", index) >> 1)
     ids = torch.randint(0, VOCABULARY, (LENGTH,), generator=draw)
     labels = ids.roll(-1)
     labels[-1] = -100

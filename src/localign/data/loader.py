@@ -79,18 +79,6 @@ class BadImages:
             )
         return new
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data for a checkpoint or results.json."""
-        return {"count": len(self), "share": self.share, "images": dict(self.reasons)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what an earlier part of the run had met."""
-        self.reasons = dict(state["images"])
-
-    def merge(self, state: dict[str, Any]) -> None:
-        """Add what another rank has met. Raises UserError as ``add``."""
-        self.add(tuple(state["images"].items()))
-
 
 def replacement(seed: int, position: int, attempt: int, length: int) -> int:
     """What is drawn of ``length`` samples in place of an unreadable one; ``attempt`` counts from 1."""
