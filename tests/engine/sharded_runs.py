@@ -144,12 +144,8 @@ class TokenTask(Task):
 
     def batches(self, plan: BatchPlan) -> Iterator[TokenBatch]:
         stream = SampleStream(plan.seed, SAMPLES)
-        per_rank = plan.global_batch // plan.world_size
-        for step in range(plan.start_step, plan.end_step):
-            first = step * plan.global_batch + plan.rank * per_rank
-            for begin in range(first, first + per_rank, plan.micro_batch):
-                positions = range(begin, begin + plan.micro_batch)
-                yield collate(positions, [stream(p)[1] for p in positions])
+        for positions in plan.micro_batches():
+            yield collate(positions, [stream(p)[1] for p in positions])
 
     def step(self, model: nn.Module, batch: TokenBatch) -> StepResult:
         number, within = divmod(int(batch.positions[0]), self.config.batch_size)

@@ -32,6 +32,14 @@ class BatchPlan:
     end_step: int
     pin_memory: bool
 
+    def micro_batches(self) -> Iterator[range]:
+        """The positions in the stream of each of this rank's micro-batches, in order."""
+        per_rank = self.global_batch // self.world_size
+        for step in range(self.start_step, self.end_step):
+            first = step * self.global_batch + self.rank * per_rank
+            for begin in range(first, first + per_rank, self.micro_batch):
+                yield range(begin, begin + self.micro_batch)
+
 
 def batch_plan(
     config: TrainConfig, context: DistributedContext, micro_batch: int, start: int, end: int
@@ -70,7 +78,45 @@ class StepResult:
 
 
 class Task(ABC):
-    """The method: what is trained and how a batch becomes a loss. The loop owns everything else."""
+    """A training method: what is trained, and how a batch becomes a loss. The loop owns everything else.
+
+    A subclass must define :attr:`module`, :meth:`samples`, :meth:`fingerprint`, :meth:`batches` and :meth:`step`. All
+    other methods have defaults. A complete task, which fits a line::
+
+        class Points(NamedTuple):
+            x: Tensor
+            positions: Tensor
+            indices: Tensor
+            bad: tuple[tuple[str, str], ...] = ()
+
+        class LineTask(Task):
+            def __init__(self, seed: int) -> None:
+                self.seed, self.device = seed, torch.device("cpu")
+                with rng.seeded_globals(seed, "line"):
+                    self.line = nn.Linear(1, 1)
+
+            @property
+            def module(self) -> nn.Module:
+                return self.line
+
+            def samples(self) -> int:
+                return 1000
+
+            def fingerprint(self) -> dict[str, str]:
+                return {"data": "y = 3x - 1"}
+
+            def batches(self, plan: BatchPlan) -> Iterator[Points]:
+                for positions in map(torch.tensor, plan.micro_batches()):
+                    x = rng.uniform(plan.seed, "points", positions, columns=1).float()
+                    yield Points(x, positions, indices=positions % self.samples())
+
+            def step(self, model: nn.Module, batch: Points) -> StepResult:
+                errors = model(batch.x) - (3 * batch.x - 1)
+                return StepResult(errors.square().sum(), weight=errors.new_tensor(errors.numel()))
+
+        config = TrainConfig(out="runs/line", steps=100, batch_size=8, lr=0.1, device="cpu")
+        train(LineTask(config.seed), config, "line")
+    """
 
     seed: int
     device: torch.device

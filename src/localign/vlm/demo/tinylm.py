@@ -154,13 +154,9 @@ class TinyLMTask(Task):
 
     def batches(self, plan: BatchPlan) -> Iterator[TextBatch]:
         stream = SampleStream(plan.seed, len(self.ids))
-        per_rank = plan.global_batch // plan.world_size
-        for step in range(plan.start_step, plan.end_step):
-            first = step * plan.global_batch + plan.rank * per_rank
-            for begin in range(first, first + per_rank, plan.micro_batch):
-                positions = torch.arange(begin, begin + plan.micro_batch)
-                indices = torch.from_numpy(stream.indices(begin, begin + plan.micro_batch))
-                yield self._batch([self.ids[i] for i in indices.tolist()], positions, indices)
+        for positions in plan.micro_batches():
+            indices = torch.from_numpy(stream.indices(positions.start, positions.stop))
+            yield self._batch([self.ids[i] for i in indices.tolist()], torch.tensor(positions), indices)
 
     def _batch(self, ids: list[Tensor], positions: Tensor, indices: Tensor) -> TextBatch:
         padded = pad_sequence(ids, batch_first=True, padding_value=int(self.tokenizer.pad_token_id))
