@@ -25,8 +25,8 @@ from localign.alignment import AlignConfig, AlignTask
 from localign.cli import exit_code
 from localign.data.loader import Batch
 from localign.engine import Outcome, StepResult, train
-from localign.engine.checkpoints.checksums import FILES, SEAL, facts_of, sealed_text
-from localign.engine.checkpoints.replicated import STATE_FILE
+from localign.engine.checkpoints.checksums import FILES, SEAL, files_info, sealed_text
+from localign.engine.checkpoints.state import STATE_FILE
 from localign.engine.log import LOG_FILE, read_log
 
 COMMAND = "align"
@@ -174,7 +174,7 @@ def reseal(checkpoint: Path) -> None:
     """Make what was changed in a checkpoint count as written so."""
     file = checkpoint / STATE_FILE
     state = {k: v for k, v in json.loads(file.read_text()).items() if k not in (FILES, SEAL)}
-    file.write_text(sealed_text(state, facts_of(checkpoint.glob("*.safetensors"))))
+    file.write_text(sealed_text(state, files_info(checkpoint.glob("*.safetensors"))))
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

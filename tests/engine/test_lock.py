@@ -41,7 +41,7 @@ def test_a_folder_in_use_is_refused_until_its_process_dies(
 ) -> None:
     monkeypatch.setattr(lock_module, "PATIENCE", 0.2)
     config = tiny(tmp_path, images, steps=4)
-    with pytest.raises(UserError, match=f"another process is writing into .*process {holder.pid} on"):
+    with pytest.raises(UserError, match=f"another process is writing to .*process {holder.pid} on"):
         run(config)
     assert not (tmp_path / "config.yaml").exists()
     holder.kill()  # kill -9

@@ -182,7 +182,7 @@ ELSEWHERE: dict[str, Callable[[str], None]] = {
     "kill -9 while saving": half_a_file(signal.SIGKILL),
     "SIGTERM while saving": half_a_file(signal.SIGTERM),
     "kill -9 before a rename": at(files, "put_in_place", die),
-    "kill -9 before old checkpoints go": at(checkpoints.Checkpoints, "_tidy", die),
+    "kill -9 before old checkpoints go": at(checkpoints.Checkpoints, "_finish_saving", die),
     "kill -9 while logging": at(logs.JsonLines, "write", half_a_line),
     "kill -9 while exporting": at(run_folder, "write_results", die),
 }

@@ -1,4 +1,4 @@
-"""What the loop does with a task's micro-batches, whatever else they hold."""
+"""Micro-batches as the loop sees them: their sample ids, and their tensors on a device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from localign import rng
 
 
 def sample_digest(batch: Any) -> int:
-    """A number for a set of (position, index) pairs; the sum over sets is that of their union."""
+    """A 64-bit digest of a set of (position, index) pairs. Digests of disjoint sets add up, modulo 2**64."""
     pairs = rng.mix_pairs(batch.positions, batch.indices)
     return int(pairs.sum()) % (1 << 64)
 
@@ -22,6 +22,6 @@ def tensors_of(batch: Any) -> dict[str, Tensor]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on the device; positions and indices stay with the host, which uses them."""
+    """A copy of the batch with its tensors on the device. Positions and indices stay on the CPU."""
     moving = {name: t for name, t in tensors_of(batch).items() if name not in ("positions", "indices")}
     return batch._replace(**{name: t.to(device, non_blocking=True) for name, t in moving.items()})

@@ -1,4 +1,4 @@
-"""Disks that fill up, turn read-only or go away."""
+"""One-line errors for disks that are full, read-only or gone."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from localign.errors import RunFailure
 
 @contextmanager
 def writing(path: Path, then: Callable[[], str] | None = None) -> Iterator[None]:
-    """Inside, what cannot be written ends the run with one line.
+    """Turn file system errors inside the block into a RunFailure with one line.
 
     Args:
-        path: Named in the line, where the error itself names no file.
-        then: Says what comes next.
+        path: Named in the line if the error names no file.
+        then: Returns a hint to append, such as how to resume.
 
     Raises:
-        RunFailure: In place of an error of the file system.
+        RunFailure: The file system raised an error.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         line = f"cannot write {_place(error, path)}: {reason(error)}"
-        with suppress(OSError):  # it may have to look at the same disk
+        with suppress(OSError):  # the hint may read the same disk
             line += f"; {then()}" if then is not None else ""
         raise RunFailure(line) from error
 
@@ -39,7 +39,7 @@ def _place(error: Exception, path: Path) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An error of the file system in the system's words; safetensors wraps its own around them."""
+    """The operating system's message for a file system error, without the text that safetensors adds."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if number := re.search(r"os error (\d+)", str(error)):

@@ -1,6 +1,6 @@
-"""Processes. Every function is correct with one of them.
+"""The processes of a run. Every function also works with a single process.
 
-Beside this module only ``sharding`` and ``sharded_checkpoint`` call torch.distributed.
+Only this module, ``sharding`` and ``checkpoints.sharded`` call torch.distributed.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from localign.errors import RunFailure, UserError
 
 T = TypeVar("T")
 TIMEOUT = 1800.0
-"""Seconds that ranks wait for one another, where nothing else is said."""
+"""Default number of seconds that ranks wait for one another."""
 _LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|[Tt]imed out|Socket Timeout|Connection refused")
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among all of the run."""
+    """This process and the others of the run."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     local_size: int = 1
-    """Processes on this node."""
+    """Number of processes on this node."""
     timeout: float = TIMEOUT
     """Seconds that ranks wait for one another."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and shows progress."""
+        """Whether this process (rank 0) writes files and shows progress."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for every rank."""
+        """Wait until every rank gets here."""
         if self.size > 1:
             dist.barrier()
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over ranks; the input is not changed."""
+        """The sum of a tensor over ranks. The input is unchanged."""
         if self.size == 1:
             return values
         total = values.clone()
@@ -59,7 +59,7 @@ class DistributedContext:
         return total
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Small Python objects of all ranks, in rank order, on every rank."""
+        """The objects of all ranks, in rank order, on every rank; for small Python objects."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -72,40 +72,43 @@ class DistributedContext:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """What one rank cannot do inside (UserError, RunFailure), all have failed to do: none waits for it."""
-        problem: UserError | RunFailure | None = None
+        """Raise a UserError or RunFailure of one rank on every rank, so that no rank waits for the one that failed."""
+        own: UserError | RunFailure | None = None
         try:
             yield
         except (UserError, RunFailure) as error:
-            problem = error
-        found = self.all_gather_object(problem)
-        if problem is not None:
-            raise problem
-        for other in found:
+            own = error
+        errors = self.all_gather_object(own)
+        if own is not None:
+            raise own
+        for other in errors:
             if other is not None:
-                other.already_reported = True  # by the rank that it happened to
+                other.already_reported = True  # by the rank that failed
                 raise other
 
     def wrap_ddp(self, module: nn.Module, bucket_mb: float | None = None) -> nn.Module:
-        """The module with gradients averaged over ranks, so many MiB of them at a time."""
+        """The module in DistributedDataParallel, or as it is with one rank.
+
+        Args:
+            module: On this rank's device.
+            bucket_mb: MiB of gradients that ranks exchange at once; None for torch's default.
+        """
         if self.size == 1:
             return module
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        # Gradients lie in the buckets that are exchanged, rather than beside them.
         return DistributedDataParallel(
             module,
             device_ids=device_ids,
             broadcast_buffers=False,
             bucket_cap_mb=bucket_mb,
-            gradient_as_bucket_view=True,
+            gradient_as_bucket_view=True,  # no second copy of the gradients
         )
 
     @contextmanager
     def without_sync(self, module: nn.Module, skip: bool) -> Iterator[None]:
-        """Inside, gradients stay on their rank if ``skip``: for all but the last micro-batch of a step.
+        """Do not exchange gradients inside the block if ``skip``: for all but the last micro-batch of a step.
 
-        A sharded module exchanges them after every one: kept, they would be whole on every rank, which is what
-        sharding is there to avoid.
+        A sharded module still exchanges them after every micro-batch. Otherwise every rank would hold full gradients.
         """
         if skip and isinstance(module, DistributedDataParallel):
             with module.no_sync():
@@ -114,10 +117,13 @@ class DistributedContext:
             yield
 
     def mesh(self, per_node: bool) -> DeviceMesh:
-        """The ranks that parameters are sharded over: all, or each node's, with the nodes as replicas.
+        """The device mesh for sharding.
+
+        Args:
+            per_node: Shard over the ranks of each node and replicate over nodes; False shards over all ranks.
 
         Raises:
-            UserError: The device is none that models are sharded on.
+            UserError: Models cannot be sharded on this device.
         """
         if self.device.type not in ("cpu", "cuda"):
             raise UserError(f"--sharding works on CUDA GPUs and CPUs, not on {self.device.type}")
@@ -127,17 +133,17 @@ class DistributedContext:
         return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
 
     def cpu_group(self) -> dist.ProcessGroup:
-        """A further group of all ranks, for what they exchange beside the training."""
+        """A new gloo group of all ranks, for communication in another thread than training."""
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
         assert isinstance(group, dist.ProcessGroup)
         return group
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a name; ``auto`` prefers CUDA, then Apple's GPU, then the CPU.
+    """The device with a name. ``auto`` picks CUDA, then Apple's GPU, then the CPU.
 
     Raises:
-        UserError: The name is none of torch's, or the device is not there.
+        UserError: torch does not know the name, or this machine has no such device.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -161,7 +167,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def is_main_process() -> bool:
-    """Whether this process becomes the main rank; known before there is a process group."""
+    """Whether this process is rank 0 of its launch. Works before there is a process group."""
     return _rank() == 0
 
 
@@ -173,15 +179,15 @@ def _rank() -> int:
 def distributed_context(
     device: str = "auto", sharded: bool = False, timeout: float = TIMEOUT
 ) -> Iterator[DistributedContext]:
-    """The process group of a ``torchrun`` launch, or a world of one. gloo on CPU, nccl on CUDA.
+    """The processes of a ``torchrun`` launch, or a single process. gloo on CPU, nccl on CUDA.
 
     Args:
         device: As for :func:`choose_device`.
-        sharded: A world of one has a process group too, which sharding needs.
+        sharded: Make a process group for a single process too; sharding needs one.
         timeout: Seconds that ranks wait for one another.
 
     Raises:
-        RunFailure: From inside, where another rank died or did not answer in time.
+        RunFailure: Inside the block, another rank died or did not answer in time.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = _rank(), int(os.environ.get("LOCAL_RANK", "0"))
@@ -189,21 +195,21 @@ def distributed_context(
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    ours = (size > 1 or sharded) and not dist.is_initialized()
-    if ours:
+    starts_group = (size > 1 or sharded) and not dist.is_initialized()
+    if starts_group:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
+        single: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **single)
     try:
         yield DistributedContext(rank, size, local_rank, chosen, local_size, timeout)
     except RuntimeError as error:
-        # gloo has no error class of its own; nccl's watchdog ends the process by itself.
+        # gloo raises plain RuntimeErrors; nccl's watchdog ends the process itself.
         if size == 1 or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
             raise
-        told = str(error).splitlines()[0].partition(" This is typically")[0]
+        cause = str(error).splitlines()[0].partition(" This is typically")[0]
         raise RunFailure(
-            f"rank {rank} lost another rank, which died or did not answer for {timeout:g} s (--timeout): {told}"
+            f"rank {rank} lost another rank, which died or did not answer for {timeout:g} s (--timeout): {cause}"
         ) from error
     finally:
-        if ours:
+        if starts_group:
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""One writer per run folder."""
+"""A lock that lets only one process write to a run folder."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from localign.errors import UserError
 
 LOCK_FILE = ".lock"
 PATIENCE = 5.0
-"""Seconds in which a process that was just killed may let go."""
+"""Seconds to wait for a process that was just killed to release the lock."""
 
 
 def lock(folder: Path) -> TextIO | None:
-    """Hold a run folder until the file is closed or this process ends, however it ends.
+    """Lock a folder until the returned file is closed or this process ends.
 
-    A killed launcher may leave its ranks running; a run continued beside them would share its log and
-    checkpoints with them.
+    The ranks of a killed launcher may still be running and writing. The lock stops a resumed run from writing to the
+    same log and checkpoints.
 
     Returns:
-        The open lock file; None where the system or the file system has no locks.
+        The open lock file; None if the system or the file system does not support locks.
 
     Raises:
-        UserError: Another process holds the folder.
+        UserError: Another process holds the lock.
     """
     try:
         import fcntl
@@ -34,7 +34,7 @@ def lock(folder: Path) -> TextIO | None:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            # Of this process alone: loader workers, which are forked, do not inherit it.
+            # lockf: forked loader workers do not inherit the lock.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             if time.monotonic() < deadline:
@@ -43,7 +43,9 @@ def lock(folder: Path) -> TextIO | None:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             file.close()
-            raise UserError(f"another process is writing into {folder} ({holder}); end it first") from None
+            raise UserError(
+                f"another process is writing to {folder} ({holder}); end that process first"
+            ) from None
         except OSError:
             file.close()
             return None

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: log.jsonl always, a progress bar on a terminal, TensorBoard and wandb if asked."""
+"""Logging: log.jsonl, a progress bar on a terminal, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ LOG_FILE = "log.jsonl"
 
 
 class Sink(Protocol):
-    """One place that log entries go to."""
+    """A destination of log entries."""
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Take one entry; it has ``step`` and numbers."""
+        """Write one entry: ``step`` and values by name."""
 
     def close(self) -> None:
-        """Flush and let go."""
+        """Flush and close."""
 
 
 class JsonLines:
-    """``log.jsonl``: one object per line. A continued run first drops what came after its checkpoint.
+    """``log.jsonl``: one JSON object per line. A resumed run first deletes the entries after its checkpoint.
 
     Args:
         folder: The run folder.
         resumed_at: The checkpoint's step; None for a fresh run.
-        validated: Whether the checkpoint knows of a validation at its step. A run that was asked to stop has saved
-            before it, and the one that continues validates: again, if it was ended before its next checkpoint.
+        validated: Whether the checkpoint's validation metrics are of its own step. If not, as after a stop signal, the
+            resumed run validates at that step, so an earlier validation entry of that step is deleted too.
     """
 
     def __init__(self, folder: Path, resumed_at: int | None, validated: bool = True) -> None:
@@ -47,10 +47,10 @@ class JsonLines:
         elif path.is_file():
             last = resumed_at if validated else resumed_at - 1
             entries = read_log(folder)
-            kept = [
+            lines = [
                 json.dumps(e) for e in entries if e["step"] <= (last if _is_validation(e) else resumed_at)
             ]
-            replace_text(path, "".join(line + "\n" for line in kept))
+            replace_text(path, "".join(line + "\n" for line in lines))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ def _is_validation(entry: dict[str, Any]) -> bool:
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """The entries of a run's log, up to a line that is none: one that was cut off by a kill, in general the last."""
+    """The entries of a run's log, up to the first broken line. A kill can cut off the last line."""
     path = Path(folder) / LOG_FILE
     entries: list[dict[str, Any]] = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -83,7 +83,7 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, beside the log."""
+    """Writes the log's numbers for TensorBoard."""
 
     def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
         try:
@@ -103,7 +103,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run that continues under the same id."""
+    """Writes the log's numbers to a Weights & Biases run. A resumed run keeps the id."""
 
     def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
         try:
@@ -123,9 +123,9 @@ class WandB:
 
 
 class Bar:
-    """A progress bar on a terminal; elsewhere silent."""
+    """A progress bar on standard error; not shown if that is not a terminal."""
 
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
+    def __init__(self, label: str, total: int, done: int = 0) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -137,15 +137,15 @@ class Bar:
             console=Console(stderr=True),
             disable=not sys.stderr.isatty(),
         )
-        self._task = self._progress.add_task(what, total=total, completed=done, numbers="")
+        self._task = self._progress.add_task(label, total=total, completed=done, numbers="")
         self._progress.start()
 
     def advance(self) -> None:
-        """One step further."""
+        """Advance by one step."""
         self._progress.advance(self._task)
 
     def update(self, done: int, total: int) -> None:
-        """So far, of how much."""
+        """Set how many of how many steps are done."""
         self._progress.update(self._task, completed=done, total=total)
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -168,13 +168,13 @@ class Bar:
 
 
 class Log:
-    """Fans entries out to sinks; without sinks (ranks other than the main one) it does nothing."""
+    """Writes each entry to several sinks; to none on ranks other than the main one."""
 
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
 
     def write(self, step: int, **values: Any) -> None:
-        """Log values of one step."""
+        """Write the values of one step."""
         for sink in self._sinks:
             sink.write({"step": step, **values})
 
@@ -184,29 +184,29 @@ class Log:
 
 
 def say(text: str) -> None:
-    """A line for the user on standard error, so that standard output stays parseable."""
+    """Print a line for the user on standard error; standard output stays machine-readable."""
     print(text, file=sys.stderr, flush=True)
 
 
 class Stopwatch:
-    """Wall seconds between two log lines, and how much of them went into waiting for data."""
+    """Wall seconds between two log lines, and how many of them were spent waiting for data."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new interval."""
+        """Start a new interval."""
         self._start = time.perf_counter()
         self.waited = 0.0
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the interval began, pauses left out."""
+        """Seconds since the interval started, without pauses."""
         return time.perf_counter() - self._start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside does not count."""
+        """Do not count the time inside the block."""
         before = time.perf_counter()
         try:
             yield
@@ -215,7 +215,7 @@ class Stopwatch:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What happens inside counts as waiting for data."""
+        """Count the time inside the block as waiting for data."""
         before = time.perf_counter()
         try:
             yield

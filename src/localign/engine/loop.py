@@ -15,8 +15,9 @@ from torch import Tensor
 from localign import rng
 from localign.engine import run_folder
 from localign.engine.batch import sample_digest, to_device
-from localign.engine.checkpoints.replicated import STATE_FIELDS, Checkpoints
+from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.checkpoints.sharded import ShardedCheckpoints
+from localign.engine.checkpoints.state import NEEDED_FIELDS
 from localign.engine.disk import writing
 from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.hardware.cpu import fast_float32_matmul, keep_freed_memory
@@ -359,7 +360,7 @@ class Loop:
 
     def _restore(self, step: int) -> None:
         state = self.checkpoints.state(step)
-        if lacking := sorted(STATE_FIELDS - state.keys()):
+        if lacking := sorted(NEEDED_FIELDS - state.keys()):
             raise UserError(f"checkpoint {self.checkpoints.path(step)} does not say: {', '.join(lacking)}")
         ours = self.context.all_gather_object(self.task.fingerprint())[0]
         run_folder.check_same_fingerprint(self.folder, state["fingerprint"], ours)

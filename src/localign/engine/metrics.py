@@ -1,4 +1,4 @@
-"""What a log line averages over."""
+"""Sums behind the means in a log line."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from localign.engine.distributed import DistributedContext
 
 
 class Totals:
-    """Sums since the last log line, kept on the device so that a step does not wait for the host."""
+    """Sums since the last log line. They stay on the device, so that a step does not wait for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new interval."""
+        """Start a new interval."""
         self.steps_seen = 0
         self._loss = torch.zeros(2, device=self.device)
         self._grad_norm = torch.zeros((), device=self.device)
@@ -28,11 +28,11 @@ class Totals:
         self._counts: Counter[str] = Counter()
 
     def count(self, counts: dict[str, int]) -> None:
-        """Add what this rank's micro-batch holds, whatever comes of its step."""
+        """Add the contents of a micro-batch of this rank, also if its step is skipped later."""
         self._counts.update(counts)
 
     def rates(self, context: DistributedContext, seconds: float) -> dict[str, float]:
-        """What was counted, over all ranks, per second."""
+        """The counts of all ranks per second, as ``<name>_per_second``."""
         total: Counter[str] = sum(context.all_gather_object(self._counts), Counter())
         return {f"{name}_per_second": count / seconds for name, count in sorted(total.items())}
 
@@ -43,14 +43,14 @@ class Totals:
             self._metrics[name] = self._metrics.get(name, torch.zeros_like(pair)) + pair
 
     def add_step(self, sums: Tensor, grad_norm: Tensor) -> None:
-        """Count a step that was taken, with its loss (sum, weight) over all ranks."""
+        """Add a step that was not skipped, with its loss (sum, weight) over all ranks."""
         self.steps_seen += 1
         self._grad_steps += 1
         self._loss += sums
         self._grad_norm += grad_norm
 
     def means(self, context: DistributedContext) -> dict[str, Any]:
-        """Means over steps, ranks and micro-batches."""
+        """Means over steps, ranks and micro-batches; None for a metric without any count."""
         values: dict[str, Any] = {}
         if self._grad_steps:
             values["loss"] = float(self._loss[0] / self._loss[1].clamp(min=1))

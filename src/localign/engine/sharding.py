@@ -1,4 +1,4 @@
-"""Sharded training (FSDP2): a rank holds its share of every parameter, gradient and optimizer moment."""
+"""Sharded training (FSDP2): each rank holds a part of every parameter, gradient and optimizer moment."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ def shard(
     """Shard a module in place; its parameters become DTensors under the same names, on the mesh's device.
 
     Args:
-        module: What is trained of it is the master copy, so float32. The same weights on every rank, or on the
-            meta device, to be filled by :func:`broadcast_from_rank0`.
-        units: Submodules that are gathered for their computation, and let go after it, one at a time; inner ones
-            before outer ones. What is in none of them is gathered for the whole step.
-        unsharded: Frozen submodules that every rank keeps whole; they are left where they are.
-        mesh: Of :meth:`~localign.engine.distributed.DistributedContext.mesh`.
-        compute_dtype: What units compute in; None for the parameters' own.
-        reduce_dtype: What gradients are summed over ranks in.
-        reshard_after_forward: Whether units are let go between forward and backward pass.
+        module: Has the same weights on every rank, or is on the meta device, to be filled by
+            :func:`broadcast_from_rank0`. Trainable parameters are float32.
+        units: Submodules that are gathered one at a time for their computation, inner ones before outer ones. All
+            other parameters are gathered for the whole step.
+        unsharded: Frozen submodules of which every rank keeps a full copy; they stay on their device.
+        mesh: From :meth:`~localign.engine.distributed.DistributedContext.mesh`.
+        compute_dtype: Dtype of the units' computation; None for the dtype of the parameters.
+        reduce_dtype: Dtype in which gradients are summed over ranks.
+        reshard_after_forward: Whether units are resharded between forward and backward pass.
 
     Raises:
-        ValueError: An unsharded part is not frozen: its gradients would stay on their rank.
+        ValueError: An unsharded submodule is trainable. Its gradients would not be summed over ranks.
     """
-    ignored = {p for part in unsharded for p in part.parameters()}
+    ignored = {p for submodule in unsharded for p in submodule.parameters()}
     if any(p.requires_grad for p in ignored):
-        raise ValueError("a part that is trained must be sharded")
+        raise ValueError("a trainable submodule cannot be left unsharded")
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
-    for part in units:
+    for unit in units:
         fully_shard(
-            part,
+            unit,
             mesh=mesh,
             mp_policy=policy,
             ignored_params=ignored,
@@ -67,19 +67,19 @@ def shard_task(
     config: TrainConfig,
     context: DistributedContext,
 ) -> None:
-    """Shard a task's module, and its average, as the task says.
+    """Shard a task's module and its moving average in place.
 
     Args:
-        task: Names the units and what stays whole.
-        modules: Its module, and copies of it; what is on the meta device becomes the main rank's.
-        mesh: As of :func:`shard`.
+        task: Names the units and the unsharded submodules.
+        modules: The task's module and its average. Tensors on the meta device are filled from the main rank.
+        mesh: As for :func:`shard`.
         in_bf16: Whether units compute in bfloat16.
-        config: Says in what precision gradients are summed, and how long what is gathered is kept.
+        config: Sets the precision of gradient sums, and whether units are resharded after the forward pass.
         context: All ranks of the mesh.
     """
     for module in modules:
-        empty = {name for names in context.all_gather_object(_on_meta(module)) for name in names}
-        whole = {name: t.detach() for (name, *_), t in _tensors(module) if name in empty}
+        missing = {name for names in context.all_gather_object(_on_meta(module)) for name in names}
+        full = {name: t.detach() for (name, *_), t in _tensors(module) if name in missing}
         shard(
             module,
             task.shard_units(module),
@@ -89,7 +89,7 @@ def shard_task(
             reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bf16" else torch.float32,
             reshard_after_forward=config.reshard_after_forward,
         )
-        broadcast_from_rank0(module, whole, context)
+        broadcast_from_rank0(module, full, context)
 
 
 def _on_meta(module: nn.Module) -> list[str]:
@@ -97,42 +97,42 @@ def _on_meta(module: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def broadcast_from_rank0(module: nn.Module, whole: Mapping[str, Tensor], context: DistributedContext) -> None:
-    """Give ranks what they hold on the meta device: each takes its share of what the main rank has, in place.
+def broadcast_from_rank0(module: nn.Module, full: Mapping[str, Tensor], context: DistributedContext) -> None:
+    """Fill the tensors that are on the meta device with the main rank's values, in place.
 
-    One tensor at a time is whole on the device. So one rank alone reads weights, and has them in main memory.
+    Only one full tensor at a time is on the device, and only the main rank needs the weights in main memory.
 
     Args:
-        module: Sharded, the same on every rank but for the values.
-        whole: By first name, what :func:`shard` was given: values on the main rank, perhaps none on others. All
-            ranks name the same.
+        module: Sharded; the same on every rank except for the values.
+        full: First name -> full tensor, as before sharding. The same names on every rank; only the main rank needs
+            values.
         context: All ranks of the module's mesh.
     """
     for names, tensor in _tensors(module):
-        if names[0] not in whole:
+        if names[0] not in full:
             continue
-        source = whole[names[0]]
+        source = full[names[0]]
         if context.is_main:
-            full = source.to(context.device).contiguous()
+            value = source.to(context.device).contiguous()
         else:
-            full = torch.empty(source.shape, dtype=source.dtype, device=context.device)
-        if full.numel():
-            dist.broadcast(full.reshape(-1).view(torch.uint8), src=0)  # not every backend knows every dtype
+            value = torch.empty(source.shape, dtype=source.dtype, device=context.device)
+        if value.numel():
+            dist.broadcast(value.reshape(-1).view(torch.uint8), src=0)  # not every backend knows every dtype
         if not tensor.is_meta:
             continue
         filled = torch.empty_like(tensor, device=context.device)
         if isinstance(filled, DTensor):
-            mine = distribute_tensor(full, filled.device_mesh, filled.placements, src_data_rank=None)
-            filled.to_local().copy_(mine.to_local())
+            local = distribute_tensor(value, filled.device_mesh, filled.placements, src_data_rank=None)
+            filled.to_local().copy_(local.to_local())
         else:
-            filled.copy_(full)
+            filled.copy_(value)
         if isinstance(tensor, nn.Parameter):
             filled = nn.Parameter(filled, tensor.requires_grad)
         _set(module, names, filled)
 
 
 def _tensors(module: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """Parameters and buffers, those that are not saved too, each with all its names."""
+    """All parameters and buffers, also those that are not in the state dict, each with all its names."""
     found: dict[int, tuple[list[str], Tensor]] = {}
     for named in (module.named_parameters, module.named_buffers):
         for name, tensor in named(remove_duplicate=False):
@@ -147,43 +147,43 @@ def _set(module: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Let go of what a forward pass without a backward pass has left gathered."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    """Reshard after a forward pass without a backward pass, which leaves parameters gathered."""
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            submodule.reshard()
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
-    """A copy whose parameters and saved buffers take no memory (meta device), to be filled once at the end.
+    """A copy of the module with its state dict's tensors on the meta device, for :func:`gather_full` to fill.
 
     Args:
-        module: Not sharded yet: a sharded one can no longer be copied.
+        module: Not sharded; a sharded module cannot be copied.
     """
-    hollow: dict[int, Tensor] = {}
+    memo: dict[int, Tensor] = {}
     for tensor in module.state_dict(keep_vars=True).values():
         empty = torch.empty_like(tensor, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
-        hollow[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-    return copy.deepcopy(module, hollow)  # what the memo knows is not copied but replaced
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(module, memo)  # deepcopy puts in what the memo holds instead of copying the tensor
 
 
-def gather_full(hollow: nn.Module | None, module: nn.Module) -> nn.Module | None:
-    """Gather a sharded module's weights in the hollow copy, on the CPU: one tensor at a time, on the main rank.
+def gather_full(skeleton: nn.Module | None, module: nn.Module) -> nn.Module | None:
+    """Gather a sharded module's weights on the main rank's CPU, one tensor at a time. A call of all ranks.
 
     Args:
-        hollow: Of :func:`meta_copy`; None on the other ranks, which take part in the gathering all the same.
+        skeleton: From :func:`meta_copy`, filled in place; None on ranks other than the main one.
         module: Sharded.
 
     Returns:
-        ``hollow``, whole.
+        ``skeleton`` with all weights; None on ranks other than the main one.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(module, options=options)
-    if hollow is None:
+    if skeleton is None:
         return None
-    tied = [names for names, _ in _tensors(hollow)]
-    hollow.load_state_dict(state, strict=True, assign=True)
+    tied = [names for names, _ in _tensors(skeleton)]
+    skeleton.load_state_dict(state, strict=True, assign=True)
     for first, *others in tied:
         if others:
-            _set(hollow, others, hollow.get_parameter(first))
-    return hollow
+            _set(skeleton, others, skeleton.get_parameter(first))
+    return skeleton

@@ -309,7 +309,7 @@ def test_what_is_trained_must_be_in_checkpoints(tmp_path: Path) -> None:
 
 def test_what_is_trained_must_be_sharded() -> None:
     module = TokenModel()
-    with pytest.raises(ValueError, match="that is trained must be sharded"):
+    with pytest.raises(ValueError, match="a trainable submodule cannot be left unsharded"):
         shard(module, [], [module.blocks[0]], mesh=None, compute_dtype=None, reduce_dtype=torch.float32)  # type: ignore[arg-type]
 
 

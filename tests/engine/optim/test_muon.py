@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from localign.engine.optim import muon
-from localign.engine.optim.muon import Muon, orthogonalised
+from localign.engine.optim.muon import Muon, orthogonalise
 
 SHAPES = [(8, 8), (6, 16), (16, 6), (8, 8), (6, 16), (1, 5)]
 RATE, DECAY = 0.1, 0.2
@@ -52,7 +52,7 @@ def test_matrices_are_as_if_each_were_alone(monkeypatch: pytest.MonkeyPatch) -> 
     together = stepped(matrices(), Muon)
     alone = [stepped([p], Muon)[0] for p in matrices()[:1]]
     assert torch.allclose(together[0], alone[0], atol=1e-6)
-    monkeypatch.setattr(muon, "_AT_ONCE", 1)
+    monkeypatch.setattr(muon, "_MAX_BATCH", 1)
     for one, other in zip(stepped(matrices(), Muon), together, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 
@@ -72,7 +72,7 @@ def test_a_parameter_without_gradient_stays() -> None:
 def test_singular_vectors_stay_and_values_become_one(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     given = torch.randn(shape)
-    result = orthogonalised(given)
+    result = orthogonalise(given)
     assert result.dtype == torch.float32
     values = torch.linalg.svdvals(result)
     assert values.min() > 0.6
@@ -81,4 +81,4 @@ def test_singular_vectors_stay_and_values_become_one(shape: tuple[int, ...]) -> 
     core = u.mT @ result @ vh.mT
     off = core - torch.diag_embed(core.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < 1e-4, "the same singular vectors"
-    assert not orthogonalised(torch.zeros(4, 4)).any()
+    assert not orthogonalise(torch.zeros(4, 4)).any()

@@ -1,1 +1,1 @@
-"""Checkpoints: whole and sharded, both sealed with checksums."""
+"""Checkpoints of replicated and sharded runs, protected by checksums."""

@@ -1,4 +1,4 @@
-"""What a checkpoint's JSON file knows of the checkpoint: size and digest of each file, and a digest of itself."""
+"""Checksums in a checkpoint's JSON file: size and digest of every other file, and a digest of the JSON itself."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 FILES, SEAL = "files", "checksum"
+"""Keys in the JSON file: name -> :class:`FileInfo`, and the digest of the JSON file."""
 _BLOCK = 2**22
 _DIGEST_SIZE = 16
 _UNSEALED = "0" * 2 * _DIGEST_SIZE
-"""In the place of a file's own digest, while that is computed."""
+"""Stands for the JSON file's digest while the digest is computed."""
 _THREADS = 4
-"""Files that are read at a time; hashing runs outside of Python's lock."""
-
-FileFacts = dict[str, Any]
-"""``{"bytes": int, "blake2b": str}`` of one file."""
+"""Files read in parallel; hashing releases Python's lock."""
 
 
-def file_facts(path: Path) -> FileFacts:
+class FileInfo(TypedDict):
     """Size and digest of a file."""
+
+    bytes: int
+    blake2b: str
+    """32 hexadecimal digits."""
+
+
+def file_info(path: Path) -> FileInfo:
+    """Read a file and return its size and digest."""
     digest, size = blake2b(digest_size=_DIGEST_SIZE), 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -31,33 +37,33 @@ def file_facts(path: Path) -> FileFacts:
     return {"bytes": size, "blake2b": digest.hexdigest()}
 
 
-def facts_of(paths: Iterable[Path]) -> dict[str, FileFacts]:
-    """Size and digest of files, by their names."""
+def files_info(paths: Iterable[Path]) -> dict[str, FileInfo]:
+    """Sizes and digests of files, by file name."""
     paths = sorted(paths)
     with ThreadPoolExecutor(_THREADS) as threads:
-        return {path.name: facts for path, facts in zip(paths, threads.map(file_facts, paths), strict=True)}
+        return {path.name: info for path, info in zip(paths, threads.map(file_info, paths), strict=True)}
 
 
-def sealed_text(content: Mapping[str, Any], files: Mapping[str, FileFacts]) -> str:
-    """The text of a checkpoint's JSON file, with what it says about the checkpoint's files and itself."""
+def sealed_text(content: Mapping[str, Any], files: Mapping[str, FileInfo]) -> str:
+    """The text of a checkpoint's JSON file: the content, the checkpoint's other files, and the text's own digest."""
     text = json.dumps({**content, FILES: dict(files), SEAL: _UNSEALED}, indent=1)
     return _with_seal(text, _UNSEALED, _digest(text))
 
 
 def read_sealed(text: str) -> dict[str, Any]:
-    """The content of a checkpoint's JSON file. An older localign's has no seal, and is taken as it is.
+    """Parse a checkpoint's JSON file. A file of an older version has no digest and is not checked.
 
     Raises:
-        ValueError: It is not what was written.
+        ValueError: The text is not JSON, has no step, or does not match its digest.
     """
     content = json.loads(text)
     if not isinstance(content, dict) or not isinstance(content.get("step"), int):
-        raise ValueError("it does not say which step it is of")
+        raise ValueError("it has no step number")
     seal = content.get(SEAL)
     if seal is None and FILES not in content:
         return content
     if not isinstance(seal, str) or _digest(_with_seal(text, seal, _UNSEALED)) != seal:
-        raise ValueError("it is not what was written (its checksum differs)")
+        raise ValueError("its checksum differs")
     return content
 
 
@@ -70,23 +76,26 @@ def _with_seal(text: str, old: str, new: str) -> str:
     return f'{before}"{SEAL}": "{new}"{after}' if found else text
 
 
-def files_problem(folder: Path, files: Mapping[str, FileFacts]) -> str:
-    """What is wrong with a checkpoint's files, beside what was noted when they were written; "" for nothing.
+def check_files(folder: Path, expected: Mapping[str, FileInfo]) -> str:
+    """Compare a checkpoint's files with what its JSON file says about them.
+
+    Returns:
+        A line that names all differences; "" if there are none.
 
     Raises:
-        OSError: One cannot be read.
+        OSError: A file cannot be read.
     """
-    there = {p.name: p for p in folder.glob("*.safetensors")}
-    problems = [f"{name} is missing" for name in files.keys() - there.keys()]
-    problems += [f"{name} does not belong to it" for name in there.keys() - files.keys()]
-    sizes = {name: there[name].stat().st_size for name in files.keys() & there.keys()}
+    paths = {p.name: p for p in folder.glob("*.safetensors")}
+    problems = [f"{name} is missing" for name in expected.keys() - paths.keys()]
+    problems += [f"{name} does not belong to the checkpoint" for name in paths.keys() - expected.keys()]
+    sizes = {name: paths[name].stat().st_size for name in expected.keys() & paths.keys()}
     problems += [
-        f"{name} has {size} bytes instead of {files[name]['bytes']}"
+        f"{name} has {size} bytes instead of {expected[name]['bytes']}"
         for name, size in sizes.items()
-        if size != files[name]["bytes"]
+        if size != expected[name]["bytes"]
     ]
     if not problems:
-        found = facts_of(there.values())
-        changed = [name for name in found if found[name] != files[name]]
-        problems = [f"{name} is not what was written (its checksum differs)" for name in changed]
+        found = files_info(paths.values())
+        changed = [name for name in found if found[name] != expected[name]]
+        problems = [f"the checksum of {name} differs" for name in changed]
     return "; ".join(sorted(problems))

@@ -1,4 +1,7 @@
-"""Checkpoints: folders ``step-<n>`` of safetensors and one JSON file, whole or absent."""
+"""Checkpoints of runs in which every rank holds the full model: folders ``step-<n>`` of safetensors and one JSON file.
+
+A checkpoint is complete or absent: it is written to a temporary folder, which is then renamed.
+"""
 
 from __future__ import annotations
 
@@ -9,48 +12,37 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from localign.engine.checkpoints.checksums import (
-    FILES,
-    FileFacts,
-    facts_of,
-    files_problem,
-    read_sealed,
-    sealed_text,
-)
-from localign.engine.optim.build import state_kinds
+from localign.engine.checkpoints.checksums import check_files, files_info, read_sealed
+from localign.engine.checkpoints.state import STATE_FILE, BestCheckpoint, SavedState, state_text
+from localign.engine.optim.build import state_names
 from localign.errors import UserError
 from localign.files import replace_text, replacing_folder
 from localign.weights import load_strict
 
-STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 EMA_FILE = "ema.safetensors"
 BEST_FILE = "best.json"
-STATE_FIELDS = frozenset(
-    {"fingerprint", "task", "guard", "digest", "bad_images", "seconds", "best", "validation"}
-)
-"""What the loop needs of a checkpoint's JSON file."""
 _STEP_FOLDER = re.compile(r"step-(\d+)$")
 _DAMAGED = ".damaged"
 
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """A checkpoint's content, on the CPU."""
+    """The content of a checkpoint, on the CPU."""
 
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     ema: dict[str, Tensor] | None
-    state: dict[str, Any]
+    state: SavedState
 
 
 class Checkpoints:
@@ -58,9 +50,9 @@ class Checkpoints:
 
     Args:
         folder: ``<run>/checkpoints``.
-        keep: How many of the newest to keep; the best is kept besides.
-        included: Whether a tensor of the module is written, by its name; one that is not keeps, when a run is
-            continued, the value it was built with.
+        keep: How many of the newest checkpoints to keep. The best one is always kept.
+        included: Whether checkpoints hold the module's tensor with this name. A resumed run builds all other tensors
+            anew.
     """
 
     def __init__(
@@ -71,23 +63,23 @@ class Checkpoints:
         self.included = included
 
     def steps(self) -> list[int]:
-        """The steps there are complete checkpoints of, ascending."""
+        """The steps of all complete checkpoints, ascending."""
         return [step for step in self.all_steps() if (self.path(step) / STATE_FILE).is_file()]
 
     def all_steps(self) -> list[int]:
-        """The steps there are folders of, ascending, whatever is in them."""
+        """The steps of all checkpoint folders, complete or not, ascending."""
         if not self.folder.is_dir():
             return []
-        found = (_STEP_FOLDER.match(p.name) for p in self.folder.iterdir() if p.is_dir())
-        return sorted(int(m.group(1)) for m in found if m)
+        matches = (_STEP_FOLDER.match(p.name) for p in self.folder.iterdir() if p.is_dir())
+        return sorted(int(m.group(1)) for m in matches if m)
 
     def resume_hint(self) -> str:
-        """How a run that has failed goes on, for the line that says so."""
+        """How to resume the run, for the error line of a failed run."""
         steps = self.steps()
         return f"--resume continues from step {steps[-1]}" if steps else "there is no checkpoint"
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
+        """The folder of the checkpoint of a step."""
         return self.folder / f"step-{step:07d}"
 
     def save(
@@ -98,104 +90,105 @@ class Checkpoints:
         state: Mapping[str, Any],
         ema: nn.Module | None = None,
     ) -> Path:
-        """Write the state after ``step`` optimizer steps, then drop checkpoints that are no longer needed.
+        """Write a checkpoint, then delete checkpoints that are no longer needed.
 
         Args:
-            step: Its number; there is no checkpoint of it yet.
-            module, optimizer, ema: Their tensors are written.
-            state: What else is written, JSON-able. Where its ``best`` is this step, that is marked too.
+            step: Optimizer steps taken. There is no checkpoint of this step yet.
+            module, optimizer, ema: Their tensors are saved.
+            state: JSON-able; saved too. If its ``best`` is this step, the checkpoint is marked as the best.
         """
         path = self.path(step)
         with replacing_folder(path) as temporary:
-            save_file(_tensors(self._included_state(module)), temporary / MODEL_FILE)
-            save_file(_tensors(optimizer_tensors(module, optimizer)), temporary / OPTIMIZER_FILE)
+            save_file(_cpu_copies(self._included_state(module)), temporary / MODEL_FILE)
+            save_file(_cpu_copies(optimizer_tensors(module, optimizer)), temporary / OPTIMIZER_FILE)
             if ema is not None:
-                save_file(_tensors(self._included_state(ema)), temporary / EMA_FILE)
-            files = facts_of(temporary.iterdir())
+                save_file(_cpu_copies(self._included_state(ema)), temporary / EMA_FILE)
+            files = files_info(temporary.iterdir())
             (temporary / STATE_FILE).write_text(state_text(step, state, files), encoding="utf-8")
-        self._tidy(step, state.get("best"))
+        self._finish_saving(step, state.get("best"))
         return path
 
     def wait(self) -> None:
-        """Until what was saved is there."""
+        """Wait until the last :meth:`save` has finished."""
 
     def _included_state(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's tensors that checkpoints hold, by name."""
         return {name: tensor for name, tensor in module.state_dict().items() if self.included(name)}
 
-    def _tidy(self, step: int, best: Mapping[str, Any] | None) -> None:
-        """With a step's checkpoint in its place: drop what is no longer needed; mark it, if it is the best."""
+    def _finish_saving(self, step: int, best: BestCheckpoint | None) -> None:
+        """Delete old checkpoints, and mark the new one if it is the best."""
         self._prune()
         if best is not None and best["step"] == step:
             self.mark_best(**best)
 
     def mark_best(self, step: int, val_loss: float) -> None:
-        """Note which checkpoint had the lowest validation loss."""
+        """Record which checkpoint has the lowest validation loss."""
         replace_text(self.folder / BEST_FILE, json.dumps({"step": step, "val_loss": val_loss}) + "\n")
         self._prune()
 
-    def best(self) -> dict[str, Any] | None:
-        """``{"step": ..., "val_loss": ...}`` of the best checkpoint, if one is marked legibly."""
+    def best(self) -> BestCheckpoint | None:
+        """The checkpoint that is marked as the best; None if there is no readable mark."""
         try:
             best = json.loads((self.folder / BEST_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        return best if isinstance(best, dict) and isinstance(best.get("step"), int) else None
+        is_mark = isinstance(best, dict) and isinstance(best.get("step"), int)
+        return cast(BestCheckpoint, best) if is_mark else None
 
     def _prune(self) -> None:
-        best, steps = (self.best() or {}).get("step"), self.steps()
+        best, steps = self.best(), self.steps()
         for step in steps[: -self.keep]:
-            if step != best:
+            if best is None or step != best["step"]:
                 shutil.rmtree(self.path(step), ignore_errors=True)
-        for aside in self.folder.glob(f"step-*{_DAMAGED}"):
-            step_folder = _STEP_FOLDER.match(aside.name.removesuffix(_DAMAGED))
-            if step_folder and int(step_folder.group(1)) <= max(steps, default=-1):
-                shutil.rmtree(aside, ignore_errors=True)
+        for damaged in self.folder.glob(f"step-*{_DAMAGED}"):
+            match = _STEP_FOLDER.match(damaged.name.removesuffix(_DAMAGED))
+            if match and int(match.group(1)) <= max(steps, default=-1):
+                shutil.rmtree(damaged, ignore_errors=True)
 
     def set_aside(self, step: int) -> Path:
-        """Rename a damaged checkpoint, so that it counts no longer; it goes when its step is saved again."""
+        """Rename the folder of a damaged checkpoint. It is deleted once the run has passed its step."""
         path = self.path(step)
-        aside = path.with_name(path.name + _DAMAGED)
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        return aside
+        target = path.with_name(path.name + _DAMAGED)
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+        return target
 
     def unmark_best(self) -> None:
-        """No checkpoint is the best."""
+        """Delete the mark of the best checkpoint."""
         (self.folder / BEST_FILE).unlink(missing_ok=True)
 
     def verify(self, step: int) -> bool:
-        """Read all files of a checkpoint and compare them with what was written.
+        """Read all files of a checkpoint and compare their checksums.
 
         Returns:
-            Whether it has checksums; without them nothing but its JSON file was read.
+            False if the checkpoint has no checksums; only its JSON file was read then.
 
         Raises:
-            UserError: It is damaged; the line says where.
+            UserError: The checkpoint is damaged; the line names the file.
         """
         path, state = self.path(step), self.state(step)
-        if FILES not in state:
+        if "files" not in state:
             return False
         with reading(path):
-            if problem := files_problem(path, state[FILES]):
+            if problem := check_files(path, state["files"]):
                 raise ValueError(problem)
         return True
 
-    def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors.
+    def state(self, step: int) -> SavedState:
+        """Read the JSON file of a checkpoint.
 
         Raises:
-            UserError: It is damaged.
+            UserError: The file is damaged.
         """
         path = self.path(step)
-        with reading(path), _named(STATE_FILE):
-            return read_sealed((path / STATE_FILE).read_text(encoding="utf-8"))
+        with reading(path), _naming(STATE_FILE):
+            return cast(SavedState, read_sealed((path / STATE_FILE).read_text(encoding="utf-8")))
 
     def load(self, step: int) -> CheckpointContent:
-        """Check a checkpoint and read it.
+        """Verify a checkpoint and read it.
 
         Raises:
-            UserError: It is damaged.
+            UserError: The checkpoint is damaged.
         """
         self.verify(step)
         return self._read(step)
@@ -210,62 +203,57 @@ class Checkpoints:
     def restore(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
     ) -> None:
-        """Put the tensors of a checkpoint that was verified where they came from.
+        """Load the tensors of a verified checkpoint into a module, its optimizer and its average.
 
         Raises:
-            UserError: It cannot be read, or lacks or has tensors that it should not; they are named.
+            UserError: A file cannot be read, or tensors are missing or unexpected; the line names them.
         """
-        path, loaded = self.path(step), self._read(step)
-        load_module(module, loaded.model, path / MODEL_FILE, self.included)
-        load_optimizer_tensors(module, optimizer, loaded.optimizer, path / OPTIMIZER_FILE)
+        path, content = self.path(step), self._read(step)
+        load_module(module, content.model, path / MODEL_FILE, self.included)
+        load_optimizer_tensors(module, optimizer, content.optimizer, path / OPTIMIZER_FILE)
         if ema is not None:
-            load_module(ema, loaded.ema or {}, path / EMA_FILE, self.included)
-
-
-def state_text(step: int, state: Mapping[str, Any], files: Mapping[str, FileFacts]) -> str:
-    """The content of a checkpoint's JSON file; ``files`` are the others of its folder."""
-    return sealed_text({"step": step, **state}, files)
+            load_module(ema, content.ema or {}, path / EMA_FILE, self.included)
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Inside, what cannot be read makes the checkpoint at ``path`` a damaged one, a UserError."""
+    """Turn errors from reading inside the block into a UserError: the checkpoint at ``path`` is damaged."""
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {_cause(error)}") from error
+        raise UserError(f"checkpoint {path} is damaged: {_first_line(error)}") from error
 
 
 @contextmanager
-def _named(file: str) -> Iterator[None]:
+def _naming(file: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: {_cause(error)}") from error
+        raise ValueError(f"{file}: {_first_line(error)}") from error
 
 
-def _cause(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def remove_leftovers(*folders: Path) -> None:
-    """Delete what a killed run left half-written right inside the folders, where they exist."""
+    """Delete the temporary files and folders that a killed run left in these folders."""
     for folder in folders:
         for path in folder.glob(".*.tmp"):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _cpu_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by ``<kind>.<parameter name>``, so that it does not hang on parameter order."""
+    """The optimizer's state as ``<state name>.<parameter name>``, independent of the order of parameters."""
     names = {id(p): n for n, p in module.named_parameters()}
     return {
-        f"{kind}.{names[id(p)]}": torch.as_tensor(value)
+        f"{state_name}.{names[id(p)]}": torch.as_tensor(value)
         for p, values in optimizer.state.items()
-        for kind, value in values.items()
+        for state_name, value in values.items()
     }
 
 
@@ -275,20 +263,19 @@ def load_optimizer_tensors(
     """The inverse of :func:`optimizer_tensors`.
 
     Raises:
-        UserError: State is missing for a trainable parameter, or left over.
+        UserError: State of a trainable parameter is missing, or there is state of unknown parameters.
     """
     left = dict(tensors)
-    wanted = state_kinds(optimizer) if tensors else {}
+    wanted = state_names(optimizer) if tensors else {}
     for name, parameter in module.named_parameters():
         found = {k.removesuffix(f".{name}"): v for k, v in tensors.items() if k.split(".", 1)[1] == name}
-        for kind in found:
-            del left[f"{kind}.{name}"]
-        if lacks := wanted.get(parameter, frozenset()) - found.keys():
-            lacking = ", ".join(sorted(lacks))
-            raise UserError(f"{source} lacks the optimizer state of {name}: {lacking}")
+        for state_name in found:
+            del left[f"{state_name}.{name}"]
+        if missing := wanted.get(parameter, frozenset()) - found.keys():
+            raise UserError(f"{source} lacks the optimizer state of {name}: {', '.join(sorted(missing))}")
         if found:
-            # The step counter belongs where a fused optimizer reads it; moments beside their parameter.
-            # A copy: what safetensors gives may be the file itself, mapped into memory.
+            # Fused optimizers need the step count on the parameter's device too.
+            # A copy, because safetensors may give a view of the memory-mapped file.
             optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in found.items()}
     if left:
         raise UserError(f"{source} has optimizer state of unknown parameters: {', '.join(sorted(left)[:4])}")
@@ -300,10 +287,14 @@ def load_module(
     source: str | Path,
     included: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Strict loading; missing and extra tensors are named. Those that are not included stay as they are."""
+    """Load tensors into a module. Tensors that checkpoints do not hold stay as they are.
+
+    Raises:
+        UserError: Tensors are missing or unexpected; the line names them.
+    """
     own = {name: tensor for name, tensor in module.state_dict().items() if not included(name)}
-    if surplus := sorted(own.keys() & tensors.keys()):
+    if unexpected := sorted(own.keys() & tensors.keys()):
         raise UserError(
-            f"{source} does not fit: {len(surplus)} tensors that are kept in no checkpoint ({surplus[0]})"
+            f"{source} does not fit: it has {len(unexpected)} tensors that this run does not save ({unexpected[0]})"
         )
     load_strict(module, {**own, **tensors}, source)

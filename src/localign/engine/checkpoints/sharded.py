@@ -1,11 +1,12 @@
-"""Checkpoints of sharded runs: written by all ranks beside the training, read by any number of ranks.
+"""Checkpoints of sharded runs: written by all ranks while training continues, read by any number of ranks.
 
-torch.distributed.checkpoint plans who writes and reads which part. Its own files are pickles, though (the
-metadata in any case), and a checkpoint may come from somewhere else; so the two storage classes here write and
-read nothing but safetensors, one file per rank, whose headers name the place of each part in its tensor, and the
-JSON file that every checkpoint has. The header's key is the one of torch's HuggingFaceStorageReader, which reads
-these files too.
+torch.distributed.checkpoint plans which rank writes and reads which part of a tensor. Its default storage pickles the
+metadata, and a checkpoint may come from an untrusted source. The two storage classes here read and write only
+safetensors, one file per rank, and the JSON file of every checkpoint. The safetensors header says where each part
+belongs in its tensor, under the key of torch's HuggingFaceStorageReader, which can read these files too.
 """
+
+# Not torch's HuggingFaceStorage classes: they do not notice missing parts, and need twice a rank's share in memory.
 
 from __future__ import annotations
 
@@ -19,25 +20,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future as TorchFuture
 
-from localign.engine.checkpoints.checksums import FileFacts, facts_of, file_facts
+from localign.engine.checkpoints.checksums import FileInfo, file_info, files_info
 from localign.engine.checkpoints.replicated import (
-    STATE_FILE,
     Checkpoints,
     load_optimizer_tensors,
     optimizer_tensors,
     reading,
-    state_text,
 )
+from localign.engine.checkpoints.state import STATE_FILE, BestCheckpoint, state_text
 from localign.engine.disk import reason
 from localign.engine.distributed import DistributedContext
 from localign.errors import RunFailure, UserError
@@ -45,7 +52,7 @@ from localign.files import fsync_path, put_in_place
 
 OFFSETS_KEY = "DCP_SHARDING_INFO"
 MODEL, OPTIMIZER, EMA = "model.", "optimizer.", "ema."
-"""Prefixes of tensor names. What follows is the module's name of a tensor, or ``<kind>.<parameter name>``."""
+"""Prefixes of tensor names, before the module's tensor name or ``<state name>.<parameter name>``."""
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -54,14 +61,14 @@ _DTYPES = {
 
 
 class ShardedCheckpoints(Checkpoints):
-    """The checkpoints of a sharded run; saving and restoring are calls of all ranks.
+    """The checkpoints of a sharded run. All ranks must call :meth:`save` and :meth:`restore`.
 
-    :meth:`save` copies this rank's tensors and returns; a thread writes them, one checkpoint at a time. A
-    checkpoint comes to its place when all ranks have written their parts, so a killed run leaves none by halves.
+    :meth:`save` copies this rank's tensors and returns. A thread writes them, one checkpoint at a time. The folder gets
+    its final name after all ranks have written their files, so a killed run leaves no partial checkpoint.
 
     Args:
-        folder, keep, included: As of :class:`Checkpoints`.
-        context: All ranks of the run; they see the same folder.
+        folder, keep, included: As for :class:`Checkpoints`.
+        context: All ranks of the run. They share the folder.
     """
 
     def __init__(
@@ -69,7 +76,7 @@ class ShardedCheckpoints(Checkpoints):
     ) -> None:
         super().__init__(folder, keep, included)
         self.context = context
-        self._group = context.cpu_group()  # of its own: training goes on while the thread exchanges plans
+        self._group = context.cpu_group()  # the writing thread communicates while training does
         self._writing: tuple[int, Future[Any]] | None = None
 
     def save(
@@ -80,31 +87,31 @@ class ShardedCheckpoints(Checkpoints):
         state: Mapping[str, Any],
         ema: nn.Module | None = None,
     ) -> Path:
-        """Begin to write a checkpoint, when the one before is there.
+        """Start to write a checkpoint, after the previous one is complete.
 
         Args:
-            step, module, optimizer, ema: As of :meth:`Checkpoints.save`.
-            state: Likewise; the main rank's counts.
+            step, module, optimizer, ema: As for :meth:`Checkpoints.save`.
+            state: As for :meth:`Checkpoints.save`; only the main rank's is saved.
         """
         self.wait()
         path = self.path(step)
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.context.all_gather_object(path.with_name(f".{path.name}.{os.getpid()}.tmp"))[0]
-        # As text at once: what the state refers to may have changed when the thread comes to it.
+        # Dump the state now: the loop may change its objects before the thread is done.
         publish = partial(self._publish, temporary, step, json.dumps(state), state.get("best"))
         writer = _Writer(temporary, self.context.rank, publish)
         moments = {OPTIMIZER + name: tensor for name, tensor in optimizer_tensors(module, optimizer).items()}
         tensors = {**self._module_tensors(module, ema), **moments}
-        future = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
+        future = async_save(tensors, storage_writer=writer, process_group=self._group)
         assert isinstance(future, Future)
         self._writing = step, future
         return path
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is in its place.
+        """Wait until the checkpoint that is being written is complete.
 
         Raises:
-            RunFailure: It could not be written.
+            RunFailure: The checkpoint could not be written.
         """
         if self._writing is None:
             return
@@ -118,7 +125,7 @@ class ShardedCheckpoints(Checkpoints):
     def restore(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
     ) -> None:
-        """As of :meth:`Checkpoints.restore`; each rank reads its own share, whoever has written it."""
+        """As :meth:`Checkpoints.restore`. Each rank reads its own part, whichever ranks wrote it."""
         path = self.path(step)
         reader = _Reader(path)
         with reading(path):
@@ -127,16 +134,16 @@ class ShardedCheckpoints(Checkpoints):
         moments = {name: part for name, part in found.items() if name.startswith(OPTIMIZER)}
         _check_names(tensors, {n: p for n, p in found.items() if n not in moments}, path)
         parameters = dict(module.named_parameters())
-        tensors |= {name: _room_for(name, part, parameters) for name, part in moments.items()}
+        tensors |= {name: _empty_moment(name, part, parameters) for name, part in moments.items()}
         try:
-            dcp.load(tensors, storage_reader=reader, process_group=self._group)
+            load(tensors, storage_reader=reader, process_group=self._group)
         except CheckpointException as error:
             raise UserError(f"checkpoint {path} is damaged: {_first_cause(error)}") from error
         loaded = {name.removeprefix(OPTIMIZER): tensors[name] for name in moments}
         load_optimizer_tensors(module, optimizer, loaded, path)
 
     def _module_tensors(self, module: nn.Module, ema: nn.Module | None) -> dict[str, Tensor]:
-        """What is saved and restored in place: parameters and buffers, tied ones once, under their first name."""
+        """The parameters and buffers that checkpoints hold; tied ones once, under their first name."""
         tensors: dict[str, Tensor] = {}
         for prefix, owner in ((MODEL, module), (EMA, ema)):
             seen: set[int] = set()
@@ -151,27 +158,27 @@ class ShardedCheckpoints(Checkpoints):
         temporary: Path,
         step: int,
         state: str,
-        best: Mapping[str, Any] | None,
-        files: Mapping[str, FileFacts],
+        best: BestCheckpoint | None,
+        files: Mapping[str, FileInfo],
     ) -> None:
-        # A rank that holds no part of any tensor has a file too, but no result to tell of it.
-        untold = (p for p in temporary.iterdir() if p.name not in files)
-        text = state_text(step, json.loads(state), {**files, **facts_of(untold)})
+        # A rank without any part of a tensor writes a file too, but reports no result for it.
+        unreported = (p for p in temporary.iterdir() if p.name not in files)
+        text = state_text(step, json.loads(state), {**files, **files_info(unreported)})
         (temporary / STATE_FILE).write_text(text, encoding="utf-8")
         put_in_place(temporary, self.path(step))
-        self._tidy(step, best)
+        self._finish_saving(step, best)
 
 
-class _Writer(dcp.StorageWriter):
-    """Writes this rank's parts into a file; on the main rank, publishes the folder when all have written."""
+class _Writer(StorageWriter):
+    """Writes this rank's parts to one file. The main rank publishes the folder when all ranks are done."""
 
-    def __init__(self, folder: Path, rank: int, publish: Callable[[Mapping[str, FileFacts]], None]) -> None:
+    def __init__(self, folder: Path, rank: int, publish: Callable[[Mapping[str, FileInfo]], None]) -> None:
         self.folder, self.rank, self.publish = folder, rank, publish
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         tensors: dict[str, Tensor] = {}
         offsets: dict[str, dict[str, list[int]]] = {}
-        written = []
+        sizes: dict[MetadataIndex, int] = {}
         for item in plan.items:
             tensor, data = planner.resolve_data(item), item.tensor_data
             assert isinstance(tensor, Tensor), f"{item.index.fqn} is no tensor"
@@ -179,16 +186,16 @@ class _Writer(dcp.StorageWriter):
             assert item.index.fqn not in tensors, f"a rank holds two parts of {item.index.fqn}"
             tensors[item.index.fqn] = tensor.detach().cpu().contiguous()
             offsets[item.index.fqn] = {"saved_offsets": list(data.chunk.offsets)}
-            written.append((item.index, tensor.nbytes))
-        self.folder.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not to come back
+            sizes[item.index] = tensor.nbytes
+        self.folder.mkdir(exist_ok=True)  # no parents: a run folder that was deleted stays deleted
         file = self.folder / f"shard-{self.rank:05d}.safetensors"
         save_file(tensors, file, metadata={OFFSETS_KEY: json.dumps(offsets), "format": "pt"})
         fsync_path(file)
-        told = file.name, file_facts(file)  # each rank reads its own
-        return _done([WriteResult(index, size, told) for index, size in written])
+        named_info = file.name, file_info(file)  # each rank hashes its own file
+        return _done([WriteResult(index, size, named_info) for index, size in sizes.items()])
 
-    def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
-        self.publish(dict(result.storage_data for part in results for result in part))
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self.publish(dict(result.storage_data for rank_results in results for result in rank_results))
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
 
@@ -205,20 +212,20 @@ class _Writer(dcp.StorageWriter):
         return True
 
 
-class _Reader(dcp.StorageReader):
-    """Reads the parts that a rank needs from the files of those that wrote them."""
+class _Reader(StorageReader):
+    """Reads the parts that this rank needs from the files of all ranks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[described.MetadataIndex, Path] = {}
+        self._files: dict[MetadataIndex, Path] = {}
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
-        """The tensors there are, from the headers of all files.
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read which tensors there are from the headers of all files.
 
         Raises:
-            ValueError: A part of a tensor is in none of them, or does not say where it belongs.
+            ValueError: A part of a tensor is in no file, or its header has no valid offsets.
         """
-        chunks: dict[str, list[described.ChunkStorageMetadata]] = {}
+        chunks: dict[str, list[ChunkStorageMetadata]] = {}
         dtypes: dict[str, torch.dtype] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as content:
@@ -226,11 +233,11 @@ class _Reader(dcp.StorageReader):
                 for name in content.keys():  # noqa: SIM118  (no dictionary)
                     part = content.get_slice(name)
                     shape = torch.Size(part.get_shape())
-                    begin = _begin(offsets, name, len(shape))
-                    chunks.setdefault(name, []).append(described.ChunkStorageMetadata(begin, shape))
+                    begin = _part_offset(offsets, name, len(shape))
+                    chunks.setdefault(name, []).append(ChunkStorageMetadata(begin, shape))
                     dtypes[name] = _DTYPES[part.get_dtype()]
-                    self._files[described.MetadataIndex(name, begin)] = file
-        return dcp.Metadata({name: _whole(name, dtypes[name], parts) for name, parts in chunks.items()})
+                    self._files[MetadataIndex(name, begin)] = file
+        return Metadata({name: _full_tensor(name, dtypes[name], parts) for name, parts in chunks.items()})
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> TorchFuture[None]:
         by_file: dict[Path, list[ReadItem]] = {}
@@ -239,8 +246,8 @@ class _Reader(dcp.StorageReader):
         for file, items in by_file.items():
             with safe_open(file, framework="pt") as content:
                 for item in items:
-                    where = zip(item.storage_offsets, item.lengths, strict=True)
-                    slices = tuple(slice(begin, begin + length) for begin, length in where)
+                    ranges = zip(item.storage_offsets, item.lengths, strict=True)
+                    slices = tuple(slice(begin, begin + length) for begin, length in ranges)
                     name = item.storage_index.fqn
                     part = content.get_slice(name)[slices] if slices else content.get_tensor(name)
                     target = planner.resolve_tensor(item)
@@ -251,7 +258,7 @@ class _Reader(dcp.StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
 
     def set_up_storage_reader(
-        self, metadata: dcp.Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None: ...
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -265,41 +272,43 @@ class _Reader(dcp.StorageReader):
         return True
 
 
-def _begin(offsets: Any, name: str, dimensions: int) -> torch.Size:
-    """Where a part begins in its tensor."""
-    told = offsets.get(name) if isinstance(offsets, dict) else None
-    begin = told.get("saved_offsets") if isinstance(told, dict) else None
+def _part_offset(offsets: Any, name: str, dimensions: int) -> torch.Size:
+    """Where a part begins in its tensor, from a file's header."""
+    entry = offsets.get(name) if isinstance(offsets, dict) else None
+    begin = entry.get("saved_offsets") if isinstance(entry, dict) else None
     if not isinstance(begin, list) or len(begin) != dimensions:
-        raise ValueError(f"a part of {name} does not say where it belongs")
+        raise ValueError(f"a part of {name} has no offset")
     if not all(type(number) is int and 0 <= number < 2**62 for number in begin):
-        raise ValueError(f"a part of {name} belongs nowhere: {begin}")
+        raise ValueError(f"a part of {name} has an invalid offset: {begin}")
     return torch.Size(begin)
 
 
-def _whole(
-    name: str, dtype: torch.dtype, parts: list[described.ChunkStorageMetadata]
-) -> described.TensorStorageMetadata:
+def _full_tensor(name: str, dtype: torch.dtype, parts: list[ChunkStorageMetadata]) -> TensorStorageMetadata:
     ends = ([b + n for b, n in zip(part.offsets, part.sizes, strict=True)] for part in parts)
     size = torch.Size(max(end) for end in zip(*ends, strict=True))
     if sum(math.prod(part.sizes) for part in parts) != math.prod(size):
         raise ValueError(f"a part of {name} is missing")
-    return described.TensorStorageMetadata(described.TensorProperties(dtype=dtype), size, parts)
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), size, parts)
 
 
 def _check_names(tensors: Mapping[str, Tensor], found: Mapping[str, Any], path: Path) -> None:
-    wrong = [n for n in tensors if n in found and tensors[n].shape != found[n].size]
-    kinds = {
+    misshapen = [n for n in tensors if n in found and tensors[n].shape != found[n].size]
+    names_by_problem = {
         "missing": sorted(tensors.keys() - found.keys()),
         "extra": sorted(found.keys() - tensors.keys()),
-        "wrong shape": [f"{n} {tuple(found[n].size)} for {tuple(tensors[n].shape)}" for n in wrong],
+        "wrong shape": [f"{n} {tuple(found[n].size)} for {tuple(tensors[n].shape)}" for n in misshapen],
     }
-    problems = [f"{kind} {len(names)} ({', '.join(names[:6])})" for kind, names in kinds.items() if names]
+    problems = [
+        f"{problem} {len(names)} ({', '.join(names[:6])})"
+        for problem, names in names_by_problem.items()
+        if names
+    ]
     if problems:
         raise UserError(f"{path} does not fit: {'; '.join(problems)}")
 
 
-def _room_for(name: str, part: Any, parameters: Mapping[str, Tensor]) -> Tensor:
-    """An empty tensor for a piece of optimizer state: sharded as its parameter if it has its shape."""
+def _empty_moment(name: str, part: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+    """An empty tensor for optimizer state, sharded as its parameter if it has the parameter's shape."""
     _, _, parameter_name = name.removeprefix(OPTIMIZER).partition(".")
     parameter, dtype = parameters.get(parameter_name), part.properties.dtype
     if parameter is not None and parameter.shape == part.size:

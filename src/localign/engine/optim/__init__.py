@@ -1,1 +1,1 @@
-"""Optimizers and schedule: AdamW, Muon, learning rates, clipping, averaged weights."""
+"""Optimizers (AdamW, Muon), learning rates, gradient clipping and averaged weights."""

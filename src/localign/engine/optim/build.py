@@ -1,4 +1,4 @@
-"""Optimizers and schedule."""
+"""Optimizers, learning rate schedule, gradient clipping and averaged weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNDECAYED = (
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: not to vectors (norms, biases, LayerScale), positions or tokens."""
+    """Whether weight decay applies: not to vectors (norms, biases, LayerScale), position embeddings or tokens."""
     return parameter.ndim > 1 and not name.endswith(_UNDECAYED)
 
 
@@ -35,10 +35,10 @@ def decayed_names(module: nn.Module) -> frozenset[str]:
 
 
 def hidden_matrices(module: nn.Module) -> frozenset[str]:
-    """Names of the trainable matrices that Muon is for: those of linear layers inside blocks.
+    """Names of the matrices that Muon trains: the trainable weights of linear layers inside blocks.
 
-    Blocks are the numbered parts of a list or sequence of modules. Embeddings, output layers, convolutions and
-    vectors are none of them.
+    Blocks are the numbered items of a ModuleList or Sequential. Embeddings, output layers, convolutions and vectors are
+    left to AdamW.
     """
     return frozenset(
         f"{name}.weight"
@@ -57,8 +57,8 @@ _STATE: dict[type[torch.optim.Optimizer], frozenset[str]] = {
 }
 
 
-def state_kinds(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, frozenset[str]]:
-    """What an optimizer of :func:`build_optimizer` keeps of each parameter once it has stepped, by its names."""
+def state_names(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, frozenset[str]]:
+    """Names of the state tensors that an optimizer of :func:`build_optimizer` has for each parameter after a step."""
     parts = optimizer.parts if isinstance(optimizer, MuonAdamW) else (optimizer,)
     return {p: _STATE[type(part)] for part in parts for group in part.param_groups for p in group["params"]}
 
@@ -69,16 +69,15 @@ def build_optimizer(
     decayed: Container[str] | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW over what is trainable, in groups: decayed or not, for each learning rate. See :func:`set_rates`.
+    """AdamW over the trainable parameters; with ``config.optimizer`` "muon", Muon over :func:`hidden_matrices`.
 
-    With ``config.optimizer`` "muon" the :func:`hidden_matrices` are Muon's.
+    Parameters are grouped by weight decay and learning rate factor. See :func:`set_rates`.
 
     Args:
-        module: On its device, sharded where it will be.
+        module: On its device, and already sharded if it will be.
         config: Learning rate, betas, eps and weight decay.
-        decayed: Of a sharded module: its :func:`decayed_names` from before, when every parameter was whole.
-        rates: Submodule -> factor of its learning rate, where it has another one than the rest; of several that hold
-            a parameter the first counts.
+        decayed: :func:`decayed_names` of the module; must be taken before sharding.
+        rates: Submodule name -> factor of the run's learning rate. The first submodule that holds a parameter counts.
     """
     if decayed is None:
         decayed = decayed_names(module)
@@ -86,33 +85,35 @@ def build_optimizer(
     matrices = hidden_matrices(module) if config.optimizer == "muon" else frozenset()
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
-        factor = next((f for part, f in (rates or {}).items() if name.startswith(f"{part}.")), 1.0)
+        factor = next((f for submodule, f in (rates or {}).items() if name.startswith(f"{submodule}.")), 1.0)
         decay = config.weight_decay if name in decayed else 0.0
         groups.setdefault((name in matrices, factor, decay), []).append(parameter)
     fused = all(p.device.type in ("cuda", "cpu", "mps") and p.is_floating_point() for _, p in named)
     lr = config.lr if config.lr is not None else 3e-4
-    described: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for_muon: list[dict[str, Any]] = []
+    for_adamw: list[dict[str, Any]] = []
     for (is_matrix, factor, decay), parameters in groups.items():
-        described[is_matrix].append({"params": parameters, "weight_decay": decay, "lr_factor": factor})
-    adamw = torch.optim.AdamW(described[False], lr=lr, betas=config.betas, eps=config.eps, fused=fused)
+        group = {"params": parameters, "weight_decay": decay, "lr_factor": factor}
+        (for_muon if is_matrix else for_adamw).append(group)
+    adamw = torch.optim.AdamW(for_adamw, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
     if not matrices:
         return adamw
-    return MuonAdamW(Muon(described[True], lr), adamw)
+    return MuonAdamW(Muon(for_muon, lr), adamw)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of the next step; parts that have a factor of their own get that multiple of it."""
+    """Set the learning rate of the next step, times the factor of each parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_factor"]
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """The rate of one optimizer step: linear warm-up to the peak, then a cosine.
+    """The learning rate of one optimizer step: linear warm-up to the peak, then a cosine.
 
     Args:
-        step: 0-based.
+        step: From 0.
         steps: Steps of the whole run.
-        config: Peak, shares of it at the start and the end, warm-up steps.
+        config: Peak, warm-up steps, and the rates at the start and the end as shares of the peak.
     """
     peak = config.lr if config.lr is not None else 3e-4
     if step < config.warmup_steps:
@@ -122,39 +123,39 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
-def scale_and_clip(module: nn.Module, scale: Tensor, largest: float | None) -> Tensor:
-    """Multiply all gradients by ``scale``, and by less where their norm would exceed ``largest``.
+def scale_and_clip(module: nn.Module, scale: Tensor, max_norm: float | None) -> Tensor:
+    """Multiply all gradients by ``scale``, then clip their norm to ``max_norm``.
 
     Args:
-        module: Whole or sharded; of a sharded one, a collective operation.
+        module: Has gradients. If it is sharded, this is a call of all ranks.
         scale: Scalar, the same on every rank.
-        largest: Of the norm over all parameters; None for no clipping.
+        max_norm: Largest norm over all parameters; None for no clipping.
 
     Returns:
-        The norm after scaling, before clipping, a plain scalar.
+        The norm after scaling and before clipping: a scalar.
     """
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     norm = norm * scale
-    if largest is not None:
-        scale = scale * (largest / (norm + 1e-6)).clamp(max=1.0)
+    if max_norm is not None:
+        scale = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(local_tensors(gradients), scale)
     return norm
 
 
 def averaged(module: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the module to be an exponential moving average of it; it may be sharded later, if that is too."""
+    """An exponential moving average of the module. It may be sharded later, together with the module."""
     average = get_ema_multi_avg_fn(decay)
 
     def update(copies: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        # A module may be sharded in part, and one operation does not mix sharded and whole tensors.
+        # One foreach operation cannot mix sharded and unsharded tensors, and a module may have both.
         average(local_tensors(copies), local_tensors(current), count)
 
     return AveragedModel(module, multi_avg_fn=update, use_buffers=False)
 
 
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's parts of sharded tensors, as views; whole tensors as they are."""
+    """Views of this rank's parts of sharded tensors; other tensors as they are."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
