@@ -48,7 +48,9 @@ def test_unfused_attention_is_the_same_forward_and_backward(name: str) -> None:
     results = []
     for backbone in (fused, plain):
         tokens = backbone.tokens(images)
-        (tokens @ slope).sum().backward()  # a norm's output has a square that is always the same
+        (
+            tokens @ slope
+        ).sum().backward()  # the sum of squares after a norm is constant, so it would have no gradient
         gradient = backbone.vit.patch_embed.proj.weight.grad
         results.append((tokens.detach(), gradient))
     for ours, expected in zip(*results, strict=True):
