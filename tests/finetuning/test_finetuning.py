@@ -388,7 +388,7 @@ def test_what_cannot_be_classified_is_one_line(
     ("options", "said"),
     [
         ("--label-smoothing 1", "--label-smoothing must lie in 0..1"),
-        ("--freeze --grad-checkpointing", "--freeze leaves --grad-checkpointing nothing to do"),
+        ("--freeze --grad-checkpointing", "--grad-checkpointing has no effect with --freeze"),
         ("--val-images 0", "--val-images must be above 0"),
         ("--backbone scenes-vit --label-smoothing 0.1 --device cpu", "images of one class each"),
     ],
