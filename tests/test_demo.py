@@ -107,7 +107,7 @@ def test_probing_real_photographs_with_label_maps(tmp_path: Path) -> None:
 def test_probing_needs_images_and_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images").mkdir()
     assert main(["probe", "scenes-vit", "--data", str(tmp_path)]) == 2
-    assert "looked for images/, masks/ and classes.json" in capsys.readouterr().err
+    assert "it needs images/, masks/ and classes.json" in capsys.readouterr().err
 
 
 def test_features_of_a_photograph(tmp_path: Path) -> None:
@@ -128,5 +128,5 @@ def test_options_for_names_leave_exported_folders_alone(tmp_path: Path) -> None:
     assert both["fresh"].depth == 1
     for name, value in embedded.state_dict().items():
         torch.testing.assert_close(both["kept"].state_dict()[name], value)
-    with pytest.raises(UserError, match="--weights is for names"):
+    with pytest.raises(UserError, match="--weights applies to names only"):
         load_backbones(ProbeCommandConfig(backbone=str(tmp_path / "kept"), weights="none"))

@@ -21,14 +21,13 @@ from localign.data.scenes import SceneConfig
 from localign.data.transforms import to_tensor
 from localign.engine import run_folder, train
 from localign.engine.distributed import DistributedContext, choose_device
-from localign.engine.log import Stopwatch, say
+from localign.engine.log import Stopwatch, progress_bars, say
 from localign.errors import UserError
 from localign.files import replace_text
 from localign.options.demo import DemoConfig
 from localign.options.names import EMBEDDED
 from localign.pictures import PICTURES, save_pictures
-from localign.probing import AttributeLabels, HeadSpec, LabelledSource, reduce_labels
-from localign.probing.command import probe_with_bar
+from localign.probing import AttributeLabels, HeadSpec, LabelledSource, probe_heads, reduce_labels
 from localign.probing.datasets import labelled_scenes
 from localign.report import PICTURES_FILE, before_after, build_report, to_terminal
 
@@ -117,9 +116,10 @@ def _probed(
         return json.loads(path.read_text()), None
     sources: dict[str, LabelledSource] = {"val": validation, "test": test}
     context = DistributedContext(0, 1, 0, choose_device(config.device))
-    ((result, trained, _),) = probe_with_bar(
-        backbone, heads_train, sources, config.probe_config(seed), context
-    )
+    with progress_bars() as progress:
+        ((result, trained, _),) = probe_heads(
+            backbone, heads_train, sources, config.probe_config(seed), context=context, progress=progress
+        )
     replace_text(path, json.dumps(result))
     return result, trained
 

@@ -1,4 +1,4 @@
-"""The embedded backbone: a small ViT that learns from image-level labels of scenes what there is, not where."""
+"""The embedded backbone: a small ViT trained on image-level labels of scenes, which name objects without locations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ARCHITECTURE = "vit_tiny_patch16_224"
 
 
 class Classifier(nn.Module):
-    """A backbone whose pooled output predicts which shape-colour pairs an image shows."""
+    """A backbone whose pooled output predicts the shape-colour pairs in an image."""
 
     def __init__(self, backbone: Backbone, classes: int) -> None:
         super().__init__()
@@ -36,18 +36,19 @@ class Classifier(nn.Module):
         self.head = nn.Linear(backbone.width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images to logits ``(batch, pairs)``."""
-        return self.head(self.backbone.pooled(images))
+        """Map normalised images to logits ``(batch, pairs)``."""
+        logits: Tensor = self.head(self.backbone.pooled(images))
+        return logits
 
 
 class PretrainTask(Task):
-    """Binary cross-entropy over shape-colour pairs, read from the class token."""
+    """Binary cross-entropy over shape-colour pairs, predicted from the class token."""
 
-    def __init__(self, config: PretrainConfig, world: SceneConfig | None = None) -> None:
+    def __init__(self, config: PretrainConfig, scenes: SceneConfig | None = None) -> None:
         self.config = config
         self.seed = config.seed
         self.device = torch.device("cpu")
-        self.scene_config = world or SceneConfig()
+        self.scene_config = scenes or SceneConfig()
         kwargs = {
             "img_size": self.scene_config.image_size,
             "patch_size": config.patch_size,
@@ -83,7 +84,7 @@ class PretrainTask(Task):
         return StepResult(loss, torch.tensor(float(targets.numel()), device=self.device))
 
     def _hide(self, images: Tensor, positions: Tensor) -> Tensor:
-        """Hide patches of some images, so that the teacher's views of masked ones will mean something."""
+        """Hide patches of some images, so that the backbone can later be a teacher of masked views."""
         if not self.config.hidden_images or not self.config.most_hidden:
             return images
         backbone = self.model.backbone
@@ -94,7 +95,7 @@ class PretrainTask(Task):
 
     @torch.no_grad()
     def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
-        """Loss and macro recall at threshold 0.5 over the pairs, on scenes of another split."""
+        """Loss and macro recall over the pairs at probability 0.5, on the validation split."""
         val = CachedScenes(self.scene_config, "val", self.config.val_scenes)
         truth = torch.from_numpy(val.pair_presence())
         logits = []
@@ -112,5 +113,5 @@ class PretrainTask(Task):
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
         assert isinstance(module, Classifier)
         facts = {"method": "image-level pre-training on scenes", **provenance}
-        # Half precision halves what the package carries; it is what everyone starts from, so nothing drifts.
+        # float16 halves the size in the package. Everyone starts from these rounded weights.
         save_backbone(module.backbone, folder, provenance=facts, dtype=torch.float16)

@@ -1,4 +1,4 @@
-"""An export folder holds everything: it comes back bitwise, timm reads it, and damage is noticed."""
+"""An export folder is complete: it loads bitwise equal, timm can read it, and damage is detected."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build(model: str = "class token") -> Backbone:
 
 
 def aligned(model: str, soft_cap: float | None = None) -> Backbone:
-    """As alignment leaves a backbone: pooling gone, final norm renewed, here with trained-looking values."""
+    """A backbone as after alignment: without pooling and with a new final norm, here with random weights."""
     backbone = prepare_backbone(build(model).copy(soft_cap=soft_cap)).eval()
     with torch.no_grad():
         norm = getattr(backbone.vit, backbone.final_norm)
@@ -86,7 +86,7 @@ def test_timm_reads_an_uncapped_export(model: str, tmp_path: Path) -> None:
     from_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert from_timm.pretrained_cfg["mean"] == pytest.approx(backbone.mean)
     assert getattr(from_timm, "attn_pool", None) is None
-    getattr(from_timm, backbone.final_norm).eps = 1e-5  # the one number timm has no key for
+    getattr(from_timm, backbone.final_norm).eps = 1e-5  # timm has no key for this number
     images = images_for(backbone)
     features = from_timm.forward_features(images)
     if backbone.final_norm == "fc_norm":
@@ -161,12 +161,12 @@ def change_config(folder: Path, **changes: Any) -> None:
     [
         (break_weights, "damaged"),
         (cut_weights, "not a readable checkpoint"),
-        (lambda f: (f / "model.safetensors").unlink(), "no complete export"),
-        (lambda f: (f / "config.json").unlink(), "no exported backbone"),
+        (lambda f: (f / "model.safetensors").unlink(), "not a complete export"),
+        (lambda f: (f / "config.json").unlink(), "not an exported backbone"),
         (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
         (lambda f: (f / "config.json").write_text("{}"), "not written by localign"),
         (lambda f: change_config(f, format=99), "format 99"),
-        (lambda f: change_config(f, architecture="no_such_model"), "no model that can be built"),
+        (lambda f: change_config(f, architecture="no_such_model"), "describes a model that cannot be built"),
         (lambda f: change_config(f, model_args={"depth": 3}), "does not fit"),
     ],
 )

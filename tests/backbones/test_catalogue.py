@@ -1,4 +1,4 @@
-"""The paper's backbones exist in timm under the names and sizes the catalogue gives."""
+"""The paper's backbones exist in timm with the names and sizes of the catalogue."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_entry_exists_in_timm_and_builds(name: str) -> None:
         cfg = get_pretrained_cfg(entry.timm_name, allow_unregistered=False)
         assert cfg is not None
         assert cfg.has_weights
-        assert cfg.input_size[-1] in (image, 518)  # DINOv2's own size is resampled
+        assert cfg.input_size[-1] in (image, 518)  # DINOv2 is resampled from 518 pixels
     assert timm.is_model(entry.timm_name.partition(".")[0])
     with torch.device("meta"):
         vit = build_vit(entry.timm_name, {"img_size": entry.image_size}, pretrained=False)

@@ -1,4 +1,4 @@
-"""From a name, and perhaps a file, to a backbone."""
+"""Backbones from names and weight files."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_moco_v3_needs_and_takes_the_authors_file(tmp_path: Path, monkeypatch: p
     backbone = create_backbone("moco-small", weights=str(tmp_path / "moco.pth.tar"), model_kwargs=SMALL)
     assert all(torch.equal(v, trained[k]) for k, v in backbone.vit.state_dict().items())
     torch.save(trained, tmp_path / "plain.pth")
-    with pytest.raises(UserError, match="no MoCo v3"):
+    with pytest.raises(UserError, match="not a MoCo v3"):
         create_backbone("moco-small", weights=str(tmp_path / "plain.pth"), model_kwargs=SMALL)
 
 
@@ -113,7 +113,7 @@ def test_a_local_timm_folder_is_built_again_without_the_folder(tmp_path: Path) -
 
 def test_what_cannot_be_built_is_a_user_error(tmp_path: Path) -> None:
     for weights in ("pretrained", "none"):
-        with pytest.raises(UserError, match="cannot be fetched or built"):
+        with pytest.raises(UserError, match="cannot be downloaded or built"):
             create_backbone(f"local-dir:{tmp_path / 'absent'}", weights=weights)
     with pytest.raises(UserError, match="deepth"):
         create_backbone(NAME, weights="none", model_kwargs={"deepth": 2})

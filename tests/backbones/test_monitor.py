@@ -1,4 +1,4 @@
-"""The monitor reads the logits as they are before capping."""
+"""The monitor reads the logits before capping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Soft-capped attention: the same weights and names, bounded logits, one result from every back-end."""
+"""Soft-capped attention: the same weights and names, bounded logits, the same result from every back-end."""
 
 from __future__ import annotations
 
@@ -46,12 +46,14 @@ def test_a_softmax_in_bfloat16_rounds_once_all_the_same() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         ours = attention_eager(query, key, value, cap=5.0)
         logits = 5.0 * torch.tanh((query * (16**-0.5 / 5.0)) @ key.transpose(-2, -1))
-        plain = logits.float().softmax(dim=-1) @ value  # autocast rounds the softmax for the product
+        plain = logits.float().softmax(dim=-1) @ value  # autocast rounds the softmax before the product
     assert ours.dtype == plain.dtype == torch.bfloat16
     assert torch.equal(ours, plain)
     slope = torch.ones_like(ours) + ours.detach()
     gradients = [torch.autograd.grad(out, inputs, slope) for out in (ours, plain)]
-    for a, b in zip(*gradients, strict=True):  # of the rounded softmax here, of the exact one there
+    for a, b in zip(
+        *gradients, strict=True
+    ):  # ours are of the rounded softmax, the plain ones of the exact softmax
         assert (a - b).float().norm() < 0.01 * b.float().norm()
 
 

@@ -1,4 +1,4 @@
-"""Weight files of others: read strictly, and never run."""
+"""Weight files of other projects are read strictly, and no code in them runs."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_every_tensor_must_be_there_and_fit() -> None:
     assert "weight (3, 3) for (2, 3)" in message
     assert torch.equal(module.weight, torch.ones(2, 3))
     load_strict(module, {**good, "head.weight": torch.ones(1)}, "file", ignore=("head.",))
-    with pytest.raises(UserError, match=r"missing 1 \(weight\)"):  # what is ignored is only what is left over
+    with pytest.raises(UserError, match=r"missing 1 \(weight\)"):  # `ignore` applies to extra tensors only
         load_strict(module, {"bias": torch.zeros(2)}, "file", ignore=("weight",))
 
 
@@ -124,5 +124,5 @@ def test_moco_v3_files_give_the_online_encoder_without_its_projection(tmp_path: 
     assert sorted(read) == sorted(encoder)
     assert all(torch.equal(read[k], encoder[k]) for k in encoder)
     torch.save({"state_dict": encoder}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="no MoCo v3 checkpoint"):
+    with pytest.raises(UserError, match="not a MoCo v3 checkpoint"):
         read_moco_v3(tmp_path / "other.pth")

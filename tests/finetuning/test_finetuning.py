@@ -1,4 +1,4 @@
-"""Classification fine-tuning: what it learns, what it measures, what it leaves behind, and what it refuses."""
+"""Classification fine-tuning: training, metrics, export, and errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from localign.engine import BatchPlan, StepResult, train
 from localign.engine.distributed import DistributedContext
 from localign.errors import UserError
 from localign.finetuning import FinetuneConfig, FinetuneTask, ImageClassifier, finetune, load_classifier
-from localign.finetuning.task import classification_loss, ranked, recognised, resolve_finetune
+from localign.finetuning.task import accuracy_counts, classification_loss, recall_counts, resolve_finetune
 
 TINY = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
@@ -32,7 +32,7 @@ COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Runs are compared bit by bit."""
+    """Some tests compare runs bit by bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +40,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def class_folders(root: Path, count: int, seed: int, classes: tuple[str, ...] = tuple(COLOURS)) -> Path:
-    """So many noisy images per class, each of its class's colour; other names are grey."""
+    """``count`` noisy images per class in the class's colour; classes that are not in COLOURS are grey."""
     draw = np.random.default_rng(seed)
     for name in classes:
         (root / name).mkdir(parents=True)
@@ -121,7 +121,7 @@ def test_a_head_that_is_not_the_one_described_is_refused(data: Path, tmp_path: P
 
 
 class _Stopping(FinetuneTask):
-    """A run that is ended from outside before a step."""
+    """A run that is interrupted before a step."""
 
     def __init__(self, config: FinetuneConfig, before: int) -> None:
         super().__init__(config)
@@ -174,7 +174,7 @@ def test_a_step_is_the_same_however_it_is_split(data: Path, options: dict[str, A
 
 
 def test_labels_are_those_of_the_images_that_were_read(tmp_path: Path) -> None:
-    """Also where an unreadable image was replaced by one of another class."""
+    """Also if an unreadable image was replaced by an image of another class."""
     root = class_folders(tmp_path / "data", 4, 0)
     for i in range(3):
         (root / "green" / f"{i}.png").write_bytes(b"no image")
@@ -215,34 +215,37 @@ def test_losses_are_the_textbook_ones() -> None:
 
 def test_hits_are_counted() -> None:
     logits = torch.tensor([[6.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6]])
-    assert ranked(logits, torch.eye(6)[[1, 5]]).tolist() == [[1, 2], [2, 2]]
-    assert ranked(logits, torch.eye(6)[[5, 0]]).tolist() == [[0, 0], [2, 2]]
+    assert accuracy_counts(logits, torch.eye(6)[[1, 5]]).tolist() == [[1, 2], [2, 2]]
+    assert accuracy_counts(logits, torch.eye(6)[[5, 0]]).tolist() == [[0, 0], [2, 2]]
     present = torch.tensor([[1.0, 0, 1], [1, 0, 0]])
-    assert recognised(torch.tensor([[1.0, 1, -1], [-1, -1, 1]]), present).tolist() == [[1, 0, 0], [2, 0, 1]]
+    assert recall_counts(torch.tensor([[1.0, 1, -1], [-1, -1, 1]]), present).tolist() == [
+        [1, 0, 0],
+        [2, 0, 1],
+    ]
 
 
 class _Rank(DistributedContext):
-    """One of two ranks that never meet: what it would sum is kept instead."""
+    """One of two ranks without communication: it records the values that it would sum over ranks."""
 
-    kept: list[Tensor]
+    recorded: list[Tensor]
 
-    def sum(self, values: Tensor) -> Tensor:
-        self.kept.append(values.clone())
+    def all_reduce(self, values: Tensor) -> Tensor:
+        self.recorded.append(values.clone())
         return values
 
 
 @torch.no_grad()
 def test_ranks_share_the_validation(data: Path, val: Path) -> None:
     task = FinetuneTask(tiny(data, val=str(val), val_images=5))
-    kept = []
+    recorded = []
     for rank, size in ((0, 1), (0, 2), (1, 2)):
         context = _Rank(rank, size, rank, torch.device("cpu"))
-        object.__setattr__(context, "kept", [])
+        object.__setattr__(context, "recorded", [])
         task.validate(task.module.eval(), context)
-        kept.append(context.kept)
-    for whole, *parts in zip(*kept, strict=True):
+        recorded.append(context.recorded)
+    for whole, *parts in zip(*recorded, strict=True):
         torch.testing.assert_close(whole, parts[0] + parts[1])
-    assert kept[0][1][1].tolist() == [5, 5]
+    assert recorded[0][1][1].tolist() == [5, 5]
 
 
 @torch.no_grad()
@@ -255,7 +258,7 @@ def test_validation_spreads_over_the_classes_and_counts_the_five_best_from_six_o
     assert task.validate(task.module.eval(), alone()).keys() == {"val_loss", "val_top1"}
     six = class_folders(tmp_path / "six", 1, 0, tuple("abcdef"))
     task = FinetuneTask(tiny(six, val=str(six)))
-    # The images are all alike, so each class is ranked alike for all of them.
+    # The head ignores the image, so all images have the same ranking of classes.
     task.model.head.linear.weight.zero_()
     task.model.head.linear.bias.copy_(torch.arange(6).float())
     metrics = task.validate(task.module.eval(), alone())
@@ -309,7 +312,7 @@ def test_a_frozen_backbone_stays_as_it_was_and_in_eval_mode(data: Path, tmp_path
     ],
 )
 def test_whatever_is_trained_gets_a_gradient(name: str, kwargs: dict[str, Any]) -> None:
-    """Several processes and a continued run rely on it."""
+    """Training with several processes and resuming need this."""
     size = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, **kwargs}
     backbone = create_backbone(name, weights="none", model_kwargs=size)
     model = ImageClassifier(backbone, "abc")
@@ -385,7 +388,7 @@ def test_what_cannot_be_classified_is_one_line(
     ("options", "said"),
     [
         ("--label-smoothing 1", "--label-smoothing must lie in 0..1"),
-        ("--freeze --grad-checkpointing", "--freeze leaves --grad-checkpointing nothing to do"),
+        ("--freeze --grad-checkpointing", "--grad-checkpointing has no effect with --freeze"),
         ("--val-images 0", "--val-images must be above 0"),
         ("--backbone scenes-vit --label-smoothing 0.1 --device cpu", "images of one class each"),
     ],

@@ -1,4 +1,4 @@
-"""A fake backbone, a labelled world of four colours, and features that carry their labels."""
+"""A fake backbone, labelled images of four colours, and features that contain their labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from localign import rng
 from localign.engine.distributed import DistributedContext
-from localign.probing import Geometry, HeadSpec, MemoryFeatures, PackedLabels, PatchLabels, ProbeConfig
+from localign.probing import (
+    Geometry,
+    HeadSpec,
+    LabelledSource,
+    MemoryFeatures,
+    PackedLabels,
+    PatchLabels,
+    ProbeConfig,
+)
 
 GEOMETRY = Geometry(width=16, num_heads=2, num_patches=4, num_prefix_tokens=1)
 CLASSES = 5
@@ -21,7 +29,7 @@ ALL = tuple(HeadSpec(head, task) for head in ("linear", "mlp", "transformer") fo
 
 
 class FakeBackbone(nn.Module):
-    """Tokens are mean patch colours behind a fixed projection; training mode would spoil them."""
+    """Its tokens are projected mean patch colours. In training mode the tokens are NaN."""
 
     name = "fake"
     image_size, patch_size, grid, depth = (8, 8), (4, 4), (2, 2), 1
@@ -49,8 +57,8 @@ class FakeBackbone(nn.Module):
         return tokens * math.nan if self.training else tokens
 
 
-class Colours:
-    """2 x 2 patches, each black (unlabeled), red, green or blue."""
+class Colours(LabelledSource):
+    """Images of 2 x 2 patches, each black (unlabeled), red, green or blue."""
 
     kind = "colours"
     classes: tuple[str, ...] = ("unlabeled", "red", "green", "blue")
@@ -75,7 +83,7 @@ class Colours:
 
 
 def toy(count: int, seed: int) -> tuple[Tensor, PatchLabels]:
-    """Features that carry their patch's class; the class token carries the image's."""
+    """Features that contain the class of their patch; the class token contains the classes of the image."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, CLASSES, (count, 4), generator=generator)
     patch = nn.functional.one_hot(codes, CLASSES).bool()
@@ -87,6 +95,6 @@ def toy(count: int, seed: int) -> tuple[Tensor, PatchLabels]:
     return tokens, PatchLabels(patch, image, codes, CLASSES)
 
 
-def held(tokens: Tensor, labels: PatchLabels) -> MemoryFeatures:
-    """Features in memory, as they are."""
+def in_memory(tokens: Tensor, labels: PatchLabels) -> MemoryFeatures:
+    """Tokens and targets as features in memory."""
     return MemoryFeatures(tokens, PackedLabels.pack(labels))

@@ -1,4 +1,4 @@
-"""A disk cache is whole or absent, belongs to one backbone and one set of data, and says what it costs."""
+"""A disk cache has complete shards only, belongs to one backbone and one data set, and names its size."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from localign.probing.features import Extraction, LiveFeatures
 
 
 class Cut(Exception):
-    """Stands for a kill."""
+    """Stands for an interruption."""
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight images each: 5 tokens of 16 bfloat16 numbers, 5 bytes of flags, 4 majorities: 173 bytes."""
+    """Eight images per shard. Each has 5 tokens of 16 bfloat16 numbers, 5 bytes of flags 4 majorities: 173 bytes."""
     monkeypatch.setattr(cache, "SHARD_BYTES", 8 * 173)
 
 
 def extraction(seed: int = 0, source: Any = None, **options: Any) -> Extraction:
     values: dict[str, Any] = {
         "backbone": FakeBackbone(seed).eval(), "sha256": f"{seed}" * 64, "source": source or Colours(20, "train"),
-        "dtype": torch.bfloat16, "autocast": False, "batch": 4, "workers": 0, "world": ALONE,
+        "dtype": torch.bfloat16, "autocast": False, "batch": 4, "workers": 0, "context": ALONE,
     }  # fmt: skip
     return Extraction(**{**values, **options})
 
 
 def made(folder: Path, what: Extraction, *, replacing: bool = False) -> DiskFeatures:
-    return extract_to_disk(what, folder, replace=replacing, told=lambda done, total: None)
+    return extract_to_disk(what, folder, replace=replacing, on_progress=lambda done, total: None)
 
 
 def test_rows_come_back_as_the_backbone_gave_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,10 +94,10 @@ def test_a_cut_off_extraction_is_continued(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"seed": 1}, "of another backbone (000000000000 there, 111111111111 here)"),
-        ({"source": Colours(20, "other")}, "of other data (train20 there, other20 here)"),
-        ({"dtype": torch.float32}, "made with other settings (dtype bfloat16 there, float32 here)"),
-        ({"autocast": True}, "made with other settings (autocast False there, True here)"),
+        ({"seed": 1}, "of another backbone (000000000000, not 111111111111)"),
+        ({"source": Colours(20, "other")}, "of other data (train20, not other20)"),
+        ({"dtype": torch.float32}, "made with other settings (dtype bfloat16, not float32)"),
+        ({"autocast": True}, "made with other settings (autocast False, not True)"),
     ],
 )
 def test_another_backbones_cache_is_refused_or_replaced(
@@ -117,14 +117,14 @@ def test_other_geometry_is_another_cache(tmp_path: Path) -> None:
     made(tmp_path, extraction())
     what = extraction()
     what.backbone.image_size = (12, 12)
-    with pytest.raises(UserError, match=r"image_size \[8, 8\] there, \[12, 12\] here"):
+    with pytest.raises(UserError, match=r"image_size \[8, 8\], not \[12, 12\]"):
         made(tmp_path, what)
 
 
 def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("x")
     for replacing in (False, True):
-        with pytest.raises(UserError, match="is no cache of features"):
+        with pytest.raises(UserError, match="is not a feature cache"):
             made(tmp_path, extraction(), replacing=replacing)
     (tmp_path / "cache.json").write_text("{}")
     with pytest.raises(UserError, match="was not written by localign"):
@@ -135,7 +135,7 @@ def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:
 def test_a_full_disk_is_found_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "SPARE_BYTES", 2**62)
     what = extraction()
-    with pytest.raises(UserError, match=r"features need 0\.0 MiB .* are free; give another --cache-dir"):
+    with pytest.raises(UserError, match=r"the features need 0\.0 MiB .* free; give another --cache-dir"):
         made(tmp_path, what)
     assert what.backbone.forwards == 0
 

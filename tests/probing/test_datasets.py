@@ -131,7 +131,7 @@ def test_ade20k_is_recognised_and_named_by_its_own_file(tmp_path: Path) -> None:
     assert other.classes[1] == "partition"
     assert other.class_kinds is None  # type: ignore[attr-defined]
     (root / "objectInfo150.txt").write_text("\n".join(names[:-1]))
-    with pytest.raises(UserError, match=r"objectInfo150\.txt is no table of 150 classes"):
+    with pytest.raises(UserError, match=r"objectInfo150\.txt is not a table of 150 classes"):
         open_labelled(str(root), "test")
 
 
@@ -152,18 +152,20 @@ def test_scenes_have_three_splits_with_attribute_labels() -> None:
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no folder .*/none; labelled data are scenes or a folder$"):
+    with pytest.raises(UserError, match=r"there is no folder .*/none; --data takes scenes or a folder$"):
         open_labelled(str(tmp_path / "none"), "val")
     with pytest.raises(UserError, match=r"there is no folder scene; .* did you mean 'scenes'"):
         open_labelled("scene", "val")
-    with pytest.raises(UserError, match=r"no labelled data .*: looked for images/.* images/validation$"):
+    with pytest.raises(
+        UserError, match=r"no known layout of labelled data; it needs images/.* images/validation$"
+    ):
         open_labelled(str(tmp_path), "val")
     write_ade20k(tmp_path / "inside")
     with pytest.raises(UserError, match=r"did you mean .*/inside\?"):
         open_labelled(str(tmp_path), "val")
     with pytest.raises(UserError, match="unknown split 'validation'"):
         open_labelled("scenes", "validation")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="things alone can be asked of COCO-Stuff only, not of scenes"):
+    with pytest.raises(UserError, match="--things-only applies to COCO-Stuff only, not to scenes"):
         open_labelled("scenes", "val", things_only=True)
 
 
@@ -191,7 +193,9 @@ def test_a_bad_first_pair_shows_when_the_data_are_opened(tmp_path: Path) -> None
     root = write_coco(tmp_path)
     first = root / "stuffthingmaps" / "val2017" / "000000000009.png"
     Image.new("L", (5, 4), 200).save(first)
-    with pytest.raises(UserError, match=r"0009\.png holds values .*: \[200\]; it knows 0\.\.181, .* and 255"):
+    with pytest.raises(
+        UserError, match=r"0009\.png holds values .*: \[200\]; the table has the values 0\.\.181, .* and 255"
+    ):
         open_labelled(str(root), "val")
     Image.new("L", (4, 4)).save(first)
     with pytest.raises(UserError, match=r"0009\.png has 4 x 4 pixels, its image 5 x 4"):

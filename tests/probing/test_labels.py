@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from localign.data.transforms import EvalTransform
-from localign.probing.labels import image_union, patch_majority, patch_union, reduce_labels
+from localign.probing.labels import reduce_labels
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 SCORES = SHARED / "golden" / "scores"
@@ -22,6 +22,18 @@ MASKS = SHARED / "data" / "coco-sample" / "masks" / "val2017"
 needs_goldens = pytest.mark.skipif(
     not (SCORES.is_dir() and MASKS.is_dir()), reason="the sample data beside the repository is missing"
 )
+
+
+def patch_union(maps: Tensor, patch: int, classes: int, attributes: Tensor | None = None) -> Tensor:
+    return reduce_labels(maps, patch, classes, attributes).patch
+
+
+def image_union(maps: Tensor, patch: int, classes: int) -> Tensor:
+    return reduce_labels(maps, patch, classes).image
+
+
+def patch_majority(maps: Tensor, patch: int, codes: int) -> Tensor:
+    return reduce_labels(maps, patch, codes).majority
 
 
 def slow_labels(maps: Tensor, patch: tuple[int, int], classes: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -123,7 +123,7 @@ def test_a_class_may_say_whether_it_is_a_thing(folder: Path) -> None:
     assert source.class_kinds == ("other", "thing", "other", "other")
     (folder / "classes.json").write_text(json.dumps({**TABLE, "1": {"name": "cat", "kind": "animal"}}))
     with pytest.raises(
-        UserError, match=r"classes\.json needs ids and names: .*animal.* no kind of thing, stuff"
+        UserError, match=r"classes\.json needs ids and names: .*animal.* a kind other than thing, stuff"
     ):
         open_folder(folder)
 

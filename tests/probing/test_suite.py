@@ -1,4 +1,4 @@
-"""The whole benchmark on a fake backbone: frozen, reproducible, the same in every mode, and able to fail."""
+"""The benchmark on a fake backbone: frozen, reproducible, equal in every cache mode, and its errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_probe_end_to_end_is_json_and_sees_what_is_there() -> None:
         Colours(100, "train"),
         sources,
         config,
-        progress=lambda *told: seen.append(told),
+        progress=lambda *done: seen.append(done),
     )
     assert torch.equal(backbone.weight, before)
     assert json.loads(json.dumps(result, allow_nan=False))["backbone"] == "fake"
@@ -66,8 +66,8 @@ def test_probe_end_to_end_is_json_and_sees_what_is_there() -> None:
     assert low < weak["macro_recall"] < high
     assert "best_epoch" not in weak
     assert [point["step"] for point in result["train"]["curve"]] == [100, 150]
-    for told in (("features", 100, 100), ("heads", 150, 150), ("evaluation", 24, 24)):
-        assert told in seen
+    for done in (("features", 100, 100), ("heads", 150, 150), ("evaluation", 24, 24)):
+        assert done in seen
 
 
 def test_every_seed_has_its_outcome_and_seeds_may_run_apart() -> None:
@@ -125,15 +125,15 @@ def test_features_too_large_for_memory_go_to_the_disk_or_nowhere(
     arguments = FakeBackbone(), Colours(40, "train"), Colours(20, "val")
     probe(*arguments, SMALL, cache_folder=tmp_path)
     assert (tmp_path / "train" / "cache.json").is_file()
-    assert "keeping them on the disk" in capsys.readouterr().err
-    with pytest.raises(UserError, match="give a cache folder, or cache none"):
+    assert "the features are stored on disk" in capsys.readouterr().err
+    with pytest.raises(UserError, match="give a cache folder, or the cache mode none"):
         probe(*arguments, SMALL)
     with pytest.raises(UserError, match="--cache disk or --cache none"):
         probe(*arguments, dataclasses.replace(SMALL, cache="device"), cache_folder=tmp_path)
 
 
 def test_the_published_protocol_reports_each_heads_best_epoch() -> None:
-    # A rate this high makes recall go up and down from epoch to epoch.
+    # With a learning rate this high, recall rises and falls from epoch to epoch.
     config = ProbeConfig(
         heads=("linear", "transformer"), epochs=6, batch=8, lr=0.5, final_lr=0.5, warmup_steps=0, seeds=2
     )
@@ -152,13 +152,12 @@ def test_the_published_protocol_reports_each_heads_best_epoch() -> None:
                     assert metrics["class_recall"] == final["class_recall"]
     assert epochs <= set(range(1, 7))
     assert len(epochs) > 1
-    # The heads that are given back are those whose figures are reported.
-    one = best[0]
-    chosen = one.outcome["results"]["val"]["linear"]["local"]
+    # The returned heads are the heads of the reported epochs.
+    chosen = best[0].outcome["results"]["val"]["linear"]["local"]
     if chosen["best_epoch"] != 6:
         weights, final = (p.trained.heads[LOCAL].function.weight for p in (best[0], last[0]))
         assert not torch.equal(weights, final)
-    with pytest.raises(UserError, match="give one source to judge on"):
+    with pytest.raises(UserError, match="give one source to evaluate on"):
         probe(
             *arguments[:2],
             {"a": arguments[2], "b": arguments[2]},
@@ -186,10 +185,10 @@ def test_what_cannot_be_probed_is_refused_before_features_are_made() -> None:
     other.classes = ("unlabeled", "other")
     empty = Colours(6, "val", codes=1)
     for source, said in (
-        (other, "'val' has other classes"),
+        (other, "the classes of the source 'val' differ"),
         (
             empty,
-            r"no image of the source 'val' \(6 images\) has a positive label: .* nothing but 'unlabeled'",
+            r"no image of the source 'val' \(6 images\) has a positive label: all pixels are 'unlabeled'",
         ),
         ({}, "needs a source"),
     ):
@@ -209,7 +208,7 @@ def test_replicates_are_handed_out_for_comparisons() -> None:
     config = dataclasses.replace(SMALL, lr=1e-2, final_lr=1e-3)
     (first,) = probe_heads(FakeBackbone(), Colours(40, "train"), Colours(20, "val"), config)
     (again,) = probe_heads(FakeBackbone(), Colours(40, "train"), Colours(20, "val"), config)
-    spec = HeadSpec("linear", "global")  # neither perfect nor hopeless after these steps
+    spec = HeadSpec("linear", "global")  # neither 0 nor 1 after these steps
     recalls = first.recalls["val", spec]
     assert recalls.shape == (1000,)
     assert torch.equal(recalls, again.recalls["val", spec])

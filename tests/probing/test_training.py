@@ -1,4 +1,4 @@
-"""Heads train together as they would alone, whatever the seeds beside them, and can fail."""
+"""Heads trained together equal heads trained alone, also with several seeds; and training can fail."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import math
 
 import pytest
 import torch
-from probing_toys import ALL, ALONE, CONFIG, GEOMETRY, held, toy
+from probing_toys import ALL, ALONE, CONFIG, GEOMETRY, in_memory, toy
 from torch import Tensor
 
 from localign.errors import RunFailure, UserError
-from localign.probing import HeadSpec, ProbeConfig, TrainedHeads, judge_heads, train_heads
-from localign.probing.training import Member, learning_rate
+from localign.probing import HeadSpec, ProbeConfig, TrainedHeads, evaluate_heads, train_heads
+from localign.probing.training import SeededHead, learning_rate
 
 SHORT = dataclasses.replace(CONFIG, steps=12, warmup_steps=2)
 
 
 def trained(config: ProbeConfig = SHORT, specs: tuple[HeadSpec, ...] = ALL) -> list[TrainedHeads]:
-    return train_heads(held(*toy(50, 0)), specs, GEOMETRY, config, ALONE)
+    return train_heads(in_memory(*toy(50, 0)), specs, GEOMETRY, config, ALONE)
 
 
 def same(a: TrainedHeads, b: TrainedHeads, spec: HeadSpec) -> bool:
@@ -26,20 +26,20 @@ def same(a: TrainedHeads, b: TrainedHeads, spec: HeadSpec) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def recalls(one: TrainedHeads) -> dict[Member, float]:
-    heads = {(one.seed, spec): head for spec, head in one.heads.items()}
-    judged = judge_heads(heads, held(*toy(100, 1)), CONFIG, ALONE)
-    return {member: j.figures["macro_recall"] for member, j in judged.items()}
+def recalls(trained: TrainedHeads) -> dict[SeededHead, float]:
+    heads = {(trained.seed, spec): head for spec, head in trained.heads.items()}
+    counts = evaluate_heads(heads, in_memory(*toy(100, 1)), CONFIG, ALONE)
+    return {key: c.metrics["macro_recall"] for key, c in counts.items()}
 
 
 def test_separable_features_are_read_and_shuffled_ones_are_not() -> None:
     features, labels = toy(200, 0)
     specs = (*ALL, HeadSpec("linear", "majority"))
-    (one,) = train_heads(held(features, labels), specs, GEOMETRY, CONFIG, ALONE)
-    for member, recall in recalls(one).items():
-        assert recall == pytest.approx(1.0, abs=1e-3), member
+    (one,) = train_heads(in_memory(features, labels), specs, GEOMETRY, CONFIG, ALONE)
+    for key, recall in recalls(one).items():
+        assert recall == pytest.approx(1.0, abs=1e-3), key
     mixed = features[torch.randperm(200, generator=torch.Generator().manual_seed(2))]
-    (one,) = train_heads(held(mixed, labels), specs, GEOMETRY, CONFIG, ALONE)
+    (one,) = train_heads(in_memory(mixed, labels), specs, GEOMETRY, CONFIG, ALONE)
     assert all(recall < 0.5 for (_, spec), recall in recalls(one).items() if spec.task == "local")
 
 
@@ -70,10 +70,10 @@ def test_nothing_global_decides_or_is_changed() -> None:
 
 
 def test_curves_tell_training_and_validation_loss_every_hundred_steps() -> None:
-    features = held(*toy(60, 0))
+    features = in_memory(*toy(60, 0))
 
     def train(validation: bool, images: int = 512) -> TrainedHeads:
-        held_out = held(*toy(30, 1)) if validation else None
+        held_out = in_memory(*toy(30, 1)) if validation else None
         config = dataclasses.replace(CONFIG, curve_images=images)
         return train_heads(features, ALL[:2], GEOMETRY, config, ALONE, validation=held_out)[0]
 
@@ -84,7 +84,7 @@ def test_curves_tell_training_and_validation_loss_every_hundred_steps() -> None:
     assert last["train"] < first["train"]
     without = train(False)
     assert "validation" not in without.curve[0]["linear"]["local"]
-    assert all(same(one, without, spec) for spec in ALL[:2])  # looking at it changes nothing
+    assert all(same(one, without, spec) for spec in ALL[:2])  # the validation changes nothing
     assert train(True, images=0).curve == without.curve
 
 
@@ -109,7 +109,7 @@ def test_each_epoch_is_announced_once() -> None:
     seen: list[tuple[int, int]] = []
     config = dataclasses.replace(SHORT, steps=None, warmup_steps=None, epochs=2.9)
     train_heads(
-        held(*toy(50, 0)), ALL[:1], GEOMETRY, config, ALONE,
+        in_memory(*toy(50, 0)), ALL[:1], GEOMETRY, config, ALONE,
         after_epoch=lambda epoch, heads: seen.append((epoch, len(heads))),
     )  # fmt: skip
     assert seen == [(1, 1), (2, 1), (3, 1)]
@@ -143,13 +143,13 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     features, labels = toy(20, 0)
     features[3] = math.nan
     with pytest.raises(RunFailure, match="linear head"):
-        train_heads(held(features, labels), ALL[:1], GEOMETRY, SHORT, ALONE)
+        train_heads(in_memory(features, labels), ALL[:1], GEOMETRY, SHORT, ALONE)
 
 
 def test_batches_are_the_rows_asked_for_in_the_type_they_are_kept_in() -> None:
     tokens, labels = toy(20, 0)
-    features = held(tokens.bfloat16(), labels)
-    rows = [features.own()[:3], features.own()[:0]]
+    features = in_memory(tokens.bfloat16(), labels)
+    rows = [features.rank_rows()[:3], features.rank_rows()[:0]]
     (some, targets), (none, _) = features.batches(rows)
     assert torch.equal(some, tokens[:3].bfloat16())
     assert none.shape == (0, 5, 16)

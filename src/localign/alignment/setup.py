@@ -136,7 +136,8 @@ def _checkpoint_step(checkpoints: Checkpoints, wanted: str, folder: Path) -> int
     steps = checkpoints.steps()
     if not steps:
         raise UserError(f"{folder} has no checkpoint yet")
-    best = (checkpoints.best() or {}).get("step")
+    marked = checkpoints.best()
+    best = marked["step"] if marked is not None else None
     if wanted == "best" and best is None:
         raise UserError(f"{folder} has no best checkpoint: it was not validated")
     step = {"last": str(steps[-1]), "best": str(best)}.get(wanted, wanted)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from localign.backbones import Backbone
 from localign.backbones.attention import fuse_attention
-from localign.backbones.frozen import fuse_frozen
 from localign.errors import UserError
 from localign.options.names import TargetName
 
@@ -90,7 +89,6 @@ class Teacher(nn.Module):
             weights = {id(parameter): parameter for parameter in self.backbone.parameters()}
             self._computing = copy.deepcopy(self.backbone, weights)
             fuse_attention(self._computing, device)
-            fuse_frozen(self._computing.vit.blocks)
 
     @torch.no_grad()
     def forward(self, images: Tensor, keep_mask: Tensor | None = None) -> Tensor:

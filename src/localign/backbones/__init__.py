@@ -1,4 +1,4 @@
-"""One ViT behind one small interface: tokens of any layer, patch grid, prefix tokens, pixel statistics."""
+"""Vision transformers behind one interface: tokens of any layer, patch grid, prefix tokens, pixel statistics."""
 
 from localign.backbones.attention import SoftCapAttention, apply_soft_cap
 from localign.backbones.backbone import Backbone

@@ -1,11 +1,11 @@
-"""Soft-capped attention: the pre-trained attention's weights and names, its logits bounded.
+"""Soft-capped attention: bounded attention logits, with the pre-trained attention's weights and parameter names.
 
-Logits ``s = q.k / sqrt(head_dim)`` become ``cap * tanh(s / cap)`` before the softmax (appendix C of the
-paper, "Training instability"). Three back-ends compute the same thing:
+Logits ``s = q.k / sqrt(head_dim)`` become ``cap * tanh(s / cap)`` before the softmax (appendix C of the paper,
+"Training instability"). Three back-ends compute the same function:
 
 ``eager``  plain tensor operations; any device, any dtype, exportable. The reference.
-``flex``   FlexAttention with the cap as a score modification; on CUDA a fused kernel that never holds the
-           ``tokens x tokens`` matrix. On the CPU it runs un-fused, without gradients.
+``flex``   FlexAttention with the cap as a score modification. On CUDA a fused kernel that never stores the
+           ``tokens x tokens`` matrix; on a CPU not fused, and without gradients.
 ``auto``   ``flex`` on CUDA, ``eager`` elsewhere.
 """
 
@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, use_fused_attn
+from timm.layers.attention import Attention
+from timm.layers.config import use_fused_attn
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -26,7 +27,7 @@ from localign.options.names import BACKENDS, AttentionBackend
 
 
 def soft_cap(logits: Tensor, cap: float | Tensor) -> Tensor:
-    """Bound attention logits smoothly to (-cap, cap); any shape, same dtype."""
+    """Bound attention logits smoothly to (-cap, cap). Shape and dtype stay the same."""
     return cap * torch.tanh(logits / cap)
 
 
@@ -34,35 +35,35 @@ def attention_eager(query: Tensor, key: Tensor, value: Tensor, cap: float) -> Te
     """Soft-capped attention with plain operations.
 
     Args:
-        query: ``(batch, heads, tokens, head_dim)``; ``key`` and ``value`` likewise.
+        query, key, value: ``(batch, heads, tokens, head_dim)``.
         cap: Bound of the logits, > 0.
 
     Returns:
         ``(batch, heads, tokens, head_dim)``, dtype of ``value``.
     """
-    # The cap's division is done on the queries, of which there are fewer numbers than of logits.
-    share = (query * (query.shape[-1] ** -0.5 / cap)) @ key.transpose(-2, -1)
-    logits = cap * torch.tanh(share)
+    # Dividing the queries by the cap is cheaper than dividing the logits, which have more elements.
+    scaled = (query * (query.shape[-1] ** -0.5 / cap)) @ key.transpose(-2, -1)
+    logits = cap * torch.tanh(scaled)
     if logits.device.type == "cpu" and logits.dtype == value.dtype == torch.bfloat16:
-        # Autocast would make a float32 copy of the logits and one of the softmax, which the product rounds again.
+        # Autocast would copy the logits and the softmax to float32, and round the softmax back for the product.
         with torch.autocast("cpu", enabled=False):
             return logits.softmax(dim=-1) @ value
     return logits.softmax(dim=-1).to(value.dtype) @ value
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The head dimension the fused kernel works at: a power of two, 16 at least (72 becomes 128)."""
+    """The head dimension of the fused kernel: the next power of two, at least 16 (72 becomes 128)."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def attention_flex(query: Tensor, key: Tensor, value: Tensor, cap: float) -> Tensor:
     """Soft-capped attention through FlexAttention; shapes as in :func:`attention_eager`.
 
-    Zero columns are appended up to :func:`padded_head_dim`: they change neither logits nor the first
-    ``head_dim`` columns of the output, and the scale stays that of the true head dimension.
+    Zero columns are appended up to :func:`padded_head_dim`. They change neither the logits nor the first ``head_dim``
+    columns of the output. The scale is that of the true head dimension.
 
     Raises:
-        UserError: Gradients are wanted on the CPU.
+        UserError: The inputs need gradients and are on the CPU.
     """
     if query.device.type == "cpu" and query.requires_grad:
         raise UserError("attention back-end flex has no gradients on the CPU; use eager or auto")
@@ -71,9 +72,9 @@ def attention_flex(query: Tensor, key: Tensor, value: Tensor, cap: float) -> Ten
     if pad:
         query, key, value = (F.pad(x, (0, pad)) for x in (query, key, value))
 
-    # Under torch.compile the outer graph takes FlexAttention in; only outside of it is it compiled alone.
+    # Inside torch.compile, FlexAttention becomes part of the outer graph; otherwise it is compiled alone.
     fused = query.is_cuda and not torch.compiler.is_compiling()
-    # Un-fused, a second cap in one process would be traced as a symbolic float, which torch does not lower.
+    # Without fusing, torch would trace a second cap in the same process as a symbolic float, which it cannot lower.
     bound = cap if query.is_cuda else query.new_tensor(cap)
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
@@ -90,15 +91,15 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 class SoftCapAttention(nn.Module):
-    """timm's ``Attention`` with soft-capped logits; takes over its sub-modules, so names and weights stay.
+    """timm's ``Attention`` with soft-capped logits. It has the same sub-modules, so names and weights stay the same.
 
     Args:
         attention: The attention module of a pre-trained block.
         cap: Bound of the logits, > 0.
-        backend: See the module's docstring.
+        backend: ``auto``, ``eager`` or ``flex``, see the module docstring.
 
     Raises:
-        UserError: The cap is not positive, the back-end is unknown, or attention dropout is in use.
+        UserError: The cap is not positive, the back-end is unknown, or the module has attention dropout.
     """
 
     def __init__(self, attention: Attention, cap: float, backend: AttentionBackend = "auto") -> None:
@@ -122,9 +123,9 @@ class SoftCapAttention(nn.Module):
         self.proj_drop = attention.proj_drop
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attend over tokens ``(batch, tokens, width)``; attention masks are not part of the method."""
+        """Attention over tokens ``(batch, tokens, width)``, without an attention mask."""
         if attn_mask is not None or is_causal:
-            raise NotImplementedError("soft-capped attention takes no attention mask")
+            raise NotImplementedError("soft-capped attention has no attention mask")
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -134,17 +135,18 @@ class SoftCapAttention(nn.Module):
         out = self.norm(out.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+        projected: Tensor = self.proj_drop(self.proj(out))
+        return projected
 
     def extra_repr(self) -> str:
         return f"cap={self.cap}, backend={self.backend!r}, num_heads={self.num_heads}"
 
 
 def fuse_attention(module: nn.Module, device: torch.device) -> None:
-    """Let timm's attention within a module be computed as is best on a device.
+    """Use torch's fused attention in a module's timm attention layers, except on CPUs.
 
-    torch's fused attention for CPUs is slower than plain products and a softmax at a ViT's few tokens. Soft-capped
-    attention is not concerned.
+    On a CPU, at the few tokens of a ViT, fused attention is slower than plain matrix products and a softmax.
+    Soft-capped attention does not change.
     """
     part: Any
     for part in module.modules():
@@ -153,10 +155,10 @@ def fuse_attention(module: nn.Module, device: torch.device) -> None:
 
 
 def apply_soft_cap(vit: Any, cap: float, backend: AttentionBackend = "auto") -> None:
-    """Replace, in place, the attention of every block of a timm VisionTransformer by the soft-capped one.
+    """Replace, in place, the attention of every block of a timm VisionTransformer by soft-capped attention.
 
     Raises:
-        UserError: A block's attention is of another family (EVA and BEiT mix positions into their logits).
+        UserError: A block has another kind of attention (EVA and BEiT add positions to their logits).
     """
     for block in vit.blocks:
         if isinstance(block.attn, SoftCapAttention):
@@ -166,6 +168,6 @@ def apply_soft_cap(vit: Any, cap: float, backend: AttentionBackend = "auto") -> 
         else:
             kind = f"{type(block.attn).__module__.rsplit('.', 1)[-1]}.{type(block.attn).__name__}"
             raise UserError(
-                f"soft-capped attention fits VisionTransformer backbones, not {type(vit).__name__} "
-                f"with {kind}; use --soft-cap none"
+                f"soft-capped attention works with VisionTransformer backbones, not with {type(vit).__name__} "
+                f"and its {kind}; use --soft-cap none"
             )

@@ -1,4 +1,4 @@
-"""One vision transformer behind one small interface."""
+"""A vision transformer behind one small interface."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ FinalNorm = Literal["norm", "fc_norm", "none"]
 
 
 class Backbone(nn.Module):
-    """A timm ViT that gives token sequences of any layer.
+    """A timm ViT that returns the token sequence of any layer.
 
-    Features come from timm's ``forward_intermediates``; the wrapped model's methods are never replaced.
+    Tokens come from timm's ``forward_intermediates``. The methods of the timm model are never replaced.
 
     Args:
         vit: A timm VisionTransformer, Eva or Beit model, built with ``num_classes=0``.
-        name: How reports call it.
-        architecture: timm's registered name, from which it can be built again.
-        model_kwargs: The arguments given to timm beside the name.
+        name: The name in reports.
+        architecture: timm's registered name, with which the model can be built again.
+        model_kwargs: Further arguments of timm's constructor.
         mean, std: Pixel statistics per RGB channel, for pixels in 0..1.
         soft_cap: Bound of the attention logits, or None for ordinary attention.
         attention: Back-end of soft-capped attention.
-        final_norm: Which norm :meth:`tokens` applies to each token. The default is the ViT's ``norm``, which
-            is an identity where the model only normalises after pooling; ``"fc_norm"`` is what an aligned
-            model of that kind uses.
+        final_norm: The norm that :meth:`tokens` applies to each token. The default is the ViT's ``norm``, which is an
+            identity in models that normalise after pooling. Aligned models of that kind use ``"fc_norm"``.
+
+    Raises:
+        UserError: The model is of another family or has an unsupported structure.
     """
 
     vit: Any
-    """The timm model; untyped, since torch's modules have no declared attributes."""
+    """The timm model. It has no static type, because torch modules do not declare their attributes."""
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class Backbone(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches. Pixels right of or below the last full patch belong to none."""
+        """Rows and columns of patches. Pixels to the right of or below the last full patch belong to no patch."""
         rows, columns = self.vit.patch_embed.grid_size
         return int(rows), int(columns)
 
@@ -94,7 +96,7 @@ class Backbone(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class and register tokens, which come before the patches in every sequence."""
+        """Number of class and register tokens, which come before the patches."""
         return int(self.vit.num_prefix_tokens)
 
     @property
@@ -118,7 +120,7 @@ class Backbone(nn.Module):
 
     @property
     def qkv_bias(self) -> bool:
-        """Whether queries (and values) have a bias; EVA and BEiT keep it outside of the linear layer."""
+        """Whether queries (and values) have a bias. In EVA and BEiT it is not part of the linear layer."""
         attn = self.vit.blocks[0].attn
         if getattr(attn, "q_bias", None) is not None:
             return True
@@ -126,7 +128,7 @@ class Backbone(nn.Module):
         return projection.bias is not None
 
     def block_index(self, layer: int) -> int:
-        """The position 0..depth-1 of ``layer``, which may count from the end (-1 = last block).
+        """The position 0..depth-1 of a layer, which may be counted from the end (-1 = last block).
 
         Raises:
             UserError: There is no such block.
@@ -137,7 +139,7 @@ class Backbone(nn.Module):
         return index
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Pixels to the backbone's input range.
+        """Normalise pixels with the backbone's statistics.
 
         Args:
             images: uint8 ``(batch, 3, height, width)``, 0..255.
@@ -150,12 +152,12 @@ class Backbone(nn.Module):
         return (images.float() / 255 - mean) / std
 
     def tokens(self, images: Tensor, layer: int = -1, norm: bool = True) -> Tensor:
-        """The token sequence after one block; later blocks are not run.
+        """The token sequence after one block. Later blocks are not run.
 
         Args:
             images: Normalised, ``(batch, 3, height, width)``.
-            layer: Block whose output is wanted, 0-based or counted from the end.
-            norm: Apply the final norm, also to the output of an earlier block.
+            layer: The block, 0-based or counted from the end.
+            norm: Apply the final norm, also after an earlier block.
 
         Returns:
             ``(batch, num_prefix_tokens + num_patches, width)``, prefix tokens first, patches in row order.
@@ -177,18 +179,21 @@ class Backbone(nn.Module):
         """Apply the final norm to every token ``(..., width)``."""
         if self.final_norm == "none":
             return tokens
-        return self.vit.norm(tokens) if self.final_norm == "norm" else self.vit.fc_norm(tokens)
+        norm = self.vit.norm if self.final_norm == "norm" else self.vit.fc_norm
+        normalised: Tensor = norm(tokens)
+        return normalised
 
     def pooled(self, images: Tensor) -> Tensor:
         """The model's own pooled output, ``(batch, width)``, of normalised images."""
-        return self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)
+        output: Tensor = self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)
+        return output
 
     def forward(self, images: Tensor) -> Tensor:
-        """Last-layer tokens after the final norm, of normalised images."""
+        """Last-layer tokens of normalised images, after the final norm."""
         return self.tokens(images)
 
     def copy(self, *, soft_cap: float | None = None, attention: AttentionBackend | None = None) -> Backbone:
-        """A deep copy, with soft-capped attention where a cap is given; without one, the cap stays as it is."""
+        """A deep copy. Without ``soft_cap`` and ``attention`` the copy keeps the cap and back-end of the original."""
         twin = copy.deepcopy(self)
         twin.attention = attention or self.attention
         twin.soft_cap = self.soft_cap if soft_cap is None else soft_cap
@@ -206,7 +211,7 @@ def _check_structure(vit: Any, name: str) -> None:
     if grid is None:
         raise UserError(f"{name} has no fixed patch grid; give it an image size")
     for pixels, patch, count in zip(vit.patch_embed.img_size, vit.patch_embed.patch_size, grid, strict=True):
-        if pixels // patch != count:  # a convolutional stem, whose patches are not squares of the image
+        if pixels // patch != count:  # a convolutional stem: its patches overlap
             raise UserError(
                 f"{name} does not cut the image into {patch}-pixel patches; hybrids are not supported"
             )

@@ -1,4 +1,4 @@
-"""The backbones of the paper, by name, with the settings of their published alignment runs (Table 6)."""
+"""The backbones of the paper by name, with the settings of their published alignment runs (Table 6)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ class CatalogueEntry:
     """One published backbone."""
 
     timm_name: str
-    """timm architecture and weight tag; for MoCo v3 the architecture alone."""
+    """timm architecture and weight tag; for MoCo v3 only the architecture."""
     image_size: int
     """Side of the square input, pixels."""
     lr: float
-    """Peak learning rate of its alignment at batch 1024."""
+    """Peak learning rate of the alignment at batch size 1024."""
     soft_cap: bool
-    """Whether its alignment ran with soft-capped attention (30)."""
+    """Whether the alignment used soft-capped attention, with cap 30."""
     data: str = "IN21k"
-    """Training images of the published run."""
+    """Training images of the alignment."""
     epochs: int = 5
-    """Epochs over them."""
+    """Epochs of the alignment."""
     loader: str = "timm"
-    """Where the weights come from: timm, or the MoCo v3 authors' checkpoint file."""
+    """Source of the weights: "timm", or "moco-v3" for the checkpoint file of MoCo v3's authors."""
 
 
 CATALOGUE: dict[str, CatalogueEntry] = {

@@ -1,4 +1,4 @@
-"""From a name to a backbone."""
+"""Build a backbone from a name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from localign.weights import load_strict
 
 """The small backbone inside the package, pre-trained on scenes with image-level supervision."""
 _REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
-# A backbone has no classifier, whatever file its weights come from.
+# Weight files may have a classifier; a backbone has none.
 _CLASSIFIER = ("head.", "head_dist.", "fc.")
 
 
@@ -40,20 +40,20 @@ def create_backbone(
     """Build a backbone.
 
     Args:
-        name: A name of the catalogue, ``scenes-vit``, any timm name, ``hf-hub:...``, ``local-dir:...`` or a
-            folder written by ``localign export``.
-        weights: ``"pretrained"``, ``"none"`` (random, keyed by ``seed``), or a file: safetensors or torch
-            tensors under timm's names, or the authors' own format where timm converts it.
-        image_size: Input side, or (height, width), in pixels; the position embedding is resampled.
-        model_kwargs: Further arguments for timm's constructor, for example ``{"depth": 2}``.
-        attention: Back-end of soft-capped attention, where the backbone has it.
+        name: A catalogue name, ``scenes-vit``, any timm name, ``hf-hub:...``, ``local-dir:...`` or an export folder.
+        weights: ``"pretrained"``, ``"none"`` (random weights that depend on ``seed``), or a safetensors or torch file
+            with timm's parameter names or in an original format that timm converts.
+        image_size: Input side, or (height, width), pixels; the position embedding is resampled.
+        model_kwargs: Further arguments of timm's constructor, for example ``{"depth": 2}``.
+        attention: Back-end of soft-capped attention, if the backbone has it.
         seed: Seed of random weights.
 
     Returns:
         The backbone in eval mode.
 
     Raises:
-        UserError: Unknown name (with near ones), weights that do not fit or cannot be fetched.
+        UserError: The name is unknown (the error suggests similar names), or the weights do not fit or cannot be
+            downloaded.
     """
     kwargs = dict(model_kwargs or {})
     exported = (Path(name) / CONFIG_FILE).is_file() and not name.startswith(_REMOTE)
@@ -73,21 +73,21 @@ def create_backbone(
         _check_timm_name(architecture)
     if entry and entry.loader == "moco-v3" and weights == "pretrained":
         raise UserError(
-            f"{name} has no weights in timm; give the authors' checkpoint file with --weights vit-b-300ep.pth.tar"
+            f"timm has no weights of {name}; give the authors' checkpoint file with --weights vit-b-300ep.pth.tar"
         )
     with rng.seeded_globals(seed, "backbone weights"):
         vit = build_vit(architecture, kwargs, pretrained=weights == "pretrained")
     if weights not in ("pretrained", "none"):
         moco = entry is not None and entry.loader == "moco-v3"
         _load_weight_file(vit, Path(weights), moco=moco)
-    if name.startswith(_REMOTE):  # the folder may move: keep what the model can be built from without it
+    if name.startswith(_REMOTE):  # store everything that a rebuild needs, as the folder may move
         architecture = vit.pretrained_cfg["architecture"]
         kwargs = {**_saved_arguments(vit), **kwargs, "img_size": vit.patch_embed.img_size}
     return backbone_of(vit, name=name, architecture=architecture, model_kwargs=kwargs, attention=attention)
 
 
 def _saved_arguments(vit: nn.Module) -> dict[str, Any]:
-    """The constructor's arguments that came with a remote model's configuration."""
+    """Constructor arguments from a remote model's configuration."""
     return dict(getattr(vit, "pretrained_model_args", {}))
 
 
@@ -95,7 +95,7 @@ def _embedded_path() -> Path:
     path = Path(str(files("localign"))) / "assets" / EMBEDDED
     if not (path / CONFIG_FILE).is_file():
         raise UserError(
-            f"this installation lacks the embedded backbone; make it with: localign pretrain --out {path}"
+            f"this installation has no embedded backbone; make it with: localign pretrain --out {path}"
         )
     return path
 
@@ -108,7 +108,7 @@ def backbone_of(
     model_kwargs: Mapping[str, Any],
     attention: AttentionBackend = "auto",
 ) -> Backbone:
-    """Wrap a timm model, taking its pixel statistics from its pre-trained configuration."""
+    """Wrap a timm model, with the pixel statistics of its pre-trained configuration, in eval mode."""
     cfg = vit.pretrained_cfg
     return Backbone(
         vit,
@@ -122,10 +122,10 @@ def backbone_of(
 
 
 def build_vit(architecture: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> Any:
-    """A timm model without classifier.
+    """Build a timm model without a classifier.
 
     Raises:
-        UserError: timm takes no such argument, or the weights cannot be fetched.
+        UserError: timm does not accept an argument, or the weights cannot be downloaded.
     """
     try:
         return timm.create_model(architecture, pretrained=pretrained, num_classes=0, **kwargs)
@@ -136,12 +136,12 @@ def build_vit(architecture: str, kwargs: Mapping[str, Any], *, pretrained: bool)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if architecture.startswith(_REMOTE):
-            raise UserError(f"{architecture} cannot be fetched or built: {reason}") from error
+            raise UserError(f"{architecture} cannot be downloaded or built: {reason}") from error
         if not pretrained:
             raise
         raise UserError(
-            f"the weights of {architecture} cannot be fetched ({reason}); "
-            "give a file with --weights FILE, or --weights none for random ones"
+            f"the weights of {architecture} cannot be downloaded ({reason}); "
+            "give a file with --weights FILE, or --weights none for random weights"
         ) from error
 
 
@@ -150,7 +150,7 @@ def _check_timm_name(name: str) -> None:
     if not timm.is_model(architecture):
         known = [EMBEDDED, *CATALOGUE, *timm.list_models()]
         raise UserError(
-            f"unknown backbone {name!r}{did_you_mean(name, known)}; `localign list backbones` shows all"
+            f"unknown backbone {name!r}{did_you_mean(name, known)}; `localign list backbones` lists all names"
         )
     if tag:
         try:
@@ -162,7 +162,7 @@ def _check_timm_name(name: str) -> None:
 
 def _load_weight_file(vit: nn.Module, path: Path, *, moco: bool) -> None:
     state = read_moco_v3(path) if moco else read_state_dict(path)
-    # timm knows the authors' own formats (OpenAI CLIP, DINOv2, ...) and resizes position embeddings.
+    # timm converts original formats (OpenAI CLIP, DINOv2, ...) and resizes position embeddings.
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
         try:
@@ -173,11 +173,11 @@ def _load_weight_file(vit: nn.Module, path: Path, *, moco: bool) -> None:
 
 
 def open_backbone(path_or_name: str | Path, **options: Any) -> Backbone:
-    """As :func:`create_backbone`, and a run folder stands for its export.
+    """Like :func:`create_backbone`, but also accepts a run folder, whose export it loads.
 
     Args:
         path_or_name: A run folder, an export folder, or a name.
-        **options: Of :func:`create_backbone`.
+        **options: Arguments of :func:`create_backbone`.
     """
     folder = export_folder(path_or_name)
     return create_backbone(str(folder) if folder.is_dir() else str(path_or_name), **options)

@@ -1,8 +1,8 @@
-"""An aligned (or any) backbone as a folder that others can load: tensors plus one JSON file.
+"""Export folders: a backbone as tensors plus one JSON file, which others can load.
 
-``model.safetensors`` holds the ViT under timm's names and ``config.json`` timm's own keys plus a section
-``localign`` with what timm has no word for: soft-cap, which norm follows, feature layer, provenance. The
-decoder of an alignment, where there is one, lies beside it as ``decoder.safetensors``.
+``model.safetensors`` holds the ViT with timm's parameter names. ``config.json`` holds timm's own keys, and in a section
+``localign`` what timm has no key for: soft-cap, final norm, feature layer, provenance. The decoder of an alignment is
+stored as ``decoder.safetensors`` in the same folder.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def save_backbone(
     provenance: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write an export folder; each file appears whole or not at all, the config last.
+    """Write an export folder. Each file is written completely or not at all, and the config last.
 
     Args:
-        backbone: What to save.
-        folder: Made where missing.
+        backbone: The backbone to save.
+        folder: Created if it does not exist.
         decoder: Tensors of the alignment's decoder and of the projection before it.
-        decoder_config: What is needed to build that decoder again.
-        provenance: Free facts for the reader: base weights, run, seed, data.
-        dtype: Storage type; the weights' own by default.
+        decoder_config: The arguments to build the decoder again.
+        provenance: Facts for the reader: base weights, run, seed, data.
+        dtype: Storage dtype of floating-point tensors; default the dtype of each tensor.
 
     Returns:
         The folder.
@@ -61,7 +61,7 @@ def save_backbone(
         decoder = {k: _stored(v, dtype) for k, v in decoder.items()}
         _save_tensors(decoder, folder / DECODER_FILE)
     else:
-        (folder / DECODER_FILE).unlink(missing_ok=True)  # of an export that was here before
+        (folder / DECODER_FILE).unlink(missing_ok=True)  # left by an earlier export
     config = _config(backbone, state, decoder_config, provenance or {})
     config["localign"]["decoder_sha256"] = content_hash(decoder) if decoder is not None else None
     replace_text(folder / CONFIG_FILE, json.dumps(config, indent=1) + "\n")
@@ -86,7 +86,7 @@ def _config(
     kwargs = {k: list(v) if isinstance(v, tuple) else v for k, v in backbone.model_kwargs.items()}
     height, width = backbone.image_size
     return {
-        # timm's keys, so that timm.create_model("local-dir:FOLDER") finds what it expects
+        # timm's keys, which timm.create_model("local-dir:FOLDER") reads
         "architecture": backbone.architecture.split(".")[0],
         "num_classes": 0,
         "num_features": backbone.width,
@@ -119,7 +119,7 @@ def _config(
 
 
 def content_hash(state: StateDict) -> str:
-    """A hash over names, types, shapes and values of tensors, independent of the file they lie in."""
+    """SHA-256 over the names, dtypes, shapes and values of tensors, independent of the file format."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -132,25 +132,27 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The ``config.json`` of an export folder.
 
     Raises:
-        UserError: Missing, not JSON, or not written by localign.
+        UserError: The file is missing, not JSON, or not written by localign.
     """
     path = Path(folder) / CONFIG_FILE
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is no exported backbone: it has no {CONFIG_FILE}") from error
+        raise UserError(f"{folder} is not an exported backbone: it has no {CONFIG_FILE}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from error
     section = config.get("localign") if isinstance(config, dict) else None
-    if not isinstance(section, dict):
-        raise UserError(f"{path} was not written by localign; give timm folders as local-dir:{folder}")
+    if not isinstance(config, dict) or not isinstance(section, dict):
+        raise UserError(
+            f"{path} was not written by localign; if it is a timm folder, give local-dir:{folder}"
+        )
     if section.get("format") != FORMAT:
         raise UserError(f"{path} has format {section.get('format')!r}; this version reads {FORMAT}")
     return config
 
 
 def export_folder(path: str | Path) -> Path:
-    """The export folder of a run folder; any other path as it is."""
+    """The export folder inside a run folder; any other path unchanged."""
     inner = Path(path) / "export"
     return inner if inner.is_dir() else Path(path)
 
@@ -159,22 +161,24 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
     """Read an export folder back; the inverse of :func:`save_backbone`.
 
     Returns:
-        The backbone in eval mode, float32, soft-capped where it was.
+        The backbone in eval mode, float32, with its soft-cap.
 
     Raises:
-        UserError: The folder is incomplete, or its tensors do not fit or are not the ones described.
+        UserError: The folder is incomplete, the tensors do not fit, or they differ from the config's hash.
     """
     folder = Path(folder)
     config = read_config(folder)
     ours = config["localign"]
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        raise UserError(f"{folder} is no complete export: it has no {WEIGHTS_FILE}")
+        raise UserError(f"{folder} is not a complete export: it has no {WEIGHTS_FILE}")
     state = _read_tensors(path, ours.get("sha256"))
     try:
         vit = _empty_vit(config)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
-        raise UserError(f"{folder / CONFIG_FILE} describes no model that can be built: {error!r}") from error
+        raise UserError(
+            f"{folder / CONFIG_FILE} describes a model that cannot be built: {error!r}"
+        ) from error
     load_strict(vit, state, path)
     cfg = config["pretrained_cfg"]
     return Backbone(
@@ -201,7 +205,7 @@ def _empty_vit(config: dict[str, Any]) -> Any:
     name = ours["final_norm"]
     if name != "none":
         if ours.get("norm") == "LayerNorm" and not isinstance(getattr(vit, name), nn.LayerNorm):
-            setattr(vit, name, nn.LayerNorm(vit.embed_dim))  # alignment renewed a norm of another kind
+            setattr(vit, name, nn.LayerNorm(vit.embed_dim))  # alignment has replaced another kind of norm
         if ours["norm_eps"] is not None:
             getattr(vit, name).eps = ours["norm_eps"]
     return vit
@@ -210,15 +214,15 @@ def _empty_vit(config: dict[str, Any]) -> Any:
 def _read_tensors(path: Path, expected_hash: str | None) -> StateDict:
     state = read_file(path)
     if expected_hash != content_hash(state):
-        raise UserError(f"{path} is damaged: its tensors are not those that {CONFIG_FILE} describes")
+        raise UserError(f"{path} is damaged: its tensors differ from the hash in {CONFIG_FILE}")
     return state
 
 
 def load_decoder_state(folder: str | Path) -> StateDict:
-    """The decoder's tensors of an export folder.
+    """The decoder tensors of an export folder.
 
     Raises:
-        UserError: The folder has none, or not the one it describes.
+        UserError: The folder has no decoder, or its tensors differ from the config's hash.
     """
     path = Path(folder) / DECODER_FILE
     if not path.is_file():

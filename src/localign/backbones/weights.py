@@ -1,4 +1,4 @@
-"""Reading weight files that others wrote: strictly, and without running code from them."""
+"""Reading weight files of other projects, without running code from them."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ StateDict = dict[str, Tensor]
 _WRAPPERS = ("module.", "_orig_mod.")
 _PLAIN_CLASSES: list[Any] = [
     argparse.Namespace,
-    # numpy numbers, as training scripts leave them beside the tensors; under their old name too
+    # numpy numbers, which training scripts store beside the tensors; also under their old name
     numpy_scalar,
     (numpy_scalar, "numpy.core.multiarray.scalar"),
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "bool")),
 ]
-"""What a file of tensors may hold besides: data without behaviour."""
+"""Classes besides tensors that a pickle may contain: plain data."""
 _SECTIONS = ("state_dict_ema", "state_dict", "model_ema", "model", "teacher")
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """The content of a ``.safetensors`` or torch file; ``argparse.Namespace`` is the one class let in.
+    """The content of a ``.safetensors`` or torch file. Pickles may contain tensors and plain data only.
 
     Raises:
-        UserError: No such file, not a checkpoint, or a pickle that asks for code to be run.
+        UserError: There is no such file, it is not a checkpoint, or its pickle could run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -46,8 +46,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_PLAIN_CLASSES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} refused: {_unpickling_cause(error)}") from error
-    except Exception as error:  # damaged bytes make the readers raise nearly anything
+        raise UserError(f"{path} was refused: {_unpickling_cause(error)}") from error
+    except Exception as error:  # readers raise errors of all kinds on damaged files
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is not a readable checkpoint: {cause}") from error
     if not isinstance(content, dict):
@@ -64,16 +64,16 @@ def _unpickling_cause(error: Exception) -> str:
 
 
 def read_state_dict(path: str | Path) -> StateDict:
-    """The tensors of a weight file, with wrapper prefixes (``module.``, ``_orig_mod.``) taken off.
+    """The tensors of a weight file, without the wrapper prefixes ``module.`` and ``_orig_mod.``.
 
     Raises:
-        UserError: As :func:`read_file`, or there are no tensors in it.
+        UserError: As :func:`read_file`, or the file has no tensors.
     """
     return state_dict_of(read_file(path), path)
 
 
 def state_dict_of(content: Mapping[str, Any], path: str | Path) -> StateDict:
-    """Find the state dict in a file's content: the EMA weights where there are any, else the plain ones."""
+    """Find the state dict in a file's content: the EMA weights if the file has them, else the plain weights."""
     for section in _SECTIONS:
         if isinstance(content.get(section), Mapping):
             content = content[section]
@@ -85,7 +85,7 @@ def state_dict_of(content: Mapping[str, Any], path: str | Path) -> StateDict:
 
 
 def unwrapped(key: str) -> str:
-    """A parameter name without the prefixes that DDP and torch.compile put before it."""
+    """A parameter name without the prefixes of DDP and torch.compile."""
     while key.startswith(_WRAPPERS):
         key = key.split(".", 1)[1]
     return key

@@ -331,6 +331,8 @@ class SceneSource:
     """
 
     kind = "scenes"
+    attributes = None
+    class_kinds = None
 
     def __init__(
         self, config: SceneConfig | None = None, split: str = "train", length: int = 20_000, seed: int = 0

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,9 @@ from localign.errors import UserError
 from localign.files import replace_text
 
 LOG_FILE = "log.jsonl"
+
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with the name of a stage, how many of its items are done, and how many there are."""
 
 
 class Sink(Protocol):
@@ -165,6 +168,31 @@ class Bar:
 
     def close(self) -> None:
         self._progress.stop()
+
+
+@contextmanager
+def progress_bars(shown: bool = True) -> Iterator[ProgressCallback]:
+    """A function that draws one bar for each stage it is called with; every bar is gone at the end.
+
+    Args:
+        shown: False for ranks other than the main one: the function then does nothing.
+    """
+    bars: dict[str, Bar] = {}
+
+    def update(stage: str, done: int, total: int) -> None:
+        if not shown:
+            return
+        if stage not in bars:
+            bars[stage] = Bar(stage, total)
+        bars[stage].update(done, total)
+        if total and done >= total:
+            bars.pop(stage).close()
+
+    try:
+        yield update
+    finally:
+        for bar in bars.values():
+            bar.close()
 
 
 class Log:

@@ -17,7 +17,7 @@ from localign.engine import run_folder
 from localign.engine.batch import sample_digest, to_device
 from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.checkpoints.sharded import ShardedCheckpoints
-from localign.engine.checkpoints.state import NEEDED_FIELDS
+from localign.engine.checkpoints.state import NEEDED_FIELDS, BestCheckpoint, LastValidation
 from localign.engine.disk import writing
 from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.hardware.cpu import fast_float32_matmul, keep_freed_memory
@@ -95,8 +95,8 @@ class Loop:
         self.bad: dict[str, str] = {}
         self.named: set[str] = set()  # the bad images that are in the log
         self.seconds = 0.0
-        self.best: dict[str, Any] | None = None
-        self.validation: dict[str, Any] = {}  # the latest: step and metrics
+        self.best: BestCheckpoint | None = None
+        self.validation: LastValidation = {}  # the latest: step and metrics
         self.saved_at: int | None = None
         self._lock: TextIO | None = None
 

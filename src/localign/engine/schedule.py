@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from localign.errors import UserError
+from localign.options.names import Precision
 from localign.options.train import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -47,8 +48,15 @@ def total_steps(config: TrainConfig, samples: int) -> int:
     return steps
 
 
-def computes_in_bf16(config: TrainConfig, device: str) -> bool:
-    """Whether a run computes in bfloat16 on a type of device."""
+class HasPrecision(Protocol):
+    """A config with an option ``precision``."""
+
+    @property
+    def precision(self) -> Precision: ...
+
+
+def computes_in_bf16(config: HasPrecision, device: str) -> bool:
+    """Whether a run computes in bfloat16 on a type of device (``cpu``, ``cuda``, ...)."""
     return config.precision == "bf16" or (config.precision == "auto" and device == "cuda")
 
 

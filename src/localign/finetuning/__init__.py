@@ -1,4 +1,4 @@
-"""Classification fine-tuning of a backbone under a transformer pooling head: options, model, task."""
+"""Classification fine-tuning of a backbone with a transformer head: model and task."""
 
 from localign.finetuning.model import ImageClassifier, export_classifier, load_classifier
 from localign.finetuning.task import FinetuneTask, finetune

@@ -1,4 +1,4 @@
-"""A backbone with a transformer pooling head, as a module and as an export folder."""
+"""An image classifier: a backbone with a transformer head, as a module and as an export folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from localign.backbones import Backbone, load_backbone, save_backbone
-from localign.backbones.export import CONFIG_FILE, content_hash, read_config
+from localign.backbones.export import CONFIG_FILE, content_hash, export_folder, read_config
 from localign.backbones.weights import read_file
 from localign.errors import UserError
 from localign.files import replace_text, replacing
@@ -23,22 +23,21 @@ from localign.weights import load_strict
 HEAD_FILE = "head.safetensors"
 SECTION = "classifier"
 
-# What lies behind the tokens in timm's models.
+# Sub-modules of timm's models after the last block.
 _AFTER_TOKENS = ("norm", "fc_norm", "attn_pool", "head")
 
 
 class ImageClassifier(nn.Module):
-    """Logits of whole images: the backbone's last-layer tokens, read by the probing benchmark's transformer head.
+    """An image classifier: the transformer head of the probing benchmark on the backbone's last-layer tokens.
 
-    The head is two pre-norm blocks over all tokens, the mean over the prefix tokens' outputs (over all outputs
-    of a backbone without prefix tokens), and a linear layer. What a backbone pools its tokens with otherwise
-    takes no part and is not trained.
+    The head has two pre-norm blocks over all tokens, the mean of the outputs at the prefix tokens (at all tokens, if
+    there are no prefix tokens), and a linear layer. The backbone's own pooling is not used and not trained.
 
     Args:
-        backbone: Owned by this module.
-        classes: Names of the logits.
-        multi_label: Each class is a decision of its own, rather than one of all.
-        freeze: Keep the backbone as it is, in eval mode.
+        backbone: Becomes a part of this module.
+        classes: Class names of the logits.
+        multi_label: An image may have several classes.
+        freeze: Do not train the backbone, and keep it in eval mode.
     """
 
     def __init__(
@@ -59,7 +58,8 @@ class ImageClassifier(nn.Module):
         """Normalised images ``(batch, 3, height, width)`` to logits ``(batch, classes)``."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             tokens = self.backbone.tokens(images)
-        return self.head(tokens)
+        logits: Tensor = self.head(tokens)
+        return logits
 
     def train(self, mode: bool = True) -> ImageClassifier:
         super().train(mode)
@@ -71,11 +71,11 @@ class ImageClassifier(nn.Module):
 def export_classifier(
     model: ImageClassifier, folder: str | Path, *, provenance: dict[str, Any] | None = None
 ) -> Path:
-    """Write the backbone as any export, the head beside it, and what the head says in the config.
+    """Write an export folder of the backbone, with the head's weights and its classes added.
 
     Args:
-        model: Trained; not changed.
-        folder: Made where missing.
+        model: The trained classifier; it does not change.
+        folder: Created if it does not exist.
         provenance: Facts for the reader of ``config.json``.
     """
     folder = Path(folder)
@@ -95,14 +95,12 @@ def export_classifier(
 
 
 def load_classifier(folder: str | Path, *, attention: AttentionBackend = "auto") -> ImageClassifier:
-    """Read an export folder, or the run folder around it, with its head; in eval mode.
+    """Read a classifier from an export folder or a run folder. It is in eval mode.
 
     Raises:
         UserError: The folder has no classifier, is damaged, or its parts do not fit together.
     """
-    folder = Path(folder)
-    if (folder / "export").is_dir():
-        folder = folder / "export"
+    folder = export_folder(folder)
     section = read_config(folder)["localign"].get(SECTION)
     if section is None:
         raise UserError(f"{folder} holds a backbone without a classifier")
@@ -110,8 +108,6 @@ def load_classifier(folder: str | Path, *, attention: AttentionBackend = "auto")
     model = ImageClassifier(backbone, section["classes"], multi_label=section["multi_label"])
     state = read_file(folder / HEAD_FILE)
     if content_hash(state) != section["sha256"]:
-        raise UserError(
-            f"{folder / HEAD_FILE} is damaged: its tensors are not those that {CONFIG_FILE} describes"
-        )
+        raise UserError(f"{folder / HEAD_FILE} is damaged: its tensors differ from the hash in {CONFIG_FILE}")
     load_strict(model.head, state, folder / HEAD_FILE)
     return model.eval()

@@ -28,7 +28,7 @@ from localign.options.finetune import LABEL_SMOOTHING, FinetuneConfig
 
 SCENES_PER_VALIDATION = 2048
 TOP_FIVE_FROM = 6
-"""Fewest classes among which the five best say anything."""
+"""Smallest number of classes for which top-5 accuracy is reported."""
 
 
 def finetune(config: FinetuneConfig, backbone: Backbone | None = None) -> Outcome:
@@ -36,11 +36,11 @@ def finetune(config: FinetuneConfig, backbone: Backbone | None = None) -> Outcom
 
     Args:
         config: The options.
-        backbone: Where to start, in place of the one that the config names; it stays as it is.
+        backbone: The pre-trained backbone, instead of the config's; it does not change.
 
     Returns:
-        The run's folder and results. ``localign.load(outcome.folder)`` is the backbone;
-        :func:`localign.finetuning.load_classifier` gives it with its head.
+        The run's folder and results. ``localign.load(outcome.folder)`` loads the backbone, and
+        :func:`localign.finetuning.load_classifier` the backbone with its head.
 
     Raises:
         UserError: Bad options or data.
@@ -51,7 +51,7 @@ def finetune(config: FinetuneConfig, backbone: Backbone | None = None) -> Outcom
 
 
 def resolve_finetune(config: FinetuneConfig) -> FinetuneConfig:
-    """The config with the defaults filled in that depend on the device and the data."""
+    """The config with all defaults that depend on the device and the data."""
     on_cpu = choose_device(config.device).type == "cpu"
     crop = config.crop or ("none" if config.is_scenes else "rrc")
     return replace(
@@ -64,14 +64,14 @@ def resolve_finetune(config: FinetuneConfig) -> FinetuneConfig:
 
 
 class FinetuneTask(Task):
-    """Cross-entropy over class folders or list labels, or binary cross-entropy over what scenes show.
+    """Cross-entropy for class folders and lists; binary cross-entropy for scenes, which show several classes.
 
     Args:
-        config: Backbone, data, loss.
-        backbone: The pre-trained model, which is copied; built from the config if not given.
+        config: Backbone, data and loss.
+        backbone: The pre-trained backbone, which is copied; by default built from the config.
 
     Raises:
-        UserError: Data without labels, validation data with other classes, or an option that does not fit.
+        UserError: The data have no labels, the validation data have other classes, or an option does not apply.
     """
 
     def __init__(self, config: FinetuneConfig, backbone: Backbone | None = None) -> None:
@@ -91,7 +91,7 @@ class FinetuneTask(Task):
             )
 
     def _open_val(self) -> tuple[ImageLabels | None, Tensor]:
-        """Labels of the validation source, and the places in it of the images that validation reads."""
+        """Labels of the validation source, and the indices of the images that validation reads."""
         source, count = self.data.val_source, self.config.val_images
         if source is None:
             return None, torch.empty(0, dtype=torch.int64)
@@ -100,8 +100,8 @@ class FinetuneTask(Task):
         check_same_classes(self.labels, labels, spec)
         if count is None or count >= len(source):
             return labels, torch.arange(len(source))
-        self.data.val_source = spread = SpreadSource(source, count)
-        return labels, spread.indices
+        self.data.val_source = subset = SpreadSource(source, count)
+        return labels, subset.indices
 
     def _smoothing(self) -> float:
         given = self.config.label_smoothing
@@ -109,7 +109,7 @@ class FinetuneTask(Task):
             return LABEL_SMOOTHING if given is None else given
         if given:
             raise UserError(
-                f"--label-smoothing is for images of one class each, which {self.config.data} does not have"
+                f"--label-smoothing needs images of one class each; images of {self.config.data} have several"
             )
         return 0.0
 
@@ -138,12 +138,12 @@ class FinetuneTask(Task):
         self.model.backbone.vit.set_grad_checkpointing(True)
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Normalised training images and their targets ``(batch, classes)``, both mixed where asked for."""
+        """Normalised training images and their targets ``(batch, classes)``, mixed by mixup or CutMix if enabled."""
         images = batch.images.to(self.device)
         targets = self.labels.targets(batch.indices).to(self.device)
         if self.data.mixing is not None:
-            images, own_share = self.data.mixing.mix(images, batch.positions, self.seed)
-            targets = mix_labels(targets, own_share)
+            images, image_share = self.data.mixing.mix(images, batch.positions, self.seed)
+            targets = mix_labels(targets, image_share)
         return self.model.backbone.normalise(images), targets
 
     def step(self, model: nn.Module, batch: Batch) -> StepResult:
@@ -152,12 +152,12 @@ class FinetuneTask(Task):
         return StepResult(total, count)
 
     def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
-        """Loss without smoothing, and how much is recognised.
+        """Validation loss without label smoothing, and accuracy or recall.
 
         Returns:
-            ``val_loss``; for images of one class ``val_top1`` and, from six classes on, ``val_top5``: shares
-            of images whose class has the largest logit, or one of the five largest. For scenes ``val_recall``:
-            recall above probability 0.5, averaged over the classes that occur. Empty without validation data.
+            ``val_loss``; for images of one class each ``val_top1`` and, with six classes or more, ``val_top5``: the
+            shares of images whose class has the largest logit, or one of the five largest. For scenes ``val_recall``:
+            the recall at probability 0.5, averaged over the classes that occur. Empty without validation data.
         """
         labels = self.val_labels
         if labels is None:
@@ -169,12 +169,12 @@ class FinetuneTask(Task):
             targets = labels.targets(self.val_indices[batch.indices]).to(self.device)
             logits = module(self.model.backbone.normalise(batch.images.to(self.device)))
             loss += torch.stack(classification_loss(logits, targets, multi)).to(loss)
-            counts += recognised(logits, targets) if multi else ranked(logits, targets)
-        loss, (hits, of) = context.all_reduce(loss), context.all_reduce(counts)
+            counts += recall_counts(logits, targets) if multi else accuracy_counts(logits, targets)
+        loss, (hits, totals) = context.all_reduce(loss), context.all_reduce(counts)
         metrics = {"val_loss": float(loss[0] / loss[1].clamp(min=1))}
-        shares = hits / of.clamp(min=1)
+        shares = hits / totals.clamp(min=1)
         if multi:
-            return {**metrics, "val_recall": float(shares.sum() / (of > 0).sum().clamp(min=1))}
+            return {**metrics, "val_recall": float(shares.sum() / (totals > 0).sum().clamp(min=1))}
         names = ("val_top1", "val_top5") if len(labels.classes) >= TOP_FIVE_FROM else ("val_top1",)
         return {**metrics, **dict(zip(names, shares.tolist(), strict=False))}
 
@@ -211,14 +211,14 @@ def _starting_backbone(config: FinetuneConfig) -> Backbone:
 def classification_loss(
     logits: Tensor, targets: Tensor, multi_label: bool, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The loss as a sum, and what it went over, both scalars.
+    """The loss as a sum over its terms, and the number of terms, both scalars.
 
     Args:
         logits: ``(batch, classes)``.
-        targets: Floating point, the same shape: probabilities of one class each, or presence of every class.
-        multi_label: Binary cross-entropy over all pairs of image and class, rather than cross-entropy over
-            images.
-        smoothing: Of cross-entropy's targets: the share spread evenly over the classes.
+        targets: Floating point, the same shape: class probabilities, or with ``multi_label`` the presence of classes.
+        multi_label: Binary cross-entropy with a term for each pair of image and class, instead of cross-entropy with a
+            term for each image.
+        smoothing: Label smoothing of cross-entropy: the share of the target spread evenly over the classes.
     """
     if multi_label:
         loss = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum")
@@ -227,14 +227,14 @@ def classification_loss(
     return loss, loss.new_tensor(float(len(targets)))
 
 
-def ranked(logits: Tensor, targets: Tensor) -> Tensor:
-    """For images of one class: ``(2, 2)``, how many have theirs first and among the first five, and of how many."""
+def accuracy_counts(logits: Tensor, targets: Tensor) -> Tensor:
+    """For images of one class each: ``[[top-1 hits, top-5 hits], [images, images]]``."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    right = targets.gather(1, best)
-    hits = torch.stack([right[:, 0].sum(), right.sum()])
+    correct = targets.gather(1, best)
+    hits = torch.stack([correct[:, 0].sum(), correct.sum()])
     return torch.stack([hits, torch.full_like(hits, len(targets))])
 
 
-def recognised(logits: Tensor, targets: Tensor) -> Tensor:
-    """For images of several classes: ``(2, classes)``, right positive predictions, and positives."""
+def recall_counts(logits: Tensor, targets: Tensor) -> Tensor:
+    """For images of several classes: true positives and positives by class, ``(2, classes)``."""
     return torch.stack([((logits > 0) * targets).sum(0), targets.sum(0)])

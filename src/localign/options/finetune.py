@@ -1,7 +1,6 @@
 """Options of `localign finetune`.
 
-The published companion of this kind names no settings in full; the defaults here are our own, of the sort that
-is usual for fine-tuning ViTs.
+No published run names all settings. The defaults are ours, in the usual range for fine-tuning ViTs.
 """
 
 from dataclasses import dataclass, field
@@ -17,42 +16,42 @@ LABEL_SMOOTHING = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(DataConfig, TrainConfig):
-    """Classification fine-tuning of a backbone under a transformer pooling head."""
+    """Classification fine-tuning of a backbone with a transformer head."""
 
     backbone: str = "scenes-vit"
     """A run or export folder, a name of `localign list backbones`, any timm name, hf-hub:... or local-dir:..."""
     weights: str = "pretrained"
-    """Of names: pretrained, none (random), or a weight file."""
+    """Weights of a backbone given by name: pretrained, none (random), or a weight file."""
     image_size: int | None = None
-    """Of names: side of the square input, pixels; default the backbone's own."""
+    """Input side of a backbone given by name, pixels; default the backbone's own."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Of names: further arguments of timm's constructor, for example depth=2."""
+    """Further arguments of timm's constructor for a backbone given by name, such as depth=2."""
     attention: AttentionBackend = "auto"
-    """Back-end of soft-capped attention, where the backbone has it: eager, flex, or auto (flex on CUDA)."""
+    """Back-end of soft-capped attention, if the backbone has it: eager, flex, or auto (flex on CUDA)."""
     freeze: bool = False
-    """Train the head alone."""
+    """Train only the head."""
     label_smoothing: float | None = None
-    """Share of the target spread evenly over the classes; default 0.1. Not for scenes, whose images show
-    several classes."""
+    """Share of the target spread evenly over the classes; default 0.1. Not for scenes, whose images have several
+    classes."""
 
     out: str = "runs/finetune"
-    """Run folder: config, log, results, checkpoints, export with head."""
+    """Run folder for config, log, results, checkpoints, and the export with the head."""
     data: str = "scenes"
-    """Training images: a folder of class folders, a list (.csv with the columns path,label), or scenes."""
+    """Training images: a folder of class folders, a list (.csv with columns path,label), or scenes."""
     val_images: int | None = None
-    """Images per validation, at most, at even distances; default all (for scenes: 2048)."""
+    """Largest number of images per validation, at even distances; default all (for scenes 2048)."""
     crop: TrainCrop | None = None
-    """published, rrc (random resized crop) or none; default rrc (for scenes: none)."""
+    """published, rrc (random resized crop) or none; default rrc (for scenes none)."""
     mixup: float | None = None
-    """Mixup's alpha; labels are mixed alike."""
+    """Alpha of mixup, which mixes images and labels; default off."""
     cutmix: float | None = None
-    """CutMix's alpha; labels are mixed alike."""
+    """Alpha of CutMix, which mixes images and labels; default off."""
     lr: float | None = 1e-4
     """Peak learning rate."""
     weight_decay: float = 0.05
-    """AdamW's, on matrices only: not on norms, biases, position embeddings or tokens."""
+    """Weight decay of AdamW, on matrices only: not on norms, biases, position embeddings or tokens."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moment decay rates."""
+    """Decay rates of AdamW's moments."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +62,4 @@ class FinetuneConfig(DataConfig, TrainConfig):
         if self.attention not in BACKENDS:
             raise UserError(f"--attention takes {', '.join(BACKENDS)}, not {self.attention!r}")
         if self.freeze and self.grad_checkpointing:
-            raise UserError(
-                "--freeze leaves --grad-checkpointing nothing to do: no gradient enters the backbone"
-            )
+            raise UserError("--grad-checkpointing has no effect with --freeze: the backbone has no gradients")

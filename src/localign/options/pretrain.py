@@ -8,7 +8,7 @@ from localign.options.train import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainConfig):
-    """Pre-training of the embedded backbone on scenes, with labels of whole images only."""
+    """Pre-training of the embedded backbone on scenes, with image-level labels only."""
 
     out: str = "runs/pretrain"
     """Run folder."""
@@ -23,7 +23,7 @@ class PretrainConfig(TrainConfig):
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     weight_decay: float = 0.05
-    """AdamW's."""
+    """Weight decay of AdamW."""
     workers: int = 1
     """Loader processes."""
     scenes: int = 40_000
@@ -39,9 +39,9 @@ class PretrainConfig(TrainConfig):
     num_heads: int = 3
     """Attention heads."""
     hidden_images: float = 0.0
-    """Share of images of which a uniformly random number of patches is hidden, as the teacher will see them."""
+    """Share of images with a random number of hidden patches, as a teacher sees them later."""
     most_hidden: float = 0.5
-    """Largest share of patches hidden in such an image."""
+    """Largest share of hidden patches in such an image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

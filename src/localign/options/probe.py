@@ -19,7 +19,7 @@ class HeadSpec:
     task: str
     """``local``, ``global`` or ``majority``."""
     intervention: str = "none"
-    """``none``, ``cls-only`` or ``anonymous``; transformer heads with a prediction per patch only."""
+    """``none``, ``cls-only`` or ``anonymous``; the latter two for transformer heads on ``local`` and ``majority``."""
 
     @property
     def label(self) -> str:
@@ -27,10 +27,10 @@ class HeadSpec:
         return self.head if self.intervention == "none" else f"{self.head}-{self.intervention}"
 
     def check(self) -> None:
-        """Refuse what is no head.
+        """Check the names.
 
         Raises:
-            UserError: An unknown name, or an intervention where it has no meaning.
+            UserError: A name is unknown, or the intervention does not apply to the head or task.
         """
         for kind, value, known in (
             ("probing head", self.head, HEAD_NAMES),
@@ -38,8 +38,8 @@ class HeadSpec:
             ("intervention", self.intervention, INTERVENTIONS),
         ):
             if value not in known:
-                near = did_you_mean(value, known)
-                raise UserError(f"unknown {kind} {value!r}; known: {', '.join(known)}{near}")
+                hint = did_you_mean(value, known)
+                raise UserError(f"unknown {kind} {value!r}; known: {', '.join(known)}{hint}")
         if self.intervention != "none" and self.head != "transformer":
             raise UserError(
                 f"the intervention {self.intervention!r} applies to the transformer head, not to {self.head}"
@@ -52,20 +52,20 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """What is trained on the frozen features, and how; the defaults are the published settings."""
+    """Heads to train on frozen features, and their training. The defaults are the published settings."""
 
     heads: tuple[str, ...] = ("transformer", "mlp", "linear")
-    """Head names; an intervention is written behind its head, as in ``transformer-cls-only``."""
+    """Names of heads, with an intervention appended as in ``transformer-cls-only``."""
     tasks: tuple[str, ...] = ("local", "global")
-    """``local`` (the classes in a patch), ``global`` (in the image), ``majority`` (of a patch's pixels)."""
+    """``local`` (classes in a patch), ``global`` (classes in an image), ``majority`` (main class of a patch)."""
     seed: int = 0
-    """The first seed; seeds decide how heads are initialised."""
+    """First seed. The seed decides the initial weights of the heads."""
     seeds: int = 1
-    """How many: ``seed`` .. ``seed + seeds - 1``, all in one pass."""
+    """Number of seeds, ``seed`` to ``seed + seeds - 1``, all trained in one pass."""
     epochs: float = 5.0
-    """Passes over the training images; not used where ``steps`` is given."""
+    """Passes over the training images; ignored if ``steps`` is given."""
     steps: int | None = None
-    """Optimiser steps; empty: as many as ``epochs`` asks for."""
+    """Optimiser steps; default: from ``epochs``."""
     batch: int = 32
     """Images per optimiser step, over all ranks."""
     lr: float = 1e-3
@@ -73,25 +73,25 @@ class ProbeConfig:
     final_lr: float = 1e-4
     """Learning rate at the last step."""
     warmup_steps: int | None = None
-    """Optimiser steps of linear warm-up; empty: 500, or a tenth of all steps where that is less."""
+    """Optimiser steps of linear warm-up; default: 500, or a tenth of all steps if that is less."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on all parameters."""
     protocol: Protocol = "fixed"
-    """``fixed``: report what the last step left. ``published``: judge every epoch on the reported images and
-    report each head's best, by macro recall; which chooses on what it reports."""
+    """``fixed``: report the heads after the last step. ``published``: evaluate every epoch on the reported images and
+    report each head's best epoch by macro recall, which is optimistic."""
     precision: Precision = "auto"
     """``fp32``, ``bf16`` (autocast), or ``auto``: bf16 on CUDA, fp32 elsewhere."""
     cache: Cache = "auto"
-    """``none`` (a forward pass at every step), ``disk``, ``device`` (in memory), or ``auto``: in memory where
-    it takes no more than half of what is free, else on the disk."""
+    """Storage of features: ``none`` (a forward pass at every step), ``disk``, ``device`` (in memory), or ``auto``: in
+    memory if they need at most half of the free memory, else on disk."""
     cache_dtype: str = "bfloat16"
-    """How kept features are stored: ``float32``, ``float16`` or ``bfloat16``."""
+    """Dtype of stored features: ``float32``, ``float16`` or ``bfloat16``."""
     extract_batch: int = 32
-    """Images per forward pass where no gradients are needed."""
+    """Images per forward pass of the backbone and of the evaluation."""
     workers: int = 0
-    """Processes that load images, per rank; 0 loads in the main process."""
+    """Loader processes per rank; 0 loads in the main process."""
     curve_images: int = 512
-    """Images behind each point of the validation-loss curve; 0 draws none."""
+    """Images for each point of the validation-loss curve; 0 for no curve."""
 
     def __post_init__(self) -> None:
         choices = (
@@ -124,7 +124,7 @@ class ProbeConfig:
         return range(self.seed, self.seed + self.seeds)
 
     def specs(self) -> tuple[HeadSpec, ...]:
-        """All heads x tasks; an intervention only with tasks that predict per patch."""
+        """Every head on every task; interventions only on tasks with one prediction per patch."""
         specs = []
         for name in self.heads:
             head, _, intervention = name.partition("-")
@@ -133,16 +133,16 @@ class ProbeConfig:
                     continue
                 specs.append(HeadSpec(head, task, intervention or "none"))
         for spec in specs:
-            spec.check()  # a misspelt name fails here, before hours of feature extraction
+            spec.check()  # a misspelt name must fail before hours of feature extraction
         if not specs or len(set(specs)) != len(specs):
             raise UserError(f"probing needs heads and tasks, each once: {self.heads}, {self.tasks}")
         return tuple(specs)
 
     def resolved(self, images: int) -> tuple[int, int]:
-        """(steps, warm-up steps) for a number of training images.
+        """Steps and warm-up steps for a number of training images.
 
         Raises:
-            UserError: the warm-up is as long as the training.
+            UserError: The warm-up is as long as the training.
         """
         steps = self.steps or max(1, int(self.epochs * images) // self.batch)
         warmup = min(500, steps // 10) if self.warmup_steps is None else self.warmup_steps
@@ -151,7 +151,7 @@ class ProbeConfig:
         return steps, warmup
 
     def epoch_ends(self, images: int) -> dict[int, int]:
-        """Step -> epoch, from 1, for the steps after which an epoch is over; the last may be cut short."""
+        """Last step of each epoch -> number of the epoch, both from 1. The last epoch may be incomplete."""
         steps, _ = self.resolved(images)
         epochs = -(-steps * self.batch // images)
         return {min(steps, -(-epoch * images // self.batch)): epoch for epoch in range(1, epochs + 1)}
@@ -162,57 +162,57 @@ class ProbeCommandConfig:
     """Train small heads on frozen features and measure patch-level and image-level recall (section 4)."""
 
     backbone: str = "scenes-vit"
-    """Backbones to probe, separated by commas: names, run folders or export folders, each maybe as NAME=path
-    with the name it goes by in results; the first is what the others are compared with."""
+    """Backbones to probe, separated by commas: names, run folders or export folders. NAME=path sets the name in
+    results. The other backbones are compared with the first."""
     data: str = "scenes"
-    """scenes, or a folder of labelled images: COCO-Stuff's or ADE20k's layout, or images/ and masks/ (each
-    with train and val) and classes.json."""
+    """scenes, or a folder of labelled images: the layout of COCO-Stuff or ADE20k, or classes.json with images/ and
+    masks/ (each with train and val)."""
     things_only: bool = False
-    """Of COCO-Stuff: the things alone; stuff counts as unlabeled."""
+    """COCO-Stuff only: treat stuff as unlabeled."""
     out: str = "runs/probe"
     """Folder for results.json, tables, figures and report.html."""
     heads: tuple[str, ...] = ("transformer", "mlp", "linear")
-    """transformer, mlp, linear, and the interventions transformer-cls-only and transformer-anonymous."""
+    """Heads to train: transformer, mlp, linear, transformer-cls-only, transformer-anonymous."""
     tasks: tuple[str, ...] = ("local", "global")
-    """local (classes of a patch), global (of the image), majority (of a patch's pixels)."""
+    """local (classes in a patch), global (classes in an image), majority (main class of a patch)."""
     seed: int = 0
-    """First seed; seeds decide how heads are initialised. All see the same samples in the same order."""
+    """First seed. The seed decides the initial weights of the heads, not the order of the samples."""
     seeds: int = 1
-    """How many seeds, all trained in one pass."""
+    """Number of seeds, all trained in one pass."""
     protocol: Protocol = "fixed"
-    """fixed: report what the last step left. published: report each head's best epoch on the reported images
-    themselves, which flatters."""
+    """fixed: report the heads after the last step. published: report each head's best epoch, chosen on the reported
+    images, which is optimistic."""
     epochs: float | None = None
     """Passes over the training images; default 5."""
     steps: int | None = None
-    """Optimizer steps, instead of epochs."""
+    """Optimizer steps, instead of --epochs."""
     batch_size: int = 32
     """Images per step, over all ranks."""
     lr: float = 1e-3
-    """Peak learning rate, falling to a tenth."""
+    """Peak learning rate. It falls to a tenth."""
     cache: Cache = "auto"
-    """Features: none (a forward pass at every step), disk, device (in memory); auto: device where they take at
-    most half of what is free, else disk."""
+    """Storage of features: none (a forward pass at every step), disk, device (in memory), or auto: device if they need
+    at most half of the free memory, else disk."""
     cache_dir: str | None = None
-    """Folder of the disk cache, used again by later runs; default OUT/cache."""
+    """Folder of the disk cache, which later runs can reuse; default OUT/cache."""
     cache_dtype: CacheDtype = "bfloat16"
-    """Type of stored features."""
+    """Dtype of stored features."""
     precision: Precision = "auto"
     """fp32, bf16 (autocast), or auto: bf16 on CUDA, fp32 elsewhere."""
     train_scenes: int | None = None
-    """Of scenes: images to train heads on; default 6000."""
+    """Scenes to train heads on; default 6000."""
     test_scenes: int | None = None
-    """Of scenes: images to measure on; default 4000."""
+    """Scenes to report on; default 4000."""
     weights: str = "pretrained"
-    """Of names: pretrained, none (random), or a weight file."""
+    """Weights of backbones given by name: pretrained, none (random), or a weight file."""
     image_size: int | None = None
-    """Of names: side of the square input, pixels."""
+    """Input side of backbones given by name, pixels."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Of names: further arguments of timm's constructor."""
+    """Further arguments of timm's constructor for backbones given by name."""
     workers: int = 0
     """Loader processes per rank."""
     device: str = "auto"
-    """Where features are made and heads trained: auto, cpu, cuda, cuda:N or mps."""
+    """auto, cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -220,15 +220,15 @@ class ProbeCommandConfig:
         if self.cache_dir is not None and self.cache in ("none", "device"):
             raise UserError(f"--cache-dir has no effect with --cache {self.cache}")
         if self.data != "scenes" and (self.train_scenes is not None or self.test_scenes is not None):
-            raise UserError("--train-scenes and --test-scenes go with --data scenes")
+            raise UserError("--train-scenes and --test-scenes apply to --data scenes only")
         self.named_backbones()
         self.probe_config()
 
     def named_backbones(self) -> dict[str, str]:
-        """Name in results -> name or path to load, in order.
+        """Name in results -> name or path to load, in the order given.
 
         Raises:
-            UserError: an empty or repeated name.
+            UserError: A name is empty or used twice.
         """
         named: dict[str, str] = {}
         for entry in self.backbone.split(","):
@@ -239,12 +239,12 @@ class ProbeCommandConfig:
                     f"--backbone takes names or NAME=path, separated by commas, not {self.backbone!r}"
                 )
             if file_name(name) in map(file_name, named):
-                raise UserError(f"two backbones go by the name {name!r}; give them names, as in NAME=path")
+                raise UserError(f"two backbones have the name {name!r}; give other names with NAME=path")
             named[name] = source
         return named
 
     def probe_config(self) -> ProbeConfig:
-        """The part that is the benchmark's own."""
+        """The settings of the benchmark."""
         return ProbeConfig(
             heads=self.heads,
             tasks=self.tasks,
@@ -264,5 +264,5 @@ class ProbeCommandConfig:
 
 
 def file_name(name: str) -> str:
-    """A backbone's name as that of a folder."""
+    """A folder name for a backbone."""
     return re.sub(r"[^\w.-]+", "-", name)

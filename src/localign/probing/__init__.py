@@ -1,15 +1,15 @@
-"""The probing benchmark: what a frozen backbone's tokens say about each patch, and about the image."""
+"""The probing benchmark: how well small heads read the classes of patches and images from frozen tokens."""
 
 from localign.options.names import INTERVENTIONS, TASKS
 from localign.options.probe import HeadSpec, ProbeConfig
+from localign.probing.evaluation import evaluate_heads
 from localign.probing.features import LiveFeatures, MemoryFeatures, PackedLabels
 from localign.probing.heads import HEADS, Geometry, build_head
-from localign.probing.judging import judge_heads
-from localign.probing.labels import PatchLabels, image_union, patch_majority, patch_union, reduce_labels
+from localign.probing.labels import PatchLabels, reduce_labels
 from localign.probing.metrics import MajorityCounts, MultiLabelCounts
 from localign.probing.segmentation import AttributeLabels, FolderSegmentation, LabelledSource
 from localign.probing.suite import Probed, probe, probe_heads
-from localign.probing.training import Progress, TrainedHeads, train_heads
+from localign.probing.training import TrainedHeads, train_heads
 
 __all__ = [
     "HEADS",
@@ -28,13 +28,9 @@ __all__ = [
     "PatchLabels",
     "ProbeConfig",
     "Probed",
-    "Progress",
     "TrainedHeads",
     "build_head",
-    "image_union",
-    "patch_majority",
-    "judge_heads",
-    "patch_union",
+    "evaluate_heads",
     "probe",
     "probe_heads",
     "reduce_labels",

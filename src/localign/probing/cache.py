@@ -1,12 +1,12 @@
-"""Features on a disk: a folder of shards that are whole or absent, and a key that says what they are of.
+"""Features on disk: a folder of shards, and a key that identifies the features.
 
-    cache.json              the key, and how many images a shard holds
+    cache.json              the key, and the number of images in a shard
     shard-00000.safetensors features (images, P + n, d) and the packed targets of the same images
     ...
 
-The key has everything that decides what the features are: the backbone's weights and how it is run, the data's
-fingerprint, the geometry and the type. Shards are read through memory maps, so a set larger than memory can
-be trained on. A cut-off extraction leaves whole shards and is continued.
+The key holds everything that decides the features: the backbone's weights and settings, the data's fingerprint, the
+geometry and the dtype. Each shard is written completely or not at all, so that an interrupted extraction can be
+continued. Shards are memory-mapped, so that a data set may be larger than memory.
 """
 
 from __future__ import annotations
@@ -30,20 +30,28 @@ from localign.engine.lock import lock
 from localign.engine.log import say
 from localign.errors import UserError
 from localign.files import replace_text, replacing
-from localign.probing.features import Batch, Extraction, PackedLabels, Rows, Told, equal_share, part
+from localign.probing.features import (
+    Batch,
+    DoneCallback,
+    Extraction,
+    PackedLabels,
+    Rows,
+    batch_share,
+    rank_part,
+)
 
 S = TypeVar("S")
 T = TypeVar("T")
 HEADER = "cache.json"
 FORMAT = 1
 SHARD_BYTES = 256 * 2**20
-"""About the size of a shard; what a cut-off extraction loses at most."""
+"""Approximate size of a shard, which is also the most that an interrupted extraction loses."""
 SPARE_BYTES = 2**30
-"""What is left free on the disk."""
+"""Disk space that is left free."""
 
 
 def cache_key(extraction: Extraction) -> dict[str, Any]:
-    """Everything that decides what a source's features are, JSON-able."""
+    """Everything that decides the features of a source, ready for JSON."""
     backbone, source = extraction.backbone, extraction.source
     return {
         "backbone": extraction.sha256,
@@ -64,15 +72,15 @@ def cache_key(extraction: Extraction) -> dict[str, Any]:
 
 
 class DiskFeatures:
-    """Features of a folder that :func:`extract_to_disk` has filled.
+    """Features read from a folder that :func:`extract_to_disk` has filled.
 
     Args:
-        folder: Of the cache.
-        extraction: What the features are of; nothing is run.
-        shard_images: Images in each shard but the last.
+        folder: The cache folder.
+        extraction: Describes the features; the backbone is not run.
+        shard_images: Images per shard; the last shard may hold fewer.
 
     Raises:
-        UserError: a shard is damaged.
+        UserError: A shard is damaged.
     """
 
     def __init__(self, folder: Path, extraction: Extraction, shard_images: int) -> None:
@@ -84,80 +92,82 @@ class DiskFeatures:
     def __len__(self) -> int:
         return len(self.extraction.source)
 
-    def own(self) -> Rows:
-        """A consecutive part."""
-        return part(len(self), self.context)
+    def rank_rows(self) -> Rows:
+        """A consecutive part of the images."""
+        return rank_part(len(self), self.context)
 
-    def share(self, rows: Rows) -> Rows:
-        """A consecutive part. Raises UserError where the batch does not divide."""
-        return equal_share(rows, self.context)
+    def rank_share(self, rows: Rows) -> Rows:
+        """A consecutive part of the batch. Raises UserError if the batch cannot be divided evenly."""
+        return batch_share(rows, self.context)
 
     def batches(self, rows: Sequence[Rows]) -> Iterator[Batch]:
-        """Copies of the rows, the next batch read while one is in use."""
+        """Copies of the rows. The next batch is read while the current one is in use."""
         device = self.context.device
-        for tokens, labels in _one_ahead(self._gather, rows):
+        for tokens, labels in _prefetched(self._gather, rows):
             yield tokens.to(device), labels.unpack(device)
 
     def _gather(self, rows: Rows) -> tuple[Tensor, PackedLabels]:
-        """Runs beside the training, so in NumPy: torch would start a second team of threads."""
+        """Runs in a second thread, and therefore in NumPy: torch would start another pool of threads there."""
         arrays = {name: np.empty((len(rows), *a.shape[1:]), a.dtype) for name, a in self._shards[0].items()}
         shards, within = np.divmod(rows, self.shard_images)
         for shard in np.unique(shards):
-            there = shards == shard
+            in_shard = shards == shard
             for name, target in arrays.items():
-                target[there] = self._shards[shard][name][within[there]]
+                target[in_shard] = self._shards[shard][name][within[in_shard]]
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         tokens = tensors.pop("features").view(self.extraction.dtype)
         return tokens, PackedLabels(**tensors, classes=self.classes, codes=self.codes)
 
 
-def extract_to_disk(extraction: Extraction, folder: Path, *, replace: bool, told: Told) -> DiskFeatures:
-    """The features of a source from its cache, which is made or completed first where it must be.
+def extract_to_disk(
+    extraction: Extraction, folder: Path, *, replace: bool, on_progress: DoneCallback
+) -> DiskFeatures:
+    """The features of a source from its cache. Missing shards are made first.
 
     Args:
-        extraction: What to run.
-        folder: Of the cache.
-        replace: Delete a cache of something else that is there, rather than refuse.
-        told: Is told how many images this rank has done, of how many.
+        extraction: The backbone and the source.
+        folder: The cache folder.
+        replace: If the folder holds a cache with another key, delete that cache instead of raising an error.
+        on_progress: Called with how many images this rank has done, and how many it has to do.
 
     Raises:
-        UserError: the folder holds something else or a damaged shard, or the disk is too full.
-        RunFailure: features that are not finite.
+        UserError: The folder holds another cache, other files or a damaged shard, or the disk is too full.
+        RunFailure: The features are not finite.
     """
     context = extraction.context
-    refusal, held = None, None
+    refusal, folder_lock = None, None
     if context.is_main:
         try:
-            held = _prepare(extraction, folder, replace)
+            folder_lock = _prepare(extraction, folder, replace)
         except UserError as error:
             refusal = str(error)
-    if refusal := context.all_gather_object(refusal)[0]:  # every rank must know, or the others would wait
+    if refusal := context.all_gather_object(refusal)[0]:  # all ranks must stop, or the others would wait
         raise UserError(refusal)
     shard_images = int(_read_header(folder)["shard_images"])
     missing = _missing(folder, len(extraction.source), shard_images)
-    context.barrier()  # so that no rank counts what another has just written
-    _write_shards(extraction, folder, missing[context.rank :: context.size], shard_images, told)
+    context.barrier()  # all ranks look for missing shards before any rank writes one
+    _write_shards(extraction, folder, missing[context.rank :: context.size], shard_images, on_progress)
     context.barrier()
-    if held is not None:
-        held.close()
+    if folder_lock is not None:
+        folder_lock.close()
     return DiskFeatures(folder, extraction, shard_images)
 
 
 def _prepare(extraction: Extraction, folder: Path, replace: bool) -> TextIO | None:
-    """Make the folder, or find that it is of the same key; see that the disk has room for what is missing.
+    """Make the folder or check its key, and check that the disk has room for the missing shards.
 
     Returns:
-        A lock on the folder while it is written; None where nothing is missing.
+        A lock on the folder; None if no shard is missing.
     """
     key, count = cache_key(extraction), len(extraction.source)
     if (folder / HEADER).is_file():
-        there = _read_header(folder)["key"]
-        if there != key and not replace:
-            raise UserError(f"{folder} holds features {_difference(there, key)}; give another --cache-dir")
-        if there != key:
+        stored = _read_header(folder)["key"]
+        if stored != key and not replace:
+            raise UserError(f"{folder} holds features {_difference(stored, key)}; give another --cache-dir")
+        if stored != key:
             shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is no cache of features: it has no {HEADER}; give another --cache-dir")
+        raise UserError(f"{folder} is not a feature cache: it has no {HEADER}; give another --cache-dir")
     if not (folder / HEADER).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         shard_images = extraction.batch * max(
@@ -167,28 +177,28 @@ def _prepare(extraction: Extraction, folder: Path, replace: bool) -> TextIO | No
     shard_images = int(_read_header(folder)["shard_images"])
     if not _missing(folder, count, shard_images):
         return None
-    held = lock(folder)
-    for leftover in folder.glob(".shard-*.tmp"):  # of a process that was killed
+    folder_lock = lock(folder)
+    for leftover in folder.glob(".shard-*.tmp"):  # left by a killed process
         leftover.unlink()
     missing = _missing(folder, count, shard_images)
     needed = extraction.bytes_per_image * sum(len(_shard_rows(s, shard_images, count)) for s in missing)
     free = shutil.disk_usage(folder).free
     if needed + SPARE_BYTES > free:
         raise UserError(
-            f"features need {gibibytes(needed)} in {folder}, where {gibibytes(free)} are free; "
+            f"the features need {format_bytes(needed)} in {folder}, which has {format_bytes(free)} free; "
             "give another --cache-dir, or --cache none"
         )
-    say(f"writing {gibibytes(needed)} of features to {folder} ({gibibytes(free)} free)")
-    return held
+    say(f"writing {format_bytes(needed)} of features to {folder} ({format_bytes(free)} free)")
+    return folder_lock
 
 
-def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """How two keys differ, as in "of another backbone (...)"."""
-    names = [n for n in here if there.get(n) != here[n]]
-    for name, kind in (("backbone", "another backbone"), ("data", "other data")):
+def _difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The difference between two keys, to follow the word "features"."""
+    names = [n for n in wanted if stored.get(n) != wanted[n]]
+    for name, kind in (("backbone", "of another backbone"), ("data", "of other data")):
         if name in names:
-            return f"of {kind} ({str(there.get(name))[:12]} there, {here[name][:12]} here)"
-    changes = ", ".join(f"{n} {there.get(n)} there, {here[n]} here" for n in names)
+            return f"{kind} ({str(stored.get(name))[:12]}, not {wanted[name][:12]})"
+    changes = ", ".join(f"{n} {stored.get(n)}, not {wanted[n]}" for n in names)
     return f"made with other settings ({changes})"
 
 
@@ -217,41 +227,41 @@ def _missing(folder: Path, count: int, shard_images: int) -> list[int]:
 
 
 def _write_shards(
-    extraction: Extraction, folder: Path, shards: list[int], shard_images: int, told: Told
+    extraction: Extraction, folder: Path, shards: list[int], shard_images: int, on_progress: DoneCallback
 ) -> None:
-    """Run the backbone over the images of some shards, in one pass of the loader."""
+    """Run the backbone over the images of the shards, in one pass of the loader."""
     if not shards:
         return
     rows = [_shard_rows(s, shard_images, len(extraction.source)) for s in shards]
-    # Only the last of all shards may be smaller, so with this batch none crosses from a shard to the next.
-    batches = extraction.kept(np.concatenate(rows), batch=math.gcd(extraction.batch, shard_images))
+    # The batch divides every shard but the very last one, so no batch spans two shards.
+    batches = extraction.stored(np.concatenate(rows), batch=math.gcd(extraction.batch, shard_images))
     done, total = 0, sum(map(len, rows))
-    for shard, wanted in zip(shards, rows, strict=True):
-        held: list[tuple[Tensor, PackedLabels]] = []
-        while sum(len(tokens) for tokens, _ in held) < len(wanted):
+    for shard, shard_rows in zip(shards, rows, strict=True):
+        parts: list[tuple[Tensor, PackedLabels]] = []
+        while sum(len(tokens) for tokens, _ in parts) < len(shard_rows):
             tokens, labels = next(batches)
-            held.append((tokens.cpu(), labels))
+            parts.append((tokens.cpu(), labels))
             done += len(tokens)
-            told(done, total)
-        tensors = {"features": torch.cat([tokens for tokens, _ in held])}
-        tensors |= PackedLabels.cat([labels for _, labels in held]).tensors()
+            on_progress(done, total)
+        tensors = {"features": torch.cat([tokens for tokens, _ in parts])}
+        tensors |= PackedLabels.cat([labels for _, labels in parts]).tensors()
         with replacing(_shard_path(folder, shard)) as temporary:
             save_file(tensors, temporary)
 
 
 def _read_shard(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a shard, memory-mapped; features as integers of their size, as NumPy knows no bfloat16."""
+    """The memory-mapped arrays of a shard. NumPy has no bfloat16, so features are integers of the same size."""
     try:
         tensors = load_file(path)
         features = tensors.pop("features")
         integers = features.view({2: torch.int16, 4: torch.int32}[features.dtype.itemsize])
         return {"features": integers.numpy(), **{name: t.numpy() for name, t in tensors.items()}}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and it is made again") from None
+        raise UserError(f"{path} is damaged ({error}); delete it, and the next run makes it again") from None
 
 
-def _one_ahead(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """``map(function, items)``, the next result made in a thread while one is in use."""
+def _prefetched(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """``map(function, items)``; a thread computes the next result while the current one is in use."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         upcoming: Future[T] | None = None
         for item in items:
@@ -262,6 +272,6 @@ def _one_ahead(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
             yield upcoming.result()
 
 
-def gibibytes(count: float) -> str:
-    """Bytes for people: ``1.3 GiB``."""
+def format_bytes(count: float) -> str:
+    """A number of bytes for people to read: ``1.3 GiB`` or ``20.0 MiB``."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""Class tables: what the values of label maps mean, and the tables of COCO-Stuff and ADE20k."""
+"""Class tables: the meaning of pixel values in label maps. The tables of COCO-Stuff and ADE20k."""
 
 from __future__ import annotations
 
@@ -15,70 +15,71 @@ from numpy.typing import NDArray
 from localign.errors import UserError
 
 KINDS = ("thing", "stuff", "other")
-"""What a class may be: an object with a shape, amorphous matter, or neither (as "unlabeled" is)."""
+"""Kinds of classes: an object with a shape, amorphous matter, or neither (such as "unlabeled")."""
 
 COCO_STUFF_THINGS = 91
-"""Of COCO-Stuff's 183 classes 1 to 91 are things, 92 to 182 stuff."""
+"""The last thing among COCO-Stuff's 183 classes: 1 to 91 are things, 92 to 182 are stuff."""
 
 LARGEST_ID = 65_535
-"""Of a class; label maps are images of at most 16 bits."""
+"""Largest class id. Label maps are images of at most 16 bits."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClassTable:
-    """Classes, and which of them a pixel value stands for.
-
-    ``names``: by class id; class 0 is "unlabeled". ``ids``: int32, the class id of every pixel value, -1 for
-    values that no pixel may hold. ``kinds``: one of ``KINDS`` for each class, or None where unknown.
-    ``values``: how a message describes the values that pixels may hold.
-    """
+    """Classes, and the class of each pixel value."""
 
     names: tuple[str, ...]
+    """By class id; class 0 is "unlabeled"."""
     ids: NDArray[np.int32]
+    """The class id of every pixel value; -1 for values that no pixel may have."""
     kinds: tuple[str, ...] | None = None
+    """One of ``KINDS`` by class id; None if unknown."""
     values: str = ""
+    """The allowed pixel values in words, for error lines."""
 
     def classes_of(self, values: NDArray[Any]) -> NDArray[Any]:
-        """The class ids of pixel values: uint8 where there are at most 256 classes, else int32.
+        """The class ids of pixel values: uint8 for at most 256 classes, else int32.
 
         Raises:
-            ValueError: values without a class; the error's one argument lists the first five.
+            ValueError: Values without a class; the error's only argument is a list of the first five.
         """
         known = len(self.ids)
         if int(values.min()) >= 0 and int(values.max()) < known:
-            ids = self.ids[values]
+            ids: NDArray[Any] = self.ids[values]
             if int(ids.min()) >= 0:
                 return ids.astype(np.uint8) if len(self.names) <= 256 else ids
-        held = np.unique(values).tolist()
-        raise ValueError([v for v in held if not (0 <= v < known and self.ids[v] >= 0)][:5])
+        found = np.unique(values).tolist()
+        raise ValueError([v for v in found if not (0 <= v < known and self.ids[v] >= 0)][:5])
 
 
 def class_table(classes: str | Path | Mapping[Any, Any] | Sequence[Any]) -> ClassTable:
-    """The table of label maps that hold class ids.
+    """The table for label maps that hold class ids.
 
     Args:
-        classes: A JSON file or a mapping of id -> class, or classes in the order of their ids. A class is
-            its name, or ``{"name": ..., "kind": "thing" | "stuff" | "other"}``. Ids may have gaps; a gap is a
-            class without a name that no pixel may hold. If any class has a kind, those without are "other".
+        classes: A JSON file or a mapping from id to class, or a list of classes in the order of their ids. A class is
+            its name, or ``{"name": ..., "kind": "thing" | "stuff" | "other"}``. Ids may have gaps: no pixel may have
+            an id in a gap. If any class has a kind, classes without a kind are "other".
 
     Raises:
-        UserError: the file cannot be read, an id is no number or out of range, or a kind is unknown.
+        UserError: The file cannot be read, an id is not a number or out of range, or a kind is unknown.
     """
     entries: Any = classes
-    what = "the class table"
+    description = "the class table"
     if isinstance(classes, (str, Path)):
-        what = f"the class table {classes}"
+        description = f"the class table {classes}"
         try:
             entries = json.loads(Path(classes).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {what}: {getattr(error, 'strerror', None) or error}") from None
+            raise UserError(
+                f"cannot read {description}: {getattr(error, 'strerror', None) or error}"
+            ) from None
     try:
         pairs = entries.items() if isinstance(entries, Mapping) else enumerate(entries)
         table = {int(key): _name_and_kind(entry) for key, entry in pairs}
     except (ValueError, TypeError) as error:
-        raise UserError(f"{what} needs ids and names: {error}") from None
+        raise UserError(f"{description} needs ids and names: {error}") from None
     if not table or min(table) < 0 or max(table) > LARGEST_ID:
-        raise UserError(f"{what} needs at least one id, and none outside 0..{LARGEST_ID}")
+        raise UserError(f"{description} needs at least one id, and all ids within 0..{LARGEST_ID}")
     size = max(table) + 1
     kinds = tuple(table.get(i, ("", ""))[1] for i in range(size))
     return ClassTable(
@@ -89,22 +90,22 @@ def class_table(classes: str | Path | Mapping[Any, Any] | Sequence[Any]) -> Clas
 
 
 def _name_and_kind(entry: Any) -> tuple[str, str]:
-    """An entry's name and its kind, which is empty where unknown."""
+    """An entry's name and its kind, "" if unknown."""
     if not isinstance(entry, Mapping):
         return str(entry), ""
     if "name" not in entry or entry.get("kind", "other") not in KINDS:
-        raise ValueError(f"{json.dumps(entry)} has no name or no kind of {', '.join(KINDS)}")
+        raise ValueError(f"{json.dumps(entry)} has no name, or a kind other than {', '.join(KINDS)}")
     return str(entry["name"]), str(entry.get("kind", ""))
 
 
 def coco_stuff(*, things_only: bool = False) -> ClassTable:
     """COCO-Stuff's classes: 0 unlabeled, 1 to 91 things, 92 to 182 stuff.
 
-    Its pixel maps hold the class minus one, and 255 for unlabeled. Eleven of the things, such as 12 "street
-    sign", were never annotated: no pixel holds them.
+    A pixel's value is its class minus one, and 255 for unlabeled. Eleven things, such as 12 "street sign", were never
+    annotated: no pixel has these classes.
 
     Args:
-        things_only: The things alone, 92 classes with unlabeled; stuff is unlabeled too.
+        things_only: Leave only unlabeled and the things, 92 classes; stuff becomes unlabeled.
     """
     names, kinds = _shipped("coco-stuff")
     ids = np.full(256, -1, dtype=np.int32)
@@ -113,23 +114,24 @@ def coco_stuff(*, things_only: bool = False) -> ClassTable:
     if things_only:
         ids[ids > COCO_STUFF_THINGS] = 0
         names, kinds = names[: COCO_STUFF_THINGS + 1], kinds[: COCO_STUFF_THINGS + 1]
-    return ClassTable(names, ids, kinds, "0..181, the class minus one, and 255, unlabeled")
+    return ClassTable(names, ids, kinds, "the values 0..181, the class minus one, and 255, unlabeled")
 
 
 def ade20k(info: Path | None = None) -> ClassTable:
     """The classes of ADE20k's scene parsing benchmark: 0 other, 1 to 150.
 
     Args:
-        info: The data set's ``objectInfo150.txt``. A class is called by the first of its names.
+        info: The data set's ``objectInfo150.txt``, from which each class takes its first name. Without it, names and
+            kinds come from the package.
 
     Raises:
-        UserError: the file is not such a table.
+        UserError: The file is not such a table.
     """
     names, kinds = _shipped("ade20k")
     found = names if info is None else (names[0], *_object_info(info, len(names) - 1))
     ids = np.full(256, -1, dtype=np.int32)
     ids[: len(names)] = np.arange(len(names))
-    return ClassTable(found, ids, kinds if found == names else None, f"0..{len(names) - 1}")
+    return ClassTable(found, ids, kinds if found == names else None, f"the values 0..{len(names) - 1}")
 
 
 def _object_info(path: Path, count: int) -> list[str]:
@@ -142,12 +144,12 @@ def _object_info(path: Path, count: int) -> list[str]:
         ) from None
     rows = [line.split("\t") for line in lines[1:] if line.strip()]
     if [row[0].strip() for row in rows] != [str(i) for i in range(1, count + 1)]:
-        raise UserError(f"{path} is no table of {count} classes: a heading, then tab-separated rows by id")
+        raise UserError(f"{path} is not a table of {count} classes: a heading, then tab-separated rows by id")
     return [row[-1].split(",")[0].strip() for row in rows]
 
 
 def _shipped(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names and kinds by class id of a table in the package."""
+    """Names and kinds by class id, from a table inside the package."""
     table = Path(str(files("localign"))) / "assets" / "classes" / f"{name}.tsv"
     rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
     return tuple(row[1] for row in rows), tuple(row[0] for row in rows)

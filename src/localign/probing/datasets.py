@@ -1,9 +1,9 @@
-"""Labelled data sets by name or path: scenes, COCO-Stuff, ADE20k, and any folder of images and label maps."""
+"""Labelled data sets by name or path: scenes, COCO-Stuff, ADE20k, and folders of images and label maps."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,10 +19,10 @@ COCO_PARTS = {"train": "train2017", "val": "val2017", "test": "val2017"}
 ADE20K_PARTS = {"train": "training", "val": "validation", "test": "validation"}
 
 COCO_IMAGES = ("images/{part}", "{part}")
-"""Where COCO's photographs may lie."""
+"""Folders that may hold COCO's photographs."""
 
 COCO_MAPS = ("stuffthingmaps/{part}", "stuffthingmaps_trainval2017/{part}", "annotations/{part}", "{part}")
-"""Where the pixel maps of ``stuffthingmaps_trainval2017.zip`` may lie, whose own folders are its parts."""
+"""Folders that may hold the pixel maps of ``stuffthingmaps_trainval2017.zip``. The archive has one folder per part."""
 
 
 def open_labelled(
@@ -30,46 +30,45 @@ def open_labelled(
 ) -> LabelledSource:
     """One split of a labelled data set.
 
-    ``data`` is ``scenes`` or a folder; a folder's layout is recognised, or named in front of its path, as in
+    ``data`` is ``scenes`` or a folder. The layout of a folder is recognised, or named before the path as in
     ``coco:PATH``:
 
-    - ``folder``: ``images/<split>*``, label maps in the folder of the same name in ``masks``, and
-      ``classes.json``: see :func:`localign.probing.classes.class_table`. Label maps hold class ids.
-    - ``coco``, COCO-Stuff: ``images/{train,val}2017`` or ``{train,val}2017``, and the pixel maps in
+    - ``folder``: images in ``images/<split>*``, label maps of class ids in the folder of the same name in ``masks``,
+      and ``classes.json``, see :func:`localign.probing.classes.class_table`.
+    - ``coco``, COCO-Stuff: images in ``images/{train,val}2017`` or ``{train,val}2017``, and pixel maps in
       ``stuffthingmaps/{train,val}2017``, ``annotations/{train,val}2017`` or ``{train,val}2017``.
     - ``ade20k``: ``images/{training,validation}`` and ``annotations/{training,validation}``, as in
-      ``ADEChallengeData2016``; names from ``objectInfo150.txt`` where that is there.
+      ``ADEChallengeData2016``; class names from ``objectInfo150.txt`` if the file exists.
 
-    Folders have no test labels: their ``test`` is their ``val``, which is what is reported on them. Scenes
-    have a test split of their own. So a command trains on ``train`` and reports on ``test``, whatever the
-    data, and can choose by ``val`` honestly on scenes alone.
+    Scenes have three splits. Folders have no test labels, so their ``test`` is the same as their ``val``. Commands
+    train on ``train`` and report on ``test``; choices on ``val`` are independent of ``test`` for scenes only.
 
-    The first pair is read, so that a layout wrong throughout shows at once.
+    The first image and label map are read, so that a wrong layout shows at once.
 
     Args:
         data: ``scenes``, a path, or a layout and a path.
         split: ``train``, ``val`` or ``test``.
-        scenes: Of scenes: how many.
-        things_only: Of COCO-Stuff: take stuff for unlabeled, which leaves 92 classes.
+        scenes: Number of scenes.
+        things_only: Treat stuff as unlabeled, which leaves 92 classes; for COCO-Stuff only.
 
     Raises:
-        UserError: there are no such data, a folder is missing or empty, an image has no label map, the first
-            image or map is bad, or an option does not go with the data.
+        UserError: There is no such data set, a folder is missing or empty, an image has no label map, the first image
+            or label map is bad, or ``things_only`` does not apply.
     """
     if split not in get_args(Split):
         raise UserError(f"unknown split {split!r}; known: {', '.join(get_args(Split))}")
     layout, root = _layout_and_root(os.fspath(data))
     if things_only and layout != "coco":
-        raise UserError(f"things alone can be asked of COCO-Stuff only, not of {data}")
+        raise UserError(f"--things-only applies to COCO-Stuff only, not to {data}")
     if layout == "scenes":
         return labelled_scenes(split, scenes)
-    return _first_read(LAYOUTS[layout](root, split, things_only))
+    return _first_pair_checked(LAYOUTS[layout](root, split, things_only))
 
 
 def labelled_scenes(split: Split, length: int) -> AttributeLabels:
-    """Scenes with attribute labels: each shape, each colour, ground."""
-    drawn = CachedScenes(split=split, length=length)
-    return AttributeLabels(drawn, drawn.config.attributes, drawn.config.attribute_table())
+    """Scenes whose classes are the ground, the shapes and the colours."""
+    scenes = CachedScenes(split=split, length=length)
+    return AttributeLabels(scenes, scenes.config.attributes, scenes.config.attribute_table())
 
 
 def _layout_and_root(data: str) -> tuple[str, Path]:
@@ -80,7 +79,7 @@ def _layout_and_root(data: str) -> tuple[str, Path]:
     root = Path(path if named else data).expanduser()
     if not root.is_dir():
         problem = f"{root} is a file" if root.exists() else f"there is no folder {root}"
-        raise UserError(f"{problem}; labelled data are scenes or a folder{did_you_mean(data, ['scenes'])}")
+        raise UserError(f"{problem}; --data takes scenes or a folder{did_you_mean(data, ['scenes'])}")
     return (layout if named else _recognised(root)), root
 
 
@@ -88,15 +87,15 @@ def _recognised(root: Path) -> str:
     """The layout of a folder.
 
     Raises:
-        UserError: it has none of those known.
+        UserError: The layout is not known.
     """
     layout = _layout(root)
     if layout:
         return layout
     inside = [p.name for p in sorted(root.iterdir()) if p.is_dir() and _layout(p)]
     raise UserError(
-        f"{root} holds no labelled data of a known layout: looked for images/, masks/ and classes.json; "
-        "for COCO-Stuff's images/train2017 or images/val2017; for ADE20k's images/training or "
+        f"{root} has no known layout of labelled data; it needs images/, masks/ and classes.json, or COCO-Stuff's "
+        "images/train2017 or images/val2017, or ADE20k's images/training or "
         f"images/validation{f'; did you mean {root / inside[0]}?' if inside else ''}"
     )
 
@@ -122,7 +121,7 @@ def _folder(root: Path, split: str, things_only: bool) -> FolderSegmentation:
         raise UserError(f"{root} has no images/{part}*; it needs images/, masks/ and classes.json")
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise UserError(f"{root / 'images'} has several folders for {part}: {names}; leave one")
+        raise UserError(f"{root / 'images'} has several folders for {part}: {names}; keep one")
     masks = _existing(root, (f"masks/{found[0].name}",), "label maps")
     return FolderSegmentation(found[0], masks, class_table(root / "classes.json"))
 
@@ -132,7 +131,7 @@ def _coco(root: Path, split: str, things_only: bool) -> FolderSegmentation:
     images = _existing(root, [place.format(part=part) for place in COCO_IMAGES], "COCO images")
     places = [place.format(part=part) for place in COCO_MAPS]
     if images == root / part and not any(name.lower().endswith(MAP_SUFFIX) for name in os.listdir(images)):
-        places.remove(part)  # photographs and nothing else
+        places.remove(part)  # the folder holds photographs only
     maps = _existing(root, places, "COCO-Stuff pixel maps")
     return FolderSegmentation(images, maps, coco_stuff(things_only=things_only), kind="coco-stuff")
 
@@ -150,18 +149,18 @@ LAYOUTS: dict[str, Callable[[Path, str, bool], FolderSegmentation]] = {
     "coco": _coco,
     "ade20k": _ade20k,
 }
-"""Layouts of folders by name: each opens a split below a root."""
+"""Layout name -> function that opens a split of a folder."""
 
 
-def _existing(root: Path, places: list[str] | tuple[str, ...], what: str) -> Path:
-    """The first of some places that is a folder."""
+def _existing(root: Path, places: Sequence[str], content: str) -> Path:
+    """The first of the places in ``root`` that is a folder."""
     for place in places:
         if (root / place).is_dir():
             return root / place
-    raise UserError(f"no {what} in {root}: there is no folder {' or '.join(places)}")
+    raise UserError(f"no {content} in {root}: there is no folder {' or '.join(places)}")
 
 
-def _first_read(source: FolderSegmentation) -> FolderSegmentation:
+def _first_pair_checked(source: FolderSegmentation) -> FolderSegmentation:
     try:
         source.load_labelled(0)
     except UnreadableImage as error:

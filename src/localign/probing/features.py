@@ -1,12 +1,12 @@
-"""Frozen tokens and the targets that go with them: made at each step, or kept in memory or on a disk.
+"""Frozen tokens and their targets: computed at each step, or stored in memory or on disk.
 
-Whatever the mode, a training asks for batches of rows and gets the same tokens, up to the rounding of what is
-kept (``cache_dtype``). Over several ranks each makes or holds its share:
+In every mode a training asks for batches of rows and gets the same tokens, up to the rounding of stored features
+(``cache_dtype``). With several ranks each computes or stores a share:
 
-- ``none``: every batch is loaded and run through the backbone when it is asked for; nothing is stored;
-- ``device``: each rank keeps a consecutive part of the images in memory, on its GPU where they fit there, and
-  takes of every batch the images that it keeps;
-- ``disk``: shards of one folder that all ranks write and read; see :mod:`localign.probing.cache`.
+- ``none``: every batch is loaded and run through the backbone when it is needed; nothing is stored;
+- ``device``: each rank stores a consecutive part of the images in memory, on its GPU if they fit there, and takes
+  from every batch the images that it stores;
+- ``disk``: all ranks write and read the shards of one folder; see :mod:`localign.probing.cache`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from localign.engine.distributed import DistributedContext
 from localign.errors import RunFailure, UserError
 from localign.probing.heads import Geometry
 from localign.probing.labels import PatchLabels, reduce_labels
-from localign.probing.segmentation import LabelledSource, labelled_batches
+from localign.probing.segmentation import LabelledSource, attribute_table, labelled_batches
 
 if TYPE_CHECKING:
     from localign.backbones.backbone import Backbone
@@ -39,38 +39,38 @@ Rows = NDArray[np.int64]
 Batch = tuple[Tensor, PatchLabels]
 """Tokens ``(B, P + n, d)`` and their targets, on one device."""
 
-Told = Callable[[int, int], None]
-"""Is told how many images are done, of how many."""
+DoneCallback = Callable[[int, int], None]
+"""Called with how many images this rank has done, and how many it has to do."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MEMORY_SHARE = 0.5
-"""Of the memory that is free: what features may take without being asked for."""
+"""Share of the free memory that features may take with ``--cache auto``."""
 
 
 class Features(Protocol):
-    """The tokens and targets of a labelled source, as a training or an evaluation asks for them."""
+    """The tokens and targets of a labelled source, for training and evaluation."""
 
     classes: int
-    """C of the local and the global task."""
+    """Number of classes of the local and the global task."""
     codes: int
-    """C of the majority task."""
+    """Number of classes of the majority task."""
 
     def __len__(self) -> int:
-        """How many images there are, over all ranks."""
+        """Number of images over all ranks."""
 
-    def own(self) -> Rows:
-        """The images that this rank evaluates: consecutive, each image on one rank."""
+    def rank_rows(self) -> Rows:
+        """The consecutive images that this rank evaluates; each image belongs to one rank."""
 
-    def share(self, rows: Rows) -> Rows:
-        """This rank's part of a training batch; the parts of all ranks make the batch."""
+    def rank_share(self, rows: Rows) -> Rows:
+        """This rank's part of a training batch; the parts of all ranks make up the batch."""
 
     def batches(self, rows: Sequence[Rows]) -> Iterator[Batch]:
-        """One batch for each entry, in order, empty where the entry is."""
+        """One batch for each entry of ``rows``, in order. An empty entry gives an empty batch."""
 
 
 @dataclass(frozen=True)
 class PackedLabels:
-    """Targets with eight classes to a byte: a set of 118,000 images at 183 classes takes 0.7 GB, not 5.5."""
+    """Targets with eight classes per byte: 118,000 images with 183 classes take 0.7 GB instead of 5.5 GB."""
 
     patch: Tensor
     """uint8 ``(N, n, ceil(C / 8))``."""
@@ -83,7 +83,7 @@ class PackedLabels:
 
     @staticmethod
     def pack(labels: PatchLabels) -> PackedLabels:
-        """The same targets, on the same device."""
+        """Pack targets, on their device."""
         packed = (_pack(labels.patch), _pack(labels.image), labels.majority.short())
         return PackedLabels(*packed, labels.classes, labels.codes)
 
@@ -91,22 +91,22 @@ class PackedLabels:
         return self._each(lambda t: t[rows])
 
     def to(self, device: torch.device) -> PackedLabels:
-        """The same on another device."""
+        """The packed targets on another device."""
         return self._each(lambda t: t.to(device))
 
     def unpack(self, device: torch.device) -> PatchLabels:
-        """The targets as the losses and metrics take them."""
-        there = self.to(device)
-        patch, image = _unpack(there.patch, self.classes), _unpack(there.image, self.classes)
-        return PatchLabels(patch, image, there.majority.long(), self.codes)
+        """The targets on a device, as losses and metrics take them."""
+        packed = self.to(device)
+        patch, image = _unpack(packed.patch, self.classes), _unpack(packed.image, self.classes)
+        return PatchLabels(patch, image, packed.majority.long(), self.codes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, as the constructor takes them."""
+        """The three tensors by the names of the constructor's arguments."""
         return {"patch": self.patch, "image": self.image, "majority": self.majority}
 
     @staticmethod
     def cat(parts: Sequence[PackedLabels]) -> PackedLabels:
-        """The targets of several batches, one after the other."""
+        """Concatenate the targets of several batches."""
         tensors = [p.tensors() for p in parts]
         joined = {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
         return PackedLabels(**joined, classes=parts[0].classes, codes=parts[0].codes)
@@ -118,21 +118,23 @@ class PackedLabels:
 
 def _pack(flags: Tensor) -> Tensor:
     """bool ``(..., C)`` to uint8 ``(..., ceil(C / 8))``, the first class in the lowest bit."""
-    bits = F.pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    padded = F.pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8))
+    bits = padded.view(*padded.shape[:-1], padded.shape[-1] // 8, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(-1, dtype=torch.uint8)
 
 
 def _unpack(packed: Tensor, classes: int) -> Tensor:
-    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits: Tensor = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
     return (bits & 1).flatten(-2)[..., :classes].bool()
 
 
-class Picked:
-    """Some images of a labelled source, in a given order."""
+class SubsetSource:
+    """Images of a labelled source by index, in a given order."""
 
     def __init__(self, source: LabelledSource, rows: Rows) -> None:
         self.source, self.rows = source, rows
-        self.kind, self.classes = source.kind, source.classes
+        self.kind, self.classes, self.class_kinds = source.kind, source.classes, source.class_kinds
+        self.attributes = source.attributes
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -149,19 +151,19 @@ class Picked:
 
 @dataclass(frozen=True)
 class Extraction:
-    """How tokens and targets come about: a frozen backbone over a labelled source.
+    """A frozen backbone and a labelled source: how tokens and targets are made.
 
-    The tokens are those of the last block after the final norm, prefix tokens included.
+    The tokens are the output of the last block after the final norm, prefix tokens included.
     """
 
     backbone: Backbone
     sha256: str
-    """Of the backbone's tensors, as an export folder's ``config.json`` has it."""
+    """Hash of the backbone's tensors, the same as in an export folder's ``config.json``."""
     source: LabelledSource
     dtype: torch.dtype
-    """Of kept features."""
+    """Dtype of stored features."""
     autocast: bool
-    """Run the backbone in bfloat16 autocast."""
+    """Whether the backbone runs in bfloat16 autocast."""
     batch: int
     """Images per forward pass."""
     workers: int
@@ -170,65 +172,72 @@ class Extraction:
 
     @property
     def classes(self) -> int:
-        """C of the local and the global task."""
+        """Number of classes of the local and the global task."""
         return len(self.source.classes)
 
     @property
     def table(self) -> Tensor | None:
-        """bool ``(codes, C)`` where label maps hold codes."""
-        attributes = getattr(self.source, "attributes", None)
-        return None if attributes is None else torch.from_numpy(np.ascontiguousarray(attributes))
+        """The classes of each code, bool ``(codes, C)``; None if label maps hold class ids."""
+        return attribute_table(self.source)
 
     @property
     def codes(self) -> int:
-        """What a pixel can hold: C of the majority task."""
+        """Number of values that a pixel can have, and of classes of the majority task."""
         return self.classes if self.table is None else len(self.table)
 
     @property
     def token_shape(self) -> tuple[int, int]:
-        """(P + n, d)."""
+        """Tokens of an image and their channels, (P + n, d)."""
         geometry = Geometry.of(self.backbone)
         return geometry.num_prefix_tokens + geometry.num_patches, geometry.width
 
     @property
     def bytes_per_image(self) -> int:
-        """Of kept features with their targets."""
+        """Bytes of an image's stored features and targets."""
         tokens, width = self.token_shape
         labels = (self.backbone.num_patches + 1) * -(-self.classes // 8) + 2 * self.backbone.num_patches
         return tokens * width * self.dtype.itemsize + labels
 
     @torch.no_grad()
     def run(self, rows: Rows, batch: int) -> Iterator[Batch]:
-        """Tokens as the forward pass gives them, on the backbone's device; targets on the CPU.
+        """Tokens in the forward pass's dtype on the context's device, and targets on the CPU.
+
+        Args:
+            rows: Images to run.
+            batch: Images per forward pass.
 
         Raises:
-            UserError: what the source raises.
+            UserError: An image or label map is bad.
         """
         device, table = self.context.device, self.table
         for images, maps in labelled_batches(
-            Picked(self.source, rows), self.backbone.image_size, batch, self.workers
+            SubsetSource(self.source, rows), self.backbone.image_size, batch, self.workers
         ):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
                 tokens = self.backbone.tokens(self.backbone.normalise(images.to(device)))
             yield tokens, reduce_labels(maps, self.backbone.patch_size, self.classes, table)
 
-    def kept(self, rows: Rows, batch: int | None = None) -> Iterator[tuple[Tensor, PackedLabels]]:
-        """Tokens in ``dtype`` on the backbone's device, and packed targets on the CPU.
+    def stored(self, rows: Rows, batch: int | None = None) -> Iterator[tuple[Tensor, PackedLabels]]:
+        """Tokens in :attr:`dtype` on the context's device, and packed targets on the CPU, to be stored.
+
+        Args:
+            rows: Images to run.
+            batch: Images per forward pass; default :attr:`batch`.
 
         Raises:
-            RunFailure: tokens that are not finite in ``dtype``.
+            RunFailure: Tokens are not finite in :attr:`dtype`.
         """
         for tokens, labels in self.run(rows, batch or self.batch):
-            stored = tokens.to(self.dtype)
-            if not bool(torch.isfinite(stored).all()):
+            tokens = tokens.to(self.dtype)
+            if not bool(torch.isfinite(tokens).all()):
                 name = self.backbone.name
-                raise RunFailure(f"features of {name} are not finite in {self.dtype}; try float32")
-            yield stored, PackedLabels.pack(labels)
+                raise RunFailure(f"the features of {name} are not finite in {self.dtype}; try float32")
+            yield tokens, PackedLabels.pack(labels)
 
 
 @contextmanager
-def frozen(backbone: Backbone) -> Iterator[None]:
-    """Inside, the backbone is in eval mode; it is given back as it was."""
+def eval_mode(backbone: Backbone) -> Iterator[None]:
+    """Put the backbone in eval mode inside the block, and back into its own mode afterwards."""
     was_training = backbone.training
     backbone.eval()
     try:
@@ -237,25 +246,26 @@ def frozen(backbone: Backbone) -> Iterator[None]:
         backbone.train(was_training)
 
 
-def part(count: int, context: DistributedContext) -> Rows:
-    """A rank's consecutive part of ``count`` images; the parts differ by one image at most."""
+def rank_part(count: int, context: DistributedContext) -> Rows:
+    """A rank's consecutive part of ``count`` images; parts differ in size by at most one image."""
     begin, end = context.rank * count // context.size, (context.rank + 1) * count // context.size
     return np.arange(begin, end, dtype=np.int64)
 
 
-def equal_share(rows: Rows, context: DistributedContext) -> Rows:
-    """A rank's consecutive part of a batch.
+def batch_share(rows: Rows, context: DistributedContext) -> Rows:
+    """A rank's consecutive part of a batch, of the same size on all ranks.
 
     Raises:
-        UserError: the batch does not divide.
+        UserError: The batch cannot be divided evenly.
     """
     if len(rows) % context.size:
-        raise UserError(f"a batch of {len(rows)} does not divide into {context.size} processes")
-    return rows.reshape(context.size, -1)[context.rank]
+        raise UserError(f"a batch of {len(rows)} cannot be divided evenly among {context.size} processes")
+    share: Rows = rows.reshape(context.size, -1)[context.rank]
+    return share
 
 
 class LiveFeatures:
-    """Nothing is stored: images are loaded and run through the backbone batch by batch."""
+    """Features that are not stored: images are loaded and run through the backbone batch by batch."""
 
     def __init__(self, extraction: Extraction) -> None:
         self.extraction, self.context = extraction, extraction.context
@@ -264,16 +274,17 @@ class LiveFeatures:
     def __len__(self) -> int:
         return len(self.extraction.source)
 
-    def own(self) -> Rows:
-        """A consecutive part."""
-        return part(len(self), self.context)
+    def rank_rows(self) -> Rows:
+        """A consecutive part of the images."""
+        return rank_part(len(self), self.context)
 
-    def share(self, rows: Rows) -> Rows:
-        """A consecutive part. Raises UserError where the batch does not divide."""
-        return equal_share(rows, self.context)
+    def rank_share(self, rows: Rows) -> Rows:
+        """A consecutive part of the batch. Raises UserError if the batch cannot be divided evenly."""
+        return batch_share(rows, self.context)
 
     def batches(self, rows: Sequence[Rows]) -> Iterator[Batch]:
-        """Loads and runs them; all entries but the last are of one length, as one loader serves them."""
+        """Load and run the images. All entries but the last must have the same length, because one loader
+        serves them."""
         if not rows:
             return
         for tokens, labels in self.extraction.run(np.concatenate(rows), max(1, len(rows[0]))):
@@ -284,11 +295,11 @@ class MemoryFeatures:
     """Features in memory.
 
     Args:
-        features: ``(N, P + n, d)`` of this rank's images.
-        labels: Of the same images.
-        device: Where batches go; features stay where they are.
-        count: Images over all ranks; the rank's own where missing.
-        first: The index of this rank's first image.
+        features: ``(N, P + n, d)``, tokens of this rank's images.
+        labels: Targets of the same images.
+        device: Device of the batches; the features stay on their own device.
+        count: Number of images over all ranks; default N.
+        first: Index of this rank's first image.
     """
 
     def __init__(
@@ -306,12 +317,12 @@ class MemoryFeatures:
     def __len__(self) -> int:
         return self.count
 
-    def own(self) -> Rows:
-        """What this rank keeps."""
+    def rank_rows(self) -> Rows:
+        """The images that this rank stores."""
         return np.arange(self.first, self.first + len(self.features), dtype=np.int64)
 
-    def share(self, rows: Rows) -> Rows:
-        """What this rank keeps of them, which may be nothing."""
+    def rank_share(self, rows: Rows) -> Rows:
+        """The images of the batch that this rank stores, possibly none."""
         return rows[(rows >= self.first) & (rows < self.first + len(self.features))]
 
     def batches(self, rows: Sequence[Rows]) -> Iterator[Batch]:
@@ -321,10 +332,14 @@ class MemoryFeatures:
             yield self.features[index].to(self.device), self.labels[index].unpack(self.device)
 
 
-def memory_place(total_bytes: int, context: DistributedContext) -> torch.device | None:
-    """Where features are kept that need so many bytes over all ranks: the GPUs, the RAM, or (None) neither.
+def memory_device(total_bytes: int, context: DistributedContext) -> torch.device | None:
+    """The device whose memory has room for features: the GPU, the CPU, or None if neither has room.
 
-    Half of what is free may be taken, as every rank finds it.
+    On every rank the features may take half of the free memory.
+
+    Args:
+        total_bytes: Size of the features over all ranks.
+        context: The ranks and their device.
     """
     device = context.device
     gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
@@ -332,14 +347,14 @@ def memory_place(total_bytes: int, context: DistributedContext) -> torch.device 
         total_bytes / context.size <= MEMORY_SHARE * gpu,
         total_bytes <= MEMORY_SHARE * free_ram(),
     )
-    views = context.all_gather_object((fits_gpu, fits_ram))
-    if all(on_gpu for on_gpu, _ in views):
+    fits = context.all_gather_object((fits_gpu, fits_ram))
+    if all(on_gpu for on_gpu, _ in fits):
         return device
-    return torch.device("cpu") if all(in_ram for _, in_ram in views) else None
+    return torch.device("cpu") if all(in_ram for _, in_ram in fits) else None
 
 
 def free_ram() -> int:
-    """Bytes of memory that new data can take."""
+    """Bytes of main memory that are available for new data."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -347,22 +362,24 @@ def free_ram() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def extract_to_memory(extraction: Extraction, place: torch.device, told: Told) -> MemoryFeatures:
-    """This rank's part of a source's features.
+def extract_to_memory(
+    extraction: Extraction, device: torch.device, on_progress: DoneCallback
+) -> MemoryFeatures:
+    """Compute this rank's part of a source's features.
 
     Args:
-        extraction: What to run.
-        place: Where features are kept.
-        told: Is told how many images this rank has done, of how many.
+        extraction: The backbone and the source.
+        device: Device that stores the features.
+        on_progress: Called with how many images this rank has done, and how many it has to do.
     """
-    rows = part(len(extraction.source), extraction.context)
-    store = torch.empty(len(rows), *extraction.token_shape, dtype=extraction.dtype, device=place)
+    rows = rank_part(len(extraction.source), extraction.context)
+    store = torch.empty(len(rows), *extraction.token_shape, dtype=extraction.dtype, device=device)
     targets: list[PackedLabels] = []
     done = 0
-    for tokens, labels in extraction.kept(rows):
+    for tokens, labels in extraction.stored(rows):
         store[done : done + len(tokens)] = tokens
         targets.append(labels)
         done += len(tokens)
-        told(done, len(rows))
-    labels = PackedLabels.cat(targets).to(place)
+        on_progress(done, len(rows))
+    labels = PackedLabels.cat(targets).to(device)
     return MemoryFeatures(store, labels, extraction.context.device, len(extraction.source), int(rows[0]))

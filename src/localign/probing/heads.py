@@ -1,10 +1,11 @@
-"""Trainable heads on frozen tokens: what they are, what they read, and the two interventions.
+"""Trainable heads on frozen tokens, and the two interventions.
 
-Every head maps tokens ``(B, P + n, d)``, prefix tokens first, to logits. What it reads depends on the task:
+Every head maps tokens ``(B, P + n, d)``, prefix tokens first, to logits:
 
-- ``local`` and ``majority``: one prediction per patch, ``(B, n, C)``;
-- ``global``: one per image, ``(B, C)``. Linear and MLP read the first prefix token (CLS), or the mean token
-  of a backbone without prefix; the transformer averages its outputs at the prefix tokens, or at all tokens.
+- for the tasks ``local`` and ``majority``, one prediction per patch, ``(B, n, C)``;
+- for the task ``global``, one prediction per image, ``(B, C)``. Linear and MLP heads read the first prefix token (the
+  class token), or the mean token if the backbone has no prefix tokens. The transformer head averages its outputs at
+  the prefix tokens, or at all tokens if there are none.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LAYER_SCALE = 0.01
 
 
 class HasGeometry(Protocol):
-    """What heads need to know of a backbone."""
+    """The properties of a backbone that heads depend on."""
 
     @property
     def width(self) -> int: ...
@@ -45,11 +46,11 @@ class Geometry:
     width: int
     """Channels of a token (d)."""
     num_heads: int
-    """Attention heads, also of the transformer head."""
+    """Attention heads of the backbone and of the transformer head."""
     num_patches: int
     """Patch tokens (n)."""
     num_prefix_tokens: int
-    """Class and register tokens (P), which come first; the class token before the registers."""
+    """Class and register tokens (P). They come first, the class token before the registers."""
 
     @staticmethod
     def of(backbone: HasGeometry) -> Geometry:
@@ -58,16 +59,16 @@ class Geometry:
 
 
 def summary_token(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-    """``(B, d)``: the class token, or the mean token of a backbone without prefix."""
+    """The class token, or the mean token if there are no prefix tokens: ``(B, d)``."""
     return tokens[:, 0] if num_prefix_tokens else tokens.mean(dim=1)
 
 
 class TokenHead(nn.Module):
-    """The same function on every token it reads: a linear layer, or an MLP.
+    """The same function, a linear layer or an MLP, on every token that the task reads.
 
     Args:
-        function: ``(..., d)`` to ``(..., C)``.
-        geometry: The backbone's.
+        function: Maps ``(..., d)`` to ``(..., C)``.
+        geometry: Shape of the backbone's tokens.
         task: One of TASKS.
     """
 
@@ -78,25 +79,27 @@ class TokenHead(nn.Module):
         self.per_image = task == "global"
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.per_image:
-            return self.function(summary_token(tokens, self.num_prefix_tokens))
-        return self.function(tokens[:, self.num_prefix_tokens :])
+        prefix = self.num_prefix_tokens
+        logits: Tensor = self.function(
+            summary_token(tokens, prefix) if self.per_image else tokens[:, prefix:]
+        )
+        return logits
 
 
 class TransformerHead(nn.Module):
     """A small transformer over all tokens.
 
-    Learned position embedding, LayerNorm, two blocks of the backbone's width and heads (MLP ratio 4, no qkv
-    bias, LayerScale 0.01), LayerNorm, linear layer.
+    It consists of a learned position embedding, LayerNorm, two blocks of the backbone's width and number of heads
+    (MLP ratio 4, no qkv bias, LayerScale 0.01), LayerNorm, and a linear layer.
 
-    With an intervention the predictions come from learned latent tokens instead, one per patch, which are
-    appended to what the head may see: ``cls-only`` shows it the class token (or the mean token) alone,
-    ``anonymous`` all tokens without a position embedding.
+    With an intervention the predictions are read from learned latent tokens instead, one per patch, which are appended
+    to the visible tokens: with ``cls-only`` the class token (or the mean token), with ``anonymous`` all tokens without
+    a position embedding.
 
     Args:
-        geometry: The backbone's.
-        classes: C.
-        task: One of TASKS; interventions know only those with a prediction per patch.
+        geometry: Shape of the backbone's tokens.
+        classes: Number of classes, C.
+        task: One of TASKS; with an intervention, a task with one prediction per patch.
         intervention: One of INTERVENTIONS.
     """
 
@@ -107,7 +110,7 @@ class TransformerHead(nn.Module):
         self.per_image = task == "global"
         self.intervention = intervention
         total = self.num_patches + (self.num_prefix_tokens if intervention == "none" else 0)
-        # Added to the tokens, or appended to them as the latent tokens of an intervention.
+        # Added to the tokens; with an intervention, appended to them as latent tokens.
         self.positions = nn.Parameter(0.02 * torch.randn(total, width))
         self.norm_pre = nn.LayerNorm(width)
         self.blocks = nn.Sequential(
@@ -133,9 +136,10 @@ class TransformerHead(nn.Module):
             tokens = block(tokens)
         outputs = self.norm(block_at(last, tokens, self._read(tokens.shape[1])))
         if self.per_image:
-            # The mean of the logits: the last layer is affine.
+            # The same as the mean of the logits, because the last layer is affine.
             outputs = outputs.mean(dim=1)
-        return self.linear(outputs)
+        logits: Tensor = self.linear(outputs)
+        return logits
 
     def _input(self, tokens: Tensor) -> Tensor:
         if self.intervention == "none":
@@ -145,34 +149,36 @@ class TransformerHead(nn.Module):
         return torch.cat([tokens, self.positions.expand(len(tokens), -1, -1).to(tokens.dtype)], dim=1)
 
     def _read(self, length: int) -> slice:
-        """The positions whose outputs are predictions."""
+        """The positions that predictions are read from."""
         if self.per_image:
             return slice(0, self.num_prefix_tokens or length)
         return slice(length - self.num_patches, length)
 
 
 def block_at(block: Any, tokens: Tensor, read: slice) -> Tensor:
-    """A block's outputs at some positions alone: equal to ``block(tokens)[:, read]``, without the others' cost.
+    """A block's outputs at some positions: ``block(tokens)[:, read]`` without computing the other outputs.
 
-    Every position is still attended to. A head whose last block is read at the class token alone saves five
-    sixths of that block.
+    All positions are still attended to. If only the class token is read, the block costs one sixth.
 
     Args:
-        block: timm's block as :class:`TransformerHead` builds it: no qkv bias, no dropout.
+        block: A timm block as :class:`TransformerHead` builds it, without qkv bias and dropout.
         tokens: ``(B, T, d)``.
-        read: Positions, of length R.
+        read: R positions.
 
     Returns:
         ``(B, R, d)``.
     """
-    attention, normed, kept = block.attn, block.norm1(tokens), tokens[:, read]
+    attention, normed, outputs = block.attn, block.norm1(tokens), tokens[:, read]
     width, heads = tokens.shape[-1], attention.num_heads
     query = F.linear(normed[:, read], attention.qkv.weight[:width])
     key, value = F.linear(normed, attention.qkv.weight[width:]).chunk(2, dim=-1)
-    query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
-    mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-    kept = kept + block.ls1(attention.proj(mixed))
-    return kept + block.ls2(block.mlp(block.norm2(kept)))
+    query, key, value = (
+        t.reshape(*t.shape[:2], heads, width // heads).transpose(1, 2) for t in (query, key, value)
+    )
+    attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    outputs = outputs + block.ls1(attention.proj(attended))
+    outputs = outputs + block.ls2(block.mlp(block.norm2(outputs)))
+    return outputs
 
 
 def _linear(geometry: Geometry, classes: int, task: str, intervention: str) -> nn.Module:
@@ -199,12 +205,12 @@ HEADS: dict[str, Callable[[Geometry, int, str, str], nn.Module]] = {
 def build_head(
     name: str, backbone_geometry: Geometry, classes: int, task: str, intervention: str = "none"
 ) -> nn.Module:
-    """A freshly initialised head; the draws come from torch's global CPU generator.
+    """A freshly initialised head. Its weights are drawn from torch's global CPU generator.
 
     Args:
         name: A key of HEADS.
-        backbone_geometry: The shape of the tokens it will read.
-        classes: C.
+        backbone_geometry: Shape of the backbone's tokens.
+        classes: Number of classes, C.
         task: One of TASKS.
         intervention: One of INTERVENTIONS.
 
@@ -212,7 +218,7 @@ def build_head(
         A module from tokens ``(B, P + n, d)`` to logits, ``(B, n, C)`` or for the global task ``(B, C)``.
 
     Raises:
-        UserError: an unknown name, or an intervention where it has no meaning.
+        UserError: A name is unknown, or the intervention does not apply.
     """
     HeadSpec(name, task, intervention).check()
     return HEADS[name](backbone_geometry, classes, task, intervention)

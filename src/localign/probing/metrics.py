@@ -1,9 +1,8 @@
-"""Recall and its companions as sums that add up: over batches, and over ranks.
+"""Recall, precision and accuracy from counts that add up over batches and over ranks.
 
-Both accumulators hold integer tensors on the device of the predictions. ``update`` adds to them without a
-Python loop over classes and without waiting for the device, and returns what each image contributed to
-recall, from which intervals over images are made; ``compute`` is where the divisions are. ``state()`` returns
-the tensors, so a distributed caller sums them in place before it computes.
+Both accumulators hold integer tensors on the device of the predictions. ``update`` adds a batch, without a Python loop
+over classes and without waiting for the device, and returns each image's counts, which the bootstrap over images needs.
+``state()`` returns the tensors; with several ranks the caller sums them over ranks in place. ``compute`` divides.
 """
 
 from __future__ import annotations
@@ -15,30 +14,25 @@ import torch
 from torch import Tensor
 
 SIZE_BINS = 10
-"""Object sizes: bin b holds shares in (b/10, (b+1)/10] of an image's patches."""
+"""Number of bins of object size. Bin b has objects that cover a share in (b/10, (b+1)/10] of the image's patches."""
 
 
 class _Sums:
-    """Named integer tensors that only ever grow by addition."""
+    """Named integer tensors that batches are added to."""
 
     _sums: dict[str, Tensor]
 
     def state(self) -> dict[str, Tensor]:
-        """The live tensors, int64; summing each over ranks in place merges the ranks."""
+        """The int64 tensors themselves; a caller may sum each over ranks in place."""
         return self._sums
-
-    def merge(self, other: _Sums) -> None:
-        """Add another accumulator's sums to these."""
-        for name, value in self._sums.items():
-            value += other._sums[name].to(value.device)
 
 
 class MultiLabelCounts(_Sums):
-    """Counts for multi-label predictions: right and wrong ones per class, and hits per object size.
+    """Counts for multi-label predictions: true and false positives and negatives by class, and hits by object size.
 
     Args:
-        classes: C.
-        device: where predictions will come from.
+        classes: Number of classes, C.
+        device: Device of the predictions.
     """
 
     def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
@@ -51,18 +45,17 @@ class MultiLabelCounts(_Sums):
     def update(
         self, logits: Tensor, targets: Tensor, patch_targets: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Add a batch of whole images.
+        """Add a batch of images.
 
         Args:
-            logits: ``(B, n, C)`` for patches or ``(B, C)`` for images; a class is predicted above probability
-                0.5, that is above logit 0.
+            logits: ``(B, n, C)`` for patches or ``(B, C)`` for images. A class is predicted if its logit is above 0,
+                that is if its probability is above 0.5.
             targets: bool, the same shape.
-            patch_targets: bool ``(B, n, C)``, the patches each class covers, from which an object's size is
-                known. Patch-level predictions use their own targets; image-level ones are not told apart by
-                size where it is missing.
+            patch_targets: bool ``(B, n, C)``, the patches of each class, which give the object sizes. For patches the
+                default is ``targets``; for images nothing is counted by size without it.
 
         Returns:
-            int64 ``(B, C)`` each: per image and class the right positive predictions, and the positives.
+            The true positives and the positives by image and class, each int64 ``(B, C)``.
         """
         if logits.dim() == 2:
             logits, targets = logits[:, None], targets[:, None]
@@ -70,7 +63,7 @@ class MultiLabelCounts(_Sums):
             patch_targets = targets
         targets = targets.bool()
         predicted = logits > 0
-        hits = (predicted & targets).sum(dim=1)  # (B, C), like all sums over an image below
+        hits = (predicted & targets).sum(dim=1)  # (B, C)
         positives = targets.sum(dim=1)
         tp, fp, fn = hits.sum(0), predicted.sum(dim=(0, 1)), positives.sum(0)
         fp, fn = fp - tp, fn - tp
@@ -86,21 +79,23 @@ class MultiLabelCounts(_Sums):
     def _update_sizes(self, hits: Tensor, positives: Tensor, patch_targets: Tensor) -> None:
         patches = patch_targets.shape[1]
         covered = patch_targets.bool().sum(dim=1)  # (B, C)
-        # In integers: a share of exactly 2/10 falls into bin 1, whatever float division makes of it.
+        # Integer division puts a share of exactly 2/10 into bin 1; float division might not.
         bins = torch.div(covered * SIZE_BINS - 1, patches, rounding_mode="floor").clamp_(min=0).view(-1)
-        known = covered > 0  # an image may hold "unlabeled" without any patch that counts as such
+        known = (
+            covered > 0
+        )  # an image may have the class "unlabeled" while none of its patches counts as unlabeled
         self._sums["size_tp"].index_add_(0, bins, (hits * known).view(-1))
         self._sums["size_positives"].index_add_(0, bins, (positives * known).view(-1))
 
     def compute(self) -> dict[str, Any]:
-        """The figures, JSON-able; a mean over classes is over those with at least one positive, as published.
+        """The metrics. Means over classes are over the classes with at least one positive, as published.
 
         Returns:
-            ``macro_recall`` (mean of tp / (tp + fn)), ``macro_precision`` (tp / (tp + fp), 0 where a class is
-            never predicted), ``macro_f1``, ``macro_accuracy``, ``accuracy`` (share of all binary decisions
-            that are right); lists per class ``class_recall``, ``class_precision``, ``class_f1`` (None for a
-            class without positives) and ``class_positives``; per object size ``size_recall`` (over all pairs
-            of image and class in the bin together; None for an empty bin) and ``size_positives``.
+            ``macro_recall`` (mean of tp / (tp + fn)), ``macro_precision`` (mean of tp / (tp + fp), 0 for a class that
+            is never predicted), ``macro_f1``, ``macro_accuracy``, ``accuracy`` (share of correct binary decisions);
+            by class ``class_recall``, ``class_precision``, ``class_f1`` (None for a class without positives) and
+            ``class_positives``; by object size ``size_recall`` (over all pairs of image and class in the bin; None
+            for an empty bin) and ``size_positives``.
         """
         sums = {name: value.double().cpu() for name, value in self._sums.items()}
         tp, fp, fn, tn = (sums[name] for name in ("tp", "fp", "fn", "tn"))
@@ -127,21 +122,21 @@ class MultiLabelCounts(_Sums):
 
 
 class MajorityCounts(_Sums):
-    """Counts for one label per patch: right predictions, positives and predictions per class."""
+    """Counts for one label per patch: true positives, positives and predictions by class."""
 
     def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
         names = ("tp", "positives", "predicted")
         self._sums = {name: torch.zeros(classes, dtype=torch.int64, device=device) for name in names}
 
     def update(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a batch of whole images; the largest logit is the prediction.
+        """Add a batch of images. The class with the largest logit is predicted.
 
         Args:
             logits: ``(B, n, C)``.
             targets: int64 ``(B, n)``.
 
         Returns:
-            As for :meth:`MultiLabelCounts.update`.
+            The true positives and the positives by image and class, each int64 ``(B, C)``.
         """
         predicted = logits.argmax(dim=-1)
         cells = torch.zeros(3, len(targets), logits.shape[-1], dtype=torch.int64, device=logits.device)
@@ -154,10 +149,10 @@ class MajorityCounts(_Sums):
         return hits, positives
 
     def compute(self) -> dict[str, Any]:
-        """The figures, JSON-able; means over classes are over those that occur.
+        """The metrics. Means over classes are over the classes that occur.
 
         Returns:
-            ``macro_recall``, ``macro_precision``, ``accuracy`` (share of patches), ``class_recall`` (None for
+            ``macro_recall``, ``macro_precision``, ``accuracy`` (share of correct patches), ``class_recall`` (None for
             a class that does not occur) and ``class_positives``.
         """
         tp, positives, predicted = (self._sums[n].double().cpu() for n in ("tp", "positives", "predicted"))
@@ -182,5 +177,5 @@ def _numbers(values: Tensor) -> list[float | None]:
 
 
 def _mean(values: Tensor) -> float | None:
-    """The mean of the entries that are not NaN; None where there is none."""
+    """The mean of the entries that are not NaN; None if all are NaN."""
     return _number(values.nanmean())

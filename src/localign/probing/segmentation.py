@@ -1,4 +1,4 @@
-"""Labelled images for probing: the protocol, the folder layout, and batches of them."""
+"""Labelled images for probing: the protocol of a source, sources in folders, and batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,48 +22,66 @@ from localign.errors import UserError
 from localign.probing.classes import ClassTable, class_table
 
 MAP_SUFFIX = ".png"
-"""File name ending of label maps, in any case."""
+"""File name ending of label maps; upper case is accepted too."""
 
 FINGERPRINTED = 256
-"""How many pairs of a set have their content in its fingerprint."""
+"""Number of image and label map pairs whose bytes enter a data set's fingerprint."""
 
 
 @runtime_checkable
 class LabelledSource(Protocol):
-    """Random access to images with a label map; picklable, for loader workers.
+    """Random access to images with label maps. Sources are pickled for loader workers.
 
-    Beyond these members a source may have ``attributes``, bool ``(codes, len(classes))``: then its maps hold
-    codes, and the table says which classes a code belongs to. Otherwise a map holds class ids. And it may
-    have ``class_kinds``, "thing", "stuff" or "other" for each class; None where unknown.
+    Subclasses of this class inherit the defaults of ``attributes`` and ``class_kinds``.
     """
 
     kind: str
+    """The sort of data, for results: "coco-stuff", "ade20k", ..."""
     classes: tuple[str, ...]
+    """Class names by class id."""
+
+    @property
+    def attributes(self) -> NDArray[np.bool_] | None:
+        """bool ``(codes, classes)``: label maps hold codes, and row c has the classes of code c. None: label maps hold
+        class ids."""
+        return None
+
+    @property
+    def class_kinds(self) -> tuple[str, ...] | None:
+        """Kinds by class id, "thing", "stuff" or "other"; None if unknown."""
+        return None
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Number of images."""
 
     def name(self, index: int) -> str:
-        """A stable name for logs."""
+        """A stable name of an image, for logs."""
 
     def load_labelled(self, index: int) -> tuple[Image.Image, NDArray[Any]]:
-        """The image in RGB and its integer label map ``(H, W)``, of the same size.
+        """The image in RGB and its integer label map ``(H, W)`` of the same size.
 
-        All maps of a source have one type; uint8 makes the loader's batches small.
+        All maps of a source have the same dtype. With uint8 the loader's batches are smallest.
         """
 
     def fingerprint(self) -> str:
-        """A short hash of what the source holds."""
+        """A short hash of the source's content."""
+
+
+def attribute_table(source: LabelledSource) -> Tensor | None:
+    """A source's :attr:`~LabelledSource.attributes` as a tensor on the CPU."""
+    return None if source.attributes is None else torch.from_numpy(np.ascontiguousarray(source.attributes))
 
 
 class AttributeLabels:
-    """A source whose codes stand for several classes at once.
+    """A source whose label maps hold codes that each belong to several classes.
 
     Args:
-        source: Any labelled source.
-        classes: The classes' names, C of them; class 0 is the ground.
-        table: bool ``(codes, C)``.
+        source: A labelled source.
+        classes: C class names; class 0 is the ground.
+        table: bool ``(codes, C)``, the classes of each code.
     """
+
+    class_kinds: tuple[str, ...] | None = None
 
     def __init__(self, source: LabelledSource, classes: Sequence[str], table: NDArray[np.bool_]) -> None:
         if table.shape[1] != len(classes):
@@ -77,15 +95,15 @@ class AttributeLabels:
         return len(self.source)
 
     def name(self, index: int) -> str:
-        """The source's name of the image."""
+        """The image's name in the source."""
         return self.source.name(index)
 
     def load_labelled(self, index: int) -> tuple[Image.Image, NDArray[Any]]:
-        """The source's image and codes."""
+        """The image and the codes of its pixels."""
         return self.source.load_labelled(index)
 
     def fingerprint(self) -> str:
-        """Of the source and the table."""
+        """A hash of the source and the table."""
         digest = hashlib.blake2b(self.source.fingerprint().encode(), digest_size=8)
         digest.update(json.dumps(self.classes).encode())
         digest.update(np.packbits(self.attributes).tobytes())
@@ -93,24 +111,23 @@ class AttributeLabels:
 
 
 class FolderSegmentation:
-    """Images in one folder, label maps of the same names in another: ``a.jpg`` and ``a.png``.
+    """Images in one folder and label maps of the same names in another: ``a.jpg`` and ``a.png``.
 
-    A label map is a single-channel PNG image. It belongs to its image's pixels as they are stored: an EXIF
-    orientation is passed over. Opening lists each folder once and looks at no file.
+    A label map is a single-channel PNG file. It belongs to the image's pixels as stored: EXIF orientation is ignored.
+    Opening lists each folder once and opens no image.
 
     Args:
-        images_dir: Folder of images, flat. Where it is the folder of label maps too, its PNG files are maps.
+        images_dir: Folder of images, without subfolders. If it is also ``masks_dir``, its PNG files are label maps.
         masks_dir: Folder of label maps.
-        classes: The table, or what :func:`localign.probing.classes.class_table` makes one of.
-        kind: What sort of data it is, for results.
-
-    Attributes:
-        class_kinds: "thing", "stuff" or "other" for each class, or None where unknown.
+        classes: A class table, or an argument of :func:`localign.probing.classes.class_table`.
+        kind: The sort of data, for results.
 
     Raises:
-        UserError: a folder or the table is missing or empty, an image has no label map, or two images share
-            one.
+        UserError: A folder or the class table is missing or empty, an image has no label map, or two images share
+            a label map.
     """
+
+    attributes = None
 
     def __init__(
         self,
@@ -134,16 +151,16 @@ class FolderSegmentation:
         return self._images[index]
 
     def load(self, index: int) -> Image.Image:
-        """The image alone, in RGB. Raises UnreadableImage."""
+        """The image in RGB. Raises UnreadableImage."""
         return read_image(self.images_dir / self._images[index], self._images[index], upright=False)
 
     def load_labelled(self, index: int) -> tuple[Image.Image, NDArray[Any]]:
-        """The image in RGB and its class ids ``(H, W)``, of one type in all images.
+        """The image in RGB and its class ids ``(H, W)``, with the same dtype for all images.
 
         Raises:
-            UnreadableImage: the image cannot be decoded.
-            UserError: the label map cannot be decoded, has another size or more than one channel, or holds a
-                value that the table does not.
+            UnreadableImage: The image cannot be decoded.
+            UserError: The label map cannot be decoded, differs from the image in size, has more than one channel, or
+                holds a value that is not in the class table.
         """
         image = self.load(index)
         path = self.masks_dir / self._masks[index]
@@ -156,19 +173,20 @@ class FolderSegmentation:
         try:
             return image, self.table.classes_of(values)
         except ValueError as error:
-            allowed = f"; it knows {self.table.values}" if self.table.values else ""
-            held = f"holds values that the class table does not know: {error.args[0]}"
-            raise UserError(f"the label map {path} {held}{allowed}") from None
+            allowed = f"; the table has {self.table.values}" if self.table.values else ""
+            raise UserError(
+                f"the label map {path} holds values that are not in the class table: {error.args[0]}{allowed}"
+            ) from None
 
     def fingerprint(self) -> str:
-        """Of the file names, the class table, and the bytes of up to 256 pairs spread evenly over the set.
+        """A hash of the file names, the class table, and the bytes of up to 256 pairs at even distances.
 
-        So it changes when images come or go, when classes are named or numbered anew, and when a set is
-        exported, resized or annotated afresh under the same names; not with where the folders lie. A change
-        to a few files of a larger set can escape it.
+        The fingerprint changes when images are added or removed, when classes are renamed or renumbered, and when
+        all files are resized or annotated again under the same names. It does not depend on where the folders are.
+        A change to a few files of a larger set may not change it.
 
         Raises:
-            UserError: a file cannot be read.
+            UserError: A file cannot be read.
         """
         if self._fingerprint is None:
             text = json.dumps([self.kind, self._images, self.classes, self.table.ids.tolist()])
@@ -181,7 +199,7 @@ class FolderSegmentation:
 
 
 def _pairs_of(images_dir: Path, masks_dir: Path) -> tuple[list[str], list[str]]:
-    """File names of images, sorted, and of their label maps."""
+    """Names of the image files, sorted, and of their label maps."""
     shared = images_dir == masks_dir
     masks: dict[str, str] = {}
     images: dict[str, str] = {}
@@ -202,9 +220,9 @@ def _pairs_of(images_dir: Path, masks_dir: Path) -> tuple[list[str], list[str]]:
             masks[stem] = name
     without = [stem for stem in images if stem not in masks]
     if without:
-        wanted = masks_dir / f"{without[0]}{MAP_SUFFIX}"
+        missing = masks_dir / f"{without[0]}{MAP_SUFFIX}"
         count = f"{len(without)} of {len(images)}"
-        raise UserError(f"{count} images have no label map; the first missing is {wanted}")
+        raise UserError(f"{count} images have no label map; the first missing file is {missing}")
     return list(images.values()), [masks[stem] for stem in images]
 
 
@@ -223,21 +241,21 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _read_values(path: Path) -> NDArray[Any]:
-    """The pixel values of a label map, ``(H, W)``."""
+    """The pixel values of a label map, integers ``(H, W)``."""
     try:
         with Image.open(path, formats=["PNG"]) as mask:
             values = np.asarray(mask)
-    except Exception as error:  # decoders raise anything on corrupt files
-        unknown = isinstance(error, Image.UnidentifiedImageError)
+    except Exception as error:  # decoders raise errors of all kinds on damaged files
+        unknown = isinstance(error, UnidentifiedImageError)
         reason = "not a PNG image" if unknown else getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the label map {path}: {reason}") from None
     if values.ndim != 2:
-        raise UserError(f"the label map {path} has {values.shape[-1]} channels; it must have one")
+        raise UserError(f"the label map {path} has {values.shape[-1]} channels; a label map has one")
     return values.astype(np.uint8) if values.dtype == bool else values
 
 
-class _Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """Images and label maps under the benchmark's view."""
+class _LabelledDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Images and label maps as the benchmark crops and resizes them."""
 
     def __init__(self, source: LabelledSource, image_size: tuple[int, int]) -> None:
         self.source = source
@@ -250,8 +268,8 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
         try:
             image, labels = self.source.load_labelled(index)
         except UnreadableImage as error:
-            # Leaving it out would change what is measured.
-            raise UserError(f"cannot probe on an unreadable image: {error}") from None
+            # Skipping the image would change the metrics.
+            raise UserError(f"cannot probe with an unreadable image: {error}") from None
         maps = self.view.labels(labels)
         return self.view(image), maps.to(torch.uint8) if labels.dtype == np.uint8 else maps
 
@@ -259,38 +277,37 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
 def labelled_batches(
     source: LabelledSource, image_size: tuple[int, int], batch: int, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images of a source once, in order, as the benchmark sees them.
+    """All images of a source once, in order, as the benchmark crops and resizes them.
 
-    The largest centre piece of the wanted aspect (a square, usually), resized: bilinear for the image,
-    nearest for the label map; no augmentation.
+    The largest centred crop with the aspect ratio of ``image_size`` is resized, bilinear for the image and nearest
+    for the label map. There is no augmentation.
 
     Args:
         source: Labelled images.
-        image_size: Height and width in pixels.
-        batch: Images per batch; the last may hold fewer.
-        workers: Loader processes; 0 loads in the caller.
+        image_size: Height and width, pixels.
+        batch: Images per batch; the last batch may hold fewer.
+        workers: Loader processes; 0 loads in the calling process.
 
     Yields:
-        uint8 ``(B, 3, H, W)``, and ``(B, H, W)`` codes: uint8 where the source's maps are, else int64.
+        Images, uint8 ``(B, 3, H, W)``, and codes ``(B, H, W)``: uint8 if the source's maps are uint8, else int64.
 
     Raises:
-        UserError: what the source raises, or an unreadable image.
+        UserError: An image or label map is bad.
     """
-    pairs = _Pairs(source, image_size)
     loader = DataLoader(
-        pairs,
+        _LabelledDataset(source, image_size),
         batch_size=batch,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=_one_thread if workers else None,
-        generator=torch.Generator(),  # else the pass would draw from the global one
+        generator=torch.Generator(),  # without it the loader would draw from torch's global generator
     )
     try:
         yield from loader
     except UserError as error:
-        # From a worker the message arrives wrapped in a traceback; its last line is the one we wrote.
+        # A worker's error arrives with its traceback as the message; the last line is our message.
         last = str(error).strip().rpartition("\n")[2]
-        error.__traceback__ = None  # it would keep the loader alive, whose workers then end late
+        error.__traceback__ = None  # the traceback would keep the loader and its workers alive
         raise UserError(last.partition("UserError: ")[2] or last) from None
 
 

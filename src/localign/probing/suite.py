@@ -1,9 +1,9 @@
-"""The probing benchmark in one pass: frozen features, all heads and seeds together, one JSON-able result.
+"""The probing benchmark in one pass: frozen features, all heads and seeds together, and results for JSON.
 
-The backbone is frozen and in eval mode throughout. Under the ``fixed`` protocol nothing is chosen on the data
-that is reported: every head is judged as the last training step left it, and the validation loss in the
-curves only shows whether it converged. Under the ``published`` one each head is judged after every epoch and
-its best is reported, which is what the benchmark's authors did; every outcome says which was used.
+The backbone is frozen and in eval mode throughout. With the ``fixed`` protocol nothing is chosen on the reported
+images: every head is evaluated as the last training step left it, and the validation loss only shows whether the head
+has converged. With the ``published`` protocol each head is evaluated after every epoch and its best epoch is reported,
+as the benchmark's authors did. Every outcome names its protocol.
 """
 
 from __future__ import annotations
@@ -20,43 +20,48 @@ from torch import Tensor
 
 from localign.backbones.export import content_hash
 from localign.engine.distributed import DistributedContext
-from localign.engine.log import say
+from localign.engine.log import ProgressCallback, say
+from localign.engine.schedule import computes_in_bf16
 from localign.errors import UserError
 from localign.options.names import Cache
 from localign.options.probe import HeadSpec, ProbeConfig
-from localign.probing.cache import extract_to_disk, gibibytes
+from localign.probing.cache import extract_to_disk, format_bytes
+from localign.probing.evaluation import BestEpochs, HeadMetrics, evaluate_heads, with_intervals
 from localign.probing.features import (
     DTYPES,
     Extraction,
     Features,
     LiveFeatures,
+    eval_mode,
     extract_to_memory,
     free_ram,
-    frozen,
-    memory_place,
+    memory_device,
 )
 from localign.probing.heads import Geometry
-from localign.probing.judging import BestEpochs, HeadMetrics, judge_heads, with_intervals
-from localign.probing.segmentation import LabelledSource, labelled_batches
-from localign.probing.training import Member, Progress, TrainedHeads, train_heads, uses_bfloat16
+from localign.probing.segmentation import LabelledSource, attribute_table, labelled_batches
+from localign.probing.training import SeededHead, TrainedHeads, train_heads
+from localign.statistics.bootstrap import interval
 
 if TYPE_CHECKING:
     from localign.backbones.backbone import Backbone
 
-Judged = tuple[str, HeadSpec]
-"""A source's name and a head."""
+TEST_SOURCE = "test"
+"""Name of the test images in the results of commands."""
+
+SourceHead = tuple[str, HeadSpec]
+"""The name of a source, and a head that was evaluated on it."""
 
 
 class Probed(NamedTuple):
-    """One seed on one backbone."""
+    """The results of one seed on one backbone."""
 
     outcome: dict[str, Any]
-    """JSON-able; see :func:`probe_heads`."""
+    """Results for JSON, see :func:`probe_heads`."""
     trained: TrainedHeads
-    """Under the published protocol, the heads of the reported epochs."""
-    recalls: dict[Judged, Tensor]
-    """Macro recall in each bootstrap replicate, float64 ``(replicates,)``; images are drawn alike for all
-    backbones and heads, so differences of two are paired."""
+    """The heads; with the published protocol, as they were after the reported epochs."""
+    recalls: dict[SourceHead, Tensor]
+    """Macro recall in each bootstrap replicate, float64 ``(replicates,)``. All backbones and heads are evaluated on the
+    same draws of images, so that differences are paired."""
 
 
 def probe(
@@ -66,7 +71,7 @@ def probe(
     config: ProbeConfig | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """The outcomes of :func:`probe_heads`, one per seed, without the heads."""
+    """Like :func:`probe_heads`, but returns only the outcomes, one per seed."""
     return [p.outcome for p in probe_heads(backbone, train_source, val_sources, config, **options)]
 
 
@@ -80,44 +85,44 @@ def probe_heads(
     context: DistributedContext | None = None,
     cache_folder: Path | None = None,
     replace_cache: bool = True,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[Probed]:
-    """Train heads on one labelled source and judge them on others, all seeds in one pass.
+    """Train heads on one labelled source and evaluate them on others, all seeds in one pass.
 
     Args:
-        backbone: Frozen; on the device of the world.
-        train_source: Labelled images for the heads.
-        val_sources: Where the heads are judged, by name; one alone is called ``val``. The first also gives
-            the validation-loss curve.
-        config: Published settings where missing.
-        device: Where features are made and heads are trained, without ``world``.
-        context: The ranks that share the work.
-        cache_folder: Of a disk cache, with a folder for each source.
-        replace_cache: Replace a cache of something else that is there, rather than refuse.
-        progress: Told of each batch and step.
+        backbone: The frozen backbone, on the device of ``context`` or ``device``.
+        train_source: Labelled images to train heads on.
+        val_sources: Sources to evaluate heads on, by name; a single source gets the name ``val``. The first source
+            also gives the validation-loss curve.
+        config: Default: the published settings.
+        device: Device of features and heads, if there is no ``context``.
+        context: The ranks that share the work; default: this process alone.
+        cache_folder: Folder of the disk cache, with a subfolder for each source.
+        replace_cache: If the folder holds other features, delete them instead of raising an error.
+        progress: Called after each batch and step.
 
     Returns:
-        Per seed the heads, and an outcome, JSON-able: ``config``, ``seed``, ``protocol``, ``backbone``,
-        ``backbone_sha256``, ``classes``, ``class_kinds``, ``train`` (images, curve), ``results``
-        (``{source: {head: {task: metrics}}}``), ``sources`` and ``seconds`` per stage, which all seeds share.
-        The metrics have ``macro_recall_interval`` and, under the published protocol, ``best_epoch``.
+        For each seed the heads and an outcome: ``config``, ``seed``, ``protocol``, ``backbone``, ``backbone_sha256``,
+        ``classes``, ``class_kinds``, ``train`` (images, curve), ``results``
+        (``{source: {head: {task: metrics}}}``), ``sources``, and ``seconds`` by stage, which all seeds share. The
+        metrics include ``macro_recall_interval`` and, with the published protocol, ``best_epoch``.
 
     Raises:
-        UserError: sources with different classes or without labels, unreadable data, features without a
-            place, or another backbone's cache.
-        RunFailure: features or losses that are not finite.
+        UserError: Sources differ in their classes, a source has no labels, data cannot be read, there is no room for
+            the features, or the cache belongs to another backbone.
+        RunFailure: Features or losses are not finite.
     """
     config = config or ProbeConfig()
     context = context or DistributedContext(0, 1, 0, torch.device(device))
-    judges = dict(val_sources) if isinstance(val_sources, Mapping) else {"val": val_sources}
-    sources = {"train": train_source, **judges}
+    val_sources = dict(val_sources) if isinstance(val_sources, Mapping) else {"val": val_sources}
+    sources = {"train": train_source, **val_sources}
     _check(backbone, sources, config, context)
     sha256 = content_hash(backbone.vit.state_dict())
     clock = [time.monotonic()]
-    with frozen(backbone):
+    with eval_mode(backbone):
         extractions = {name: _extraction(backbone, sha256, s, config, context) for name, s in sources.items()}
-        mode, place = _mode(list(extractions.values()), config, cache_folder)
-        features = _features(extractions, mode, place, cache_folder, replace_cache, progress)
+        mode, storage = _cache_mode(list(extractions.values()), config, cache_folder)
+        features = _features(extractions, mode, storage, cache_folder, replace_cache, progress)
         training = features.pop("train")
         clock.append(time.monotonic())
         first = next(iter(features.values()))
@@ -133,12 +138,12 @@ def probe_heads(
             progress=progress,
         )
         clock.append(time.monotonic())
-        heads = {(one.seed, spec): head for one in trained for spec, head in one.heads.items()}
-        judged = {
-            name: judge_heads(heads, f, config, context, progress) if best is None else best.restored(heads)
+        heads = {(t.seed, spec): head for t in trained for spec, head in t.heads.items()}
+        counts = {
+            name: evaluate_heads(heads, f, config, context, progress) if best is None else best.restore(heads)
             for name, f in features.items()
         }
-    verdicts = {name: with_intervals(judgements) for name, judgements in judged.items()}
+    metrics = {name: with_intervals(source_counts) for name, source_counts in counts.items()}
     clock.append(time.monotonic())
     steps, warmup = config.resolved(len(train_source))
     shared = {
@@ -147,38 +152,67 @@ def probe_heads(
         "backbone": backbone.name,
         "backbone_sha256": sha256,
         "classes": list(train_source.classes),
-        "class_kinds": _kinds(train_source),
+        "class_kinds": None if train_source.class_kinds is None else list(train_source.class_kinds),
         "sources": {
             name: {"kind": s.kind, "images": len(s), "fingerprint": s.fingerprint()}
             for name, s in sources.items()
         },
         "seconds": dict(zip(("features", "training", "evaluation"), np.diff(clock).tolist(), strict=True)),
     }
-    return [_probed(one, len(train_source), shared, verdicts) for one in trained]
+    return [_probed(t, len(train_source), shared, metrics) for t in trained]
+
+
+def differences(name: str, ours: list[Probed], against: str, theirs: list[Probed]) -> list[dict[str, Any]]:
+    """The gain of one backbone over another: means over seeds, with paired bootstrap intervals over images.
+
+    Args:
+        name, against: The names of the two backbones in results.
+        ours, theirs: Their seeds, with the same heads judged on the same images.
+
+    Returns:
+        One entry for each source, head and task.
+    """
+    found = []
+    for source, spec in ours[0].recalls:
+        sides = [
+            [p.outcome["results"][source][spec.label][spec.task]["macro_recall"] for p in seeds]
+            for seeds in (ours, theirs)
+        ]
+        replicates = [
+            torch.stack([p.recalls[source, spec] for p in seeds]).mean(0) for seeds in (ours, theirs)
+        ]
+        defined = all(value is not None for side in sides for value in side)
+        found.append(
+            {
+                "name": name,
+                "against": against,
+                "head": spec.label,
+                "task": spec.task,
+                "source": source,
+                "difference": float(np.mean(sides[0]) - np.mean(sides[1])) if defined else None,
+                "interval": interval(replicates[0] - replicates[1]),
+            }
+        )
+    return found
 
 
 def _probed(
     trained: TrainedHeads,
     images: int,
     shared: dict[str, Any],
-    verdicts: Mapping[str, Mapping[Member, HeadMetrics]],
+    metrics: Mapping[str, Mapping[SeededHead, HeadMetrics]],
 ) -> Probed:
-    """One seed's part of the results."""
+    """The results of one seed."""
     results: dict[str, dict[str, dict[str, Any]]] = {}
-    recalls: dict[Judged, Tensor] = {}
-    for source, heads in verdicts.items():
+    recalls: dict[SourceHead, Tensor] = {}
+    for source, heads in metrics.items():
         results[source] = {}
-        for (seed, spec), verdict in heads.items():
+        for (seed, spec), head_metrics in heads.items():
             if seed == trained.seed:
-                results[source].setdefault(spec.label, {})[spec.task] = verdict.figures
-                recalls[source, spec] = verdict.recalls
+                results[source].setdefault(spec.label, {})[spec.task] = head_metrics.metrics
+                recalls[source, spec] = head_metrics.recalls
     train = {"images": images, "curve": trained.curve}
     return Probed({"seed": trained.seed, **shared, "train": train, "results": results}, trained, recalls)
-
-
-def _kinds(source: LabelledSource) -> list[str] | None:
-    kinds = getattr(source, "class_kinds", None)
-    return None if kinds is None else list(kinds)
 
 
 def _extraction(
@@ -189,7 +223,7 @@ def _extraction(
         sha256=sha256,
         source=source,
         dtype=DTYPES[config.cache_dtype],
-        autocast=uses_bfloat16(config.precision, context.device),
+        autocast=computes_in_bf16(config, context.device.type),
         batch=config.extract_batch,
         workers=config.workers,
         context=context,
@@ -202,54 +236,58 @@ def _check(
     config: ProbeConfig,
     context: DistributedContext,
 ) -> None:
-    """Refuse what cannot be probed, before features are made."""
+    """Raise UserError for input that cannot be probed, before features are computed."""
     if len(sources) < 2:
-        raise UserError("probing needs a source to judge the heads on")
+        raise UserError("probing needs a source to evaluate the heads on")
     if config.protocol == "published" and len(sources) > 2:
         raise UserError(
-            "the published protocol chooses epochs on what it reports; give one source to judge on"
+            "the published protocol chooses epochs on the reported images; give one source to evaluate on"
         )
     if config.batch % context.size:
-        raise UserError(f"a batch of {config.batch} does not divide into {context.size} processes")
+        raise UserError(f"a batch of {config.batch} cannot be divided evenly among {context.size} processes")
     for name, source in sources.items():
         if source.classes != sources["train"].classes:
-            raise UserError(f"the source {name!r} has other classes than the training source")
+            raise UserError(
+                f"the classes of the source {name!r} differ from the classes of the training source"
+            )
         if len(source) < context.size:
-            raise UserError(f"the source {name!r} has {len(source)} images for {context.size} processes")
+            raise UserError(
+                f"the source {name!r} has {len(source)} images, too few for {context.size} processes"
+            )
         check_labels(name, source, backbone.image_size)
     config.resolved(len(sources["train"]))
 
 
 def check_labels(name: str, source: LabelledSource, image_size: tuple[int, int]) -> None:
-    """Refuse a source in which no image holds any class but class 0, "unlabeled".
+    """Check that some image of a source has a class other than class 0, "unlabeled".
 
-    Looks at images one after the other until one does: usually at the first alone.
+    Reads images until it finds one: usually only the first.
 
     Raises:
-        UserError: there is none, or an image or label map is bad.
+        UserError: No image has another class, or an image or label map is bad.
     """
-    attributes = getattr(source, "attributes", None)
+    table = attribute_table(source)
     for _, maps in labelled_batches(source, image_size, 1):
-        codes = np.unique(maps.numpy())
-        if attributes[codes][:, 1:].any() if attributes is not None else codes.any():
+        codes = maps.unique().long()
+        if bool(codes.any() if table is None else table[codes][:, 1:].any()):
             return
     raise UserError(
         f"no image of the source {name!r} ({len(source)} images) has a positive label: "
-        f"its label maps hold nothing but {source.classes[0]!r}"
+        f"all pixels are {source.classes[0]!r}"
     )
 
 
 def _features(
     extractions: dict[str, Extraction],
     mode: Cache,
-    place: torch.device,
+    storage: torch.device,
     cache_folder: Path | None,
     replace_cache: bool,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> dict[str, Features]:
-    """The features of every source in a mode of :func:`_mode`."""
+    """The features of every source, in the mode and storage that :func:`_cache_mode` has chosen."""
 
-    def told(done: int, total: int) -> None:
+    def on_progress(done: int, total: int) -> None:
         if progress is not None:
             progress("features", done, total)
 
@@ -258,35 +296,35 @@ def _features(
         if mode == "none":
             features[name] = LiveFeatures(extraction)
         elif mode == "device":
-            features[name] = extract_to_memory(extraction, place, told)
+            features[name] = extract_to_memory(extraction, storage, on_progress)
         else:
             assert cache_folder is not None
             features[name] = extract_to_disk(
-                extraction, cache_folder / name, replace=replace_cache, told=told
+                extraction, cache_folder / name, replace=replace_cache, on_progress=on_progress
             )
     return features
 
 
-def _mode(
+def _cache_mode(
     extractions: list[Extraction], config: ProbeConfig, cache_folder: Path | None
 ) -> tuple[Cache, torch.device]:
-    """``none``, ``disk`` or ``device``, and where in memory features are kept."""
+    """The mode, ``none``, ``disk`` or ``device``, and for ``device`` the device that stores the features."""
     context, cpu = extractions[0].context, torch.device("cpu")
     if config.cache in ("none", "disk"):
         if config.cache == "disk" and cache_folder is None:
-            raise UserError("a disk cache needs a folder")
+            raise UserError("the disk cache needs a folder")
         return config.cache, cpu
     needed = sum(e.bytes_per_image * len(e.source) for e in extractions)
-    place = memory_place(needed, context)
-    sizes = f"features take {gibibytes(needed)}, and {gibibytes(free_ram())} of memory are free"
-    if place is not None:
-        return "device", place
+    storage = memory_device(needed, context)
+    sizes = f"the features need {format_bytes(needed)}, and {format_bytes(free_ram())} of memory are free"
+    if storage is not None:
+        return "device", storage
     if config.cache == "device":
         if needed > free_ram():
-            raise UserError(f"{sizes}; --cache disk or --cache none")
+            raise UserError(f"{sizes}; give --cache disk or --cache none")
         return "device", cpu
     if cache_folder is None:
-        raise UserError(f"{sizes}; give a cache folder, or cache none")
+        raise UserError(f"{sizes}; give a cache folder, or the cache mode none")
     if context.is_main:
-        say(f"{sizes}: keeping them on the disk")
+        say(f"{sizes}: the features are stored on disk")
     return "disk", cpu

@@ -1,9 +1,11 @@
-"""Training probing heads: all heads, tasks and seeds together, over one stream of frozen features.
+"""Training of probing heads: all heads, tasks and seeds together, over one stream of frozen features.
 
-Heads share batches and optimiser and nothing else: AdamW works on each number alone and no gradient norm is
-taken, so a head trained among others equals the same head trained alone, bit for bit. A seed decides how a
-head is initialised. The order of the samples is the same for all seeds, in this run and in any other: so
-seeds share each batch's features, and a seed's figures do not depend on which seeds ran beside it.
+Heads share only the batches and the optimiser. AdamW updates every parameter element independently and no gradient
+norm is taken, so a head trained together with others equals the same head trained alone, bit for bit. The seed decides
+the initial weights of a head. The order of the samples is the same for all seeds and all runs. Therefore seeds share
+each batch's features, and the results of a seed do not depend on the other seeds.
+
+The schedule is the published benchmark's: its cosine spans the warm-up too, and the warm-up starts above 0.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from torch.nn import functional as F
 from localign import rng
 from localign.data.stream import SampleStream
 from localign.engine.distributed import DistributedContext
+from localign.engine.log import ProgressCallback
+from localign.engine.optim.build import cosine_decay
+from localign.engine.schedule import computes_in_bf16
 from localign.errors import RunFailure
-from localign.options.names import Precision
 from localign.options.probe import HeadSpec, ProbeConfig
 from localign.probing.features import Batch, Features, Rows
 from localign.probing.heads import Geometry, build_head
@@ -30,25 +34,21 @@ from localign.probing.labels import PatchLabels
 CURVE_EVERY = 100
 """Steps between two points of the loss curves."""
 ORDER_SEED = 0
-"""Of the order of the samples, whatever the seeds of the heads."""
+"""Seed of the order of the samples; it does not depend on the seeds of the heads."""
 
-Progress = Callable[[str, int, int], None]
-"""Told (what is being done, how much is done, of how much)."""
-
-
-Member = tuple[int, HeadSpec]
-"""One head of a run: its seed and what it is."""
+SeededHead = tuple[int, HeadSpec]
+"""Identifies one head of a run by its seed and its spec."""
 
 
 def learning_rate(step: int, steps: int, warmup_steps: int, lr: float, final_lr: float) -> float:
-    """The rate of a 0-based step: linear up to ``lr`` in the warm-up, else on the cosine over all steps."""
+    """The learning rate of a step, 0-based: linear up to ``lr`` during warm-up, then a cosine over all steps."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
-    return final_lr + (lr - final_lr) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return final_lr + (lr - final_lr) * cosine_decay(step / steps)
 
 
 def head_loss(spec: HeadSpec, logits: Tensor, labels: PatchLabels) -> Tensor:
-    """Binary cross-entropy over classes, or cross-entropy of the majority label; float32 mean."""
+    """The mean loss, float32: cross-entropy for the task ``majority``, else binary cross-entropy over classes."""
     if spec.task == "majority":
         return F.cross_entropy(logits.float().flatten(0, 1), labels.majority.flatten())
     targets = labels.patch if spec.task == "local" else labels.image
@@ -57,18 +57,18 @@ def head_loss(spec: HeadSpec, logits: Tensor, labels: PatchLabels) -> Tensor:
 
 @dataclass
 class TrainedHeads:
-    """The heads of one seed with their loss curves."""
+    """The heads of one seed and their loss curves."""
 
     seed: int
     heads: dict[HeadSpec, nn.Module]
     curve: list[dict[str, Any]]
-    """Every 100 steps: ``step``, and per head and task the mean ``train`` loss since the last point and the
-    ``validation`` loss."""
+    """A point every 100 steps: ``step``, and for each head and task the mean ``train`` loss since the last point and
+    the ``validation`` loss."""
 
 
 def _build(seed: int, spec: HeadSpec, geometry: Geometry, features: Features) -> nn.Module:
     classes = features.codes if spec.task == "majority" else features.classes
-    # Keyed by what the head is: it starts the same whichever others are trained beside it.
+    # The key names the head, so that its initial weights do not depend on the other heads.
     with rng.seeded_globals(seed, f"probe head {spec.label} {spec.task}"):
         return build_head(spec.head, geometry, classes, spec.task, spec.intervention)
 
@@ -81,39 +81,41 @@ def train_heads(
     context: DistributedContext,
     *,
     validation: Features | None = None,
-    after_epoch: Callable[[int, Mapping[Member, nn.Module]], None] | None = None,
-    progress: Progress | None = None,
+    after_epoch: Callable[[int, Mapping[SeededHead, nn.Module]], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[TrainedHeads]:
     """Train all heads of all seeds over one stream of features.
 
-    Over several ranks each takes its share of every batch and gradients are summed, so that the result is
-    that of one rank up to rounding.
+    With several ranks each takes its share of every batch, and gradients are summed: the result is the result of one
+    rank, up to rounding.
 
     Args:
-        features: What to train on.
-        specs: What to train.
-        geometry: Of the backbone the features come from.
-        config: Seeds, steps, batch, rates and precision.
-        context: The ranks, and the device to train on.
-        validation: Features for the validation-loss curve; no choice is made with it.
-        after_epoch: Called with the number of the epoch that is over, from 1, and all heads.
-        progress: Told of each step.
+        features: Tokens and targets of the training images.
+        specs: The heads to train for every seed.
+        geometry: Shape of the backbone's tokens.
+        config: Seeds, steps, batch, learning rates and precision.
+        context: The ranks and the device.
+        validation: Features for the validation-loss curve, which no choice depends on.
+        after_epoch: Called after each epoch with its number, from 1, and all heads.
+        progress: Called after each step.
 
     Returns:
-        Per seed, its heads in eval mode.
+        For each seed, its heads in eval mode.
 
     Raises:
-        UserError: the warm-up is longer than the training, or the batch does not divide among ranks.
-        RunFailure: a loss is not finite.
+        UserError: The warm-up is as long as the training, or the batch cannot be divided among the ranks.
+        RunFailure: A loss is not finite.
     """
     steps, warmup = config.resolved(len(features))
     ends = config.epoch_ends(len(features))
-    members = [(seed, spec) for spec in specs for seed in config.all_seeds]
-    heads = {m: _build(*m, geometry, features).to(context.device) for m in members}
+    keys = [(seed, spec) for spec in specs for seed in config.all_seeds]
+    heads = {key: _build(*key, geometry, features).to(context.device) for key in keys}
     parameters = [p for head in heads.values() for p in head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     curves = _Curves(heads, validation, config, context)
-    for step, (tokens, labels) in enumerate(features.batches(_shares(features, steps, config)), start=1):
+    for step, (tokens, labels) in enumerate(
+        features.batches(_rank_batches(features, steps, config)), start=1
+    ):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, steps, warmup, config.lr, config.final_lr)
         optimizer.zero_grad()
@@ -122,33 +124,28 @@ def train_heads(
         optimizer.step()
         curves.add(losses)
         if step % CURVE_EVERY == 0 or step == steps:
-            curves.mark(step)
+            curves.add_point(step)
         if after_epoch is not None and step in ends:
             after_epoch(ends[step], heads)
         if progress is not None:
             progress("heads", step, steps)
     return [
         TrainedHeads(
-            seed, {spec: heads[s, spec].eval() for s, spec in members if s == seed}, curves.points[seed]
+            seed, {spec: heads[s, spec].eval() for s, spec in keys if s == seed}, curves.points[seed]
         )
         for seed in config.all_seeds
     ]
 
 
-def _shares(features: Features, steps: int, config: ProbeConfig) -> list[Rows]:
-    """This rank's images of every step."""
+def _rank_batches(features: Features, steps: int, config: ProbeConfig) -> list[Rows]:
+    """This rank's images in every step."""
     stream = SampleStream(ORDER_SEED, len(features))
     begins = range(0, steps * config.batch, config.batch)
-    return [features.share(stream.indices(begin, begin + config.batch)) for begin in begins]
-
-
-def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
-    """Whether to compute in bfloat16 autocast."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return [features.rank_share(stream.indices(begin, begin + config.batch)) for begin in begins]
 
 
 def _losses(
-    heads: Mapping[Member, nn.Module],
+    heads: Mapping[SeededHead, nn.Module],
     tokens: Tensor,
     labels: PatchLabels,
     config: ProbeConfig,
@@ -156,9 +153,15 @@ def _losses(
     share: float,
     learn: bool = False,
 ) -> Tensor:
-    """Mean losses times ``share``, the batch's part of what a mean is over; with ``learn`` gradients too.
+    """Mean losses of the heads on a batch, multiplied by ``share``.
 
-    Each head is gone back through at once: its activations are still near, and no two heads' exist together.
+    Args:
+        heads: On the tokens' device.
+        tokens, labels: One batch.
+        config: Precision.
+        share: The batch's part of the images that the caller averages over.
+        learn: Add gradients to the parameters. The backward pass of each head directly follows its forward pass, so
+            that only one head's activations exist at a time.
 
     Returns:
         float32 ``(heads,)``, zeros for an empty batch.
@@ -167,23 +170,23 @@ def _losses(
     if not len(tokens):
         return losses
     tokens = tokens.float()
-    bfloat16 = uses_bfloat16(config.precision, tokens.device)
+    in_bf16 = computes_in_bf16(config, tokens.device.type)
     for i, ((_, spec), head) in enumerate(heads.items()):
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=in_bf16):
             loss = share * head_loss(spec, head(tokens), labels)
         if learn:
-            loss.backward()
+            torch.autograd.backward(loss)
         losses[i] = loss.detach()
     return losses
 
 
 def _sum_gradients(parameters: list[nn.Parameter], context: DistributedContext) -> None:
-    """Each gradient's sum over ranks, in one exchange."""
+    """Sum all gradients over ranks, in one all-reduce."""
     if context.size == 1:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     total = context.all_reduce(torch.cat([g.reshape(-1) for g in gradients]))
-    for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+    for parameter, part in zip(parameters, torch.split(total, [p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
 
 
@@ -192,14 +195,14 @@ class _Curves:
 
     Args:
         heads: In the order of the losses.
-        validation: Its first ``curve_images`` images are looked at again for each point, and kept in memory.
-        config: How losses are computed.
+        validation: Features whose first ``curve_images`` images are evaluated for each point. They stay in memory.
+        config: Number of images, and precision.
         context: The ranks.
     """
 
     def __init__(
         self,
-        heads: Mapping[Member, nn.Module],
+        heads: Mapping[SeededHead, nn.Module],
         validation: Features | None,
         config: ProbeConfig,
         context: DistributedContext,
@@ -207,44 +210,44 @@ class _Curves:
         self.heads, self.config, self.context = heads, config, context
         self.points: dict[int, list[dict[str, Any]]] = {seed: [] for seed in config.all_seeds}
         self._running, self._steps = torch.zeros(len(heads), device=context.device), 0
-        self._held: list[Batch] = []
+        self._validation_batches: list[Batch] = []
         self._images = 0 if validation is None else min(len(validation), config.curve_images)
         if validation is not None and self._images:
-            rows = validation.own()
+            rows = validation.rank_rows()
             rows = rows[rows < self._images]
-            self._held = list(validation.batches(chunks(rows, config.extract_batch)))
+            self._validation_batches = list(validation.batches(chunks(rows, config.extract_batch)))
 
     def add(self, losses: Tensor) -> None:
-        """Note a step's training losses: this rank's share of their means."""
+        """Add the training losses of a step: this rank's share of the means."""
         self._running, self._steps = self._running + losses, self._steps + 1
 
-    def mark(self, step: int) -> None:
-        """Add a point. Raises RunFailure where a loss is not finite."""
+    def add_point(self, step: int) -> None:
+        """Add a point to every curve. Raises RunFailure if a loss is not finite."""
         train = self.context.all_reduce(self._running / self._steps).tolist()
-        held_out = self._validation().tolist() if self._images else None
+        validation = self._validation_losses().tolist() if self._images else None
         for seed, points in self.points.items():
             point: dict[str, Any] = {"step": step}
-            for i, (own, spec) in enumerate(self.heads):
-                if own != seed:
+            for i, (head_seed, spec) in enumerate(self.heads):
+                if head_seed != seed:
                     continue
                 if not math.isfinite(train[i]):
                     name = f"{spec.label} head ({spec.task})"
-                    raise RunFailure(f"the loss of the {name} is not finite by step {step}")
+                    raise RunFailure(f"the loss of the {name} is not finite at step {step}")
                 losses = {"train": train[i]}
-                if held_out is not None:
-                    losses["validation"] = held_out[i]
+                if validation is not None:
+                    losses["validation"] = validation[i]
                 point.setdefault(spec.label, {})[spec.task] = losses
             points.append(point)
         self._running, self._steps = torch.zeros_like(self._running), 0
 
     @torch.no_grad()
-    def _validation(self) -> Tensor:
+    def _validation_losses(self) -> Tensor:
         losses = torch.zeros(len(self.heads), device=self.context.device)
-        for tokens, labels in self._held:
+        for tokens, labels in self._validation_batches:
             losses += _losses(self.heads, tokens, labels, self.config, share=len(tokens) / self._images)
         return self.context.all_reduce(losses)
 
 
 def chunks(rows: Rows, size: int) -> list[Rows]:
-    """Consecutive pieces of at most ``size``."""
+    """Consecutive pieces of at most ``size`` rows."""
     return [rows[begin : begin + size] for begin in range(0, len(rows), size)]

@@ -20,12 +20,13 @@ from localign.backbones.export import content_hash
 from localign.engine import run_folder, train
 from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.distributed import DistributedContext
+from localign.engine.log import progress_bars
 from localign.engine.run_folder import RESUMABLE
 from localign.files import replace_text, replacing
 from localign.options.names import EMBEDDED
-from localign.probing import HeadSpec, LabelledSource, ProbeConfig, Probed, TrainedHeads
-from localign.probing.command import probe_with_bar, save_predictions
-from localign.probing.suite import Judged
+from localign.pictures import save_predictions
+from localign.probing import HeadSpec, LabelledSource, ProbeConfig, Probed, TrainedHeads, probe_heads
+from localign.probing.suite import SourceHead
 from localign.report import PICTURES_FILE
 
 _NO_DIFFERENCE = ("workers", "cache", "extract_batch")
@@ -166,9 +167,11 @@ class Probing:
         """Train and judge the heads, and keep what came of it."""
         backbone = self.source.load().to(context.device)
         cache = self.folder / "cache"  # used where features do not fit into memory
-        (probed,) = probe_with_bar(
-            backbone, heads.train, heads.judged, self.config, context, cache_folder=cache
-        )
+        with progress_bars(shown=context.is_main) as progress:
+            (probed,) = probe_heads(
+                backbone, heads.train, heads.judged, self.config,
+                context=context, cache_folder=cache, progress=progress,
+            )  # fmt: skip
         context.barrier()
         if not context.is_main:
             return
@@ -185,7 +188,7 @@ class Probing:
     def read(self) -> Probed:
         """What came of it, without the heads."""
         outcome = json.loads((self.folder / OUTCOME_FILE).read_text(encoding="utf-8"))
-        recalls: dict[Judged, torch.Tensor] = {}
+        recalls: dict[SourceHead, torch.Tensor] = {}
         for place, values in _arrays(self.folder / _RECALLS_FILE).items():
             source, *spec = place.split("/")
             recalls[source, HeadSpec(*spec)] = torch.from_numpy(values)

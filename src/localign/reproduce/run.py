@@ -19,10 +19,11 @@ from localign.engine.log import say
 from localign.errors import UserError
 from localign.files import replace_text
 from localign.options.reproduce import ReproduceConfig
-from localign.probing.command import SOURCE, differences, recall_table
 from localign.probing.datasets import Split, open_labelled
 from localign.probing.segmentation import labelled_batches
+from localign.probing.suite import TEST_SOURCE, differences
 from localign.report import write_figure, write_table
+from localign.report.tables.recalls import recall_table
 from localign.reproduce.pieces import Alignment, Heads, Probing
 from localign.reproduce.plan import Planner, ReproductionPlan
 from localign.reproduce.worlds import DataScale, open_world
@@ -211,4 +212,4 @@ def open_heads(config: ReproduceConfig, world: DataScale) -> Heads:
     """What heads are trained and judged on."""
     data = config.data or "scenes"
     train, test = (open_labelled(data, split, scenes=world.scenes.get(split, 0)) for split in SPLITS)
-    return Heads(train, {SOURCE: test})
+    return Heads(train, {TEST_SOURCE: test})

@@ -119,8 +119,13 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     if step < config.warmup_steps:
         return peak * (config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps)
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    cosine = cosine_decay(min(1.0, progress))
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def cosine_decay(progress: float) -> float:
+    """Half a cosine: 1 at progress 0, 0 at progress 1."""
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
 def scale_and_clip(module: nn.Module, scale: Tensor, max_norm: float | None) -> Tensor:
