@@ -83,7 +83,7 @@ def test_an_aligned_backbone_comes_back_bitwise(model: str, soft_cap: float | No
 def test_timm_reads_an_uncapped_export(model: str, tmp_path: Path) -> None:
     backbone = aligned(model)
     save_backbone(backbone, tmp_path)
-    from_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    from_timm: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert from_timm.pretrained_cfg["mean"] == pytest.approx(backbone.mean)
     assert getattr(from_timm, "attn_pool", None) is None
     getattr(from_timm, backbone.final_norm).eps = 1e-5  # timm has no key for this number

@@ -50,7 +50,7 @@ def test_an_unknown_tag_is_answered_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_weight_file_loads_whatever_its_classifier(tmp_path: Path, suffix: str) -> None:
-    model = timm.create_model(NAME, num_classes=7, **SMALL)
+    model: Any = timm.create_model(NAME, num_classes=7, **SMALL)
     file = tmp_path / f"weights{suffix}"
     if suffix == ".pth":
         torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, file)
@@ -63,7 +63,7 @@ def test_a_weight_file_loads_whatever_its_classifier(tmp_path: Path, suffix: str
 
 
 def test_a_weight_file_of_another_size_is_resampled_and_of_another_model_refused(tmp_path: Path) -> None:
-    model = timm.create_model(NAME, num_classes=0, **SMALL)
+    model: Any = timm.create_model(NAME, num_classes=0, **SMALL)
     file = tmp_path / "weights.safetensors"
     save_file(model.state_dict(), file)
     small = create_backbone(NAME, weights=str(file), image_size=64, model_kwargs=SMALL)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from timm.layers import Attention
+from timm.layers.attention import Attention
 from torch import Tensor
 
 from localign.backbones import SoftCapAttention, create_backbone
@@ -16,11 +17,11 @@ from localign.errors import UserError
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 
 
-def qkv(head_dim: int, tokens: int = 7, scale: float = 3.0) -> list[Tensor]:
+def qkv(head_dim: int, tokens: int = 7, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(head_dim)
-    return [
-        (torch.randn(2, 2, tokens, head_dim, generator=generator) * scale).requires_grad_() for _ in range(3)
-    ]
+    shape = (2, 2, tokens, head_dim)
+    query, key, value = ((torch.randn(shape, generator=generator) * scale).requires_grad_() for _ in range(3))
+    return query, key, value
 
 
 def test_logits_are_bounded_smoothly() -> None:
@@ -51,17 +52,17 @@ def test_a_softmax_in_bfloat16_rounds_once_all_the_same() -> None:
     assert torch.equal(ours, plain)
     slope = torch.ones_like(ours) + ours.detach()
     gradients = [torch.autograd.grad(out, inputs, slope) for out in (ours, plain)]
-    for a, b in zip(
-        *gradients, strict=True
-    ):  # ours are of the rounded softmax, the plain ones of the exact softmax
+    # Our gradients are of the rounded softmax, the plain ones of the exact softmax.
+    for a, b in zip(*gradients, strict=True):
         assert (a - b).float().norm() < 0.01 * b.float().norm()
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("head_dim", [8, 16, 72])
 def test_flex_equals_eager(head_dim: int) -> None:
-    inputs = [x.detach() for x in qkv(head_dim)]
-    assert torch.allclose(attention_flex(*inputs, 5.0), attention_eager(*inputs, 5.0), atol=1e-5)
+    query, key, value = (x.detach() for x in qkv(head_dim))
+    eager = attention_eager(query, key, value, 5.0)
+    assert torch.allclose(attention_flex(query, key, value, 5.0), eager, atol=1e-5)
     backbone = create_backbone("vit_tiny_patch16_224", weights="none", image_size=32, model_kwargs=SMALL)
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
@@ -72,7 +73,7 @@ def test_flex_equals_eager(head_dim: int) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_flex_on_the_cpu_refuses_gradients() -> None:
     with pytest.raises(UserError, match="use eager"):
-        attention_flex(*qkv(8), 5.0)
+        attention_flex(*qkv(8), cap=5.0)
 
 
 @pytest.mark.slow
@@ -82,11 +83,11 @@ def test_flex_gradients_equal_eager_ones(head_dim: int) -> None:
     torch.set_float32_matmul_precision("highest")
     results = []
     for attend in (attention_eager, attention_flex):
-        inputs = [x.detach().cuda().requires_grad_() for x in qkv(head_dim, tokens=197, scale=1.5)]
-        out = attend(*inputs, 5.0)
-        assert out.shape == inputs[0].shape
+        query, key, value = (x.detach().cuda().requires_grad_() for x in qkv(head_dim, tokens=197, scale=1.5))
+        out = attend(query, key, value, 5.0)
+        assert out.shape == query.shape
         weight = torch.linspace(-1, 1, out.numel()).view_as(out)
-        results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
+        results.append([out, *torch.autograd.grad((out * weight).sum(), (query, key, value))])
     for ours, other in zip(*results, strict=True):
         assert torch.allclose(ours, other, atol=2e-3)
 
@@ -146,7 +147,7 @@ def test_families_with_positions_in_their_logits_refuse_the_cap(name: str) -> No
 
 
 def test_bad_arguments_are_named() -> None:
-    def attention(**kwargs: float) -> Attention:
+    def attention(**kwargs: Any) -> Attention:
         return Attention(8, num_heads=2, **kwargs)
 
     with pytest.raises(UserError, match="above 0"):

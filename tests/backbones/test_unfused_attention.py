@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import Attention
+from timm.layers.attention import Attention
 
 from localign.backbones import Backbone, create_backbone
 from localign.backbones.attention import attention_eager, fuse_attention, soft_cap
@@ -48,9 +48,8 @@ def test_unfused_attention_is_the_same_forward_and_backward(name: str) -> None:
     results = []
     for backbone in (fused, plain):
         tokens = backbone.tokens(images)
-        (
-            tokens @ slope
-        ).sum().backward()  # the sum of squares after a norm is constant, so it would have no gradient
+        # A sum of squares would have no gradient, because it is constant after a norm.
+        torch.autograd.backward((tokens @ slope).sum())
         gradient = backbone.vit.patch_embed.proj.weight.grad
         results.append((tokens.detach(), gradient))
     for ours, expected in zip(*results, strict=True):

@@ -74,6 +74,13 @@ def plan(batch: int = 8, micro: int = 8, steps: int = 1) -> BatchPlan:
     return BatchPlan(0, batch, micro, 0, 1, 0, 0, steps, False)
 
 
+def last_layer(task: FinetuneTask) -> nn.Linear:
+    """The last layer of a task's head."""
+    linear = task.model.head.linear
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
 def alone() -> DistributedContext:
     return DistributedContext(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -259,8 +266,9 @@ def test_validation_spreads_over_the_classes_and_counts_the_five_best_from_six_o
     six = class_folders(tmp_path / "six", 1, 0, tuple("abcdef"))
     task = FinetuneTask(tiny(six, val=str(six)))
     # The head ignores the image, so all images have the same ranking of classes.
-    task.model.head.linear.weight.zero_()
-    task.model.head.linear.bias.copy_(torch.arange(6).float())
+    linear = last_layer(task)
+    linear.weight.zero_()
+    linear.bias.copy_(torch.arange(6).float())
     metrics = task.validate(task.module.eval(), alone())
     assert metrics["val_top1"] == pytest.approx(1 / 6)
     assert metrics["val_top5"] == pytest.approx(5 / 6)
@@ -277,10 +285,11 @@ def test_scenes_are_judged_by_macro_recall() -> None:
     batch = next(iter(task.batches(plan())))
     result = task.step(task.module, batch)
     assert result.weight == 8 * len(task.labels.classes)
-    task.model.head.linear.weight.zero_()
-    task.model.head.linear.bias.fill_(1.0)
+    linear = last_layer(task)
+    linear.weight.zero_()
+    linear.bias.fill_(1.0)
     assert task.validate(task.module.eval(), alone())["val_recall"] == 1.0
-    task.model.head.linear.bias[: len(task.labels.classes) // 2] = -1.0
+    linear.bias[: len(task.labels.classes) // 2] = -1.0
     shown = torch.stack([task.val_labels.targets(task.val_indices)]).flatten(0, 1).any(0)  # type: ignore[union-attr]
     expected = shown[len(shown) // 2 :].sum() / shown.sum()
     assert task.validate(task.module, alone())["val_recall"] == pytest.approx(float(expected))
@@ -333,10 +342,10 @@ def test_a_backbone_that_was_given_stays_as_it_is(data: Path) -> None:
 
 def test_the_head_is_a_function_of_the_seed(data: Path) -> None:
     torch.manual_seed(1)
-    first = FinetuneTask(tiny(data)).model.head.linear.weight
+    first = last_layer(FinetuneTask(tiny(data))).weight
     torch.manual_seed(2)
-    assert torch.equal(FinetuneTask(tiny(data)).model.head.linear.weight, first)
-    assert not torch.equal(FinetuneTask(tiny(data, seed=1)).model.head.linear.weight, first)
+    assert torch.equal(last_layer(FinetuneTask(tiny(data))).weight, first)
+    assert not torch.equal(last_layer(FinetuneTask(tiny(data, seed=1))).weight, first)
 
 
 OPTIONS = (

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import torch
-from probing_toys import Colours, FakeBackbone
+from probing_toys import Colours, fake_backbone
 from safetensors.torch import save_file
 
 from localign.engine.distributed import distributed_context
+from localign.options.names import Cache
 from localign.probing import ProbeConfig, probe_heads
 
-CACHES = ("none", "disk", "device")
+CACHES: tuple[Cache, ...] = ("none", "disk", "device")
 
 
 def run(folder: Path) -> None:
@@ -31,7 +32,7 @@ def run(folder: Path) -> None:
                 cache_dtype="float32", protocol="published" if cache == "disk" else "fixed",
             )  # fmt: skip
             probed = probe_heads(
-                FakeBackbone(), Colours(21, "train"), Colours(13, "val"), config, context=context,
+                fake_backbone(), Colours(21, "train"), Colours(13, "val"), config, context=context,
                 cache_folder=folder / "cache",
             )  # fmt: skip
             if context.is_main:

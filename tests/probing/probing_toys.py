@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -57,6 +59,11 @@ class FakeBackbone(nn.Module):
         return tokens * math.nan if self.training else tokens
 
 
+def fake_backbone(seed: int = 0) -> Any:
+    """A :class:`FakeBackbone`, typed so that it can stand for a Backbone."""
+    return FakeBackbone(seed)
+
+
 class Colours(LabelledSource):
     """Images of 2 x 2 patches, each black (unlabeled), red, green or blue."""
 
@@ -75,7 +82,7 @@ class Colours(LabelledSource):
     def fingerprint(self) -> str:
         return f"{self.split}{self.length}"
 
-    def load_labelled(self, index: int) -> tuple[Image.Image, np.ndarray]:
+    def load_labelled(self, index: int) -> tuple[Image.Image, NDArray[np.int64]]:
         codes = rng.generator(0, self.split, index).integers(0, self.codes, (2, 2))
         labels = codes.repeat(4, 0).repeat(4, 1)
         palette = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)

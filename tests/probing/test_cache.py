@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from probing_toys import ALONE, Colours, FakeBackbone, toy
+from probing_toys import ALONE, Colours, fake_backbone, toy
 from safetensors.torch import load_file
 
 from localign.errors import UserError
@@ -31,7 +31,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def extraction(seed: int = 0, source: Any = None, **options: Any) -> Extraction:
     values: dict[str, Any] = {
-        "backbone": FakeBackbone(seed).eval(), "sha256": f"{seed}" * 64, "source": source or Colours(20, "train"),
+        "backbone": fake_backbone(seed).eval(), "sha256": f"{seed}" * 64, "source": source or Colours(20, "train"),
         "dtype": torch.bfloat16, "autocast": False, "batch": 4, "workers": 0, "context": ALONE,
     }  # fmt: skip
     return Extraction(**{**values, **options})
@@ -116,7 +116,8 @@ def test_another_backbones_cache_is_refused_or_replaced(
 def test_other_geometry_is_another_cache(tmp_path: Path) -> None:
     made(tmp_path, extraction())
     what = extraction()
-    what.backbone.image_size = (12, 12)
+    backbone: Any = what.backbone
+    backbone.image_size = (12, 12)
     with pytest.raises(UserError, match=r"image_size \[8, 8\], not \[12, 12\]"):
         made(tmp_path, what)
 

@@ -35,8 +35,7 @@ def write_coco(root: Path, maps: str = "stuffthingmaps/{part}", images: str = "i
     values = np.array([[0, 90, 91, 181, 255]], dtype=np.uint8).repeat(4, axis=0)
     for part in ("train2017", "val2017"):
         for stem in ("000000000009", "000000000025"):
-            folders = (root / place.format(part=part) for place in (images, maps))
-            write_pair(*folders, stem=stem, values=values)
+            write_pair(root / images.format(part=part), root / maps.format(part=part), stem, values)
     return root
 
 
@@ -110,7 +109,7 @@ def test_coco_splits_and_things_only(tmp_path: Path) -> None:
     assert test.fingerprint() == val.fingerprint() != train.fingerprint()
     things = open_labelled(str(root), "val", things_only=True)
     assert things.classes == val.classes[:92]
-    assert things.class_kinds == ("other",) + ("thing",) * 91  # type: ignore[attr-defined]
+    assert things.class_kinds == ("other",) + ("thing",) * 91
     assert things.load_labelled(0)[1][0].tolist() == [1, 91, 0, 0, 0]
     assert things.fingerprint() != val.fingerprint()
 
@@ -125,11 +124,11 @@ def test_ade20k_is_recognised_and_named_by_its_own_file(tmp_path: Path) -> None:
     (root / "objectInfo150.txt").write_text("\n".join(names))
     again = open_labelled(str(root), "test")
     assert again.fingerprint() == source.fingerprint()
-    assert again.class_kinds == ade20k().kinds  # type: ignore[attr-defined]
+    assert again.class_kinds == ade20k().kinds
     (root / "objectInfo150.txt").write_text("\n".join(names).replace("wall ", "partition "))
     other = open_labelled(str(root), "test")
     assert other.classes[1] == "partition"
-    assert other.class_kinds is None  # type: ignore[attr-defined]
+    assert other.class_kinds is None
     (root / "objectInfo150.txt").write_text("\n".join(names[:-1]))
     with pytest.raises(UserError, match=r"objectInfo150\.txt is not a table of 150 classes"):
         open_labelled(str(root), "test")

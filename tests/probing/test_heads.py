@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,7 @@ def test_transformer_is_built_as_published() -> None:
     assert isinstance(head, TransformerHead)
     assert head.positions.shape == (7, 16)
     assert len(head.blocks) == 2
+    block: Any
     for block in head.blocks:
         assert block.attn.qkv.bias is None
         assert block.attn.num_heads == 2
@@ -62,12 +65,13 @@ def test_transformer_is_built_as_published() -> None:
         assert isinstance(block.mlp.act, nn.GELU)
         assert torch.all(block.ls1.gamma == 0.01)
         assert block.norm1.eps == 1e-5
-    assert build_head("mlp", CLS, 4, "local").function[0].out_features == 1024
+    mlp: Any = build_head("mlp", CLS, 4, "local")
+    assert mlp.function[0].out_features == 1024
 
 
 def test_transformer_global_is_the_mean_of_the_outputs_it_reads() -> None:
     for geometry, count in ((CLS, 1), (REGISTERS, 5), (PLAIN, 6)):
-        head = build_head("transformer", geometry, 4, "global")
+        head: Any = build_head("transformer", geometry, 4, "global")
         tokens = tokens_of(geometry)
         outputs = head.linear(head.norm(head.blocks(head.norm_pre(tokens + head.positions))))
         assert torch.allclose(head(tokens), outputs[:, :count].mean(1), atol=1e-6)
@@ -78,6 +82,7 @@ def test_a_block_read_at_some_positions_is_the_block(read: slice) -> None:
     head = build_head("transformer", CLS, 4, "local")
     assert isinstance(head, TransformerHead)
     tokens = tokens_of(CLS)
+    block: Any
     for block in head.blocks:
         block.ls1.gamma.data.fill_(0.7)
         block.ls2.gamma.data.fill_(0.7)

@@ -47,7 +47,7 @@ def slow_labels(maps: Tensor, patch: tuple[int, int], classes: int) -> tuple[Ten
         for r in range(rows):
             for c in range(columns):
                 piece = maps[image, r * height : (r + 1) * height, c * width : (c + 1) * width]
-                found, counts = piece.unique(return_counts=True)
+                found, counts = torch.unique(piece, return_counts=True)
                 found = found.long()
                 majority[image, r * columns + c] = found[counts.argmax()]
                 image_union[image, found] = True

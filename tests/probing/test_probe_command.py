@@ -29,7 +29,9 @@ def probe(command: str) -> dict[str, Any]:
     """Run the command, which must succeed; its results.json."""
     arguments = shlex.split(f"probe {command}")
     assert main(arguments) == 0
-    return json.loads((Path(arguments[arguments.index("--out") + 1]) / "results.json").read_text())
+    results = Path(arguments[arguments.index("--out") + 1]) / "results.json"
+    content: dict[str, Any] = json.loads(results.read_text())
+    return content
 
 
 def line_of(capsys: pytest.CaptureFixture[str], command: str) -> str:

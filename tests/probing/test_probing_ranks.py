@@ -17,7 +17,8 @@ TOLERANCE = 1e-5
 
 
 def figures(folder: Path, cache: str) -> list[dict[str, Any]]:
-    return json.loads((folder / f"{cache}.json").read_text())
+    outcomes: list[dict[str, Any]] = json.loads((folder / f"{cache}.json").read_text())
+    return outcomes
 
 
 def measured(outcome: dict[str, Any]) -> list[dict[str, Any]]:

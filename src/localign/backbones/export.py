@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import timm
 import torch
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from localign._version import __version__
-from localign.backbones.backbone import Backbone
+from localign.backbones.backbone import Backbone, FinalNorm
 from localign.backbones.weights import StateDict, read_file
 from localign.errors import UserError
 from localign.files import replace_text, replacing
@@ -29,6 +29,63 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 DECODER_FILE = "decoder.safetensors"
 FORMAT = 1
+
+
+class PretrainedConfig(TypedDict):
+    """timm's facts about a model's input."""
+
+    input_size: list[int]
+    """Channels, height, width."""
+    mean: list[float]
+    std: list[float]
+    num_classes: int
+    fixed_input_size: bool
+
+
+class ClassifierSection(TypedDict):
+    """The head that fine-tuning stores beside the backbone."""
+
+    classes: list[str]
+    multi_label: bool
+    sha256: str
+
+
+class _Section(TypedDict):
+    format: int
+    version: str
+    name: str
+    soft_cap: float | None
+    final_norm: FinalNorm
+    norm: str
+    """Class name of the final norm."""
+    norm_eps: float | None
+    pooling: str | None
+    feature_layer: int
+    num_prefix_tokens: int
+    grid: list[int]
+    decoder: dict[str, Any] | None
+    """Fields of the decoder's config."""
+    provenance: dict[str, Any]
+    sha256: str
+
+
+class ExportSection(_Section, total=False):
+    """The section ``localign`` of an export's ``config.json``."""
+
+    decoder_sha256: str | None
+    classifier: ClassifierSection
+
+
+class ExportDescription(TypedDict):
+    """An export's ``config.json``: timm's keys, and ours in a section."""
+
+    architecture: str
+    num_classes: int
+    num_features: int
+    global_pool: str
+    model_args: dict[str, Any]
+    pretrained_cfg: PretrainedConfig
+    localign: ExportSection
 
 
 def save_backbone(
@@ -80,7 +137,7 @@ def _save_tensors(state: StateDict, path: Path) -> None:
 
 def _config(
     backbone: Backbone, state: StateDict, decoder: dict[str, Any] | None, provenance: dict[str, Any]
-) -> dict[str, Any]:
+) -> ExportDescription:
     vit = backbone.vit
     norm = vit.norm if backbone.final_norm == "norm" else getattr(vit, "fc_norm", None)
     kwargs = {k: list(v) if isinstance(v, tuple) else v for k, v in backbone.model_kwargs.items()}
@@ -128,7 +185,7 @@ def content_hash(state: StateDict) -> str:
     return digest.hexdigest()
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
+def read_config(folder: str | Path) -> ExportDescription:
     """The ``config.json`` of an export folder.
 
     Raises:
@@ -142,13 +199,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from error
     section = config.get("localign") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or not isinstance(section, dict):
+    if not isinstance(section, dict):
         raise UserError(
             f"{path} was not written by localign; if it is a timm folder, give local-dir:{folder}"
         )
     if section.get("format") != FORMAT:
         raise UserError(f"{path} has format {section.get('format')!r}; this version reads {FORMAT}")
-    return config
+    return cast(ExportDescription, config)
 
 
 def export_folder(path: str | Path) -> Path:
@@ -194,7 +251,7 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
     ).eval()
 
 
-def _empty_vit(config: dict[str, Any]) -> Any:
+def _empty_vit(config: ExportDescription) -> Any:
     ours = config["localign"]
     kwargs: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in config["model_args"].items()

@@ -21,7 +21,6 @@ from localign.probing.heads import Geometry, build_head
 from localign.weights import load_strict
 
 HEAD_FILE = "head.safetensors"
-SECTION = "classifier"
 
 # Sub-modules of timm's models after the last block.
 _AFTER_TOKENS = ("norm", "fc_norm", "attn_pool", "head")
@@ -85,7 +84,7 @@ def export_classifier(
         save_file(state, temporary)
     save_backbone(model.backbone, folder, provenance=provenance)
     config = read_config(folder)
-    config["localign"][SECTION] = {
+    config["localign"]["classifier"] = {
         "classes": list(model.classes),
         "multi_label": model.multi_label,
         "sha256": content_hash(state),
@@ -101,7 +100,7 @@ def load_classifier(folder: str | Path, *, attention: AttentionBackend = "auto")
         UserError: The folder has no classifier, is damaged, or its parts do not fit together.
     """
     folder = export_folder(folder)
-    section = read_config(folder)["localign"].get(SECTION)
+    section = read_config(folder)["localign"].get("classifier")
     if section is None:
         raise UserError(f"{folder} holds a backbone without a classifier")
     backbone = load_backbone(folder, attention=attention)

@@ -14,10 +14,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -50,8 +50,36 @@ SPARE_BYTES = 2**30
 """Disk space that is left free."""
 
 
-def cache_key(extraction: Extraction) -> dict[str, Any]:
-    """Everything that decides the features of a source, ready for JSON."""
+class CacheKey(TypedDict):
+    """Everything that decides the features of a source."""
+
+    backbone: str
+    """SHA-256 of the weights."""
+    data: str
+    """Fingerprint of the source."""
+    images: int
+    classes: int
+    image_size: list[int]
+    patch_size: list[int]
+    layer: int
+    final_norm: str
+    soft_cap: float | None
+    mean: list[float]
+    std: list[float]
+    dtype: str
+    autocast: bool
+    format: int
+
+
+class CacheHeader(TypedDict):
+    """The content of ``cache.json``."""
+
+    key: CacheKey
+    shard_images: int
+
+
+def cache_key(extraction: Extraction) -> CacheKey:
+    """The key of a source's features."""
     backbone, source = extraction.backbone, extraction.source
     return {
         "backbone": extraction.sha256,
@@ -143,7 +171,7 @@ def extract_to_disk(
             refusal = str(error)
     if refusal := context.all_gather_object(refusal)[0]:  # all ranks must stop, or the others would wait
         raise UserError(refusal)
-    shard_images = int(_read_header(folder)["shard_images"])
+    shard_images = _read_header(folder)["shard_images"]
     missing = _missing(folder, len(extraction.source), shard_images)
     context.barrier()  # all ranks look for missing shards before any rank writes one
     _write_shards(extraction, folder, missing[context.rank :: context.size], shard_images, on_progress)
@@ -173,8 +201,9 @@ def _prepare(extraction: Extraction, folder: Path, replace: bool) -> TextIO | No
         shard_images = extraction.batch * max(
             1, SHARD_BYTES // extraction.bytes_per_image // extraction.batch
         )
-        replace_text(folder / HEADER, json.dumps({"key": key, "shard_images": shard_images}, indent=1) + "\n")
-    shard_images = int(_read_header(folder)["shard_images"])
+        header: CacheHeader = {"key": key, "shard_images": shard_images}
+        replace_text(folder / HEADER, json.dumps(header, indent=1) + "\n")
+    shard_images = _read_header(folder)["shard_images"]
     if not _missing(folder, count, shard_images):
         return None
     folder_lock = lock(folder)
@@ -192,7 +221,7 @@ def _prepare(extraction: Extraction, folder: Path, replace: bool) -> TextIO | No
     return folder_lock
 
 
-def _difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
+def _difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The difference between two keys, to follow the word "features"."""
     names = [n for n in wanted if stored.get(n) != wanted[n]]
     for name, kind in (("backbone", "of another backbone"), ("data", "of other data")):
@@ -202,7 +231,7 @@ def _difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
     return f"made with other settings ({changes})"
 
 
-def _read_header(folder: Path) -> dict[str, Any]:
+def _read_header(folder: Path) -> CacheHeader:
     path = folder / HEADER
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
@@ -210,7 +239,7 @@ def _read_header(folder: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(header, dict) or not isinstance(header.get("key"), dict):
         raise UserError(f"{path} was not written by localign")
-    return header
+    return cast(CacheHeader, header)
 
 
 def _shard_rows(shard: int, shard_images: int, count: int) -> Rows:

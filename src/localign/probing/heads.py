@@ -168,7 +168,7 @@ def block_at(block: Any, tokens: Tensor, read: slice) -> Tensor:
     Returns:
         ``(B, R, d)``.
     """
-    attention, normed, outputs = block.attn, block.norm1(tokens), tokens[:, read]
+    attention, normed, inputs = block.attn, block.norm1(tokens), tokens[:, read]
     width, heads = tokens.shape[-1], attention.num_heads
     query = F.linear(normed[:, read], attention.qkv.weight[:width])
     key, value = F.linear(normed, attention.qkv.weight[width:]).chunk(2, dim=-1)
@@ -176,8 +176,8 @@ def block_at(block: Any, tokens: Tensor, read: slice) -> Tensor:
         t.reshape(*t.shape[:2], heads, width // heads).transpose(1, 2) for t in (query, key, value)
     )
     attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-    outputs = outputs + block.ls1(attention.proj(attended))
-    outputs = outputs + block.ls2(block.mlp(block.norm2(outputs)))
+    hidden: Tensor = inputs + block.ls1(attention.proj(attended))
+    outputs: Tensor = hidden + block.ls2(block.mlp(block.norm2(hidden)))
     return outputs
 
 

@@ -111,7 +111,7 @@ def _full_patches(maps: Tensor, patch_size: int | tuple[int, int], codes: int) -
         raise ValueError(f"label maps of {tuple(maps.shape[1:])} pixels have no patch of {(height, width)}")
     small = codes <= 256
     pixels = maps[:, : rows * height, : columns * width].to("cpu", torch.uint8 if small else torch.int32)
-    unsigned = pixels.contiguous().numpy().view(np.uint8 if small else np.uint32)
+    unsigned: NDArray[Any] = pixels.contiguous().numpy().view(np.uint8 if small else np.uint32)
     return unsigned.reshape(len(maps), rows, height, columns, width)
 
 
@@ -166,7 +166,8 @@ def _patch_pixels(pixels: NDArray[Any], patch: NDArray[np.int64]) -> NDArray[Any
     # In memory a patch is `height` lines of `width` pixels, `columns` lines apart.
     first = patch // columns * (height * columns) + patch % columns
     lines = first[:, None] + np.arange(height) * columns
-    return pixels.reshape(-1, width).take(lines, axis=0).reshape(len(patch), height * width)
+    area: NDArray[Any] = pixels.reshape(-1, width).take(lines, axis=0).reshape(len(patch), height * width)
+    return area
 
 
 def _scores(area: NDArray[Any], code: NDArray[Any], codes: int) -> NDArray[np.int64]:

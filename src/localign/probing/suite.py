@@ -38,7 +38,7 @@ from localign.probing.features import (
     memory_device,
 )
 from localign.probing.heads import Geometry
-from localign.probing.segmentation import LabelledSource, attribute_table, labelled_batches
+from localign.probing.segmentation import LabelledSource, labelled_batches
 from localign.probing.training import SeededHead, TrainedHeads, train_heads
 from localign.statistics.bootstrap import interval
 
@@ -266,10 +266,9 @@ def check_labels(name: str, source: LabelledSource, image_size: tuple[int, int])
     Raises:
         UserError: No image has another class, or an image or label map is bad.
     """
-    table = attribute_table(source)
     for _, maps in labelled_batches(source, image_size, 1):
-        codes = maps.unique().long()
-        if bool(codes.any() if table is None else table[codes][:, 1:].any()):
+        codes = np.unique(maps.numpy())
+        if codes.any() if source.attributes is None else source.attributes[codes][:, 1:].any():
             return
     raise UserError(
         f"no image of the source {name!r} ({len(source)} images) has a positive label: "
