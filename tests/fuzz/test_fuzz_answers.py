@@ -16,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localign.errors import UserError
-from localign.vlm.evaluation.responses import FOLDER, ResponseWriter, read_responses
-from localign.vlm.scoring import answers
+from localign.vlm.evaluation.answer_cache import FOLDER, ResponseWriter, read_responses
+from localign.vlm.scoring import normalisation
 from localign.vlm.scoring.boxes import ORIGINAL, Box, BoxFrame, Size, parse_box, parse_published
 from localign.vlm.scoring.readers import read_json_lines, read_pickle
 
 boxlike = st.text(alphabet="[]()0123456789.,-+eE inf\n", max_size=60) | st.text(max_size=40)
 sizes = st.builds(Size, st.integers(1, 5000), st.integers(1, 5000))
 FRAMES = [ORIGINAL, BoxFrame("padded-square", 100), BoxFrame("letterboxed", 1000, (224, 336))]
-NORMALISERS = [answers.vqav2, answers.vizwiz, answers.textvqa, answers.strict]
+NORMALISERS = [normalisation.vqav2, normalisation.vizwiz, normalisation.textvqa, normalisation.strict]
 
 
 @bounded
@@ -74,8 +74,8 @@ def test_endless_answers_take_no_time(text: str, call: Callable[[str], object]) 
 def test_any_answer_in_words(text: str, truths: list[str]) -> None:
     for normalise in NORMALISERS:
         assert isinstance(normalise(text), str)
-        assert 0 <= answers.soft_score(normalise(text), [normalise(t) for t in truths]) <= 1
-    assert answers.strict(answers.strict(text)) == answers.strict(text)
+        assert 0 <= normalisation.soft_score(normalise(text), [normalise(t) for t in truths]) <= 1
+    assert normalisation.strict(normalisation.strict(text)) == normalisation.strict(text)
 
 
 entries = st.fixed_dictionaries(

@@ -11,7 +11,7 @@ from bench_models import CPU, save_tiny_idefics, save_tiny_llava, save_tiny_vlm,
 from vlm_models import picture
 
 from localign.errors import UserError
-from localign.vlm.evaluation.answering import Query
+from localign.vlm.evaluation.generation import Query
 from localign.vlm.evaluation.models import (
     LocalignModel,
     TransformersModel,

@@ -20,7 +20,7 @@ from PIL import ImageFile
 from localign.cli import main
 from localign.engine.distributed import DistributedContext
 from localign.errors import UserError
-from localign.vlm.evaluation.answering import Query
+from localign.vlm.evaluation.generation import Query
 from localign.vlm.evaluation.models import open_model
 from localign.vlm.evaluation.options import IN_LMMS_EVAL
 from localign.vlm.evaluation.results import read_answers
@@ -157,7 +157,7 @@ def test_answers_right_and_wrong_are_averaged_as_we_do(data: Path) -> None:
     from lmms_eval.tasks import TaskManager
 
     from localign.vlm.lmms.model import LocalignLMM
-    from localign.vlm.lmms.table import TASK_FOLDER
+    from localign.vlm.lmms.registration import TASK_FOLDER
 
     model = Telling()
     manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False)
@@ -192,7 +192,7 @@ def test_lmms_eval_finds_model_and_tasks_by_name(
     from lmms_eval.tasks import TaskManager
 
     from localign.vlm.lmms.plugin import manifest
-    from localign.vlm.lmms.table import TASK_FOLDER
+    from localign.vlm.lmms.registration import TASK_FOLDER
     from localign.vlm.lmms.task import ROOT_VARIABLE
 
     MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)
@@ -320,7 +320,7 @@ def test_several_processes_are_refused(
     def two(device: str) -> Iterator[DistributedContext]:
         yield DistributedContext(0, 2, 0, CPU)
 
-    monkeypatch.setattr("localign.vlm.lmms.run.world", two)
+    monkeypatch.setattr("localign.vlm.lmms.run.distributed_context", two)
     command = f"vlm eval {models / 'localign'} --engine lmms-eval --benchmarks pope --out {tmp_path}"
     assert main(shlex.split(command)) == 2
     assert "works in one process" in capsys.readouterr().err

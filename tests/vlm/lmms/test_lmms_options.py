@@ -13,7 +13,7 @@ import yaml
 from localign.cli import main
 from localign.vlm.benchmarks.table import BENCHMARKS
 from localign.vlm.evaluation.options import IN_LMMS_EVAL
-from localign.vlm.lmms.table import TASK_FOLDER
+from localign.vlm.lmms.registration import TASK_FOLDER
 from localign.vlm.scoring.base import MAX_NEW_TOKENS
 from localign.vlm.scoring.boxes import ORIGINAL
 

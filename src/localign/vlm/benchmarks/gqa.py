@@ -10,10 +10,10 @@ from typing import ClassVar
 import numpy as np
 
 from localign.errors import UserError
-from localign.vlm.scoring.answers import strict
 from localign.vlm.scoring.base import TOTAL, Answer, Benchmark, Counts, Question, Sample
 from localign.vlm.scoring.messages import short_answer
 from localign.vlm.scoring.metrics import Ratio, Statistic
+from localign.vlm.scoring.normalisation import strict
 from localign.vlm.scoring.open_ended import scores_of
 from localign.vlm.scoring.readers import field, read_json
 

@@ -13,10 +13,10 @@ import numpy as np
 from localign.errors import UserError
 from localign.vlm.data.scene_dataset import QUESTIONS_FILE, SETTINGS_FILE, AskedQuestion, read_questions
 from localign.vlm.data.scene_questions import KINDS, box_text
-from localign.vlm.scoring.answers import strict
 from localign.vlm.scoring.base import Answer, Counts, Question, Sample
 from localign.vlm.scoring.boxes import ORIGINAL, Size
 from localign.vlm.scoring.metrics import Ratio, Statistic, rows_by
+from localign.vlm.scoring.normalisation import strict
 from localign.vlm.scoring.open_ended import scores_of
 from localign.vlm.scoring.readers import field, four_numbers, read_json
 from localign.vlm.scoring.referring import Referring, box_figures, checked_box

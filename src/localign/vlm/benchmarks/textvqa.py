@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from localign.errors import UserError
-from localign.vlm.scoring.answers import TEXTVQA
 from localign.vlm.scoring.base import TOTAL, Counts, Question, Sample
 from localign.vlm.scoring.messages import SHORT, short_answer
 from localign.vlm.scoring.metrics import Ratio, Statistic
+from localign.vlm.scoring.normalisation import TEXTVQA
 from localign.vlm.scoring.open_ended import OpenEnded, scores_of
 from localign.vlm.scoring.readers import field, read_json, read_json_lines, records, strings
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from localign.vlm.scoring.answers import VIZWIZ
 from localign.vlm.scoring.base import TOTAL, Answer, Counts, Question, Sample
 from localign.vlm.scoring.messages import short_answer_or_none
 from localign.vlm.scoring.metrics import AveragePrecision, Ratio, Statistic
+from localign.vlm.scoring.normalisation import VIZWIZ
 from localign.vlm.scoring.open_ended import OpenEnded, scores_of
 from localign.vlm.scoring.readers import field, read_json, records, strings
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from localign.errors import UserError
-from localign.vlm.scoring.answers import VQAV2
 from localign.vlm.scoring.base import TOTAL, Answer, Counts, Question, Sample
 from localign.vlm.scoring.messages import short_answer
 from localign.vlm.scoring.metrics import Ratio, Statistic, rows_by
+from localign.vlm.scoring.normalisation import VQAV2
 from localign.vlm.scoring.open_ended import OpenEnded, scores_of
 from localign.vlm.scoring.readers import field, read_json, records, strings
 

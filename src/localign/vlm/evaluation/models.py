@@ -29,7 +29,7 @@ from localign.backbones.export import CONFIG_FILE
 from localign.errors import UserError
 from localign.vlm.data.images import open_image
 from localign.vlm.data.prompts import IGNORE_INDEX, clean, prompt_format
-from localign.vlm.evaluation.answering import Query, first_token_probabilities, greedy_answers, greedy_texts
+from localign.vlm.evaluation.generation import Query, first_token_probabilities, greedy_answers, greedy_texts
 from localign.vlm.model.build import export_folder, load_vlm
 from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.processing import LocalignVLMProcessor

@@ -16,6 +16,7 @@ from localign.engine.lock import lock
 from localign.engine.log import Bar
 from localign.errors import RunFailure, UserError
 from localign.vlm.data.images import open_image
+from localign.vlm.evaluation.answer_cache import ResponseWriter, read_responses, response_key
 from localign.vlm.evaluation.models import (
     AnsweringModel,
     LocalignModel,
@@ -25,7 +26,6 @@ from localign.vlm.evaluation.models import (
     open_model,
 )
 from localign.vlm.evaluation.options import EvalConfig
-from localign.vlm.evaluation.responses import ResponseWriter, read_responses, response_key
 from localign.vlm.evaluation.results import (
     judge,
     outcome_of,

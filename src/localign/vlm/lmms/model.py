@@ -15,7 +15,7 @@ from lmms_eval.utils import simple_parse_args_string
 from localign.engine.distributed import choose_device
 from localign.engine.log import Bar
 from localign.errors import UserError
-from localign.vlm.evaluation.answering import Query
+from localign.vlm.evaluation.generation import Query
 from localign.vlm.evaluation.models import LocalignModel, TransformersModel, fingerprint_of, open_model
 from localign.vlm.scoring.base import MAX_NEW_TOKENS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from localign.vlm.lmms.table import MODEL_CLASS, MODEL_NAME
+from localign.vlm.lmms.registration import MODEL_CLASS, MODEL_NAME
 
 
 def manifest() -> ModelManifest:

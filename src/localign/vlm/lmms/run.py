@@ -27,7 +27,7 @@ from localign.vlm.evaluation.results import (
     write_answers,
 )
 from localign.vlm.evaluation.run import check, frame_of, model_of, results_of
-from localign.vlm.lmms.table import MODEL_NAME, TASK_FOLDER
+from localign.vlm.lmms.registration import MODEL_NAME, TASK_FOLDER
 
 OUTPUT_FOLDER = "lmms-eval"
 """Of what lmms-eval writes by itself, a folder for each name asked for."""

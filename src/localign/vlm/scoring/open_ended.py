@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from localign.vlm.scoring.answers import STRICT, Evaluator, soft_score
 from localign.vlm.scoring.base import Answer, Benchmark, Question, Sample
+from localign.vlm.scoring.normalisation import STRICT, Evaluator, soft_score
 
 
 class OpenEnded(Benchmark):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from localign.files import replace_text
 from localign.report.figures.drawing import to_csv
-from localign.vlm.evaluation.compare.comparing import Comparison
+from localign.vlm.evaluation.compare.comparison import Comparison
 from localign.vlm.evaluation.results import shown, shown_interval
 
 _COLUMNS = (

@@ -17,7 +17,7 @@ from localign.report.figures.radar import (
     scale_of,
 )
 from localign.report.figures.scores import scores_drawing
-from localign.vlm.evaluation.compare.comparing import Comparison
+from localign.vlm.evaluation.compare.comparison import Comparison
 
 _ENDINGS = ("-Accuracy", "-ExactMatch", "-Overall", "-All", "-final", "-Pure")
 _PLAIN = {"vqav2": "VQAv2", "gqa": "GQA"}

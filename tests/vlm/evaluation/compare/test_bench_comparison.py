@@ -18,9 +18,9 @@ from localign.cli import main, parse
 from localign.errors import UserError
 from localign.recipes import read_recipe, recipe_names
 from localign.statistics.paired import interval_over_seeds
-from localign.vlm.evaluation.compare.comparing import Comparison, compare
-from localign.vlm.evaluation.compare.figures import comparison_drawings
-from localign.vlm.evaluation.compare.pool import ComparedModel, PanelModel, read_entries
+from localign.vlm.evaluation.compare.charts import comparison_drawings
+from localign.vlm.evaluation.compare.comparison import Comparison, compare
+from localign.vlm.evaluation.compare.panels import ComparedModel, PanelModel, read_entries
 from localign.vlm.evaluation.compare.summary import Summary, summary_of
 from localign.vlm.evaluation.results import judge_again, read_answers
 from localign.vlm.evaluation.run import evaluate

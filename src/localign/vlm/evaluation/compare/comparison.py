@@ -19,7 +19,7 @@ from localign.statistics.mcnemar import check_same, mcnemar
 from localign.statistics.paired import difference_over_seeds, interval_over_seeds
 from localign.statistics.z_scores import ZScores, z_scores
 from localign.vlm.evaluation.compare.differences import differences
-from localign.vlm.evaluation.compare.pool import ComparedModel
+from localign.vlm.evaluation.compare.panels import ComparedModel
 from localign.vlm.evaluation.compare.summary import Answered, Summary, answered
 from localign.vlm.evaluation.results import notes_of
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from localign.engine import run_folder
 from localign.errors import UserError
-from localign.vlm.evaluation.compare.comparing import compare
-from localign.vlm.evaluation.compare.figures import comparison_drawings
-from localign.vlm.evaluation.compare.pool import ComparedModel, read_entries
+from localign.vlm.evaluation.compare.charts import comparison_drawings
+from localign.vlm.evaluation.compare.comparison import compare
+from localign.vlm.evaluation.compare.panels import ComparedModel, read_entries
 from localign.vlm.evaluation.compare.summary import Summary, summary_of
 from localign.vlm.evaluation.compare.tables import comparison_table, write_comparison
 from localign.vlm.evaluation.options import ScoreConfig
