@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localign.errors import UserError
-from localign.vlm.evaluation.answer_cache import FOLDER, ResponseWriter, read_responses
+from localign.vlm.evaluation.answer_cache import FOLDER, AnswerCacheWriter, read_answer_cache
 from localign.vlm.scoring import normalisation
 from localign.vlm.scoring.boxes import ORIGINAL, Box, BoxFrame, Size, parse_box, parse_published
 from localign.vlm.scoring.readers import read_json_lines, read_pickle
@@ -95,12 +95,12 @@ def test_any_file_of_answers(tmp_path: Path, content: list[str], end: bytes) -> 
     whole = json.dumps({"key": "mine", "id": "q", "text": "a dog"})
     text = "\n".join([whole, *content])
     (tmp_path / FOLDER / "rank0.jsonl").write_bytes(text.encode("utf-8", "replace") + b"\n" + end)
-    found = read_responses(tmp_path, None)
+    found = read_answer_cache(tmp_path, None)
     assert "mine" in found
     assert all(isinstance(key, str) and isinstance(said.text, str) for key, said in found.items())
     assert all(isinstance(p, float) for said in found.values() for p in said.probabilities)
-    ResponseWriter(tmp_path, 0).close()
-    assert read_responses(tmp_path, None).keys() == found.keys()
+    AnswerCacheWriter(tmp_path, 0).close()
+    assert read_answer_cache(tmp_path, None).keys() == found.keys()
 
 
 @bounded

@@ -254,11 +254,11 @@ def test_ranks_share_the_questions(
     for rank in (2, 1):  # the main rank has the last word
         model = ScriptedModel()
         pending = [run._keyed(model, s, q) for s, data in asked for q in data.questions]
-        run.ask(model, pending, tmp_path, DistributedContext(rank, 3, rank, CPU), 2)
+        run.answer_pending(model, pending, tmp_path, DistributedContext(rank, 3, rank, CPU), 2)
         shares.append(model.asked)
     main = ScriptedModel()
     pending = [run._keyed(main, s, q) for s, data in asked for q in data.questions]
-    run.ask(main, pending, tmp_path, DistributedContext(0, 3, 0, CPU), 2)
+    run.answer_pending(main, pending, tmp_path, DistributedContext(0, 3, 0, CPU), 2)
     assert sorted([*shares[0], *shares[1], *main.asked]) == sorted(ids(asked))
     assert max(map(len, (*shares, main.asked))) - min(map(len, (*shares, main.asked))) <= 1
     evaluate(ScriptedModel(patience=0), asked, tmp_path, ALONE, 3)  # and one rank goes on from three

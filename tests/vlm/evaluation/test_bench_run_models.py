@@ -89,7 +89,7 @@ def test_questions_without_an_image(kind: str, folders: dict[str, Path]) -> None
     texts = model.answer_texts(asked, 8)
     assert texts == [model.answer_texts([question], 8)[0] for question in asked]
     assert model.answer_texts([asked[0]._replace(image=picture(0))], 8) != texts[:1]
-    rows = model.first_tokens(asked)
+    rows = model.first_token_probabilities(asked)
     assert rows.sum(dim=1).tolist() == pytest.approx([1, 1])
     assert "pixel_values" not in model._batch(asked)
 

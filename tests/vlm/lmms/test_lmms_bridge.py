@@ -141,7 +141,7 @@ class Telling(ScriptedModel):
         boxes = ["[0.1, 0.1, 0.2, 0.2]", "[0.1, 0.1, 0.2, 0.3]", "nowhere", "[0, 0, 1, 1]"]
         return [boxes[int(4 * self.share(question, 0))] for question in questions]
 
-    def first_tokens(self, questions: Sequence[Any]) -> torch.Tensor:
+    def first_token_probabilities(self, questions: Sequence[Any]) -> torch.Tensor:
         shares = [[self.share(question, n) for n in range(128)] for question in questions]
         return torch.tensor(shares, dtype=torch.float64) / 128
 
@@ -169,7 +169,7 @@ def test_answers_right_and_wrong_are_averaged_as_we_do(data: Path) -> None:
         for question in task.data.questions:
             told = model.answer_texts([question], 1)
             if question.choices:
-                row = model.first_tokens([question])[0]
+                row = model.first_token_probabilities([question])[0]
                 told = [(-float(row[model.token(c)].log()), False) for c in question.choices]
             samples.append(task.suite.score(question, task.answer(task.data.questions.index(question), told)))
         expected = task.suite.aggregate(samples)
@@ -240,7 +240,7 @@ def test_its_own_tasks_run_on_local_data(models: Path, tmp_path: Path) -> None:
     assert len(set(texts)) > 1
     assert results["tasks"]["pope_here"]["pope_yes_ratio,none"] == pytest.approx(2 / 3)
 
-    rows = [model.first_tokens([Query(text, picture(n))])[0] for n, text in enumerate(words)]
+    rows = [model.first_token_probabilities([Query(text, picture(n))])[0] for n, text in enumerate(words)]
     shares = torch.stack(rows)[:, [model.token(letter) for letter in "ABC"]]
     right = (shares.argmax(dim=1) == 1).double().mean()
     assert results["tasks"]["letter_here"]["acc,none"] == pytest.approx(float(right))

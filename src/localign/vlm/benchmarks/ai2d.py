@@ -10,14 +10,14 @@ from localign.errors import UserError
 from localign.vlm.scoring.base import TOTAL, Counts, Question, Sample
 from localign.vlm.scoring.messages import LETTERS, letter_of_choice
 from localign.vlm.scoring.metrics import Statistic
-from localign.vlm.scoring.multiple_choice import Choosing, multiple_choice_figures
+from localign.vlm.scoring.multiple_choice import MultipleChoice, multiple_choice_figures
 from localign.vlm.scoring.readers import field, read_json, read_text, strings
 
 CHOICES = 4
 """Letters that are compared, whatever the number of choices: as published."""
 
 
-class AI2D(Choosing):
+class AI2D(MultipleChoice):
     """``download/ai2d``: ``val_qa/questions``, ``val_qa/images`` and ``ai2d_test_ids.csv``.
 
     The images that are not in the test set include the data set's training images. Files are read in the order of

@@ -53,7 +53,7 @@ class GQA(Benchmark):
                 },
             )
 
-    def judge(self, question: Question, answer: Answer) -> Sample:
+    def score_answer(self, question: Question, answer: Answer) -> Sample:
         truth = question.payload["answer"]
         if self.scoring == "strict":
             parsed = strict(answer.text)

@@ -13,13 +13,13 @@ from localign.errors import UserError
 from localign.vlm.scoring.base import Counts, Question, Sample
 from localign.vlm.scoring.messages import short_answer
 from localign.vlm.scoring.metrics import Mean, Ratio, Rows, Statistic, rows_by
-from localign.vlm.scoring.multiple_choice import Choosing, binary_curves, columns
+from localign.vlm.scoring.multiple_choice import MultipleChoice, binary_curves, columns
 from localign.vlm.scoring.readers import field, read_json_lines
 
 CHOICES = ("Yes", "No")
 
 
-class POPE(Choosing):
+class POPE(MultipleChoice):
     """``download/pope``: ``coco_pope_*.json`` and ``val_images``. "Yes" is the positive class.
 
     The published final accuracy is the mean of the three splits' accuracies; everything else called final is over

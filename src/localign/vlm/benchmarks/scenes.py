@@ -50,9 +50,9 @@ class Scenes(Referring):
         for one in asked:
             yield _question(one, Size(side, side), f"{path}, question {one.id}")
 
-    def judge(self, question: Question, answer: Answer) -> Sample:
+    def score_answer(self, question: Question, answer: Answer) -> Sample:
         if question.split == "referring":
-            return super().judge(question, answer)
+            return super().score_answer(question, answer)
         truth = question.payload["answer"]
         if question.split == "caption":
             named, shown = _objects(answer.text), _objects(truth)

@@ -10,13 +10,13 @@ from localign.errors import UserError
 from localign.vlm.scoring.base import TOTAL, Counts, Question, Sample
 from localign.vlm.scoring.messages import LETTERS, letter_of_choice
 from localign.vlm.scoring.metrics import Statistic
-from localign.vlm.scoring.multiple_choice import Choosing, multiple_choice_figures
+from localign.vlm.scoring.multiple_choice import MultipleChoice, multiple_choice_figures
 from localign.vlm.scoring.readers import field, read_json, records
 
 COUNTS = tuple(str(count) for count in range(16))
 
 
-class TallyQA(Choosing):
+class TallyQA(MultipleChoice):
     """``download/tally-qa``: ``test.json``, ``VG_100K`` and ``VG_100K_2``."""
 
     name = "tallyqa"

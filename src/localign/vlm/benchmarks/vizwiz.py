@@ -49,8 +49,8 @@ class VizWiz(OpenEnded):
                 },
             )
 
-    def judge(self, question: Question, answer: Answer) -> Sample:
-        return super().judge(question, answer) | {"answerable": question.payload["answerable"]}
+    def score_answer(self, question: Question, answer: Answer) -> Sample:
+        return super().score_answer(question, answer) | {"answerable": question.payload["answerable"]}
 
     def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
         scores = scores_of(samples)

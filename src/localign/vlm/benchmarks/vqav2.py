@@ -52,8 +52,8 @@ class VQAv2(OpenEnded):
                 },
             )
 
-    def judge(self, question: Question, answer: Answer) -> Sample:
-        return super().judge(question, answer) | {name: question.payload[name] for name in TYPES}
+    def score_answer(self, question: Question, answer: Answer) -> Sample:
+        return super().score_answer(question, answer) | {name: question.payload[name] for name in TYPES}
 
     def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
         """``accuracy``, and by type, as in ``accuracy-by-answer-type[yes/no]``."""

@@ -11,13 +11,13 @@ import numpy as np
 from localign.vlm.scoring.base import TOTAL, Counts, Question, Sample
 from localign.vlm.scoring.messages import true_or_false
 from localign.vlm.scoring.metrics import Ratio, Statistic
-from localign.vlm.scoring.multiple_choice import Choosing, binary_curves, columns
+from localign.vlm.scoring.multiple_choice import MultipleChoice, binary_curves, columns
 from localign.vlm.scoring.readers import field, read_json_lines
 
 CHOICES = ("True", "False")
 
 
-class VSR(Choosing):
+class VSR(MultipleChoice):
     """``download/vsr``: ``test.jsonl`` and ``images``. "True" is the positive class."""
 
     name = "vsr"

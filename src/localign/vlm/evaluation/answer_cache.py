@@ -19,7 +19,7 @@ from localign.vlm.scoring.boxes import BoxFrame
 FOLDER = "responses"
 
 
-def response_key(identity: Mapping[str, str], benchmark: Benchmark, question: Question, prompt: str) -> str:
+def answer_key(identity: Mapping[str, str], benchmark: Benchmark, question: Question, prompt: str) -> str:
     """Changes with the model, the prompt, the benchmark's version, and the size of the image's file.
 
     Args:
@@ -40,7 +40,7 @@ def response_key(identity: Mapping[str, str], benchmark: Benchmark, question: Qu
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_responses(folder: Path, frame: BoxFrame | None) -> dict[str, Answer]:
+def read_answer_cache(folder: Path, frame: BoxFrame | None) -> dict[str, Answer]:
     """All answers by key, from whichever processes.
 
     Args:
@@ -57,7 +57,7 @@ def read_responses(folder: Path, frame: BoxFrame | None) -> dict[str, Answer]:
 
 
 def _response(line: str, frame: BoxFrame | None) -> tuple[str, Answer] | None:
-    """Key and answer; None of a line that is not whole, or that no ResponseWriter wrote."""
+    """Key and answer; None of a line that is not whole, or that no AnswerCacheWriter wrote."""
     try:
         entry: Any = json.loads(line) if line.endswith("\n") else None
     except (ValueError, RecursionError):
@@ -72,7 +72,7 @@ def _response(line: str, frame: BoxFrame | None) -> tuple[str, Answer] | None:
     return entry["key"], Answer(text, tuple(map(float, probabilities)), frame)
 
 
-class ResponseWriter:
+class AnswerCacheWriter:
     """Appends to one process's file; what :meth:`add` was given is on the disk when it returns.
 
     Args:

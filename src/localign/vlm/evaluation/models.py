@@ -104,7 +104,7 @@ class _OnDevice(ABC):
         """Greedy answers to a batch; either all are on an image or none is."""
 
     @abstractmethod
-    def _first_tokens(self, choice: str) -> list[int]:
+    def _choice_tokens(self, choice: str) -> list[int]:
         """The tokens that an answer of this choice consists of, without those that end it."""
 
     @abstractmethod
@@ -131,10 +131,10 @@ class _OnDevice(ABC):
         """From one forward pass; shares of the whole vocabulary, so they need not sum to 1."""
         return [
             row[[self.token(choice) for choice in question.choices]].tolist()
-            for row, question in zip(self.first_tokens(questions), questions, strict=True)
+            for row, question in zip(self.first_token_probabilities(questions), questions, strict=True)
         ]
 
-    def first_tokens(self, questions: Sequence[Promptable]) -> Tensor:
+    def first_token_probabilities(self, questions: Sequence[Promptable]) -> Tensor:
         """How likely each token is as an answer's first, float64 ``(questions, vocabulary)``; one forward pass.
 
         Either all questions are on an image or none is.
@@ -144,7 +144,7 @@ class _OnDevice(ABC):
     def token(self, choice: str) -> int:
         """The one token of a choice, as an answer of it begins. Raises UserError if it is not one."""
         if choice not in self._tokens:
-            tokens = self._first_tokens(choice)
+            tokens = self._choice_tokens(choice)
             if len(tokens) != 1 or str(self.tokenizer.decode(tokens)).strip() != choice:
                 raise UserError(
                     f"the choice {choice!r} is {len(tokens)} tokens to the model's tokenizer, so choices cannot be "
@@ -209,7 +209,7 @@ class LocalignModel(_OnDevice):
         images = [None if question.image is None else open_image(question.image) for question in questions]
         return self._processor(text=[q.message for q in questions], images=images).to(self._device)
 
-    def _first_tokens(self, choice: str) -> list[int]:
+    def _choice_tokens(self, choice: str) -> list[int]:
         labels = self._form.conversation(self.tokenizer, [("?", choice)]).labels
         end = self._form.end_token_id(self.tokenizer)
         return [token for token in labels if token not in (IGNORE_INDEX, end)]
@@ -270,7 +270,7 @@ class TransformersModel(_OnDevice):
         )
         return batch.to(self._device, dtype=self._dtype)
 
-    def _first_tokens(self, choice: str) -> list[int]:
+    def _choice_tokens(self, choice: str) -> list[int]:
         """Of the choice as the template writes it after the prompt; of the choice alone where it writes otherwise."""
         asked = self.prompt("?")
         answer = {"role": "assistant", "content": [{"type": "text", "text": choice}]}

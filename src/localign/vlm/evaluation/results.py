@@ -27,7 +27,7 @@ choices), ``frame``, and all of its :data:`~localign.vlm.scoring.base.Sample`.""
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredAnswers:
     """One benchmark's answers, scored."""
 
     benchmark: Benchmark
@@ -47,7 +47,9 @@ def with_scoring(name: str, scoring: str) -> Benchmark:
     return benchmark(name, scoring if scoring in benchmark_class(name).scorings else None)
 
 
-def judge(suite: Benchmark, data: QuestionSet, answers: Sequence[Answer], prompts: Sequence[str]) -> Judged:
+def score_answers(
+    suite: Benchmark, data: QuestionSet, answers: Sequence[Answer], prompts: Sequence[str]
+) -> ScoredAnswers:
     """Score answers, in the order of the questions.
 
     Raises:
@@ -58,10 +60,10 @@ def judge(suite: Benchmark, data: QuestionSet, answers: Sequence[Answer], prompt
         _record(suite, question, answer, prompt)
         for question, answer, prompt in zip(data.questions, answers, prompts, strict=True)
     ]
-    return Judged(suite, records, data.limit, data.missing)
+    return ScoredAnswers(suite, records, data.limit, data.missing)
 
 
-def judge_again(records: Sequence[Record], scoring: str, outcome: Mapping[str, Any]) -> Judged:
+def rescore_answers(records: Sequence[Record], scoring: str, outcome: Mapping[str, Any]) -> ScoredAnswers:
     """Score one benchmark's answers from what was written of them.
 
     Args:
@@ -84,7 +86,7 @@ def judge_again(records: Sequence[Record], scoring: str, outcome: Mapping[str, A
         fields = {name: record[name] for name in ("id", "image", "message", "split", "payload")}
         question = Question(**fields, choices=tuple(record["choices"]))
         again.append(_record(suite, question, _answer(record), record["prompt"]))
-    return Judged(suite, again, outcome["limit"], tuple(outcome["notes"]))
+    return ScoredAnswers(suite, again, outcome["limit"], tuple(outcome["notes"]))
 
 
 def _record(suite: Benchmark, question: Question, answer: Answer, prompt: str) -> Record:
@@ -113,7 +115,7 @@ def invalid(record: Sample) -> bool:
     return record.get("fault") is not None or (not record["choices"] and not record["answer"].strip())
 
 
-def outcome_of(judged: Judged) -> dict[str, Any]:
+def outcome_of(judged: ScoredAnswers) -> dict[str, Any]:
     """A benchmark's part of ``results.json``; figures in percent with their 95 % intervals."""
     suite, records = judged.benchmark, judged.records
     ranges = intervals(suite, records)
@@ -123,7 +125,7 @@ def outcome_of(judged: Judged) -> dict[str, Any]:
     return facts_of(judged, figures) | {"figures": figures}
 
 
-def facts_of(judged: Judged, figures: Collection[str]) -> dict[str, Any]:
+def facts_of(judged: ScoredAnswers, figures: Collection[str]) -> dict[str, Any]:
     """What was asked and how it was scored, JSON-able; ``figures`` are the names of those there are."""
     suite, records = judged.benchmark, judged.records
     splits = Counter(record["split"] for record in records)
@@ -139,7 +141,7 @@ def facts_of(judged: Judged, figures: Collection[str]) -> dict[str, Any]:
     }
 
 
-def write_answers(folder: Path, judged: Sequence[Judged]) -> Path:
+def write_answers(folder: Path, judged: Sequence[ScoredAnswers]) -> Path:
     """``answers.jsonl``: every answer of all benchmarks."""
     with replacing(folder / ANSWERS_FILE) as temporary, temporary.open("w", encoding="utf-8") as file:
         for part in judged:
@@ -196,20 +198,20 @@ def results_table(outcomes: Mapping[str, Mapping[str, Any]]) -> Table:
                 benchmark_name if number == 0 else "",
                 name.removeprefix("accuracy__"),
                 shown(figure["value"]),
-                shown_interval(figure["interval"]),
+                format_interval(figure["interval"]),
                 *(once if number == 0 else ("", "", "")),
             )
     return table
 
 
-def screen() -> Console:
+def console() -> Console:
     """As wide as the terminal; a file gets tables unfolded."""
     return Console(width=None if sys.stdout.isatty() else 150)
 
 
 def show_results(outcomes: Mapping[str, Mapping[str, Any]]) -> None:
     """The table, and what must be said beside its figures, on the screen."""
-    screen().print(results_table(outcomes))
+    console().print(results_table(outcomes))
     for name, outcome in outcomes.items():
         for note in notes_of(name, outcome):
             print(f"note       {note}")
@@ -220,7 +222,7 @@ def shown(value: float | None, sign: str = "") -> str:
     return "–" if value is None else f"{value:{sign}.1f}"
 
 
-def shown_interval(interval: Sequence[float] | None, sign: str = "") -> str:
+def format_interval(interval: Sequence[float] | None, sign: str = "") -> str:
     """Both ends, or a dash."""
     return "–" if interval is None else " to ".join(shown(end, sign) for end in interval)
 

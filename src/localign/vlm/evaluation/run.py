@@ -16,7 +16,7 @@ from localign.engine.lock import lock
 from localign.engine.log import Bar
 from localign.errors import RunFailure, UserError
 from localign.vlm.data.images import open_image
-from localign.vlm.evaluation.answer_cache import ResponseWriter, read_responses, response_key
+from localign.vlm.evaluation.answer_cache import AnswerCacheWriter, answer_key, read_answer_cache
 from localign.vlm.evaluation.models import (
     AnsweringModel,
     LocalignModel,
@@ -27,8 +27,8 @@ from localign.vlm.evaluation.models import (
 )
 from localign.vlm.evaluation.options import EvalConfig
 from localign.vlm.evaluation.results import (
-    judge,
     outcome_of,
+    score_answers,
     show_results,
     with_scoring,
     write_answers,
@@ -109,10 +109,10 @@ def evaluate(
     held = lock(folder) if ranks.is_main else None
     try:
         asked = [_keyed(model, suite, question) for suite, data in suites for question in data.questions]
-        known = read_responses(folder, model.frame)
+        known = read_answer_cache(folder, model.frame)
         ranks.barrier()  # nobody writes before everybody has read
         pending = [one for one in asked if one.key not in known]
-        unreadable = ranks.all_gather_object(ask(model, pending, folder, ranks, batch_size))
+        unreadable = ranks.all_gather_object(answer_pending(model, pending, folder, ranks, batch_size))
         if not ranks.is_main:
             return None
         return _finish(model, suites, asked, set(chain.from_iterable(unreadable)), folder, name)
@@ -133,20 +133,24 @@ def check(model: AnsweringModel, suites: Suites) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _KeyedQuestion:
     benchmark: str
     question: Question
     prompt: str
     key: str
 
 
-def _keyed(model: AnsweringModel, suite: Benchmark, question: Question) -> _Asked:
+def _keyed(model: AnsweringModel, suite: Benchmark, question: Question) -> _KeyedQuestion:
     prompt = model.prompt(question.message)
-    return _Asked(suite.name, question, prompt, response_key(model.identity, suite, question, prompt))
+    return _KeyedQuestion(suite.name, question, prompt, answer_key(model.identity, suite, question, prompt))
 
 
-def ask(
-    model: AnsweringModel, pending: Sequence[_Asked], folder: Path, ranks: DistributedContext, batch_size: int
+def answer_pending(
+    model: AnsweringModel,
+    pending: Sequence[_KeyedQuestion],
+    folder: Path,
+    ranks: DistributedContext,
+    batch_size: int,
 ) -> list[str]:
     """Put this rank's share of questions to the model; answers are on the disk as soon as their batch is done.
 
@@ -157,7 +161,7 @@ def ask(
     mine = pending[ranks.rank :: ranks.size]
     if not mine:
         return unreadable
-    writer = ResponseWriter(folder, ranks.rank)
+    writer = AnswerCacheWriter(folder, ranks.rank)
     bar = Bar("questions", len(pending)) if ranks.is_main else None
     done = 0
     try:
@@ -176,7 +180,7 @@ def ask(
     return unreadable
 
 
-def _batches(pending: Sequence[_Asked], size: int) -> Iterator[list[_Asked]]:
+def _batches(pending: Sequence[_KeyedQuestion], size: int) -> Iterator[list[_KeyedQuestion]]:
     """Of one benchmark and one mode each, and of the longest prompts first: what does not fit, fails at once."""
     for _, group in groupby(pending, key=lambda one: (one.benchmark, one.question.mode)):
         members = sorted(group, key=lambda one: -len(one.prompt))
@@ -184,7 +188,7 @@ def _batches(pending: Sequence[_Asked], size: int) -> Iterator[list[_Asked]]:
             yield members[begin : begin + size]
 
 
-def _answers(model: AnsweringModel, batch: Sequence[_Asked]) -> list[tuple[_Asked, Answer]]:
+def _answers(model: AnsweringModel, batch: Sequence[_KeyedQuestion]) -> list[tuple[_KeyedQuestion, Answer]]:
     """Answers to the questions of a batch whose image can be read."""
     try:
         return list(zip(batch, _said(model, [one.question for one in batch]), strict=True))
@@ -214,12 +218,12 @@ def _can_be_read(image: str) -> bool:
 def _finish(
     model: AnsweringModel,
     suites: Suites,
-    asked: Sequence[_Asked],
+    asked: Sequence[_KeyedQuestion],
     unreadable: Collection[str],
     folder: Path,
     name: str,
 ) -> dict[str, Any]:
-    answers = read_responses(folder, model.frame)
+    answers = read_answer_cache(folder, model.frame)
     missing = sum(one.key not in answers and one.key not in unreadable for one in asked)
     if missing:
         raise RunFailure(
@@ -231,7 +235,9 @@ def _finish(
         own = [next(rest) for _ in data.questions]
         known = [one for one in own if one.key in answers]
         found = suite.readable(data, {one.question.id for one in own if one.key not in answers})
-        judged.append(judge(suite, found, [answers[one.key] for one in known], [one.prompt for one in known]))
+        judged.append(
+            score_answers(suite, found, [answers[one.key] for one in known], [one.prompt for one in known])
+        )
     results = results_of(model, name, {part.benchmark.name: outcome_of(part) for part in judged})
     # Answers of this evaluation beside results of another one would not go together.
     (folder / run_folder.RESULTS_FILE).unlink(missing_ok=True)

@@ -11,17 +11,17 @@ from localign.engine import run_folder
 from localign.errors import UserError
 from localign.vlm.evaluation.compare.charts import comparison_drawings
 from localign.vlm.evaluation.compare.comparison import compare
-from localign.vlm.evaluation.compare.panels import ComparedModel, read_entries
-from localign.vlm.evaluation.compare.summary import Summary, summary_of
+from localign.vlm.evaluation.compare.panels import ComparedModel, parse_models
+from localign.vlm.evaluation.compare.summary import RunSummary, summarise_run
 from localign.vlm.evaluation.compare.tables import comparison_table, write_comparison
 from localign.vlm.evaluation.options import ScoreConfig
 from localign.vlm.evaluation.results import (
     ANSWERS_FILE,
-    Judged,
-    judge_again,
+    ScoredAnswers,
+    console,
     outcome_of,
     read_answers,
-    screen,
+    rescore_answers,
     show_results,
     write_answers,
 )
@@ -31,7 +31,7 @@ from localign.vlm.evaluation.results import (
 class _Evaluation:
     folder: Path
     results: dict[str, Any]
-    judged: dict[str, Judged]
+    judged: dict[str, ScoredAnswers]
 
 
 def run_score(config: ScoreConfig) -> None:
@@ -40,7 +40,7 @@ def run_score(config: ScoreConfig) -> None:
     Raises:
         UserError: A folder holds no answers, or models answered different questions.
     """
-    entries = read_entries(config.runs)
+    entries = parse_models(config.runs)
     folders = list(dict.fromkeys(folder for entry in entries for folder in entry.folders))
     if len(folders) == 1:
         if len(config.runs) > 1 or Path(config.runs[0]) != folders[0]:
@@ -56,7 +56,7 @@ def run_score(config: ScoreConfig) -> None:
     comparison = compare(pool) | {
         "models": {entry.label: [found[folder][0] for folder in entry.folders] for entry in entries}
     }
-    screen().print(comparison_table(comparison))
+    console().print(comparison_table(comparison))
     for note in comparison["notes"]:
         print(f"note       {note}")
     out = Path(config.out or "comparison")
@@ -68,11 +68,11 @@ def run_score(config: ScoreConfig) -> None:
         print(f"written    {path}")
 
 
-def _summarised(folder: Path, scoring: str) -> tuple[dict[str, Any], dict[str, Summary]]:
+def _summarised(folder: Path, scoring: str) -> tuple[dict[str, Any], dict[str, RunSummary]]:
     """What the model is, and what its answers came to."""
     evaluation = _scored(folder, scoring)
     model = {"folder": str(folder), **evaluation.results["model"]}
-    return model, {name: summary_of(judged) for name, judged in evaluation.judged.items()}
+    return model, {name: summarise_run(judged) for name, judged in evaluation.judged.items()}
 
 
 def _scored(folder: Path, scoring: str) -> _Evaluation:
@@ -81,7 +81,7 @@ def _scored(folder: Path, scoring: str) -> _Evaluation:
     outcomes: Mapping[str, Any] = results.get("benchmarks", {})
     if not records or records.keys() != outcomes.keys():
         raise UserError(f"{folder} is no whole evaluation; run `localign vlm eval` again")
-    judged = {name: judge_again(part, scoring, outcomes[name]) for name, part in records.items()}
+    judged = {name: rescore_answers(part, scoring, outcomes[name]) for name, part in records.items()}
     return _Evaluation(folder, results, judged)
 
 

@@ -93,7 +93,7 @@ class LocalignLMM(lmms):
             question = _Document(context, visual, document, task, split)
             of_question.setdefault(question, []).append(number)
         for batch, asked in self._batches(list(of_question)):
-            rows = self.asked_model.first_tokens(asked)
+            rows = self.asked_model.first_token_probabilities(asked)
             for question, row in zip(batch, rows, strict=True):
                 for number in of_question[question]:
                     share = float(row[self.asked_model.token(self._choice(requests[number]))])

@@ -19,10 +19,10 @@ from localign.vlm.evaluation.models import LocalignModel, TransformersModel
 from localign.vlm.evaluation.options import IN_LMMS_EVAL, EvalConfig
 from localign.vlm.evaluation.results import (
     ANSWERS_FILE,
-    Judged,
-    judge,
+    ScoredAnswers,
+    console,
     outcome_of,
-    screen,
+    score_answers,
     show_results,
     write_answers,
 )
@@ -117,7 +117,7 @@ def _evaluate(
     from localign.vlm.lmms.model import LocalignLMM
 
     asked = LocalignLMM(model, config.batch_size)
-    judged: list[Judged] = []
+    judged: list[ScoredAnswers] = []
     outcomes: dict[str, Any] = {}
     own: dict[str, Any] = {}
     for name in config.benchmarks:
@@ -190,14 +190,16 @@ def _brief(sample: Mapping[str, Any], task: str) -> dict[str, Any]:
     return rest | next(iter(scored.values()))
 
 
-def _judged(task: Any, samples: list[Any], model: LocalignModel | TransformersModel) -> Judged:
+def _judged(task: Any, samples: list[Any], model: LocalignModel | TransformersModel) -> ScoredAnswers:
     """Our records of the answers that lmms-eval collected."""
     by_number = {sample["doc"]["number"]: sample["filtered_resps"] for sample in samples}
     questions = task.data.questions
     if by_number.keys() != set(range(len(questions))):
         raise RunFailure(f"lmms-eval gave {len(by_number)} of {len(questions)} answers to {task.suite.name}")
     answers = [task.answer(number, by_number[number]) for number in range(len(questions))]
-    return judge(task.suite, task.data, answers, [model.prompt(question.message) for question in questions])
+    return score_answers(
+        task.suite, task.data, answers, [model.prompt(question.message) for question in questions]
+    )
 
 
 def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
@@ -220,7 +222,7 @@ def _say(results: Mapping[str, Any], folder: Path) -> None:
             shown = {name: value for name, value in figures.items() if "_stderr" not in name}
             for number, (figure, value) in enumerate(shown.items()):
                 table.add_row("" if number else task, figure, f"{value:.4f}")
-        screen().print(table)
+        console().print(table)
     print(f"answers    {folder / ANSWERS_FILE}")
     print(f"results    {folder / run_folder.RESULTS_FILE}")
     print(f"lmms-eval  {folder / OUTPUT_FOLDER}")

@@ -129,7 +129,7 @@ class Benchmark(ABC):
         """
 
     @abstractmethod
-    def judge(self, question: Question, answer: Answer) -> Sample:
+    def score_answer(self, question: Question, answer: Answer) -> Sample:
         """``score``, ``parsed``, ``truth`` and what :meth:`statistics` needs."""
 
     @abstractmethod
@@ -209,7 +209,7 @@ class Benchmark(ABC):
         if question.choices:
             _check_probabilities(question, answer)
         common = {"id": question.id, "image": question.image, "split": question.split}
-        return common | self.judge(question, answer)
+        return common | self.score_answer(question, answer)
 
     def aggregate(self, samples: Sequence[Sample]) -> dict[str, float | None]:
         """All figures by name, in percent; None where one is not defined on these samples."""

@@ -20,10 +20,10 @@ from localign.vlm.scoring.metrics import (
 )
 
 
-class Choosing(Benchmark):
+class MultipleChoice(Benchmark):
     """A benchmark of choices; the payload's ``label`` is the position of the right one."""
 
-    def judge(self, question: Question, answer: Answer) -> Sample:
+    def score_answer(self, question: Question, answer: Answer) -> Sample:
         """The likeliest choice counts; among equally likely ones, the first."""
         probabilities = np.asarray(answer.probabilities, dtype=np.float64)
         probabilities /= probabilities.sum()

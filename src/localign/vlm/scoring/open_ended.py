@@ -22,7 +22,7 @@ class OpenEnded(Benchmark):
     scorings = ("published", "strict")
     evaluator: ClassVar[Evaluator]
 
-    def judge(self, question: Question, answer: Answer) -> Sample:
+    def score_answer(self, question: Question, answer: Answer) -> Sample:
         rules = self.evaluator if self.scoring == "published" else STRICT
         parsed = rules.prediction(answer.text)
         truth = question.payload["answers"]

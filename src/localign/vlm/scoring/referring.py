@@ -52,7 +52,7 @@ class Referring(Benchmark):
     def parts(self) -> Mapping[str, tuple[str, ...]]:
         """The name of every figure, and the splits it is over."""
 
-    def judge(self, question: Question, answer: Answer) -> Sample:
+    def score_answer(self, question: Question, answer: Answer) -> Sample:
         frame = self._frame_of(answer)
         size = Size(*question.payload["size"])
         pixels = question.payload["box"]

@@ -20,9 +20,9 @@ from localign.recipes import read_recipe, recipe_names
 from localign.statistics.paired import interval_over_seeds
 from localign.vlm.evaluation.compare.charts import comparison_drawings
 from localign.vlm.evaluation.compare.comparison import Comparison, compare
-from localign.vlm.evaluation.compare.panels import ComparedModel, PanelModel, read_entries
-from localign.vlm.evaluation.compare.summary import Summary, summary_of
-from localign.vlm.evaluation.results import judge_again, read_answers
+from localign.vlm.evaluation.compare.panels import ComparedModel, PanelModel, parse_models
+from localign.vlm.evaluation.compare.summary import RunSummary, summarise_run
+from localign.vlm.evaluation.results import read_answers, rescore_answers
 from localign.vlm.evaluation.run import evaluate
 
 PNG = b"\x89PNG"
@@ -65,11 +65,14 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def summaries(folder: Path) -> dict[str, Summary]:
+def summaries(folder: Path) -> dict[str, RunSummary]:
     """What a comparison takes from an evaluation."""
     outcomes = json.loads((folder / "results.json").read_text())["benchmarks"]
     records = read_answers(folder / "answers.jsonl")
-    return {name: summary_of(judge_again(part, "default", outcomes[name])) for name, part in records.items()}
+    return {
+        name: summarise_run(rescore_answers(part, "default", outcomes[name]))
+        for name, part in records.items()
+    }
 
 
 def contender(name: str, *folders: Path) -> ComparedModel:
@@ -192,10 +195,10 @@ def test_an_interval_over_images_is_of_the_mean_over_seeds(scripted: Path) -> No
 def test_a_pattern_stands_for_seeds_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number in (10, 2, 1):
         (tmp_path / f"seed{number}").mkdir()
-    (entry,) = read_entries([f"m={tmp_path}/seed*"])
+    (entry,) = parse_models([f"m={tmp_path}/seed*"])
     assert [folder.name for folder in entry.folders] == ["seed1", "seed2", "seed10"]
     with pytest.raises(UserError, match="no folder matches"):
-        read_entries([f"m={tmp_path}/none*"])
+        parse_models([f"m={tmp_path}/none*"])
 
 
 def test_more_seeds_of_one_model_are_not_paired(scripted: Path, tmp_path: Path) -> None:
@@ -264,7 +267,7 @@ def test_a_model_in_two_figures_counts_once(scripted: Path, tmp_path: Path) -> N
 
 def test_the_papers_figures_are_a_recipe() -> None:
     """Every training of the recipe has a recipe of its own, and all of them are in one pool."""
-    entries = read_entries(parse("vlm score", ["--config", "vlm-figures"]).runs)
+    entries = parse_models(parse("vlm score", ["--config", "vlm-figures"]).runs)
     assert read_recipe("vlm-figures").command == "vlm score"
     assert {entry.figure for entry in entries} == {"figure 5", "figure 11", "figure 12", "figure 13"}
     trained = {folder.name for entry in entries for folder in entry.folders}

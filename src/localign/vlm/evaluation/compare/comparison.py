@@ -20,14 +20,14 @@ from localign.statistics.paired import difference_over_seeds, interval_over_seed
 from localign.statistics.z_scores import ZScores, z_scores
 from localign.vlm.evaluation.compare.differences import differences
 from localign.vlm.evaluation.compare.panels import ComparedModel
-from localign.vlm.evaluation.compare.summary import Answered, Summary, answered
+from localign.vlm.evaluation.compare.summary import ModelSummary, RunSummary, mean_over_seeds
 from localign.vlm.evaluation.results import notes_of
 
 Comparison = dict[str, Any]
 """JSON-able; what :func:`compare` gives."""
 
 
-Table = Mapping[str, Mapping[str, Answered]]
+Table = Mapping[str, Mapping[str, ModelSummary]]
 """By benchmark and model."""
 
 
@@ -64,7 +64,7 @@ def _panels(pool: Sequence[ComparedModel]) -> list[dict[str, Any]]:
     return [{"figure": f, "panel": p, "models": models} for (f, p), models in panels.items()]
 
 
-def _distinct(models: Mapping[str, Answered]) -> int:
+def _distinct(models: Mapping[str, ModelSummary]) -> int:
     """Models, each once, however many panels it is in."""
     return len({id(one) for one in models.values()})
 
@@ -72,10 +72,10 @@ def _distinct(models: Mapping[str, Answered]) -> int:
 # -- answers -------------------------------------------------------------------------------------------------
 
 
-def _answers(name: str, pool: Sequence[ComparedModel]) -> dict[str, Answered]:
+def _answers(name: str, pool: Sequence[ComparedModel]) -> dict[str, ModelSummary]:
     """Of the models that answered a benchmark with all of their seeds."""
-    found: dict[str, Answered] = {}
-    same: dict[tuple[Path, ...], Answered] = {}
+    found: dict[str, ModelSummary] = {}
+    same: dict[tuple[Path, ...], ModelSummary] = {}
     for contender in pool:
         label, folders = contender.entry.label, contender.entry.folders
         if not all(name in run for run in contender.runs):
@@ -85,12 +85,12 @@ def _answers(name: str, pool: Sequence[ComparedModel]) -> dict[str, Answered]:
             first, base = next(((m, one.runs[0]) for m, one in found.items()), (label, runs[0]))
             for run in runs:
                 _check_same(f"{name} of {first} and {label}", base, run)
-            same[folders] = answered(runs)
+            same[folders] = mean_over_seeds(runs)
         found[label] = same[folders]
     return found
 
 
-def _check_same(what: str, first: Summary, second: Summary) -> None:
+def _check_same(what: str, first: RunSummary, second: RunSummary) -> None:
     try:
         check_same(first.scores, second.scores)
     except UserError as error:
@@ -100,7 +100,7 @@ def _check_same(what: str, first: Summary, second: Summary) -> None:
 # -- one benchmark -------------------------------------------------------------------------------------------
 
 
-def _compared(panels: Sequence[Mapping[str, Any]], models: Mapping[str, Answered]) -> dict[str, Any]:
+def _compared(panels: Sequence[Mapping[str, Any]], models: Mapping[str, ModelSummary]) -> dict[str, Any]:
     changes, tests = {}, {}
     for first, model in _pairs(panels):
         if first in models and model in models:
@@ -121,7 +121,7 @@ def _pairs(panels: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
         yield from ((first, model) for model in others)
 
 
-def _outcome(model: Answered) -> dict[str, Any]:
+def _outcome(model: ModelSummary) -> dict[str, Any]:
     """As in ``results.json``, with the spread over seeds; ``invalid`` is of all seeds together."""
     figures = {}
     for figure, value in model.figures.values.items():
@@ -136,7 +136,7 @@ def _outcome(model: Answered) -> dict[str, Any]:
     return {**model.runs[0].facts, "invalid": invalid, "figures": figures}
 
 
-def _differences(base: Answered, other: Answered) -> dict[str, Any]:
+def _differences(base: ModelSummary, other: ModelSummary) -> dict[str, Any]:
     return {
         figure: difference._asdict()
         | {"interval_over_seeds": difference_over_seeds(base.known(figure), other.known(figure))}

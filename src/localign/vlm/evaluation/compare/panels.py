@@ -9,7 +9,7 @@ from glob import glob
 from pathlib import Path
 
 from localign.errors import UserError
-from localign.vlm.evaluation.compare.summary import Summary
+from localign.vlm.evaluation.compare.summary import RunSummary
 
 _DEEPEST = 3
 """Parts of a name: figure, panel, model."""
@@ -38,11 +38,11 @@ class ComparedModel:
     """A model with what its answers came to."""
 
     entry: PanelModel
-    runs: tuple[Mapping[str, Summary], ...]
+    runs: tuple[Mapping[str, RunSummary], ...]
     """By benchmark, one for each training seed."""
 
 
-def read_entries(words: Sequence[str]) -> list[PanelModel]:
+def parse_models(words: Sequence[str]) -> list[PanelModel]:
     """The models that a command line names.
 
     Args:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from localign.vlm.evaluation.compare.differences import Figures
-from localign.vlm.evaluation.results import Judged, facts_of
+from localign.vlm.evaluation.results import ScoredAnswers, facts_of
 from localign.vlm.scoring.intervals import bootstrap
 
 
 @dataclass(frozen=True)
-class Summary:
+class RunSummary:
     """One training run's answers to one benchmark."""
 
     facts: Mapping[str, Any]
@@ -27,20 +27,20 @@ class Summary:
     """By question, in 0..1."""
 
 
-def summary_of(judged: Judged) -> Summary:
+def summarise_run(judged: ScoredAnswers) -> RunSummary:
     """All figures, on the images and on resampled ones, and the score of every question."""
     suite, records = judged.benchmark, judged.records
     figures = Figures(suite.aggregate(records), bootstrap(suite, records))
-    return Summary(
+    return RunSummary(
         facts_of(judged, figures.values), figures, {record["id"]: record["score"] for record in records}
     )
 
 
 @dataclass(frozen=True)
-class Answered:
+class ModelSummary:
     """One model's answers to one benchmark."""
 
-    runs: Sequence[Summary]
+    runs: Sequence[RunSummary]
     """One for each training seed."""
     figures: Figures
     """Means over seeds; a figure that some seed lacks is None."""
@@ -57,7 +57,7 @@ class Answered:
         }
 
 
-def answered(runs: Sequence[Summary]) -> Answered:
+def mean_over_seeds(runs: Sequence[RunSummary]) -> ModelSummary:
     """The means over training seeds that were asked the same questions."""
     values: dict[str, float | None] = {}
     for figure in runs[0].figures.values:
@@ -68,4 +68,4 @@ def answered(runs: Sequence[Summary]) -> Answered:
         figure: torch.stack([run.figures.draws[figure] for run in runs]).mean(dim=0)
         for figure in runs[0].figures.draws
     }
-    return Answered(runs, Figures(values, draws))
+    return ModelSummary(runs, Figures(values, draws))

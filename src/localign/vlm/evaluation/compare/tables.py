@@ -12,7 +12,7 @@ from rich.table import Table
 from localign.files import replace_text
 from localign.report.figures.drawing import to_csv
 from localign.vlm.evaluation.compare.comparison import Comparison
-from localign.vlm.evaluation.results import shown, shown_interval
+from localign.vlm.evaluation.results import format_interval, shown
 
 _COLUMNS = (
     *("benchmark", "scoring", "questions", "figure", "model", "seeds", "value", "low", "high"),
@@ -38,13 +38,13 @@ def write_comparison(folder: Path, comparison: Comparison) -> list[Path]:
     return [folder / name for name in contents]
 
 
-def firsts(comparison: Comparison) -> dict[str, str]:
+def baselines(comparison: Comparison) -> dict[str, str]:
     """What every model but the first of a panel is compared with."""
     return {model: panel["models"][0] for panel in comparison["panels"] for model in panel["models"][1:]}
 
 
 def _lines(comparison: Comparison) -> Iterator[tuple[Any, ...]]:
-    scores, against = comparison["z_scores"]["scores"], firsts(comparison)
+    scores, against = comparison["z_scores"]["scores"], baselines(comparison)
     for name, part in comparison["benchmarks"].items():
         for model, outcome in part["outcomes"].items():
             test = part["mcnemar"].get(model, {})
@@ -79,7 +79,7 @@ def _several_seeds(comparison: Comparison) -> bool:
 
 def _grid(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the headline figures, a row for each figure and model."""
-    seeds, several = _several_seeds(comparison), bool(firsts(comparison))
+    seeds, several = _several_seeds(comparison), bool(baselines(comparison))
     intervals = ["95 % over images", *(["95 % over seeds"] if seeds else [])]
     compared = ["difference", *intervals, "McNemar's p"] if several else []
     header = ["benchmark", "figure", "model", "value", *intervals, *compared]
@@ -103,8 +103,8 @@ def _grid(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 def _cells(found: Mapping[str, Any] | None, seeds: bool, sign: str = "") -> list[str]:
     """A value, its interval over images, and that over seeds where some model has several."""
     found = found or {"value": None, "interval": None, "interval_over_seeds": None}
-    over_seeds = [shown_interval(found["interval_over_seeds"], sign)] if seeds else []
-    return [shown(found["value"], sign), shown_interval(found["interval"], sign), *over_seeds]
+    over_seeds = [format_interval(found["interval_over_seeds"], sign)] if seeds else []
+    return [shown(found["value"], sign), format_interval(found["interval"], sign), *over_seeds]
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -142,7 +142,7 @@ def _two_decimals(value: float | None) -> str:
 
 
 def _caption(comparison: Comparison) -> str:
-    against = list(dict.fromkeys(firsts(comparison).values()))
+    against = list(dict.fromkeys(baselines(comparison).values()))
     said = "Percent. Intervals over images: what other images would give to the same trained models."
     if _several_seeds(comparison):
         said += (
