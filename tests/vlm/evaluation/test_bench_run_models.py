@@ -12,14 +12,10 @@ from vlm_models import picture
 
 from localign.errors import UserError
 from localign.vlm.evaluation.generation import Query
-from localign.vlm.evaluation.models import (
-    LocalignModel,
-    TransformersModel,
-    fingerprint_of,
-    open_model,
-)
-from localign.vlm.scoring.base import Question
+from localign.vlm.evaluation.model_base import LazyModel
+from localign.vlm.evaluation.models import fingerprint_of, open_model
 from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame
+from localign.vlm.scoring.questions import Question
 
 SAVERS: dict[str, Callable[[Path], Path]] = {
     "localign": save_tiny_vlm,
@@ -40,7 +36,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Questi
     return {suite.name: data.questions for suite, data in suites(root, "gqa", "refcoco", "tallyqa", "ai2d")}
 
 
-def opened(folder: Path, frame: BoxFrame | None = None) -> LocalignModel | TransformersModel:
+def opened(folder: Path, frame: BoxFrame | None = None) -> LazyModel:
     return open_model(str(folder), "x", CPU, torch.float32, frame)
 
 
@@ -146,7 +142,7 @@ def test_a_fingerprint_is_of_the_content(folders: dict[str, Path], tmp_path: Pat
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=f"{tmp_path} holds no model"):
+    with pytest.raises(UserError, match=f"{tmp_path} does not hold a model"):
         fingerprint_of(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
     with pytest.raises(UserError, match="cannot load the model") as refusal:

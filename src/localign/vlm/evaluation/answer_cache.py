@@ -1,7 +1,7 @@
-"""Raw answers on disk, as they come: what was asked once is not asked again.
+"""The cache of raw answers on disk, so that no question is asked twice.
 
-Each process appends to a file of its own. A line belongs to a key, which is made of everything its answer depends
-on; a line that was cut off by a kill counts as not there.
+Each process appends to its own file. A line belongs to a key, which is a hash of everything that the answer depends
+on. An incomplete line, which a killed process leaves behind, is ignored.
 """
 
 from __future__ import annotations
@@ -11,22 +11,35 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypedDict
 
-from localign.vlm.scoring.base import MAX_NEW_TOKENS, Answer, Benchmark, Question
+from localign.vlm.scoring.base import Benchmark
 from localign.vlm.scoring.boxes import BoxFrame
+from localign.vlm.scoring.questions import MAX_NEW_TOKENS, Answer, Question
 
 FOLDER = "responses"
 
 
+class _Key(TypedDict):
+    key: str
+    id: str
+
+
+class CachedAnswer(_Key, total=False):
+    """One line of the cache; it has either the text or the probabilities."""
+
+    text: str
+    probabilities: list[float]
+
+
 def answer_key(identity: Mapping[str, str], benchmark: Benchmark, question: Question, prompt: str) -> str:
-    """Changes with the model, the prompt, the benchmark's version, and the size of the image's file.
+    """The answer cache's key: a hash of the model, the prompt, the benchmark's version and the image's file size.
 
     Args:
-        identity: The model's.
-        benchmark: Whose question it is.
-        question: What is asked.
-        prompt: With all words of the model's prompt format.
+        identity: The model's identity.
+        benchmark: The benchmark of the question.
+        question: The question.
+        prompt: The question in the model's prompt format.
     """
     parts = [
         dict(identity),
@@ -41,23 +54,23 @@ def answer_key(identity: Mapping[str, str], benchmark: Benchmark, question: Ques
 
 
 def read_answer_cache(folder: Path, frame: BoxFrame | None) -> dict[str, Answer]:
-    """All answers by key, from whichever processes.
+    """All answers by key, from the files of all processes.
 
     Args:
-        folder: Of the evaluation.
-        frame: What coordinates in the answers refer to.
+        folder: The folder of the evaluation.
+        frame: The frame of coordinates in the answers.
     """
     found = {}
     for path in sorted((folder / FOLDER).glob("*.jsonl")):
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
-                if (response := _response(line, frame)) is not None:
-                    found[response[0]] = response[1]
+                if (entry := _parse(line, frame)) is not None:
+                    found[entry[0]] = entry[1]
     return found
 
 
-def _response(line: str, frame: BoxFrame | None) -> tuple[str, Answer] | None:
-    """Key and answer; None of a line that is not whole, or that no AnswerCacheWriter wrote."""
+def _parse(line: str, frame: BoxFrame | None) -> tuple[str, Answer] | None:
+    """Key and answer; None for an incomplete line, or one that :class:`AnswerCacheWriter` did not write."""
     try:
         entry: Any = json.loads(line) if line.endswith("\n") else None
     except (ValueError, RecursionError):
@@ -73,40 +86,43 @@ def _response(line: str, frame: BoxFrame | None) -> tuple[str, Answer] | None:
 
 
 class AnswerCacheWriter:
-    """Appends to one process's file; what :meth:`add` was given is on the disk when it returns.
+    """Appends answers to the file of one process.
 
     Args:
-        folder: Of the evaluation.
-        rank: The process.
+        folder: The folder of the evaluation.
+        rank: The rank of the process.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
         path = folder / FOLDER / f"rank{rank}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
-        _drop_torn_end(self._file)
+        _truncate_to_last_line(self._file)
 
     def add(self, answers: Iterable[tuple[str, str, Answer]]) -> None:
-        """Keys, ids of questions, and answers."""
-        lines = []
-        for key, name, answer in answers:
-            said = (
-                {"probabilities": list(answer.probabilities)}
-                if answer.probabilities
-                else {"text": answer.text}
-            )
-            lines.append(json.dumps({"key": key, "id": name, **said}) + "\n")
+        """Append answers; they are on the disk when this returns.
+
+        Args:
+            answers: Key, question id and answer of each.
+        """
+        lines = [json.dumps(_entry(key, name, answer)) + "\n" for key, name, answer in answers]
         self._file.write("".join(lines).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
 
-def _drop_torn_end(file: Any) -> None:
-    """Cut a file after its last whole line."""
+def _entry(key: str, name: str, answer: Answer) -> CachedAnswer:
+    if answer.probabilities:
+        return {"key": key, "id": name, "probabilities": list(answer.probabilities)}
+    return {"key": key, "id": name, "text": answer.text}
+
+
+def _truncate_to_last_line(file: BinaryIO) -> None:
+    """Cut a file off after its last complete line."""
     end = file.seek(0, os.SEEK_END)
     position = end
     while position > 0:
