@@ -26,8 +26,8 @@ from localign.bench.show import both_times, show, timing_table, write_measuremen
 from localign.bench.timing import Timing, hardware, timed
 from localign.errors import RunFailure
 from localign.vlm.benchmarks.table import benchmark
-from localign.vlm.scoring.answers import VQAV2
-from localign.vlm.scoring.base import Answer
+from localign.vlm.scoring.normalisation import VQAV2
+from localign.vlm.scoring.questions import Answer
 
 QUESTIONS, PER_IMAGE = 214_354, 5.292
 """Of the official validation files."""

@@ -332,7 +332,7 @@ def vlm_eval(config: EvalConfig) -> None:
 
 
 def vlm_score(config: ScoreConfig) -> None:
-    from localign.vlm.evaluation.compare.rescoring import run_score
+    from localign.vlm.evaluation.score import run_score
 
     run_score(config)
 

@@ -16,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localign.errors import UserError
-from localign.vlm.evaluation.responses import FOLDER, ResponseWriter, read_responses
-from localign.vlm.scoring import answers
+from localign.vlm.evaluation.answer_cache import FOLDER, AnswerCacheWriter, read_answer_cache
+from localign.vlm.scoring import normalisation
 from localign.vlm.scoring.boxes import ORIGINAL, Box, BoxFrame, Size, parse_box, parse_published
 from localign.vlm.scoring.readers import read_json_lines, read_pickle
 
 boxlike = st.text(alphabet="[]()0123456789.,-+eE inf\n", max_size=60) | st.text(max_size=40)
 sizes = st.builds(Size, st.integers(1, 5000), st.integers(1, 5000))
 FRAMES = [ORIGINAL, BoxFrame("padded-square", 100), BoxFrame("letterboxed", 1000, (224, 336))]
-NORMALISERS = [answers.vqav2, answers.vizwiz, answers.textvqa, answers.strict]
+NORMALISERS = [normalisation.vqav2, normalisation.vizwiz, normalisation.textvqa, normalisation.strict]
 
 
 @bounded
@@ -74,8 +74,8 @@ def test_endless_answers_take_no_time(text: str, call: Callable[[str], object]) 
 def test_any_answer_in_words(text: str, truths: list[str]) -> None:
     for normalise in NORMALISERS:
         assert isinstance(normalise(text), str)
-        assert 0 <= answers.soft_score(normalise(text), [normalise(t) for t in truths]) <= 1
-    assert answers.strict(answers.strict(text)) == answers.strict(text)
+        assert 0 <= normalisation.soft_score(normalise(text), [normalise(t) for t in truths]) <= 1
+    assert normalisation.strict(normalisation.strict(text)) == normalisation.strict(text)
 
 
 entries = st.fixed_dictionaries(
@@ -95,12 +95,12 @@ def test_any_file_of_answers(tmp_path: Path, content: list[str], end: bytes) -> 
     whole = json.dumps({"key": "mine", "id": "q", "text": "a dog"})
     text = "\n".join([whole, *content])
     (tmp_path / FOLDER / "rank0.jsonl").write_bytes(text.encode("utf-8", "replace") + b"\n" + end)
-    found = read_responses(tmp_path, None)
+    found = read_answer_cache(tmp_path, None)
     assert "mine" in found
     assert all(isinstance(key, str) and isinstance(said.text, str) for key, said in found.items())
     assert all(isinstance(p, float) for said in found.values() for p in said.probabilities)
-    ResponseWriter(tmp_path, 0).close()
-    assert read_responses(tmp_path, None).keys() == found.keys()
+    AnswerCacheWriter(tmp_path, 0).close()
+    assert read_answer_cache(tmp_path, None).keys() == found.keys()
 
 
 @bounded
@@ -172,7 +172,7 @@ def test_pickles_that_run_something_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("refs.p").write_bytes(HOSTILE[name])
-    with pytest.raises(UserError, match="no pickle of plain values") as caught:
+    with pytest.raises(UserError, match="is not a pickle of plain values") as caught:
         read_pickle(Path("refs.p"))
     assert "\n" not in str(caught.value)
     assert os.listdir() == ["refs.p"]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,31 @@ def z_scores(figures: Mapping[str, Mapping[str, float | None]]) -> ZScores:
     }
     averages = {model: float(np.mean(list(row.values()))) if row else None for model, row in scores.items()}
     return ZScores(means, deviations, scores, averages)
+
+
+def model_counts(scales: ZScores) -> dict[str, int]:
+    """By metric, the number of models in the pool that have it."""
+    return {name: sum(name in row for row in scales.scores.values()) for name in scales.means}
+
+
+def average_replicates(scales: ZScores, model: str, replicates: Mapping[str, Tensor]) -> Tensor | None:
+    """A model's mean z-score in every replicate, with the scales held fixed.
+
+    Args:
+        scales: Of the pool.
+        model: One of its models.
+        replicates: The model's metrics in every replicate, by name float64 ``(R,)``.
+
+    Returns:
+        float64 ``(R,)``; None for a model without metrics. A metric that a single model has, or on which all models
+        agree, counts as 0.
+    """
+    scores = scales.scores[model]
+    if not scores:
+        return None
+    counts = model_counts(scales)
+    total = torch.zeros(len(next(iter(replicates.values()))), dtype=torch.float64)
+    for name in scores:
+        if counts[name] > 1 and scales.deviations[name] > 0:
+            total += (replicates[name] - scales.means[name]) / scales.deviations[name]
+    return total / len(scores)

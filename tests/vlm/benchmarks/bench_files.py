@@ -12,8 +12,9 @@ from PIL import Image
 
 from localign.vlm.data.scene_dataset import write_dataset
 from localign.vlm.data.scene_questions import KINDS
-from localign.vlm.scoring.base import Answer, Benchmark, QuestionSet, Sample
+from localign.vlm.scoring.base import Benchmark, QuestionSet
 from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame
+from localign.vlm.scoring.questions import Answer, Sample
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -80,7 +81,7 @@ def write_refcoco(root: Path) -> Path:
         ],
         "refcocog/refs(umd).p": [_reference(3, 45, 456, "val", {5: "a tall thing that stands"})],
     }
-    boxes = {
+    boxes: dict[int, tuple[int, list[float]]] = {
         42: (123, [20, 10, 80, 40]),
         43: (123, [120, 60, 80, 40.0000001]),  # up to the right and lower border, and a hair beyond
         44: (123, [3.2, 3.1, 0.6, 0.5]),  # too small for two decimals

@@ -14,8 +14,9 @@ from bench_files import WRITERS
 from localign.engine.distributed import DistributedContext
 from localign.errors import UserError
 from localign.vlm.benchmarks.table import benchmark
-from localign.vlm.scoring.base import Benchmark, Question, QuestionSet
+from localign.vlm.scoring.base import Benchmark, QuestionSet
 from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame
+from localign.vlm.scoring.questions import Question
 
 CPU = torch.device("cpu")
 ALONE = DistributedContext(0, 1, 0, CPU)
@@ -136,9 +137,8 @@ def save_tiny_llava(folder: Path, before_answers: str = "") -> Path:
         eos_token_id=1,
     )
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=image, image_token_id=image)
-    )
+    tokens: dict[str, Any] = {"image_token_index": image, "image_token_id": image}
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **tokens))
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(
             size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16}
@@ -179,10 +179,13 @@ def save_tiny_idefics(folder: Path) -> Path:
     marks = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
     tokenizer.add_special_tokens({"additional_special_tokens": marks})
     torch.manual_seed(0)
+    tokens: dict[str, Any] = {
+        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     model = Idefics3ForConditionalGeneration(
         Idefics3Config(
-            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-            pad_token_id=tokenizer.pad_token_id,
+            **tokens,
             scale_factor=2,
             vision_config={
                 "hidden_size": 16,

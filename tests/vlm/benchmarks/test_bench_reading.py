@@ -76,10 +76,10 @@ def test_other_letters_than_ascii_are_read_however_they_are_written(name: str, t
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_miniatures_are_refused_unless_partial_data_are_allowed(name: str, tmp_path: Path) -> None:
     root = WRITERS[name](tmp_path)
-    with pytest.raises(UserError, match=f"the data of {name} are not whole") as refusal:
+    with pytest.raises(UserError, match=f"the data of {name} are not complete") as refusal:
         benchmark(name).read(root)
     assert "\n" not in str(refusal.value)
-    assert benchmark(name).read(root, allow_partial=True).missing
+    assert benchmark(name).read(root, allow_partial=True).deviations
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -99,12 +99,12 @@ def test_a_missing_image_is_noticed(name: str, tmp_path: Path) -> None:
         suite.read(root)
     kept = [q.id for q in whole.questions if q.image != gone]
     if not kept:
-        with pytest.raises(UserError, match="not one question"):
+        with pytest.raises(UserError, match=f"no question of {name} has its image below"):
             suite.read(root, allow_partial=True)
         return
     partial = suite.read(root, allow_partial=True)
     assert [q.id for q in partial.questions] == kept
-    assert gone in partial.missing[-1]
+    assert gone in partial.deviations[-1]
 
 
 def test_official_counts() -> None:
@@ -130,13 +130,13 @@ def test_official_counts() -> None:
 def test_whole_data_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TallyQA, "expected", {"simple": (3,), "complex": (2,), TOTAL: (5,)})
     found = TallyQA().read(write_tallyqa(tmp_path))
-    assert (len(found.questions), found.limit, found.missing) == (5, None, ())
+    assert (len(found.questions), found.limit, found.deviations) == (5, None, ())
 
 
 def test_the_number_of_images_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite = benchmark("gqa")
     monkeypatch.setattr(type(suite), "expected", {TOTAL: (3,)})
-    with pytest.raises(UserError, match="questions on 1 images where there are 398"):
+    with pytest.raises(UserError, match="questions on 1 images instead of 398"):
         suite.read(write_gqa(tmp_path))
 
 
@@ -181,7 +181,7 @@ def test_subsets_nest_and_take_as_many_of_every_split(tmp_path: Path) -> None:
     assert [Counter(q.split for q in chosen) for chosen in sets] == [
         {"simple": n, "complex": min(n, 30)} for n in (1, 7, 40, 50)
     ]
-    with pytest.raises(UserError, match="at least 1; 0 is none"):
+    with pytest.raises(UserError, match="the limit of questions per split must be at least 1, not 0"):
         suite.read(tmp_path, limit=0)
 
 
@@ -195,7 +195,7 @@ def test_images_of_questions_that_are_not_asked_may_be_missing(tmp_path: Path) -
         os.remove(image)
     again = suite.read(root, limit=1, allow_partial=True)
     assert again.questions == chosen
-    assert not any("image" in line for line in again.missing)
+    assert not any("image" in line for line in again.deviations)
 
 
 # -- what is asked -------------------------------------------------------------------------------------------
@@ -262,7 +262,8 @@ def test_ai2d_compares_four_letters_whatever_the_number_of_choices(tmp_path: Pat
     assert question.message.startswith("How many?\nA. 1\nB. 2\nAnswer")
     assert question.choices == tuple("ABCD")
     for texts, label in (["1", "2"], 2), ([*"12345"], 4):
-        with pytest.raises(UserError, match=f"there is no answer {label} among the first 4"):
+        problem = f"the right answer has the index {label}, but only the first {label} answers can be chosen"
+        with pytest.raises(UserError, match=problem):
             benchmark("ai2d").read(of(answerTexts=texts, correctAnswer=label), allow_partial=True)
     write_json(path, content | {"questions": {}})  # an image without questions
     assert {q.id for q in benchmark("ai2d").read(root, allow_partial=True).questions} == {"10-0", "10-1"}
@@ -284,7 +285,7 @@ def test_vqav2_joins_questions_and_annotations_by_id(tmp_path: Path) -> None:
     path = root / "download/vqa-v2/v2_val2014_questions.json"
     content = json.loads(path.read_text())
     write_json(path, content | {"questions": content["questions"][1:]})
-    with pytest.raises(UserError, match="there is no question 393225000"):
+    with pytest.raises(UserError, match="annotates the question 393225000"):
         messages("vqav2", root)
 
 

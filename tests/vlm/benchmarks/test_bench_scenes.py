@@ -17,19 +17,19 @@ from localign.vlm.benchmarks.scenes import Scenes, guessing
 from localign.vlm.data.scene_dataset import write_dataset
 from localign.vlm.data.scene_questions import KINDS, questions_of
 from localign.vlm.evaluation.run import evaluate
-from localign.vlm.scoring.base import Answer, Question
 from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame, Size
 from localign.vlm.scoring.intervals import intervals
+from localign.vlm.scoring.questions import Answer, Question, Sample
 
 SUITE = Scenes()
 
 
-def asking(kind: str, answer: str, message: str = "Which?", **payload: object) -> Question:
-    return Question("0", "0.png", message, kind, {"answer": answer, **payload})
+def asking(kind: str, answer: str, message: str = "Which?") -> Question:
+    return Question("0", "0.png", message, kind, {"answer": answer})
 
 
 def box_question(*corners: float) -> Question:
-    return asking("referring", "", box=corners, size=(100, 100))
+    return Question("0", "0.png", "Which?", "referring", {"answer": "", "box": corners, "size": (100, 100)})
 
 
 def score(question: Question, text: str) -> float:
@@ -41,7 +41,7 @@ def score(question: Question, text: str) -> float:
 
 def test_what_was_written_is_asked(tmp_path: Path) -> None:
     data = SUITE.read(write_scenes(tmp_path, scenes=12))
-    assert (data.missing, {q.mode for q in data.questions}) == ((), {"text"})
+    assert (data.deviations, {q.mode for q in data.questions}) == ((), {"text"})
     world, source = SceneConfig(), SceneSource(None, "test", 12)
     expected = {
         f"test-{index:06d}-{turn}": question
@@ -77,12 +77,12 @@ def test_a_limit_is_of_every_kind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"kinds": ["colour"]}, "question test-000000-0: there is no kind of question 'colour'"),
+        ({"kinds": ["colour"]}, "question test-000000-0: unknown kind of question 'colour'"),
         ({"kinds": ["referring", "count"]}, "no file of questions on scenes"),
         ({"boxes": [None]}, "question test-000000-0: the field 'boxes' is None, not four numbers"),
         ({"boxes": [[0.1, 0.2, 0.3]]}, "not four numbers"),
-        ({"boxes": [[0.5, 0.2, 0.5, 0.4]]}, r"the box \[.*\] is none in an image of"),
-        ({"boxes": [[0.5, 0.2, 1.5, 0.4]]}, r"the box \[.*\] is none in an image of"),
+        ({"boxes": [[0.5, 0.2, 0.5, 0.4]]}, r"the box \[.*\] does not fit in an image of"),
+        ({"boxes": [[0.5, 0.2, 1.5, 0.4]]}, r"the box \[.*\] does not fit in an image of"),
         ({"kinds": ["caption"], "boxes": [None]}, "names no object"),
         ({"conversations": None}, "no file of questions on scenes"),
     ],
@@ -135,7 +135,7 @@ def test_a_box_is_right_from_half_overlap(answer: str, right: float, fault: str 
 def test_boxes_go_by_the_frame_that_the_model_declares() -> None:
     question = box_question(20, 20, 60, 60)
     assert SUITE.score(question, Answer("[200, 200, 600, 600]", frame=BoxFrame(scale=1000)))["score"] == 1
-    with pytest.raises(UserError, match="does not say which frame its boxes are in"):
+    with pytest.raises(UserError, match="does not declare the frame of its boxes"):
         SUITE.score(question, Answer("[0.2, 0.2, 0.6, 0.6]"))
     published = Scenes("published")
     assert published.score(question, Answer("[0.2, 0.2, 0.6, 0.6].", frame=ORIGINAL))["score"] == 0
@@ -215,10 +215,23 @@ def test_figures_are_of_the_kinds_that_are_asked() -> None:
 def test_intervals_are_over_scenes_not_questions() -> None:
     """Eight answers on a scene that stand and fall together say no more than one."""
     scores = [1.0, 0.0, 1.0, 1.0] * 20
-    once = [{"id": f"{i}-0", "image": f"{i}", "split": "count", "score": s} for i, s in enumerate(scores)]
-    often = [one | {"id": f"{one['image']}-{n}"} for one in once for n in range(8)]
-    expected = intervals(SUITE, once)["accuracy__Scenes-count"]
-    assert intervals(SUITE, often)["accuracy__Scenes-count"] == pytest.approx(expected)
+
+    def samples(turns: int) -> list[Sample]:
+        return [
+            {
+                "id": f"{scene}-{turn}",
+                "image": f"{scene}",
+                "split": "count",
+                "score": score,
+                "parsed": "",
+                "truth": "",
+            }
+            for scene, score in enumerate(scores)
+            for turn in range(turns)
+        ]
+
+    expected = intervals(SUITE, samples(1))["accuracy__Scenes-count"]
+    assert intervals(SUITE, samples(8))["accuracy__Scenes-count"] == pytest.approx(expected)
 
 
 def test_an_evaluation_has_a_table_of_the_kinds_that_are_asked(
@@ -243,7 +256,7 @@ def test_an_evaluation_has_a_table_of_the_kinds_that_are_asked(
 def test_a_model_without_a_frame_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
     data = SUITE.read(write_scenes(tmp_path / "data", kinds=("count", "referring")))
     model = ScriptedModel(frame=None)
-    with pytest.raises(UserError, match="does not say which frame its boxes are in"):
+    with pytest.raises(UserError, match="does not declare the frame of its boxes"):
         evaluate(model, [(SUITE, data)], tmp_path / "out", ALONE, 4)
     assert model.asked == []
 

@@ -25,7 +25,7 @@ from bench_files import (
 
 from localign.errors import RunFailure
 from localign.vlm.benchmarks.table import benchmark
-from localign.vlm.scoring.base import Answer
+from localign.vlm.scoring.questions import Answer
 
 
 def sixteen(**probabilities: float) -> list[float]:

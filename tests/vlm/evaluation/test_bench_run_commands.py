@@ -18,7 +18,7 @@ from localign.cli import main
 from localign.vlm.evaluation import run
 from localign.vlm.evaluation.results import read_answers
 from localign.vlm.evaluation.run import evaluate
-from localign.vlm.evaluation.show import ANSWERED, TRUE, drawn, file_name
+from localign.vlm.evaluation.show import ANSWERED, TRUE, draw_record, file_name
 from localign.vlm.scoring import base
 
 NAMES = ("ai2d", "refcoco", "gqa")
@@ -104,7 +104,7 @@ def test_a_finished_evaluation_loads_no_weights(
     )
     localign(command)
     before = content(tmp_path / "results.json")
-    monkeypatch.setattr("localign.vlm.evaluation.models.load_vlm", None)
+    monkeypatch.setattr("localign.vlm.evaluation.localign_model.load_vlm", None)
     localign(command)
     assert content(tmp_path / "results.json") == before
 
@@ -116,16 +116,22 @@ def test_a_finished_evaluation_loads_no_weights(
         ("MODEL --benchmarks gqa", "eval needs a model, --benchmarks and --data"),
         ("MODEL --benchmarks gqx --data DATA", "unknown benchmark 'gqx'; known: "),
         ("MODEL --benchmarks gqa,gqa --data DATA", "takes names, each once"),
-        ("MODEL --benchmarks gqa --data DATA", "the data of gqa are not whole"),
+        ("MODEL --benchmarks gqa --data DATA", "the data of gqa are not complete"),
         ("MODEL --benchmarks vsr --data DATA", "there is no file"),
-        ("MODEL --benchmarks gqa --data DATA --limit 0 --allow-partial", "a limit is a number of questions"),
+        (
+            "MODEL --benchmarks gqa --data DATA --limit 0 --allow-partial",
+            "the limit of questions per split must be at least 1, not 0",
+        ),
         ("MODEL --benchmarks gqa --data DATA --batch-size 0", "--batch-size must be at least 1"),
-        ("DATA --benchmarks gqa --data DATA --allow-partial", "holds no model"),
+        ("DATA --benchmarks gqa --data DATA --allow-partial", "does not hold a model"),
         ("MODEL --benchmarks pope --data DATA --allow-partial", "the choice 'Yes' is 3 tokens"),
-        ("MODEL --benchmarks refcoco --data DATA --allow-partial --boxes x", "'x' is no box frame"),
-        ("LLAVA --benchmarks refcoco --data DATA --allow-partial", "does not say which frame its boxes are"),
+        ("MODEL --benchmarks refcoco --data DATA --allow-partial --boxes x", "'x' is not a box frame"),
+        ("LLAVA --benchmarks refcoco --data DATA --allow-partial", "does not declare the frame of its boxes"),
         ("MODEL --benchmarks gqa --data DATA --scoring x", "--scoring takes one of"),
-        ("MODEL --revision v1 --benchmarks gqa --data DATA --allow-partial", "is of models of the Hub"),
+        (
+            "MODEL --revision v1 --benchmarks gqa --data DATA --allow-partial",
+            "--revision selects a revision of a model on the Hub",
+        ),
     ],
 )
 def test_bad_use_is_one_line(
@@ -194,14 +200,16 @@ def test_bad_use_of_score_is_one_line(
         capsys, f"vlm score {tmp_path / 'cut'}"
     )
     answers.write_text(text[: text.index("\n") + 1])
-    assert "is no whole evaluation" in line_of(capsys, f"vlm score {tmp_path / 'cut'}")
+    assert "does not hold a complete evaluation" in line_of(capsys, f"vlm score {tmp_path / 'cut'}")
     answers.write_text('{"id": 1}\n')
-    assert "line 1, is no answer that localign wrote" in line_of(capsys, f"vlm score {tmp_path / 'cut'}")
+    assert "line 1, is not an answer that localign wrote" in line_of(capsys, f"vlm score {tmp_path / 'cut'}")
     limited = suites(tmp_path / "data", "refcoco", limit=1)
     evaluate(ScriptedModel(), limited, tmp_path / "limited", ALONE, 8)
     assert "answered different questions" in line_of(capsys, f"vlm score {one} {tmp_path / 'limited'}")
     monkeypatch.setattr(base.Benchmark, "version", 2)
-    assert "to version 1 of refcoco, which is at version 2" in line_of(capsys, f"vlm score {one}")
+    assert "belong to version 1 of refcoco, but the current version is 2" in line_of(
+        capsys, f"vlm score {one}"
+    )
 
 
 # -- show ----------------------------------------------------------------------------------------------------
@@ -223,18 +231,20 @@ def test_wrong_answers_are_drawn(scripted: Path, tmp_path: Path) -> None:
 def test_both_boxes_are_drawn_where_they_are(scripted: Path) -> None:
     record = read_answers(scripted / "one" / "answers.jsonl")["refcoco"][0]
     record |= {"truth": [0.0, 0.0, 0.5, 0.5], "parsed": [0.25, 0.25, 1.0, 1.0]}
-    picture = drawn(record)
+    picture = draw_record(record)
     with Image.open(record["image"]) as image:
         scale = 640 / max(image.size)
         width, height = (round(scale * side) for side in image.size)
     assert picture.getpixel((12 + width // 2, 12 + height // 8)) == TRUE
     assert picture.getpixel((12 + 3 * width // 4, 12 + height // 4)) == ANSWERED
-    assert drawn(record | {"parsed": None}).getpixel((12 + 3 * width // 4, 12 + height // 4)) != ANSWERED
+    assert (
+        draw_record(record | {"parsed": None}).getpixel((12 + 3 * width // 4, 12 + height // 4)) != ANSWERED
+    )
 
 
 def test_long_and_strange_texts_fit(scripted: Path) -> None:
     record = read_answers(scripted / "one" / "answers.jsonl")["gqa"][0]
-    long = drawn(record | {"message": "word " * 2000, "answer": "x" * 5000, "id": "a/../b ü"})
+    long = draw_record(record | {"message": "word " * 2000, "answer": "x" * 5000, "id": "a/../b ü"})
     assert long.size[0] == 664
     assert long.size[1] < 2000
     name = file_name(record | {"id": "a/../b ü"})

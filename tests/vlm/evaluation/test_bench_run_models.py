@@ -11,15 +11,11 @@ from bench_models import CPU, save_tiny_idefics, save_tiny_llava, save_tiny_vlm,
 from vlm_models import picture
 
 from localign.errors import UserError
-from localign.vlm.evaluation.answering import Query
-from localign.vlm.evaluation.models import (
-    LocalignModel,
-    TransformersModel,
-    fingerprint_of,
-    open_model,
-)
-from localign.vlm.scoring.base import Question
+from localign.vlm.evaluation.generation import Query
+from localign.vlm.evaluation.model_base import LazyModel
+from localign.vlm.evaluation.models import fingerprint_of, open_model
 from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame
+from localign.vlm.scoring.questions import Question
 
 SAVERS: dict[str, Callable[[Path], Path]] = {
     "localign": save_tiny_vlm,
@@ -40,7 +36,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Questi
     return {suite.name: data.questions for suite, data in suites(root, "gqa", "refcoco", "tallyqa", "ai2d")}
 
 
-def opened(folder: Path, frame: BoxFrame | None = None) -> LocalignModel | TransformersModel:
+def opened(folder: Path, frame: BoxFrame | None = None) -> LazyModel:
     return open_model(str(folder), "x", CPU, torch.float32, frame)
 
 
@@ -89,7 +85,7 @@ def test_questions_without_an_image(kind: str, folders: dict[str, Path]) -> None
     texts = model.answer_texts(asked, 8)
     assert texts == [model.answer_texts([question], 8)[0] for question in asked]
     assert model.answer_texts([asked[0]._replace(image=picture(0))], 8) != texts[:1]
-    rows = model.first_tokens(asked)
+    rows = model.first_token_probabilities(asked)
     assert rows.sum(dim=1).tolist() == pytest.approx([1, 1])
     assert "pixel_values" not in model._batch(asked)
 
@@ -146,7 +142,7 @@ def test_a_fingerprint_is_of_the_content(folders: dict[str, Path], tmp_path: Pat
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=f"{tmp_path} holds no model"):
+    with pytest.raises(UserError, match=f"{tmp_path} does not hold a model"):
         fingerprint_of(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
     with pytest.raises(UserError, match="cannot load the model") as refusal:

@@ -13,9 +13,9 @@ import yaml
 from localign.cli import main
 from localign.options.vlm.evaluation import IN_LMMS_EVAL
 from localign.vlm.benchmarks.table import BENCHMARKS
-from localign.vlm.lmms.table import TASK_FOLDER
-from localign.vlm.scoring.base import MAX_NEW_TOKENS
+from localign.vlm.lmms.registration import TASK_FOLDER
 from localign.vlm.scoring.boxes import ORIGINAL
+from localign.vlm.scoring.questions import MAX_NEW_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -55,10 +55,15 @@ def test_without_the_package_one_line_names_the_extra(
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads lmms-eval's tag as what it names."""
+    """Reads lmms-eval's tag ``!function`` as a string."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+def _name_of_function(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    assert isinstance(node, yaml.ScalarNode)
+    return loader.construct_scalar(node)
+
+
+_Loader.add_constructor("!function", _name_of_function)
 
 
 def test_every_task_file_is_of_a_benchmark_of_ours() -> None:

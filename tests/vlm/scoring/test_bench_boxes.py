@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from localign.errors import UserError
 from localign.vlm.data.images import ImageTransform
 from localign.vlm.scoring.boxes import (
     ORIGINAL,
+    SCALES,
     Box,
     BoxFrame,
+    Layout,
     Size,
     iou,
     overlap,
@@ -25,7 +28,7 @@ from localign.vlm.scoring.boxes import (
 
 FRAMES = [
     BoxFrame(layout, scale, (336, 448) if layout == "letterboxed" else None)
-    for layout, scale in itertools.product(("original", "letterboxed", "padded-square"), (1, 100, 1000))
+    for layout, scale in itertools.product(get_args(Layout), SCALES)
 ]
 WIDE = Size(200, 100)
 
@@ -198,8 +201,8 @@ def test_why_an_answer_names_no_place(text: str, fault: str) -> None:
         ("original:336x336:0-1", "and no others"),
         ("original:0-255", "0..1, 0..100 or 0..1000, not 0..255"),
         ("cropped:0-1", "unknown box layout 'cropped'"),
-        ("letterboxed:0x9:0-1", "no input is 0 x 9"),
-        ("0-1", "is no box frame"),
+        ("letterboxed:0x9:0-1", "must be at least 1 x 1, not 0 x 9"),
+        ("0-1", "is not a box frame"),
     ],
 )
 def test_bad_frames_are_refused(text: str, line: str) -> None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+from localign.statistics.resampling import Resamples, Rows, Statistic
 from localign.vlm.scoring.metrics import (
     Auroc,
     AveragePrecision,
-    Draws,
     Mean,
     Ratio,
-    Rows,
-    Statistic,
     macro_average_precision,
     one_vs_one_auroc,
     rows_by,
@@ -27,7 +26,7 @@ Make = Callable[[Rows], Statistic]
 """A figure of the samples that are named, some of them maybe several times."""
 
 
-def brute_auroc(scores: Sequence[float], labels: Sequence[bool]) -> float | None:
+def brute_auroc(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> float | None:
     """The share of pairs of a positive and a negative that are in order; a tie is half right."""
     pairs = [
         (p > n) + (p == n) / 2
@@ -39,7 +38,7 @@ def brute_auroc(scores: Sequence[float], labels: Sequence[bool]) -> float | None
     return sum(pairs) / len(pairs) if pairs else None
 
 
-def brute_average_precision(scores: Sequence[float], labels: Sequence[bool]) -> float | None:
+def brute_average_precision(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> float | None:
     """The mean over positives of the share of positives among what scores as high."""
     found = [
         np.mean([label for s, label in zip(scores, labels, strict=True) if s >= score])
@@ -101,7 +100,7 @@ def test_precision_recall_and_f1_are_ratios() -> None:
     assert Ratio(2 * truth * said, truth + said).value() == pytest.approx(2 / 5)
 
 
-def table(seed: int) -> tuple[np.ndarray, np.ndarray]:
+def table(seed: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     draw = np.random.default_rng(seed)
     probabilities = draw.integers(1, 5, (12, 3)).astype(float)
     return probabilities / probabilities.sum(1, keepdims=True), draw.integers(0, 3, 12)
@@ -123,7 +122,7 @@ FIGURES: dict[str, Make] = {
 def test_replicates_are_the_figure_of_what_was_drawn(make: Make) -> None:
     unit = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5, 5, 6, 6])  # samples that are drawn together
     weights = torch.from_numpy(np.random.default_rng(1).multinomial(7, [1 / 7] * 7, 40)).float()
-    replicates = make(np.arange(12)).replicates(Draws(weights, unit))
+    replicates = make(np.arange(12)).replicates(Resamples(weights, unit))
     assert replicates.dtype == torch.float64
     undefined = 0
     for drawn, replicate in zip(weights.long(), replicates, strict=True):
@@ -135,7 +134,7 @@ def test_replicates_are_the_figure_of_what_was_drawn(make: Make) -> None:
 
 def test_figures_over_some_samples_draw_those() -> None:
     rows = np.array([3, 4, 5, 10])
-    draws = Draws(torch.rand(9, 12), torch.arange(12))
+    draws = Resamples(torch.rand(9, 12), torch.arange(12))
     for name, part in (
         ("auroc", Auroc(SCORES[rows], LABELS[rows] == 0, rows)),
         ("one against one", one_vs_one_auroc(PROBABILITIES[rows], LABELS[rows], rows)),
@@ -144,7 +143,7 @@ def test_figures_over_some_samples_draw_those() -> None:
         chosen = torch.zeros(12)
         chosen[torch.from_numpy(rows)] = 1
         everything = FIGURES[name] if name != "ratio" else lambda r: Ratio(SCORES[r])
-        alone = Draws(draws.of(np.arange(12)).T * chosen, torch.arange(12))
+        alone = Resamples(draws.counts(np.arange(12)).T * chosen, torch.arange(12))
         torch.testing.assert_close(
             part.replicates(draws), everything(np.arange(12)).replicates(alone), equal_nan=True
         )

@@ -1,1 +1,1 @@
-"""Benchmarks of vision-language models: questions read from official files, and answers to them scored."""
+"""One file per vision-language benchmark, and the table of their names."""

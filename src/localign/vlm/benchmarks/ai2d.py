@@ -1,4 +1,4 @@
-"""AI2D: multiple-choice questions on diagrams, those of the test images and all others ("val")."""
+"""AI2D: multiple-choice questions on diagrams, in the splits "test" and "val" (all other images)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import ClassVar
 
 from localign.errors import UserError
-from localign.vlm.scoring.base import TOTAL, Counts, Question, Sample
+from localign.statistics.resampling import Statistic
+from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import LETTERS, letter_of_choice
-from localign.vlm.scoring.metrics import Statistic
-from localign.vlm.scoring.multiple_choice import Choosing, multiple_choice_figures
+from localign.vlm.scoring.multiple_choice import MultipleChoice, multiple_choice_metrics
+from localign.vlm.scoring.questions import Question, Sample
 from localign.vlm.scoring.readers import field, read_json, read_text, strings
 
 CHOICES = 4
-"""Letters that are compared, whatever the number of choices: as published."""
+"""Number of letters that are compared, also for questions with fewer choices; as published."""
 
 
-class AI2D(Choosing):
+class AI2D(MultipleChoice):
     """``download/ai2d``: ``val_qa/questions``, ``val_qa/images`` and ``ai2d_test_ids.csv``.
 
-    The images that are not in the test set include the data set's training images. Files are read in the order of
-    their numbers; the published order, and with it every subset, followed the file system.
+    "val" includes the data set's training images. Files are read in the order of their numbers. The published order
+    is that of a file system and cannot be reproduced, so subsets differ from published subsets.
     """
 
     name = "ai2d"
@@ -40,7 +41,10 @@ class AI2D(Choosing):
                 texts = strings(field(record, "answerTexts", list, where), "answerTexts", where)
                 label = field(record, "correctAnswer", int, where)
                 if not 0 <= label < min(CHOICES, len(texts)):
-                    raise UserError(f"{where}: there is no answer {label} among the first {CHOICES}")
+                    raise UserError(
+                        f"{where}: the right answer has the index {label}, but only the first "
+                        f"{min(CHOICES, len(texts))} answers can be chosen"
+                    )
                 yield Question(
                     id=f"{number}-{position}",
                     image=image,
@@ -50,17 +54,17 @@ class AI2D(Choosing):
                     choices=tuple(LETTERS[:CHOICES]),
                 )
 
-    def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
-        return multiple_choice_figures(samples, "AI2D", self.splits)
+    def metrics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
+        return multiple_choice_metrics(samples, "AI2D", self.splits)
 
 
 def _test_images(path: Path) -> set[int]:
-    """The numbers in the first column."""
+    """The image numbers in the first column."""
     lines = (line.split(",")[0].strip() for line in read_text(path).splitlines())
     try:
         return {int(value) for value in lines if value}
     except ValueError as error:
-        raise UserError(f"the first column of {path} holds image numbers: {error}") from None
+        raise UserError(f"{path}: the first column must hold image numbers: {error}") from None
 
 
 def _question_files(folder: Path) -> list[tuple[int, Path]]:
@@ -70,6 +74,6 @@ def _question_files(folder: Path) -> list[tuple[int, Path]]:
     for path in folder.glob("*.json"):
         number = path.name.split(".")[0]
         if not number.isdecimal():
-            raise UserError(f"{path} is not named after the number of its image")
+            raise UserError(f"{path} is not named by the number of its image")
         found.append((int(number), path))
     return sorted(found)

@@ -1,4 +1,4 @@
-"""GQA, balanced test-dev: compositional questions, with one answer each."""
+"""GQA, balanced test-dev: compositional questions with one right answer each."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from typing import ClassVar
 import numpy as np
 
 from localign.errors import UserError
-from localign.vlm.scoring.answers import strict
-from localign.vlm.scoring.base import TOTAL, Answer, Benchmark, Counts, Question, Sample
+from localign.statistics.resampling import Statistic
+from localign.vlm.scoring.base import TOTAL, Benchmark, Counts
 from localign.vlm.scoring.messages import short_answer
-from localign.vlm.scoring.metrics import Ratio, Statistic
+from localign.vlm.scoring.metrics import Ratio
+from localign.vlm.scoring.normalisation import strict
 from localign.vlm.scoring.open_ended import scores_of
+from localign.vlm.scoring.questions import Answer, AnswerScore, Question, Sample
 from localign.vlm.scoring.readers import field, read_json
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class GQA(Benchmark):
-    """``download/gqa``: ``testdev_balanced_questions.json`` and ``images``. In percent, as published.
+    """``download/gqa``: ``testdev_balanced_questions.json`` and ``images``. Published in percent.
 
-    Scored ``published``, the prediction loses its punctuation and capitals, and must then equal the answer as it is;
-    scored ``strict``, both sides are normalised alike.
+    Scoring ``published`` lowers the prediction, deletes its punctuation, and compares it with the right answer as it
+    is. Scoring ``strict`` normalises both alike.
     """
 
     name = "gqa"
@@ -39,7 +41,7 @@ class GQA(Benchmark):
         path = folder / "testdev_balanced_questions.json"
         content = read_json(path)
         if not isinstance(content, dict):
-            raise UserError(f"{path} is no object from ids to questions")
+            raise UserError(f"{path} is not an object from ids to questions")
         for name, record in content.items():
             where = f"{path}, question {name}"
             yield Question(
@@ -53,7 +55,7 @@ class GQA(Benchmark):
                 },
             )
 
-    def judge(self, question: Question, answer: Answer) -> Sample:
+    def score_answer(self, question: Question, answer: Answer) -> AnswerScore:
         truth = question.payload["answer"]
         if self.scoring == "strict":
             parsed = strict(answer.text)
@@ -68,6 +70,6 @@ class GQA(Benchmark):
             "balanced": question.payload["balanced"],
         }
 
-    def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
+    def metrics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
         rows = np.flatnonzero([sample["balanced"] for sample in samples])
         return {"accuracy": Ratio(scores_of(samples)[rows], rows=rows)}

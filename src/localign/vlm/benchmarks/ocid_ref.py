@@ -1,4 +1,4 @@
-"""OCID-Ref, validation: the box that a sentence describes, in three degrees of clutter."""
+"""OCID-Ref, validation: the box that a sentence describes, at three degrees of clutter."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import ClassVar
 
 from localign.errors import UserError
-from localign.vlm.scoring.base import TOTAL, Counts, Question
+from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.boxes import Size
 from localign.vlm.scoring.messages import box_of
+from localign.vlm.scoring.questions import Question
 from localign.vlm.scoring.readers import field, four_numbers, read_json
 from localign.vlm.scoring.referring import Referring, checked_box
 
 SIZE = Size(640, 480)
-"""Of every image of OCID, pixels."""
+"""Size of every image, pixels."""
 
 CLUTTER = {"Minimum": range(10), "Medium": range(10, 17), "Maximum": range(17, 21)}
-"""How far the table has filled up, by the number of the take."""
+"""The numbers of the takes with each degree of clutter; objects are added from take to take."""
 
 
 class OCIDRef(Referring):
@@ -38,7 +39,7 @@ class OCIDRef(Referring):
         path = folder / "val_expressions.json"
         expressions = read_json(path)
         if not isinstance(expressions, dict):
-            raise UserError(f"{path} is no object from ids to expressions")
+            raise UserError(f"{path} is not an object from ids to expressions")
         for name, expression in expressions.items():
             where = f"{path}, expression {name}"
             box = checked_box(_box(field(expression, "bbox", str, where), where), SIZE, where)
@@ -62,4 +63,4 @@ def _clutter(take: int, where: str) -> str:
     for split, takes in CLUTTER.items():
         if take in takes:
             return split
-    raise UserError(f"{where}: there is no take {take}, only 0 to 20")
+    raise UserError(f"{where}: the take must be 0 to 20, not {take}")

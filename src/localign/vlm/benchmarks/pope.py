@@ -1,4 +1,4 @@
-"""POPE: whether an object is in the picture, asked of objects that are likely to be hallucinated."""
+"""POPE: whether an object is in the picture, for objects that models tend to hallucinate."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localign.errors import UserError
-from localign.vlm.scoring.base import Counts, Question, Sample
+from localign.statistics.resampling import Rows, Statistic
+from localign.vlm.scoring.base import Counts
 from localign.vlm.scoring.messages import short_answer
-from localign.vlm.scoring.metrics import Mean, Ratio, Rows, Statistic, rows_by
-from localign.vlm.scoring.multiple_choice import Choosing, binary_curves, columns
+from localign.vlm.scoring.metrics import Mean, Ratio, rows_by
+from localign.vlm.scoring.multiple_choice import MultipleChoice, binary_curves, columns
+from localign.vlm.scoring.questions import Question, Sample
 from localign.vlm.scoring.readers import field, read_json_lines
 
 CHOICES = ("Yes", "No")
 
 
-class POPE(Choosing):
+class POPE(MultipleChoice):
     """``download/pope``: ``coco_pope_*.json`` and ``val_images``. "Yes" is the positive class.
 
-    The published final accuracy is the mean of the three splits' accuracies; everything else called final is over
-    all questions together, and so is ``accuracy__POPE-pooled-Accuracy``. Precision, recall, F1 and the share of
-    "Yes" are additions.
+    The published final accuracy is the mean of the three splits' accuracies. The other final metrics are over all
+    questions, and so is ``accuracy__POPE-pooled-Accuracy``. Precision, recall, F1 and the share of "Yes" are additions
+    to the published metrics.
     """
 
     name = "pope"
@@ -40,7 +42,7 @@ class POPE(Choosing):
                 where = f"{path}, record {number}"
                 label = field(record, "label", str, where)
                 if label not in ("yes", "no"):
-                    raise UserError(f"{where}: the label is yes or no, not {label!r}")
+                    raise UserError(f"{where}: the label must be yes or no, not {label!r}")
                 yield Question(
                     id=f"{split}-{field(record, 'question_id', int, where)}",
                     image=str(folder / "val_images" / field(record, "image", str, where)),
@@ -50,31 +52,32 @@ class POPE(Choosing):
                     choices=CHOICES,
                 )
 
-    def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
+    def metrics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
         scores, probabilities, labels = columns(samples)
         truth = labels == 0
-        answered = np.asarray([sample["parsed"] == "Yes" for sample in samples])
+        predicted = np.asarray([sample["parsed"] == "Yes" for sample in samples])
         rows = rows_by(sample["split"] for sample in samples)
         parts: dict[str, Rows] = {split: rows[split] for split in self.splits}
         accuracies: dict[str, Statistic] = {
             part: Ratio(scores[chosen], rows=chosen) for part, chosen in parts.items()
         }
         accuracies |= {"final": Mean(list(accuracies.values())), "pooled": Ratio(scores)}
-        found = {f"accuracy__POPE-{part}-Accuracy": figure for part, figure in accuracies.items()}
+        found = {f"accuracy__POPE-{part}-Accuracy": accuracy for part, accuracy in accuracies.items()}
         for part, chosen in (parts | {"final": np.arange(len(scores))}).items():
             found |= binary_curves(f"accuracy__POPE-{part}", probabilities[:, 0], truth, chosen)
-            found |= _counts(f"POPE-{part}", truth, answered, chosen)
+            found |= _hard_metrics(f"POPE-{part}", truth, predicted, chosen)
         return found
 
 
-def _counts(
-    prefix: str, truth: NDArray[np.bool_], answered: NDArray[np.bool_], rows: Rows
+def _hard_metrics(
+    prefix: str, truth: NDArray[np.bool_], predicted: NDArray[np.bool_], rows: Rows
 ) -> dict[str, Statistic]:
-    true, said = truth[rows].astype(float), answered[rows].astype(float)
-    right = true * said
+    """Metrics of the choices themselves, without their probabilities."""
+    positive, yes = truth[rows].astype(float), predicted[rows].astype(float)
+    hit = positive * yes
     return {
-        f"{prefix}-Precision": Ratio(right, said, rows),
-        f"{prefix}-Recall": Ratio(right, true, rows),
-        f"{prefix}-F1": Ratio(2 * right, said + true, rows),
-        f"{prefix}-YesShare": Ratio(said, rows=rows),
+        f"{prefix}-Precision": Ratio(hit, yes, rows),
+        f"{prefix}-Recall": Ratio(hit, positive, rows),
+        f"{prefix}-F1": Ratio(2 * hit, yes + positive, rows),
+        f"{prefix}-YesShare": Ratio(yes, rows=rows),
     }

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from localign.errors import UserError
-from localign.vlm.scoring.base import TOTAL, Counts, Question
-from localign.vlm.scoring.boxes import Size
+from localign.vlm.scoring.base import TOTAL, Counts
+from localign.vlm.scoring.boxes import Corners, Size
 from localign.vlm.scoring.messages import box_of
-from localign.vlm.scoring.readers import field, four_numbers, image_size, read_json, read_pickle, records
+from localign.vlm.scoring.questions import Question
+from localign.vlm.scoring.readers import as_list, field, four_numbers, image_size, read_json, read_pickle
 from localign.vlm.scoring.referring import Referring, checked_box
 
 SETS = {
@@ -19,7 +20,7 @@ SETS = {
     "RefCOCO+": ("refcoco+", "refs(unc).p"),
     "RefCOCOg": ("refcocog", "refs(umd).p"),
 }
-"""Published names, folders, and the file whose splits are used."""
+"""By published name: the folder, and the file that defines the splits."""
 
 
 class RefCOCO(Referring):
@@ -43,23 +44,23 @@ class RefCOCO(Referring):
         folder = root / "download" / "refcoco"
         for split, (name, file) in SETS.items():
             boxes = _boxes(folder / name / "instances.json")
-            for number, ref in enumerate(records(read_pickle(folder / name / file), folder / name / file)):
+            for number, ref in enumerate(as_list(read_pickle(folder / name / file), folder / name / file)):
                 where = f"{folder / name / file}, reference {number}"
                 if field(ref, "split", str, where) == "val":
-                    yield from _of_reference(ref, split, boxes, folder / "train2014", where)
+                    yield from _questions(ref, split, boxes, folder / "train2014", where)
 
     def complete(self, questions: list[Question]) -> list[Question]:
         sizes = {image: Size(*image_size(image)) for image in {question.image for question in questions}}
-        return [_in_image(question, sizes[question.image]) for question in questions]
+        return [_with_size(question, sizes[question.image]) for question in questions]
 
 
-def _in_image(question: Question, size: Size) -> Question:
+def _with_size(question: Question, size: Size) -> Question:
     box = checked_box(question.payload["box"], size, f"question {question.id}")
     return dataclasses.replace(question, payload={"box": box, "size": tuple(size)})
 
 
-def _boxes(path: Path) -> dict[int, tuple[float, float, float, float]]:
-    """Left, top, right and bottom in pixels, by annotation id."""
+def _boxes(path: Path) -> dict[int, Corners]:
+    """By annotation id: left, top, right and bottom in pixels."""
     found = {}
     for number, annotation in enumerate(field(read_json(path), "annotations", list, path)):
         where = f"{path}, annotation {number}"
@@ -68,12 +69,13 @@ def _boxes(path: Path) -> dict[int, tuple[float, float, float, float]]:
     return found
 
 
-def _of_reference(
-    ref: Any, split: str, boxes: dict[int, tuple[float, float, float, float]], images: Path, where: str
+def _questions(
+    ref: Any, split: str, boxes: dict[int, Corners], images: Path, where: str
 ) -> Iterator[Question]:
+    """One question for each sentence of a reference."""
     annotation = field(ref, "ann_id", int, where)
     if annotation not in boxes:
-        raise UserError(f"{where}: instances.json has no annotation {annotation}")
+        raise UserError(f"{where}: instances.json does not hold the annotation {annotation}")
     image = str(images / f"COCO_train2014_{field(ref, 'image_id', int, where):012d}.jpg")
     for sentence in field(ref, "sentences", list, where):
         yield Question(

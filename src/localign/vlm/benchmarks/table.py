@@ -1,4 +1,4 @@
-"""The benchmarks by name."""
+"""All benchmarks by name."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ BENCHMARKS = {
     "gqa": "gqa.GQA",
     "scenes": "scenes.Scenes",
 }
-"""Module of this folder and class, by the class's ``name``; imported when asked for."""
+"""Name to module of this folder and class. A module is imported when its benchmark is used."""
 
 
 def benchmark_class(name: str) -> type[Benchmark]:
-    """The class of a name.
+    """The class of a benchmark.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no benchmark of this name.
     """
     if name not in BENCHMARKS:
         raise UserError(
@@ -42,13 +42,13 @@ def benchmark_class(name: str) -> type[Benchmark]:
 
 
 def benchmark(name: str, scoring: str | None = None, frame: BoxFrame | None = None) -> Benchmark:
-    """A benchmark, ready to read and score.
+    """Create a benchmark.
 
     Args:
         name: One of ``BENCHMARKS``.
         scoring: One of the benchmark's :attr:`~localign.vlm.scoring.base.Benchmark.scorings`; default its first.
-        frame: Of benchmarks of boxes: the frame answers must be in; default whichever each declares. The others
-            ignore it, so that one setting serves a list of benchmarks.
+        frame: The frame that answers with boxes must be in; default the frame that each answer declares. Benchmarks
+            without boxes ignore it.
 
     Raises:
         UserError: There is no such benchmark or scoring.

@@ -1,4 +1,4 @@
-"""TallyQA, test: counting, simple and complex questions, asked as a choice among 0 to 15."""
+"""TallyQA, test: simple and complex counting questions, with the numbers 0 to 15 as choices."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import ClassVar
 
 from localign.errors import UserError
-from localign.vlm.scoring.base import TOTAL, Counts, Question, Sample
+from localign.statistics.resampling import Statistic
+from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import LETTERS, letter_of_choice
-from localign.vlm.scoring.metrics import Statistic
-from localign.vlm.scoring.multiple_choice import Choosing, multiple_choice_figures
-from localign.vlm.scoring.readers import field, read_json, records
+from localign.vlm.scoring.multiple_choice import MultipleChoice, multiple_choice_metrics
+from localign.vlm.scoring.questions import Question, Sample
+from localign.vlm.scoring.readers import as_list, field, read_json
 
 COUNTS = tuple(str(count) for count in range(16))
 
 
-class TallyQA(Choosing):
+class TallyQA(MultipleChoice):
     """``download/tally-qa``: ``test.json``, ``VG_100K`` and ``VG_100K_2``."""
 
     name = "tallyqa"
@@ -27,11 +28,11 @@ class TallyQA(Choosing):
     def questions(self, root: Path) -> Iterator[Question]:
         folder = root / "download" / "tally-qa"
         path = folder / "test.json"
-        for number, record in enumerate(records(read_json(path), path)):
+        for number, record in enumerate(as_list(read_json(path), path)):
             where = f"{path}, record {number}"
             answer = field(record, "answer", int, where)
             if not 0 <= answer < len(COUNTS):
-                raise UserError(f"{where}: the answer {answer} is not among 0 to {len(COUNTS) - 1}")
+                raise UserError(f"{where}: the answer must be 0 to {len(COUNTS) - 1}, not {answer}")
             yield Question(
                 id=str(field(record, "question_id", int, where)),
                 image=str(folder / field(record, "image", str, where)),
@@ -41,5 +42,5 @@ class TallyQA(Choosing):
                 choices=tuple(LETTERS[: len(COUNTS)]),
             )
 
-    def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
-        return multiple_choice_figures(samples, "TallyQA", self.splits)
+    def metrics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
+        return multiple_choice_metrics(samples, "TallyQA", self.splits)

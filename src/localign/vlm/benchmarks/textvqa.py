@@ -1,4 +1,4 @@
-"""TextVQA, validation: questions on text in pictures, with and without the words an OCR system found."""
+"""TextVQA, validation: questions about text in pictures, with and without the output of an OCR system."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from pathlib import Path
 from typing import ClassVar
 
 from localign.errors import UserError
-from localign.vlm.scoring.answers import TEXTVQA
-from localign.vlm.scoring.base import TOTAL, Counts, Question, Sample
+from localign.statistics.resampling import Statistic
+from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import SHORT, short_answer
-from localign.vlm.scoring.metrics import Ratio, Statistic
+from localign.vlm.scoring.metrics import Ratio
+from localign.vlm.scoring.normalisation import TEXTVQA
 from localign.vlm.scoring.open_ended import OpenEnded, scores_of
-from localign.vlm.scoring.readers import field, read_json, read_json_lines, records, strings
+from localign.vlm.scoring.questions import Question, Sample
+from localign.vlm.scoring.readers import as_list, field, read_json, read_json_lines, strings
 
 ANNOTATORS = 10
 OCR_MARK = "\nReference OCR token:"
-"""Begins the words of the OCR system, after the question."""
+"""Stands between the question and the OCR tokens."""
 
 
 class TextVQA(OpenEnded):
-    """Without OCR. ``download/text-vqa``: ``TextVQA_0.5.1_val.json``, ``textvqa_val_v051_ocr.jsonl``,
+    """Without OCR tokens. ``download/text-vqa``: ``TextVQA_0.5.1_val.json``, ``textvqa_val_v051_ocr.jsonl``,
     ``train_val_images``. Published as shares of one.
 
-    The file with OCR goes with the annotations by position, so it is refused where most of its questions are others.
+    The files of annotations and of OCR tokens are joined by position. They are refused if most of their questions
+    differ.
     """
 
     name = "textvqa"
@@ -32,12 +35,12 @@ class TextVQA(OpenEnded):
     expected_images = 3166
     headline = ("accuracy__TextVQA-Pure",)
     evaluator = TEXTVQA
-    figure: ClassVar[str] = "accuracy__TextVQA-Pure"
+    metric_name: ClassVar[str] = "accuracy__TextVQA-Pure"
 
     def questions(self, root: Path) -> Iterator[Question]:
         folder = root / "download" / "text-vqa"
         path = folder / "TextVQA_0.5.1_val.json"
-        data = records(field(read_json(path), "data", list, path), path)
+        data = as_list(field(read_json(path), "data", list, path), path)
         texts = _texts(folder / "textvqa_val_v051_ocr.jsonl", data, path)
         for number, (record, text) in enumerate(zip(data, texts, strict=True)):
             where = f"{path}, record {number}"
@@ -47,44 +50,44 @@ class TextVQA(OpenEnded):
             yield Question(
                 id=str(field(record, "question_id", int, where)),
                 image=str(folder / "train_val_images" / f"{field(record, 'image_id', str, where)}.jpg"),
-                message=short_answer(self.asked(text)),
+                message=short_answer(self.question_text(text)),
                 split="val",
                 payload={"answers": answers},
             )
 
-    def asked(self, text: str) -> str:
-        """Of a question with OCR, what is asked."""
+    def question_text(self, text: str) -> str:
+        """The part of a question with OCR tokens that the model sees."""
         return text.split(OCR_MARK)[0]
 
-    def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
-        return {self.figure: Ratio(scores_of(samples))}
+    def metrics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
+        return {self.metric_name: Ratio(scores_of(samples))}
 
 
 class TextVQAWithOCR(TextVQA):
-    """With OCR; otherwise the same."""
+    """TextVQA with OCR tokens in the question."""
 
     name = "textvqa-ocr"
     headline = ("accuracy__TextVQA-OCR",)
-    figure = "accuracy__TextVQA-OCR"
+    metric_name = "accuracy__TextVQA-OCR"
 
-    def asked(self, text: str) -> str:
+    def question_text(self, text: str) -> str:
         return text
 
 
 def _texts(path: Path, data: list[object], annotations: Path) -> list[str]:
-    """Questions with OCR; an instruction at their end, which some editions of the file have, is taken off."""
+    """The questions with OCR tokens, without the instruction that ends them in some editions of the file."""
     found = []
-    strangers = 0
+    different = 0
     lines = read_json_lines(path)
     if len(lines) != len(data):
         raise UserError(f"{path} holds {len(lines)} questions, but {annotations.name} holds {len(data)}")
     for number, (line, record) in enumerate(zip(lines, data, strict=True)):
         text = field(line, "text", str, f"{path}, record {number}").removesuffix(SHORT).rstrip("\n")
         question = field(record, "question", str, f"{annotations}, record {number}")
-        strangers += text.split(OCR_MARK)[0].strip().casefold() != question.strip().casefold()
+        different += text.split(OCR_MARK)[0].strip().casefold() != question.strip().casefold()
         found.append(text)
-    if 2 * strangers > len(found):
+    if 2 * different > len(found):
         raise UserError(
-            f"{path} is not in the order of {annotations.name}: {strangers} of {len(found)} questions are different"
+            f"{path} is not in the order of {annotations.name}: {different} of {len(found)} questions are different"
         )
     return found

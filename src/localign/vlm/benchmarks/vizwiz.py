@@ -1,4 +1,4 @@
-"""VizWiz, validation: questions that blind people asked of their photographs, some of which have no answer."""
+"""VizWiz, validation: questions of blind people about their photographs; some cannot be answered."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from typing import ClassVar
 
 import numpy as np
 
-from localign.vlm.scoring.answers import VIZWIZ
-from localign.vlm.scoring.base import TOTAL, Answer, Counts, Question, Sample
+from localign.statistics.resampling import Statistic
+from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import short_answer_or_none
-from localign.vlm.scoring.metrics import AveragePrecision, Ratio, Statistic
+from localign.vlm.scoring.metrics import AveragePrecision, Ratio
+from localign.vlm.scoring.normalisation import VIZWIZ
 from localign.vlm.scoring.open_ended import OpenEnded, scores_of
-from localign.vlm.scoring.readers import field, read_json, records, strings
+from localign.vlm.scoring.questions import Answer, AnswerScore, Question, Sample
+from localign.vlm.scoring.readers import as_list, field, read_json, strings
 
 UNANSWERABLE = "unanswerable"
 
 
 class VizWiz(OpenEnded):
-    """``download/vizwiz``: ``val.json`` and ``val_images``. Published rounded to two decimals, in percent.
+    """``download/vizwiz``: ``val.json`` and ``val_images``. Published in percent, rounded to two decimals.
 
-    Whether a question can be answered is a prediction too: positive are the questions that cannot, and a question is
-    predicted positive if the answer, normalised, is "unanswerable". Average precision is of these hard predictions.
+    Two metrics treat unanswerable questions as the positive class: the normalised answer "unanswerable" predicts it.
+    Average precision is over these hard predictions.
     """
 
     name = "vizwiz"
@@ -35,7 +37,7 @@ class VizWiz(OpenEnded):
     def questions(self, root: Path) -> Iterator[Question]:
         folder = root / "download" / "vizwiz"
         path = folder / "val.json"
-        for number, record in enumerate(records(read_json(path), path)):
+        for number, record in enumerate(as_list(read_json(path), path)):
             where = f"{path}, record {number}"
             given = [field(answer, "answer", str, where) for answer in field(record, "answers", list, where)]
             yield Question(
@@ -49,10 +51,10 @@ class VizWiz(OpenEnded):
                 },
             )
 
-    def judge(self, question: Question, answer: Answer) -> Sample:
-        return super().judge(question, answer) | {"answerable": question.payload["answerable"]}
+    def score_answer(self, question: Question, answer: Answer) -> AnswerScore:
+        return {**super().score_answer(question, answer), "answerable": question.payload["answerable"]}
 
-    def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
+    def metrics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
         scores = scores_of(samples)
         answerable = np.asarray([sample["answerable"] for sample in samples], dtype=bool)
         positive = (~answerable).astype(float)

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from localign.errors import UserError
-from localign.vlm.scoring.answers import VQAV2
-from localign.vlm.scoring.base import TOTAL, Answer, Counts, Question, Sample
+from localign.statistics.resampling import Statistic
+from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import short_answer
-from localign.vlm.scoring.metrics import Ratio, Statistic, rows_by
+from localign.vlm.scoring.metrics import Ratio, rows_by
+from localign.vlm.scoring.normalisation import VQAV2
 from localign.vlm.scoring.open_ended import OpenEnded, scores_of
-from localign.vlm.scoring.readers import field, read_json, records, strings
-
-TYPES = ("answer_type", "question_type")
+from localign.vlm.scoring.questions import Answer, AnswerScore, Question, Sample
+from localign.vlm.scoring.readers import as_list, field, read_json, strings
 
 
 class VQAv2(OpenEnded):
     """``download/vqa-v2``: ``v2_val2014_questions.json``, ``v2_val2014_annotations.json``, ``images_val2014``.
 
-    Published rounded to two decimals, in percent.
+    Published in percent, rounded to two decimals.
     """
 
     name = "vqav2"
@@ -34,12 +34,14 @@ class VQAv2(OpenEnded):
     def questions(self, root: Path) -> Iterator[Question]:
         folder = root / "download" / "vqa-v2"
         path = folder / "v2_val2014_annotations.json"
-        asked = _texts(folder / "v2_val2014_questions.json")
-        images = _Images(folder / "images_val2014")
+        texts = _texts(folder / "v2_val2014_questions.json")
+        images = _ImagePaths(folder / "images_val2014")
         for annotation in _annotations(path):
-            text = asked.get(annotation.question)
+            text = texts.get(annotation.question)
             if text is None:
-                raise UserError(f"{path}: there is no question {annotation.question} in {folder}")
+                raise UserError(
+                    f"{path} annotates the question {annotation.question}, which v2_val2014_questions.json lacks"
+                )
             yield Question(
                 id=str(annotation.question),
                 image=images[annotation.image],
@@ -52,22 +54,29 @@ class VQAv2(OpenEnded):
                 },
             )
 
-    def judge(self, question: Question, answer: Answer) -> Sample:
-        return super().judge(question, answer) | {name: question.payload[name] for name in TYPES}
+    def score_answer(self, question: Question, answer: Answer) -> AnswerScore:
+        return {
+            **super().score_answer(question, answer),
+            "answer_type": question.payload["answer_type"],
+            "question_type": question.payload["question_type"],
+        }
 
-    def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
-        """``accuracy``, and by type, as in ``accuracy-by-answer-type[yes/no]``."""
+    def metrics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
+        """``accuracy``, and accuracies by type such as ``accuracy-by-answer-type[yes/no]``."""
         scores = scores_of(samples)
         found: dict[str, Statistic] = {"accuracy": Ratio(scores)}
-        for name in TYPES:
-            figure = f"accuracy-by-{name.replace('_', '-')}"
-            for value, rows in sorted(rows_by(sample[name] for sample in samples).items()):
-                found[f"{figure}[{value}]"] = Ratio(scores[rows], rows=rows)
+        types = {
+            "answer-type": rows_by(sample["answer_type"] for sample in samples),
+            "question-type": rows_by(sample["question_type"] for sample in samples),
+        }
+        for kind, rows_of in types.items():
+            for value, rows in sorted(rows_of.items()):
+                found[f"accuracy-by-{kind}[{value}]"] = Ratio(scores[rows], rows=rows)
         return found
 
 
-class _Images(dict[int, str]):
-    """Paths by image id; one string for all questions on an image."""
+class _ImagePaths(dict[int, str]):
+    """Paths by image id. All questions on an image share one string."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -91,11 +100,11 @@ def _texts(path: Path) -> dict[int, str]:
             return record
         return field(record, "question_id", int, path), field(record, "question", str, path)
 
-    return dict(records(field(read_json(path, compact), "questions", list, path), path))
+    return dict(as_list(field(read_json(path, compact), "questions", list, path), path))
 
 
 def _annotations(path: Path) -> list[_Annotation]:
-    """Two million answers, each an object in the file: kept are their strings, each different one once."""
+    """The annotations. Of the file's two million answer objects, only the strings stay in memory, each once."""
 
     def compact(record: dict[str, Any]) -> Any:
         if "answer" in record:

@@ -8,16 +8,18 @@ from typing import ClassVar
 
 import numpy as np
 
-from localign.vlm.scoring.base import TOTAL, Counts, Question, Sample
+from localign.statistics.resampling import Statistic
+from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import true_or_false
-from localign.vlm.scoring.metrics import Ratio, Statistic
-from localign.vlm.scoring.multiple_choice import Choosing, binary_curves, columns
+from localign.vlm.scoring.metrics import Ratio
+from localign.vlm.scoring.multiple_choice import MultipleChoice, binary_curves, columns
+from localign.vlm.scoring.questions import Question, Sample
 from localign.vlm.scoring.readers import field, read_json_lines
 
 CHOICES = ("True", "False")
 
 
-class VSR(Choosing):
+class VSR(MultipleChoice):
     """``download/vsr``: ``test.jsonl`` and ``images``. "True" is the positive class."""
 
     name = "vsr"
@@ -43,7 +45,7 @@ class VSR(Choosing):
                 choices=CHOICES,
             )
 
-    def statistics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
+    def metrics(self, samples: Sequence[Sample]) -> dict[str, Statistic]:
         scores, probabilities, labels = columns(samples)
         rows = np.arange(len(scores))
         curves = binary_curves("accuracy__VSR", probabilities[:, 0], labels == 0, rows)

@@ -168,9 +168,10 @@ def _asked(config: VLMDemoConfig, out: Path, test: Path) -> dict[str, Any]:
     found = {}
     for kind, questions in outcome["splits"].items():
         figure = outcome["figures"][f"accuracy__Scenes-{kind}"]
-        bounds = figure["interval"]
+        value, bounds = figure["value"], figure["interval"]
+        assert value is not None
         found[kind] = {
-            "accuracy": figure["value"] / 100,
+            "accuracy": value / 100,
             "interval": None if bounds is None else [end / 100 for end in bounds],
             "questions": questions,
         }

@@ -1,1 +1,1 @@
-"""The evaluation harness: it asks models, keeps answers, writes results."""
+"""The evaluation of vision-language models on benchmarks: asking, caching answers, scoring, comparing."""

@@ -1,45 +1,104 @@
-"""What an evaluation leaves behind: every answer with its score, and the figures made of them."""
+"""What an evaluation writes: every answer with its score (answers.jsonl), and the metrics (results.json)."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any, TypedDict
 
 from localign.errors import UserError
 from localign.files import replacing
 from localign.vlm.benchmarks.table import benchmark, benchmark_class
-from localign.vlm.scoring.base import Answer, Benchmark, Question, QuestionSet, Sample
+from localign.vlm.scoring.base import Benchmark, QuestionSet
 from localign.vlm.scoring.boxes import BoxFrame
 from localign.vlm.scoring.intervals import intervals
+from localign.vlm.scoring.questions import Answer, Payload, Question, Sample
 
 ANSWERS_FILE = "answers.jsonl"
-Record = dict[str, Any]
-"""One line of ``answers.jsonl``: the question's fields, ``prompt``, the raw ``answer`` (text, or probabilities of the
-choices), ``frame``, and all of its :data:`~localign.vlm.scoring.base.Sample`."""
+
+
+class Record(Sample):
+    """One line of ``answers.jsonl``: a scored answer with its whole question. ``frame`` is there for every answer."""
+
+    benchmark: str
+    version: int
+    """Of the benchmark."""
+    message: str
+    prompt: str
+    """The message in the model's prompt format."""
+    choices: Sequence[str]
+    payload: Payload
+    answer: str | Sequence[float]
+    """The raw answer: text, or the probabilities of the choices."""
+
+
+class MetricValue(TypedDict):
+    """A metric in percent."""
+
+    value: float | None
+    """None where the samples do not define it."""
+    interval: list[float] | None
+    """``[low, high]``, 95 %, over images."""
+
+
+class OutcomeFacts(TypedDict):
+    """What was asked of one benchmark, and how it was scored."""
+
+    version: int
+    scoring: str
+    questions: int
+    splits: dict[str, int]
+    """Questions by split."""
+    limit: int | None
+    """Maximum number of questions per split."""
+    notes: list[str]
+    """How the data differ from the official data."""
+    invalid: int
+    """Answers that hold nothing to score."""
+    headline: list[str]
+    """The metrics that stand for the benchmark in tables."""
+
+
+class BenchmarkOutcome(OutcomeFacts):
+    """One benchmark's part of ``results.json``."""
+
+    figures: dict[str, MetricValue]
+
+
+class _EvalResults(TypedDict):
+    command: str
+    model: dict[str, str | None]
+    """``name``, ``boxes`` (the box frame), and the model's identity."""
+    benchmarks: dict[str, BenchmarkOutcome]
+    versions: dict[str, Any]
+
+
+class EvalResults(_EvalResults, total=False):
+    """The ``results.json`` of an evaluation."""
+
+    engine: str
+    """lmms-eval, for an evaluation with that engine."""
+    tasks: dict[str, dict[str, float]]
+    """The metrics of lmms-eval's own tasks, in the tasks' units."""
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One benchmark's answers, scored."""
+class ScoredAnswers:
+    """The scored answers to one benchmark."""
 
     benchmark: Benchmark
     records: Sequence[Record]
     limit: int | None
-    """Questions of each split, at most."""
+    """Maximum number of questions per split."""
     notes: tuple[str, ...]
-    """In what the data fall short of the official ones."""
+    """How the data differ from the official data."""
 
 
 def with_scoring(name: str, scoring: str) -> Benchmark:
-    """A benchmark under a command's ``--scoring``; where it has none of that name, its default.
+    """A benchmark under a command's ``--scoring``; under its default scoring if it has none of that name.
 
     Raises:
         UserError: There is no such benchmark.
@@ -47,44 +106,48 @@ def with_scoring(name: str, scoring: str) -> Benchmark:
     return benchmark(name, scoring if scoring in benchmark_class(name).scorings else None)
 
 
-def judge(suite: Benchmark, data: QuestionSet, answers: Sequence[Answer], prompts: Sequence[str]) -> Judged:
-    """Score answers, in the order of the questions.
+def score_answers(
+    suite: Benchmark, data: QuestionSet, answers: Sequence[Answer], prompts: Sequence[str]
+) -> ScoredAnswers:
+    """Score answers.
+
+    Args:
+        suite: The benchmark.
+        data: Its questions.
+        answers: One per question, in the order of the questions.
+        prompts: One per question.
 
     Raises:
-        UserError: The answers' box frame is missing or not one that is scored.
-        RunFailure: Probabilities are none.
+        UserError: The answers' box frame is missing or not the one that is scored.
+        RunFailure: An answer to choices does not have one probability per choice.
     """
     records = [
         _record(suite, question, answer, prompt)
         for question, answer, prompt in zip(data.questions, answers, prompts, strict=True)
     ]
-    return Judged(suite, records, data.limit, data.missing)
+    return ScoredAnswers(suite, records, data.limit, data.deviations)
 
 
-def judge_again(records: Sequence[Record], scoring: str, outcome: Mapping[str, Any]) -> Judged:
-    """Score one benchmark's answers from what was written of them.
+def rescore_answers(records: Sequence[Record], scoring: str, outcome: OutcomeFacts) -> ScoredAnswers:
+    """Score the written answers to one benchmark again.
 
     Args:
-        records: All of one benchmark.
+        records: All records of the benchmark.
         scoring: A command's ``--scoring``.
         outcome: The benchmark's part of ``results.json``.
 
     Raises:
-        UserError: The answers were given to another version of the benchmark.
+        UserError: The answers belong to another version of the benchmark.
     """
     suite = with_scoring(records[0]["benchmark"], scoring)
     versions = {record["version"] for record in records}
     if versions != {suite.version}:
         raise UserError(
-            f"the answers are to version {min(versions)} of {suite.name}, which is at version {suite.version}; "
-            "run `localign vlm eval` again"
+            f"the answers belong to version {min(versions)} of {suite.name}, but the current version is "
+            f"{suite.version}; run `localign vlm eval` again"
         )
-    again = []
-    for record in records:
-        fields = {name: record[name] for name in ("id", "image", "message", "split", "payload")}
-        question = Question(**fields, choices=tuple(record["choices"]))
-        again.append(_record(suite, question, _answer(record), record["prompt"]))
-    return Judged(suite, again, outcome["limit"], tuple(outcome["notes"]))
+    rescored = [_record(suite, _question(record), _answer(record), record["prompt"]) for record in records]
+    return ScoredAnswers(suite, rescored, outcome["limit"], tuple(outcome["notes"]))
 
 
 def _record(suite: Benchmark, question: Question, answer: Answer, prompt: str) -> Record:
@@ -94,70 +157,101 @@ def _record(suite: Benchmark, question: Question, answer: Answer, prompt: str) -
         "message": question.message,
         "prompt": prompt,
         "choices": question.choices,
-        "payload": dict(question.payload),
+        "payload": question.payload,
         "answer": answer.probabilities if question.choices else answer.text,
         "frame": None if answer.frame is None else str(answer.frame),
         **suite.score(question, answer),
     }
 
 
+def _question(record: Record) -> Question:
+    return Question(
+        id=record["id"],
+        image=record["image"],
+        message=record["message"],
+        split=record["split"],
+        payload=record["payload"],
+        choices=tuple(record["choices"]),
+    )
+
+
 def _answer(record: Record) -> Answer:
     frame = None if record["frame"] is None else BoxFrame.parse(record["frame"])
-    if record["choices"]:
-        return Answer(probabilities=tuple(record["answer"]), frame=frame)
-    return Answer(text=record["answer"], frame=frame)
+    if isinstance(record["answer"], str):
+        return Answer(text=record["answer"], frame=frame)
+    return Answer(probabilities=tuple(record["answer"]), frame=frame)
 
 
-def invalid(record: Sample) -> bool:
-    """Whether an answer says nothing that can be scored: no words, or no box where one is asked for."""
-    return record.get("fault") is not None or (not record["choices"] and not record["answer"].strip())
+def invalid(record: Record) -> bool:
+    """Whether an answer holds nothing to score: no words, or no box where the question asks for one."""
+    answer = record["answer"]
+    return record.get("fault") is not None or (isinstance(answer, str) and not answer.strip())
 
 
-def outcome_of(judged: Judged) -> dict[str, Any]:
-    """A benchmark's part of ``results.json``; figures in percent with their 95 % intervals."""
-    suite, records = judged.benchmark, judged.records
-    ranges = intervals(suite, records)
-    figures = {
-        name: {"value": value, "interval": ranges[name]} for name, value in suite.aggregate(records).items()
+def outcome_of(scored: ScoredAnswers) -> BenchmarkOutcome:
+    """The part of one benchmark in ``results.json``."""
+    ranges = intervals(scored.benchmark, scored.records)
+    values = scored.benchmark.aggregate(scored.records)
+    return {
+        **facts_of(scored, values),
+        "figures": {name: {"value": value, "interval": ranges[name]} for name, value in values.items()},
     }
-    return facts_of(judged, figures) | {"figures": figures}
 
 
-def facts_of(judged: Judged, figures: Collection[str]) -> dict[str, Any]:
-    """What was asked and how it was scored, JSON-able; ``figures`` are the names of those there are."""
-    suite, records = judged.benchmark, judged.records
+def facts_of(scored: ScoredAnswers, metrics: Collection[str]) -> OutcomeFacts:
+    """What was asked of one benchmark, and how it was scored.
+
+    Args:
+        scored: The answers.
+        metrics: The names of the metrics that the answers have.
+    """
+    suite, records = scored.benchmark, scored.records
     splits = Counter(record["split"] for record in records)
     return {
         "version": suite.version,
         "scoring": suite.scoring,
         "questions": len(records),
         "splits": {split: splits[split] for split in suite.splits if splits[split]},
-        "limit": judged.limit,
-        "notes": list(judged.notes),
+        "limit": scored.limit,
+        "notes": list(scored.notes),
         "invalid": sum(map(invalid, records)),
-        "headline": [name for name in suite.headline if name in figures],
+        "headline": [name for name in suite.headline if name in metrics],
     }
 
 
-def write_answers(folder: Path, judged: Sequence[Judged]) -> Path:
-    """``answers.jsonl``: every answer of all benchmarks."""
+def notes_of(name: str, outcome: OutcomeFacts) -> list[str]:
+    """The notes that belong beside a benchmark's metrics, one line each."""
+    notes = [f"{name}: {note}" for note in outcome["notes"]]
+    if outcome["limit"] is not None:
+        notes.append(f"{name}: at most {outcome['limit']} questions per split")
+    return notes
+
+
+# -- answers.jsonl -------------------------------------------------------------------------------------------
+
+
+def write_answers(folder: Path, scored: Sequence[ScoredAnswers]) -> Path:
+    """Write the answers to all benchmarks to ``answers.jsonl``."""
     with replacing(folder / ANSWERS_FILE) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for part in judged:
+        for part in scored:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in part.records)
     return folder / ANSWERS_FILE
 
 
 def read_answers(path: Path) -> dict[str, list[Record]]:
-    """Records by benchmark, in the order of the file.
+    """Read an ``answers.jsonl``.
+
+    Returns:
+        Records by benchmark, in the order of the file.
 
     Raises:
-        UserError: There is no such file, or it is not what localign writes.
+        UserError: The file is missing, or localign did not write it.
     """
     found: dict[str, list[Record]] = {}
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, start=1):
-                record = _checked(line, f"{path}, line {number}")
+                record = _parse(line, f"{path}, line {number}")
                 found.setdefault(record["benchmark"], []).append(record)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}; `localign vlm eval` writes it") from None
@@ -166,68 +260,18 @@ def read_answers(path: Path) -> dict[str, list[Record]]:
     return found
 
 
-def _checked(line: str, where: str) -> Record:
+def _parse(line: str, where: str) -> Record:
     try:
         record: Any = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where}, is not valid JSON: {error}") from None
     if not isinstance(record, dict) or not record.keys() >= _FIELDS:
-        raise UserError(f"{where}, is no answer that localign wrote")
-    return record
+        raise UserError(f"{where}, is not an answer that localign wrote")
+    checked: Record = record  # type: ignore[assignment]  # the values have the types that write_answers wrote
+    return checked
 
 
 _FIELDS = {
     *("benchmark", "version", "id", "image", "split", "message", "prompt"),
     *("choices", "payload", "answer", "frame", "score", "parsed", "truth"),
 }
-
-
-def results_table(outcomes: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The figures that stand for each benchmark, for the screen."""
-    table = Table(title="benchmarks", caption="percent, with 95 % intervals over images")
-    for column in ("benchmark", "figure", "value", "interval", "questions", "invalid", "scoring"):
-        words = column in ("benchmark", "figure", "scoring")
-        table.add_column(column, justify="left" if words else "right", overflow="fold")
-    for benchmark_name, outcome in outcomes.items():
-        once = (f"{outcome['questions']:,}", f"{outcome['invalid']:,}", outcome["scoring"])
-        for number, name in enumerate(outcome["headline"]):
-            figure = outcome["figures"][name]
-            table.add_row(
-                benchmark_name if number == 0 else "",
-                name.removeprefix("accuracy__"),
-                shown(figure["value"]),
-                shown_interval(figure["interval"]),
-                *(once if number == 0 else ("", "", "")),
-            )
-    return table
-
-
-def screen() -> Console:
-    """As wide as the terminal; a file gets tables unfolded."""
-    return Console(width=None if sys.stdout.isatty() else 150)
-
-
-def show_results(outcomes: Mapping[str, Mapping[str, Any]]) -> None:
-    """The table, and what must be said beside its figures, on the screen."""
-    screen().print(results_table(outcomes))
-    for name, outcome in outcomes.items():
-        for note in notes_of(name, outcome):
-            print(f"note       {note}")
-
-
-def shown(value: float | None, sign: str = "") -> str:
-    """One decimal, or a dash where there is none."""
-    return "–" if value is None else f"{value:{sign}.1f}"
-
-
-def shown_interval(interval: Sequence[float] | None, sign: str = "") -> str:
-    """Both ends, or a dash."""
-    return "–" if interval is None else " to ".join(shown(end, sign) for end in interval)
-
-
-def notes_of(name: str, outcome: Mapping[str, Any]) -> list[str]:
-    """What must be said beside a benchmark's figures, a line each."""
-    notes = [f"{name}: {note}" for note in outcome["notes"]]
-    if outcome["limit"] is not None:
-        notes.append(f"{name}: at most {outcome['limit']} questions of each split")
-    return notes

@@ -1,4 +1,4 @@
-"""`localign vlm eval`: benchmarks put to a model, over all ranks, continued wherever it was cut off."""
+"""`localign vlm eval`: put benchmarks to a model on all ranks, and continue an interrupted evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,33 +16,30 @@ from localign.engine.log import Bar
 from localign.errors import RunFailure, UserError
 from localign.options.vlm.evaluation import EvalConfig
 from localign.vlm.data.images import open_image
-from localign.vlm.evaluation.models import (
-    AnsweringModel,
-    LocalignModel,
-    TransformersModel,
-    fingerprint_of,
-    hub_commit,
-    open_model,
-)
-from localign.vlm.evaluation.responses import ResponseWriter, read_responses, response_key
+from localign.vlm.evaluation.answer_cache import AnswerCacheWriter, answer_key, read_answer_cache
+from localign.vlm.evaluation.model_base import AnsweringModel, LazyModel
+from localign.vlm.evaluation.models import fingerprint_of, hub_commit, open_model
+from localign.vlm.evaluation.printing import print_results
 from localign.vlm.evaluation.results import (
-    judge,
+    BenchmarkOutcome,
+    EvalResults,
     outcome_of,
-    show_results,
+    score_answers,
     with_scoring,
     write_answers,
 )
-from localign.vlm.scoring.base import MAX_NEW_TOKENS, Answer, Benchmark, Question, QuestionSet
+from localign.vlm.scoring.base import Benchmark, QuestionSet
 from localign.vlm.scoring.boxes import BoxFrame
+from localign.vlm.scoring.questions import MAX_NEW_TOKENS, Answer, Question
 
 Suites = Sequence[tuple[Benchmark, QuestionSet]]
 
 
 def run_eval(config: EvalConfig) -> None:
-    """Everything from the official files to results.json and a table.
+    """Read the official files, ask the model, write results.json and print a table.
 
     Raises:
-        UserError: Data, model or options do not do; said before the weights are loaded.
+        UserError: Data, model or options are wrong; the weights are not loaded before this is known.
     """
     with distributed_context(config.device) as ranks:
         frame = frame_of(config)
@@ -52,29 +48,38 @@ def run_eval(config: EvalConfig) -> None:
             for suite in [with_scoring(name, config.scoring) for name in config.benchmarks]
         ]
         model = model_of(config, ranks, frame)
-        results = evaluate(model, suites, Path(config.out), ranks, config.batch_size, config.model)
+        folder = Path(config.out)
+        results = evaluate(model, suites, folder, ranks, config.batch_size, config.model)
         if results is not None:
-            _say(results, Path(config.out))
+            print_results(results["benchmarks"])
+            print(f"answers    {folder / 'answers.jsonl'}")
+            print(f"results    {folder / run_folder.RESULTS_FILE}")
 
 
 def frame_of(config: EvalConfig) -> BoxFrame | None:
-    """What coordinates in answers refer to, if the command says so. Raises UserError if it is no frame."""
+    """The box frame of the command line; None for the default.
+
+    Raises:
+        UserError: It is not a box frame.
+    """
     return None if config.boxes is None else BoxFrame.parse(config.boxes)
 
 
-def model_of(
-    config: EvalConfig, ranks: DistributedContext, frame: BoxFrame | None = None
-) -> LocalignModel | TransformersModel:
-    """The model, its weights not yet loaded. Raises UserError if there is none."""
-    low = config.dtype == "bfloat16" or (config.dtype == "auto" and ranks.device.type == "cuda")
-    # Reading all weights takes a while, and a branch may move: one process does it for all.
-    commit, fingerprint = ranks.all_gather_object(_version(config) if ranks.is_main else (None, ""))[0]
-    dtype = torch.bfloat16 if low else torch.float32
+def model_of(config: EvalConfig, ranks: DistributedContext, frame: BoxFrame | None = None) -> LazyModel:
+    """The model of the command line, without its weights.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    is_low = config.dtype == "bfloat16" or (config.dtype == "auto" and ranks.device.type == "cuda")
+    # The main rank does this for all: hashing the weights is slow, and a branch may move in between.
+    identity = _commit_and_fingerprint(config) if ranks.is_main else (None, "")
+    commit, fingerprint = ranks.all_gather_object(identity)[0]
+    dtype = torch.bfloat16 if is_low else torch.float32
     return open_model(config.model, fingerprint, ranks.device, dtype, frame, commit)
 
 
-def _version(config: EvalConfig) -> tuple[str | None, str]:
-    """The commit of a model of the Hub, and what stands for the weights."""
+def _commit_and_fingerprint(config: EvalConfig) -> tuple[str | None, str]:
     commit = hub_commit(config.model, config.revision)
     return commit, fingerprint_of(config.model, commit)
 
@@ -86,86 +91,96 @@ def evaluate(
     ranks: DistributedContext,
     batch_size: int,
     name: str = "model",
-) -> dict[str, Any] | None:
-    """Ask what was not asked before, score everything, and write ``answers.jsonl`` and ``results.json``.
+) -> EvalResults | None:
+    """Ask the questions that are not in the answer cache, score all answers, and write the results.
 
     Args:
-        model: What is asked.
-        suites: Benchmarks and their questions.
-        folder: Of answers and results; made if it is not there.
-        ranks: This process among all; each asks its share.
-        batch_size: Questions asked together.
-        name: What the results call the model.
+        model: The model to ask.
+        suites: Benchmarks with their questions.
+        folder: Folder of ``answers.jsonl``, ``results.json`` and the answer cache; created if it does not exist.
+        ranks: This process among all ranks. Each rank asks its share of the questions.
+        batch_size: Questions per batch.
+        name: The model's name in the results.
 
     Returns:
-        The content of ``results.json``; None on all ranks but the main one.
+        The content of ``results.json`` on the main rank, None on other ranks.
 
     Raises:
-        UserError: The model's answers could not be scored, or another process is writing into the folder. An image
-            cannot be read and data may not be partial; this is said once all other questions were asked.
+        UserError: The model's answers could not be scored; another process writes into the folder; or, after all
+            other questions were asked, an image cannot be read and the data may not be partial.
     """
-    check(model, suites)
+    check_scorable(model, suites)
     folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder) if ranks.is_main else None
+    lock_file = lock(folder) if ranks.is_main else None
     try:
-        asked = [_keyed(model, suite, question) for suite, data in suites for question in data.questions]
-        known = read_responses(folder, model.frame)
-        ranks.barrier()  # nobody writes before everybody has read
-        pending = [one for one in asked if one.key not in known]
-        unreadable = ranks.all_gather_object(ask(model, pending, folder, ranks, batch_size))
+        questions = [_keyed(model, suite, question) for suite, data in suites for question in data.questions]
+        cached = read_answer_cache(folder, model.frame)
+        ranks.barrier()  # every rank reads the cache before any rank writes to it
+        pending = [question for question in questions if question.key not in cached]
+        unreadable = ranks.all_gather_object(answer_pending(model, pending, folder, ranks, batch_size))
         if not ranks.is_main:
             return None
-        return _finish(model, suites, asked, set(chain.from_iterable(unreadable)), folder, name)
+        return _write_results(model, suites, questions, set(chain.from_iterable(unreadable)), folder, name)
     finally:
-        if held is not None:
-            held.close()
+        if lock_file is not None:
+            lock_file.close()
 
 
-def check(model: AnsweringModel, suites: Suites) -> None:
-    """Whether all answers could be scored, before one is asked for. Raises UserError if not."""
+def check_scorable(model: AnsweringModel, suites: Suites) -> None:
+    """Check that the model's answers can be scored, before it is asked.
+
+    Raises:
+        UserError: They cannot.
+    """
     for suite, data in suites:
         for choices in dict.fromkeys(question.choices for question in data.questions):
             if choices:
                 model.check_choices(choices)
-        words = {question.split: question for question in data.questions if not question.choices}
-        for question in words.values():
+        one_per_split = {question.split: question for question in data.questions if not question.choices}
+        for question in one_per_split.values():
             suite.score(question, Answer(frame=model.frame))
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _KeyedQuestion:
+    """A question with its key in the answer cache."""
+
     benchmark: str
     question: Question
     prompt: str
     key: str
 
 
-def _keyed(model: AnsweringModel, suite: Benchmark, question: Question) -> _Asked:
+def _keyed(model: AnsweringModel, suite: Benchmark, question: Question) -> _KeyedQuestion:
     prompt = model.prompt(question.message)
-    return _Asked(suite.name, question, prompt, response_key(model.identity, suite, question, prompt))
+    return _KeyedQuestion(suite.name, question, prompt, answer_key(model.identity, suite, question, prompt))
 
 
-def ask(
-    model: AnsweringModel, pending: Sequence[_Asked], folder: Path, ranks: DistributedContext, batch_size: int
+def answer_pending(
+    model: AnsweringModel,
+    pending: Sequence[_KeyedQuestion],
+    folder: Path,
+    ranks: DistributedContext,
+    batch_size: int,
 ) -> list[str]:
-    """Put this rank's share of questions to the model; answers are on the disk as soon as their batch is done.
+    """Ask this rank's share of the questions. Answers are on the disk as soon as their batch is done.
 
     Returns:
-        The keys of questions that were not asked because their image cannot be read.
+        The keys of questions whose image cannot be read.
     """
     unreadable: list[str] = []
-    mine = pending[ranks.rank :: ranks.size]
-    if not mine:
+    share = pending[ranks.rank :: ranks.size]
+    if not share:
         return unreadable
-    writer = ResponseWriter(folder, ranks.rank)
+    writer = AnswerCacheWriter(folder, ranks.rank)
     bar = Bar("questions", len(pending)) if ranks.is_main else None
     done = 0
     try:
-        for batch in _batches(mine, batch_size):
-            answers = _answers(model, batch)
-            writer.add((one.key, one.question.id, answer) for one, answer in answers)
-            answered = {one.key for one, _ in answers}
-            unreadable += [one.key for one in batch if one.key not in answered]
+        for batch in _batches(share, batch_size):
+            answers = _readable_answers(model, batch)
+            writer.add((asked.key, asked.question.id, answer) for asked, answer in answers)
+            answered = {asked.key for asked, _ in answers}
+            unreadable += [asked.key for asked in batch if asked.key not in answered]
             done += len(batch)
             if bar is not None:
                 bar.update(min(done * ranks.size, len(pending)), len(pending))
@@ -176,34 +191,39 @@ def ask(
     return unreadable
 
 
-def _batches(pending: Sequence[_Asked], size: int) -> Iterator[list[_Asked]]:
-    """Of one benchmark and one mode each, and of the longest prompts first: what does not fit, fails at once."""
-    for _, group in groupby(pending, key=lambda one: (one.benchmark, one.question.mode)):
-        members = sorted(group, key=lambda one: -len(one.prompt))
-        for begin in range(0, len(members), size):
-            yield members[begin : begin + size]
+def _batches(pending: Sequence[_KeyedQuestion], size: int) -> Iterator[list[_KeyedQuestion]]:
+    """Batches of one benchmark and one mode, longest prompts first, so that a lack of memory shows at once."""
+    for _, group in groupby(pending, key=lambda asked: (asked.benchmark, asked.question.mode)):
+        longest_first = sorted(group, key=lambda asked: -len(asked.prompt))
+        for begin in range(0, len(longest_first), size):
+            yield longest_first[begin : begin + size]
 
 
-def _answers(model: AnsweringModel, batch: Sequence[_Asked]) -> list[tuple[_Asked, Answer]]:
+def _readable_answers(
+    model: AnsweringModel, batch: Sequence[_KeyedQuestion]
+) -> list[tuple[_KeyedQuestion, Answer]]:
     """Answers to the questions of a batch whose image can be read."""
     try:
-        return list(zip(batch, _said(model, [one.question for one in batch]), strict=True))
+        return _answers(model, batch)
     except UserError:
-        # Only now: to decode every image twice would cost more than to ask this batch again.
-        broken = {image for image in {one.question.image for one in batch} if not _can_be_read(image)}
-        if not broken:
+        # Images are checked only after a failure: decoding all of them twice would cost more than asking again.
+        unreadable = {image for image in {asked.question.image for asked in batch} if not _is_readable(image)}
+        if not unreadable:
             raise
-    rest = [one for one in batch if one.question.image not in broken]
-    return list(zip(rest, _said(model, [one.question for one in rest]), strict=True)) if rest else []
+    rest = [asked for asked in batch if asked.question.image not in unreadable]
+    return _answers(model, rest) if rest else []
 
 
-def _said(model: AnsweringModel, questions: Sequence[Question]) -> list[Answer]:
+def _answers(model: AnsweringModel, batch: Sequence[_KeyedQuestion]) -> list[tuple[_KeyedQuestion, Answer]]:
+    questions = [asked.question for asked in batch]
     if questions[0].choices:
-        return [Answer(probabilities=tuple(row)) for row in model.choice_probabilities(questions)]
-    return [Answer(text=text) for text in model.answer_texts(questions, MAX_NEW_TOKENS)]
+        answers = [Answer(probabilities=tuple(row)) for row in model.choice_probabilities(questions)]
+    else:
+        answers = [Answer(text=text) for text in model.answer_texts(questions, MAX_NEW_TOKENS)]
+    return list(zip(batch, answers, strict=True))
 
 
-def _can_be_read(image: str) -> bool:
+def _is_readable(image: str) -> bool:
     try:
         open_image(image)
     except UserError:
@@ -211,42 +231,46 @@ def _can_be_read(image: str) -> bool:
     return True
 
 
-def _finish(
+def _write_results(
     model: AnsweringModel,
     suites: Suites,
-    asked: Sequence[_Asked],
+    questions: Sequence[_KeyedQuestion],
     unreadable: Collection[str],
     folder: Path,
     name: str,
-) -> dict[str, Any]:
-    answers = read_responses(folder, model.frame)
-    missing = sum(one.key not in answers and one.key not in unreadable for one in asked)
+) -> EvalResults:
+    """Score all cached answers, and write ``answers.jsonl`` and ``results.json``."""
+    answers = read_answer_cache(folder, model.frame)
+    missing = sum(asked.key not in answers and asked.key not in unreadable for asked in questions)
     if missing:
         raise RunFailure(
-            f"{missing} answers are missing in {folder}: do all ranks write to the same file system?"
+            f"{missing} answers are missing in {folder}; do all ranks write to the same file system?"
         )
-    rest = iter(asked)
-    judged = []
+    remaining = iter(questions)
+    scored = []
     for suite, data in suites:
-        own = [next(rest) for _ in data.questions]
-        known = [one for one in own if one.key in answers]
-        found = suite.readable(data, {one.question.id for one in own if one.key not in answers})
-        judged.append(judge(suite, found, [answers[one.key] for one in known], [one.prompt for one in known]))
-    results = results_of(model, name, {part.benchmark.name: outcome_of(part) for part in judged})
-    # Answers of this evaluation beside results of another one would not go together.
+        own = [next(remaining) for _ in data.questions]
+        answered = [asked for asked in own if asked.key in answers]
+        readable = suite.without_unreadable(
+            data, {asked.question.id for asked in own if asked.key not in answers}
+        )
+        prompts = [asked.prompt for asked in answered]
+        scored.append(score_answers(suite, readable, [answers[asked.key] for asked in answered], prompts))
+    results = results_of(model, name, {part.benchmark.name: outcome_of(part) for part in scored})
+    # An interruption must not leave new answers beside old results.
     (folder / run_folder.RESULTS_FILE).unlink(missing_ok=True)
-    write_answers(folder, judged)
-    run_folder.write_results(folder, results)
+    write_answers(folder, scored)
+    run_folder.write_results(folder, dict(results))
     return results
 
 
-def results_of(model: AnsweringModel, name: str, outcomes: Mapping[str, Any]) -> dict[str, Any]:
+def results_of(model: AnsweringModel, name: str, outcomes: Mapping[str, BenchmarkOutcome]) -> EvalResults:
     """The content of ``results.json``.
 
     Args:
-        model: What was asked.
-        name: What the results call it.
-        outcomes: Of every benchmark, see :func:`~localign.vlm.evaluation.results.outcome_of`.
+        model: The model that was asked.
+        name: The model's name in the results.
+        outcomes: By benchmark.
     """
     return {
         "command": "vlm eval",
@@ -258,9 +282,3 @@ def results_of(model: AnsweringModel, name: str, outcomes: Mapping[str, Any]) ->
         "benchmarks": dict(outcomes),
         "versions": {key: value for key, value in run_folder.provenance().items() if key != "time"},
     }
-
-
-def _say(results: Mapping[str, Any], folder: Path) -> None:
-    show_results(results["benchmarks"])
-    print(f"answers    {folder / 'answers.jsonl'}")
-    print(f"results    {folder / run_folder.RESULTS_FILE}")

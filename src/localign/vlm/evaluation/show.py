@@ -1,4 +1,4 @@
-"""`localign vlm show`: questions and answers as pictures, to look at."""
+"""`localign vlm show`: draw questions and answers as pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,16 +20,18 @@ from localign.vlm.evaluation.results import ANSWERS_FILE, Record, read_answers
 from localign.vlm.scoring.boxes import ORIGINAL, Box, Size
 
 TRUE, ANSWERED = (20, 140, 60), (200, 30, 40)
+"""Colours of the true box and of the model's box."""
 _INK = (20, 20, 20)
 _SIDE = 640
-"""Pixels of the longer side of a picture."""
-_LETTERS, _MARGIN = 16, 12
-_LINES = 20
-"""Lines of one text, at most."""
+"""Longer side of the image, pixels."""
+_FONT_SIZE, _MARGIN = 16, 12
+"""Pixels."""
+_MAX_LINES = 20
+"""Lines per text."""
 
 
 def run_show(config: ShowConfig) -> None:
-    """Draw the chosen answers, in the order of the file.
+    """Draw the chosen answers in the order of the file.
 
     Raises:
         UserError: There are no such answers, or an image cannot be read.
@@ -54,21 +55,21 @@ def run_show(config: ShowConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for record in chosen:
         with replacing(folder / file_name(record)) as temporary:
-            drawn(record).save(temporary, format="PNG")
+            draw_record(record).save(temporary, format="PNG")
     print(f"pictures   {folder}: {len(chosen)}")
 
 
 def file_name(record: Record) -> str:
-    """Of the benchmark and the question's id; ids with other letters than those of file names get a hash."""
+    """A file name from the benchmark and the question's id. Ids with unsafe characters get a hash."""
     name = str(record["id"])
-    tidy = "".join(c if c.isascii() and (c.isalnum() or c in "._+-") else "-" for c in name)[-80:]
-    if tidy != name:
-        tidy += "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{record['benchmark']}-{tidy}.png"
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "._+-") else "-" for c in name)[-80:]
+    if safe != name:
+        safe += "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{record['benchmark']}-{safe}.png"
 
 
-def drawn(record: Record) -> Image.Image:
-    """The picture with the true box (green) and the model's (red) where there are any; below it the words.
+def draw_record(record: Record) -> Image.Image:
+    """The image with the true box (green) and the model's box (red), if any, above the texts.
 
     Raises:
         UserError: The image cannot be read.
@@ -76,18 +77,20 @@ def drawn(record: Record) -> Image.Image:
     picture = open_image(record["image"])
     scale = _SIDE / max(picture.size)
     picture = picture.resize([max(1, round(scale * side)) for side in picture.size])
-    boxes = isinstance(record["payload"].get("box"), list)
-    if boxes:
+    has_boxes = isinstance(record["payload"].get("box"), list)
+    if has_boxes:
         pen = ImageDraw.Draw(picture)
         for corners, colour in ((record["truth"], TRUE), (record["parsed"], ANSWERED)):
             if corners is not None:
-                box = Box(tuple(corners), ORIGINAL, Size(*picture.size)).within_image()
-                pen.rectangle(box.pixels(), outline="white", width=5)  # seen on any ground
+                x1, y1, x2, y2 = (float(number) for number in corners)
+                box = Box((x1, y1, x2, y2), ORIGINAL, Size(*picture.size)).within_image()
+                pen.rectangle(box.pixels(), outline="white", width=5)  # visible on any background
                 pen.rectangle(box.pixels(), outline=colour, width=3)
-    return _with_words(picture, _words(record, boxes))
+    return _with_texts(picture, _texts(record, has_boxes))
 
 
-def _words(record: Record, boxes: bool) -> list[tuple[str, tuple[int, int, int]]]:
+def _texts(record: Record, has_boxes: bool) -> list[tuple[str, tuple[int, int, int]]]:
+    """Texts with their colours."""
     answer = record["answer"]
     if record["choices"]:
         shares = ", ".join(
@@ -97,47 +100,49 @@ def _words(record: Record, boxes: bool) -> list[tuple[str, tuple[int, int, int]]
             )[:5]
         )
         answer = f"{record['parsed']} ({shares})"
-    said = f"answer: {answer}" + (f" ({record['fault']})" if record.get("fault") else "")
-    parsed = [] if boxes or record["choices"] else [(f"taken as: {record['parsed']}", ANSWERED)]
-    figure = f", overlap {record['iou']:.2f}" if "iou" in record else ""
+    fault = f" ({record['fault']})" if record.get("fault") else ""
+    parsed = [] if has_boxes or record["choices"] else [(f"taken as: {record['parsed']}", ANSWERED)]
+    overlap = f", overlap {record['iou']:.2f}" if "iou" in record else ""
     return [
         (f"{record['benchmark']} {record['id']}", _INK),
         (record["message"], _INK),
-        (said, ANSWERED),
+        (f"answer: {answer}{fault}", ANSWERED),
         *parsed,
-        (f"truth: {_as_text(record['truth'])}", TRUE),
-        (f"score: {record['score']:.2f}{figure}", _INK),
+        (f"truth: {_truth_text(record['truth'])}", TRUE),
+        (f"score: {record['score']:.2f}{overlap}", _INK),
     ]
 
 
-def _as_text(truth: Any) -> str:
-    if isinstance(truth, list):
-        parts = [f"{part:.3f}" if isinstance(part, float) else str(part) for part in truth]
-        return ", ".join(dict.fromkeys(parts) if all(isinstance(part, str) for part in truth) else parts)
-    return str(truth)
+def _truth_text(truth: str | Sequence[str] | Sequence[float]) -> str:
+    """Annotators' answers without repetitions, or the numbers of a box."""
+    if isinstance(truth, str):
+        return truth
+    if all(isinstance(part, str) for part in truth):
+        return ", ".join(dict.fromkeys(map(str, truth)))
+    return ", ".join(f"{part:.3f}" if isinstance(part, float) else str(part) for part in truth)
 
 
-def _with_words(picture: Image.Image, words: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:
+def _with_texts(picture: Image.Image, texts: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:
     width = max(picture.width, _SIDE) + 2 * _MARGIN
-    lines = [(line, colour) for text, colour in words for line in _wrapped(text, width - 2 * _MARGIN)]
-    step = _LETTERS + 5
-    sheet = Image.new("RGB", (width, picture.height + 3 * _MARGIN + step * len(lines)), "white")
+    lines = [(line, colour) for text, colour in texts for line in _wrap(text, width - 2 * _MARGIN)]
+    line_height = _FONT_SIZE + 5
+    sheet = Image.new("RGB", (width, picture.height + 3 * _MARGIN + line_height * len(lines)), "white")
     sheet.paste(picture, (_MARGIN, _MARGIN))
     pen = ImageDraw.Draw(sheet)
     for number, (line, colour) in enumerate(lines):
-        place = (_MARGIN, picture.height + 2 * _MARGIN + number * step)
-        pen.text(place, line, fill=colour, font=_font())
+        position = (_MARGIN, picture.height + 2 * _MARGIN + number * line_height)
+        pen.text(position, line, fill=colour, font=_font())
     return sheet
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    """At most ``_LINES`` lines of at most ``width`` pixels, broken between words, within those that are too long, and
-    where they break."""
-    lines = list(islice(_lines(text, width), _LINES + 1))
-    return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], "…"]
+def _wrap(text: str, width: int) -> list[str]:
+    """At most ``_MAX_LINES`` lines of at most ``width`` pixels."""
+    lines = list(islice(_lines(text, width), _MAX_LINES + 1))
+    return lines if len(lines) <= _MAX_LINES else [*lines[: _MAX_LINES - 1], "…"]
 
 
 def _lines(text: str, width: int) -> Iterator[str]:
+    """Break a text at its line ends, between words, and within words that are wider than a line."""
     for paragraph in text.splitlines() or [""]:
         line = ""
         for word in paragraph.split():
@@ -148,8 +153,8 @@ def _lines(text: str, width: int) -> Iterator[str]:
             if line:
                 yield line
             while not _fits(word, width):
-                too_long = range(2, len(word) + 1)
-                end = 1 + bisect_left(too_long, True, key=lambda n: not _fits(word[:n], width))
+                lengths = range(2, len(word) + 1)
+                end = 1 + bisect_left(lengths, True, key=lambda n: not _fits(word[:n], width))
                 yield word[:end]
                 word = word[end:]
             line = word
@@ -157,13 +162,13 @@ def _lines(text: str, width: int) -> Iterator[str]:
 
 
 def _fits(text: str, width: int) -> bool:
-    # To measure thousands of letters takes its time, and hardly any is narrower than a pixel.
+    # Measuring thousands of letters is slow, and hardly any letter is narrower than a pixel.
     return len(text) <= width and _font().getlength(text) <= width
 
 
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    """The font that comes with matplotlib, which has more letters than Pillow's own."""
+    """Matplotlib's font, which has more letters than Pillow's own."""
     from matplotlib import get_data_path
 
-    return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), _LETTERS)
+    return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), _FONT_SIZE)

@@ -1,4 +1,4 @@
-"""`localign vlm eval --engine lmms-eval`: lmms-eval asks our models, its own tasks and ours alike."""
+"""`localign vlm eval --engine lmms-eval`: lmms-eval asks our models, with its own tasks and with ours."""
 
 from __future__ import annotations
 
@@ -16,72 +16,77 @@ from localign.engine.distributed import distributed_context
 from localign.engine.lock import lock
 from localign.errors import RunFailure, UserError, did_you_mean
 from localign.options.vlm.evaluation import IN_LMMS_EVAL, EvalConfig
-from localign.vlm.evaluation.models import LocalignModel, TransformersModel
+from localign.vlm.evaluation.model_base import LazyModel
+from localign.vlm.evaluation.printing import console, print_results
 from localign.vlm.evaluation.results import (
     ANSWERS_FILE,
-    Judged,
-    judge,
+    BenchmarkOutcome,
+    EvalResults,
+    ScoredAnswers,
     outcome_of,
-    screen,
-    show_results,
+    score_answers,
     write_answers,
 )
-from localign.vlm.evaluation.run import check, frame_of, model_of, results_of
-from localign.vlm.lmms.table import MODEL_NAME, TASK_FOLDER
+from localign.vlm.evaluation.run import check_scorable, frame_of, model_of, results_of
+from localign.vlm.lmms.registration import MODEL_NAME, TASK_FOLDER
 
 OUTPUT_FOLDER = "lmms-eval"
-"""Of what lmms-eval writes by itself, a folder for each name asked for."""
+"""Folder of lmms-eval's own output, with one sub-folder per task."""
 
 
 def run_lmms_eval(config: EvalConfig) -> None:
-    """Every task through lmms-eval: its own output, and beside it ours, as of ``localign vlm eval``.
+    """Run every task through lmms-eval; write its own output and ``localign vlm eval``'s files.
 
     Raises:
-        UserError: lmms-eval is missing, or data, model, tasks or options do not do.
+        UserError: lmms-eval is missing, or data, model, tasks or options are wrong.
         RunFailure: lmms-eval cannot load a task.
     """
-    _require()
+    _require_lmms_eval()
     with distributed_context(config.device) as ranks:
         if ranks.size > 1:
-            raise UserError("--engine lmms-eval works in one process; start it without torchrun")
+            raise UserError("--engine lmms-eval runs in one process; start it without torchrun")
         if config.limit is not None and config.limit < 1:
             raise UserError(f"--limit must be at least 1, not {config.limit}")
         frame = frame_of(config)
         model = model_of(config, ranks, frame)
-        manager = _manager(config)
-        ours = {name: _our_task(manager, name, config, model) for name in config.benchmarks if _is_ours(name)}
-        check(model, [(task.suite, task.data) for task in ours.values()])
+        manager = _task_manager(config)
+        our_tasks = {
+            name: _our_task(manager, name, config, model)
+            for name in config.benchmarks
+            if name in IN_LMMS_EVAL
+        }
+        check_scorable(model, [(task.suite, task.data) for task in our_tasks.values()])
         folder = Path(config.out)
         folder.mkdir(parents=True, exist_ok=True)
-        held = lock(folder)
+        lock_file = lock(folder)
         try:
-            results = _evaluate(config, model, manager, ours, folder)
+            results = _evaluate(config, model, manager, our_tasks, folder)
         finally:
-            if held is not None:
-                held.close()
-    _say(results, folder)
+            if lock_file is not None:
+                lock_file.close()
+    _print_results(results, folder)
 
 
-def _require() -> None:
+def _require_lmms_eval() -> None:
     try:
         importlib.import_module("lmms_eval.evaluator")
-        importlib.import_module("filelock._api")  # which lmms-eval needs, and filelock 4 lacks
+        importlib.import_module("filelock._api")  # lmms-eval needs this module, which filelock 4 lacks
     except ImportError as error:
         raise UserError(
             f"--engine lmms-eval needs the package lmms-eval ({error}); install localign[lmms-eval]"
         ) from None
     from loguru import logger
 
-    logger.remove()  # lmms-eval's warnings go where localign's go, not among the results
+    logger.remove()  # warnings go to stderr, so that they do not mix with the results
     logger.add(lambda message: sys.stderr.write(message), level="WARNING", format="lmms-eval  {message}")
 
 
-def _is_ours(name: str) -> bool:
-    return name in IN_LMMS_EVAL
+def _task_manager(config: EvalConfig) -> Any:
+    """A task manager with lmms-eval's tasks and ours.
 
-
-def _manager(config: EvalConfig) -> Any:
-    """lmms-eval's tasks and ours. Raises UserError if a name is not among them, or a folder is none."""
+    Raises:
+        UserError: There is no task of a given name, or a folder of tasks does not exist.
+    """
     from lmms_eval.tasks import TaskManager
 
     for folder in config.task_folders:
@@ -96,7 +101,7 @@ def _manager(config: EvalConfig) -> Any:
     return manager
 
 
-def _our_task(manager: Any, name: str, config: EvalConfig, model: LocalignModel | TransformersModel) -> Any:
+def _our_task(manager: Any, name: str, config: EvalConfig, model: LazyModel) -> Any:
     options = {
         "root": config.data,
         "limit": config.limit,
@@ -109,60 +114,78 @@ def _our_task(manager: Any, name: str, config: EvalConfig, model: LocalignModel 
 
 def _evaluate(
     config: EvalConfig,
-    model: LocalignModel | TransformersModel,
+    model: LazyModel,
     manager: Any,
-    ours: Mapping[str, Any],
+    our_tasks: Mapping[str, Any],
     folder: Path,
-) -> dict[str, Any]:
+) -> EvalResults:
     from localign.vlm.lmms.model import LocalignLMM
 
-    asked = LocalignLMM(model, config.batch_size)
-    judged: list[Judged] = []
-    outcomes: dict[str, Any] = {}
-    own: dict[str, Any] = {}
+    lmm = LocalignLMM(model, config.batch_size)
+    scored: list[ScoredAnswers] = []
+    outcomes: dict[str, BenchmarkOutcome] = {}
+    own_metrics: dict[str, dict[str, float]] = {}
     for name in config.benchmarks:
-        task = ours.get(name)
-        output = _run(asked, name, task, config, manager)
+        task = our_tasks.get(name)
+        output = _run_task(lmm, name, task, config, manager)
         _save(output, config.model, folder / OUTPUT_FOLDER / name)
         if task is None:
-            own |= {part: _numbers(found) for part, found in output["results"].items()}
+            own_metrics |= {part: _numbers(found) for part, found in output["results"].items()}
         else:
-            judged.append(_judged(task, output["samples"][name], model))
-            outcomes[name] = outcome_of(judged[-1])
-            for figure, values in outcomes[name]["figures"].items():
-                values["value"] = output["results"][name][f"{figure},none"]
-    results = results_of(model, config.model, outcomes)
-    results |= {"engine": "lmms-eval", "tasks": own}
+            scored.append(_scored_answers(task, output["samples"][name], model))
+            outcomes[name] = outcome_of(scored[-1])
+            for metric, values in outcomes[name]["figures"].items():
+                values["value"] = output["results"][name][f"{metric},none"]
+    results: EvalResults = {
+        **results_of(model, config.model, outcomes),
+        "engine": "lmms-eval",
+        "tasks": own_metrics,
+    }
     results["versions"]["lmms-eval"] = importlib.metadata.version("lmms-eval")
-    write_answers(folder, judged)
-    run_folder.write_results(folder, results)
+    write_answers(folder, scored)
+    run_folder.write_results(folder, dict(results))
     return results
 
 
-def _run(asked: Any, name: str, task: Any, config: EvalConfig, manager: Any) -> dict[str, Any]:
-    """One task, or a group of lmms-eval's, asked and scored; ``task`` is there where it is one of ours."""
+def _run_task(lmm: Any, name: str, task: Any, config: EvalConfig, manager: Any) -> dict[str, Any]:
+    """Ask and score one task, or one group of lmms-eval's tasks.
+
+    Args:
+        lmm: The model.
+        name: Name of the task or group.
+        task: The task if it is ours, else None.
+        config: The command's options.
+        manager: The task manager.
+
+    Returns:
+        lmms-eval's output.
+
+    Raises:
+        UserError: The task needs a package that is missing.
+        RunFailure: lmms-eval fails on the task.
+    """
     from lmms_eval.evaluator import simple_evaluate
     from tenacity import RetryError
 
     try:
-        found: dict[str, Any] = simple_evaluate(
-            model=asked,
+        output: dict[str, Any] = simple_evaluate(
+            model=lmm,
             tasks=[name if task is None else task],
             task_manager=manager,
-            limit=config.limit if task is None else None,  # ours have theirs already, of each split
+            limit=config.limit if task is None else None,  # our tasks limit each split themselves
             batch_size=config.batch_size,
         )
-    except RetryError as error:  # it tries five times, whatever is wrong
+    except RetryError as error:  # lmms-eval tries five times, whatever the error is
         cause = error.last_attempt.exception()
         first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise RunFailure(f"lmms-eval fails on {name}: {first}") from cause
     except ImportError as error:
         raise UserError(f"lmms-eval's task {name} needs a package that is missing: {error}") from None
-    return found
+    return output
 
 
 def _save(output: dict[str, Any], model: str, folder: Path) -> None:
-    """lmms-eval's own files, under its own names."""
+    """Write lmms-eval's own files under their usual names."""
     from lmms_eval.loggers import EvaluationTracker
     from lmms_eval.utils import get_datetime_str
 
@@ -178,29 +201,34 @@ def _save(output: dict[str, Any], model: str, folder: Path) -> None:
     content = {name: value for name, value in output.items() if name != "samples"}
     tracker.save_results_aggregated(content, samples, get_datetime_str())
     for name in output["configs"]:
-        tracker.save_results_samples(name, [_brief(sample, name) for sample in samples[name]])
+        tracker.save_results_samples(name, [_log_sample(sample, name) for sample in samples[name]])
 
 
-def _brief(sample: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """A sample for lmms-eval's file; of our tasks, what is the same for every figure is there once."""
+def _log_sample(sample: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """A sample for lmms-eval's log. The samples of our tasks repeat the score for every metric; the log has it once."""
     if task not in IN_LMMS_EVAL:
         return dict(sample)
-    scored = {name: value for name, value in sample.items() if isinstance(value, dict) and "score" in value}
-    rest = {name: value for name, value in sample.items() if name not in scored}
-    return rest | next(iter(scored.values()))
+    scores = {name: value for name, value in sample.items() if isinstance(value, dict) and "score" in value}
+    rest = {name: value for name, value in sample.items() if name not in scores}
+    return rest | next(iter(scores.values()))
 
 
-def _judged(task: Any, samples: list[Any], model: LocalignModel | TransformersModel) -> Judged:
-    """Our records of the answers that lmms-eval collected."""
+def _scored_answers(task: Any, samples: list[Any], model: LazyModel) -> ScoredAnswers:
+    """The answers that lmms-eval collected for one of our tasks."""
     by_number = {sample["doc"]["number"]: sample["filtered_resps"] for sample in samples}
     questions = task.data.questions
     if by_number.keys() != set(range(len(questions))):
-        raise RunFailure(f"lmms-eval gave {len(by_number)} of {len(questions)} answers to {task.suite.name}")
+        raise RunFailure(
+            f"lmms-eval returned {len(by_number)} of {len(questions)} answers to {task.suite.name}"
+        )
     answers = [task.answer(number, by_number[number]) for number in range(len(questions))]
-    return judge(task.suite, task.data, answers, [model.prompt(question.message) for question in questions])
+    return score_answers(
+        task.suite, task.data, answers, [model.prompt(question.message) for question in questions]
+    )
 
 
 def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
+    """The numeric metrics of a task."""
     return {
         name: float(value)
         for name, value in found.items()
@@ -208,19 +236,19 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _say(results: Mapping[str, Any], folder: Path) -> None:
+def _print_results(results: EvalResults, folder: Path) -> None:
     if results["benchmarks"]:
-        show_results(results["benchmarks"])
+        print_results(results["benchmarks"])
     if results["tasks"]:
         table = Table(title="tasks of lmms-eval", caption="in the tasks' own units")
         table.add_column("task")
         table.add_column("figure")
         table.add_column("value", justify="right")
-        for task, figures in results["tasks"].items():
-            shown = {name: value for name, value in figures.items() if "_stderr" not in name}
-            for number, (figure, value) in enumerate(shown.items()):
-                table.add_row("" if number else task, figure, f"{value:.4f}")
-        screen().print(table)
+        for task, metrics in results["tasks"].items():
+            shown = {name: value for name, value in metrics.items() if "_stderr" not in name}
+            for number, (metric, value) in enumerate(shown.items()):
+                table.add_row("" if number else task, metric, f"{value:.4f}")
+        console().print(table)
     print(f"answers    {folder / ANSWERS_FILE}")
     print(f"results    {folder / run_folder.RESULTS_FILE}")
     print(f"lmms-eval  {folder / OUTPUT_FOLDER}")

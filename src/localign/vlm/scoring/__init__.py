@@ -1,1 +1,1 @@
-"""What benchmarks share: questions, readers of official files, normalised answers, boxes, metrics."""
+"""Scoring, as benchmarks share it: questions, readers of official files, normalised answers, boxes, metrics."""

@@ -1,45 +1,40 @@
-"""Is the gain real? Intervals, paired differences and tests for figures of benchmarks.
-
-Questions on one image are not independent, so what is resampled is images. The draws are keyed by replicate and
-number of images alone: two models judged on the same questions are compared on the same draws.
-"""
+"""Bootstrap intervals for the metrics of a benchmark. Images are resampled, because questions on one image are not
+independent."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from localign.statistics.bootstrap import CHUNK_BYTES, REPLICATES, interval, replicate_weights
-from localign.vlm.scoring.base import Benchmark, Sample
-from localign.vlm.scoring.metrics import Draws
+from localign.statistics.bootstrap import REPLICATES, interval
+from localign.statistics.resampling import ResampledMetrics, bootstrap_replicates
+from localign.vlm.scoring.base import Benchmark
+from localign.vlm.scoring.questions import Sample
 
 
 def bootstrap(
     benchmark: Benchmark, samples: Sequence[Sample], replicates: int = REPLICATES
 ) -> dict[str, Tensor]:
-    """Every figure on images drawn with replacement, in percent.
+    """Every metric on images drawn with replacement, in percent.
 
     Returns:
-        By figure float64 ``(replicates,)``; NaN where a replicate does not define the figure. The order of the
-        samples makes no difference.
+        By metric float64 ``(replicates,)``; NaN where a replicate does not define the metric. The order of the
+        samples does not matter.
     """
     samples = sorted(samples, key=lambda sample: str(sample["id"]))
-    statistics = benchmark.statistics(samples)
-    places: dict[str, int] = {}
-    unit = torch.tensor([places.setdefault(sample["image"], len(places)) for sample in samples])
-    step = max(1, CHUNK_BYTES // (8 * max(1, len(samples))))
-    parts: dict[str, list[Tensor]] = {name: [] for name in statistics}
-    for begin in range(0, replicates, step):
-        draws = Draws(replicate_weights(len(places), begin, min(begin + step, replicates)), unit)
-        for name, statistic in statistics.items():
-            parts[name].append(100 * statistic.replicates(draws))
-    return {name: torch.cat(values) for name, values in parts.items()}
+    images = [sample["image"] for sample in samples]
+    found = bootstrap_replicates(benchmark.metrics(samples), images, replicates)
+    return {name: 100 * shares for name, shares in found.items()}
+
+
+def resampled_metrics(benchmark: Benchmark, samples: Sequence[Sample]) -> ResampledMetrics:
+    """Every metric on the images as they are, and on images drawn with replacement; in percent."""
+    return ResampledMetrics(benchmark.aggregate(samples), bootstrap(benchmark, samples))
 
 
 def intervals(
     benchmark: Benchmark, samples: Sequence[Sample], replicates: int = REPLICATES
 ) -> dict[str, list[float] | None]:
-    """The 95 % percentile interval of every figure, ``[low, high]`` in percent; None where there is none."""
+    """The 95 % interval ``[low, high]`` of every metric, in percent; None where no replicate defines the metric."""
     return {name: interval(values) for name, values in bootstrap(benchmark, samples, replicates).items()}

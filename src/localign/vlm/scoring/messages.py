@@ -1,4 +1,4 @@
-"""What is asked, without the words that a prompt format puts around it. The wording is the published one."""
+"""The published wording of questions, without the words that a prompt format puts around it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def short_answer(question: str) -> str:
 
 
 def short_answer_or_none(question: str) -> str:
-    """Ask for a word or phrase, and for a fixed word where there is no telling (VizWiz)."""
+    """Ask for a word or phrase, or for the word "Unanswerable" (VizWiz)."""
     return f"{question}\n{UNANSWERABLE}\n{SHORT}"
 
 
 def true_or_false(statement: str) -> str:
-    """Ask whether a statement holds (VSR)."""
+    """Ask whether a statement is true (VSR)."""
     return (
         f'Based on the image, is this statement "True" or "False"? {statement}\n'
         'Respond with "True" or "False" directly.'
@@ -36,5 +36,5 @@ def letter_of_choice(question: str, choices: Sequence[str]) -> str:
 
 
 def box_of(sentence: str) -> str:
-    """Ask where the thing is that a sentence describes (RefCOCO, OCID-Ref)."""
+    """Ask for the box of the region that a sentence describes (RefCOCO, OCID-Ref)."""
     return f'Please provide the bounding box coordinate of the region this sentence describes: "{sentence}"'

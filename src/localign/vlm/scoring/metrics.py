@@ -1,7 +1,7 @@
-"""Figures over samples, each of which can also be computed on resampled data, for intervals.
+"""Metrics over samples: ratios, means, and areas under curves, each also on resampled images.
 
-A figure is a share in 0..1, or undefined where the samples do not determine it: an accuracy of no samples, an area
-under a curve without a positive. No figure fails for that.
+A metric is a share in 0..1. Where the samples do not define it (an accuracy of no samples, an area under a curve
+without positives), its value is None and its replicates are NaN; nothing raises.
 """
 
 from __future__ import annotations
@@ -9,101 +9,61 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-Rows = NDArray[np.int64]
-"""Which samples a figure is over."""
-
-
-class Draws:
-    """Resampled data: how often each replicate draws every unit, and which unit each sample belongs to.
-
-    Args:
-        weights: float ``(R, units)``.
-        unit: int64 ``(samples,)``.
-    """
-
-    def __init__(self, weights: Tensor, unit: Tensor) -> None:
-        self._weights = (
-            weights.double().T.contiguous()
-        )  # units first: picking rows is far faster than columns
-        self._unit = unit
-
-    def __len__(self) -> int:
-        """The number of replicates, R."""
-        return self._weights.shape[1]
-
-    def sums(self, values: NDArray[np.float64], rows: Rows) -> Tensor:
-        """The sum of a value per sample over some samples, float64 ``(R,)``."""
-        per_unit = torch.zeros(len(self._weights), dtype=torch.float64)
-        per_unit.index_add_(0, self._unit[torch.from_numpy(rows)], torch.from_numpy(values))
-        return per_unit @ self._weights
-
-    def of(self, rows: Rows) -> Tensor:
-        """How often some samples are drawn, float64 ``(rows, R)``."""
-        return self._weights[self._unit[torch.from_numpy(rows)]]
-
-
-class Statistic(Protocol):
-    """A figure over n samples."""
-
-    def value(self) -> float | None:
-        """In 0..1; None where it is not defined."""
-
-    def replicates(self, draws: Draws) -> Tensor:
-        """The figure on every replicate, float64 ``(R,)``; NaN where it is not defined."""
+from localign.statistics.resampling import Resamples, Rows, Statistic
 
 
 def percent(share: float | None) -> float | None:
-    """A share in percent."""
+    """A share in percent; None for None."""
     return None if share is None else 100 * share
 
 
 class Ratio:
-    """The sum of one value over the sum of another: means, precision, recall, F1.
+    """The sum of numerators over the sum of denominators: means, precision, recall, F1.
 
     Args:
         numerators: ``(n,)``.
-        denominators: ``(n,)``; default 1 for every sample, which makes it a mean.
-        rows: Which samples these are, int64 ``(n,)``; default all, in order.
+        denominators: ``(n,)``; default 1 for every sample, which makes the ratio a mean.
+        rows: Indices of the samples, int64 ``(n,)``; default all samples, in order.
     """
 
     def __init__(
         self, numerators: ArrayLike, denominators: ArrayLike | None = None, rows: Rows | None = None
     ) -> None:
-        self._over = np.asarray(numerators, dtype=np.float64)
-        self._under = (
-            np.ones_like(self._over) if denominators is None else np.asarray(denominators, np.float64)
+        self._numerators = np.asarray(numerators, dtype=np.float64)
+        self._denominators = (
+            np.ones_like(self._numerators) if denominators is None else np.asarray(denominators, np.float64)
         )
-        self._rows = np.arange(len(self._over)) if rows is None else rows
+        self._rows = np.arange(len(self._numerators)) if rows is None else rows
 
     def value(self) -> float | None:
-        under = self._under.sum()
-        return float(self._over.sum() / under) if under > 0 else None
+        total = self._denominators.sum()
+        return float(self._numerators.sum() / total) if total > 0 else None
 
-    def replicates(self, draws: Draws) -> Tensor:
-        return draws.sums(self._over, self._rows) / draws.sums(self._under, self._rows)
+    def replicates(self, resamples: Resamples) -> Tensor:
+        return resamples.sums(self._numerators, self._rows) / resamples.sums(self._denominators, self._rows)
 
 
 class Mean:
-    """The mean of other figures, over those of them that are defined; undefined where none is."""
+    """The mean of the metrics that are defined; undefined where none is."""
 
     def __init__(self, parts: Sequence[Statistic]) -> None:
         self._parts = parts
 
     def value(self) -> float | None:
-        known = [value for value in (part.value() for part in self._parts) if value is not None]
-        return sum(known) / len(known) if known else None
+        values = [value for part in self._parts if (value := part.value()) is not None]
+        return sum(values) / len(values) if values else None
 
-    def replicates(self, draws: Draws) -> Tensor:
+    def replicates(self, resamples: Resamples) -> Tensor:
         if not self._parts:
-            return torch.full((len(draws),), torch.nan, dtype=torch.float64)
-        return torch.stack([part.replicates(draws) for part in self._parts]).nanmean(dim=0)
+            return torch.full((len(resamples),), torch.nan, dtype=torch.float64)
+        return torch.stack([part.replicates(resamples) for part in self._parts]).nanmean(dim=0)
 
 
 class _Curve:
@@ -112,11 +72,11 @@ class _Curve:
     Args:
         scores: ``(n,)``, in 0..1, larger for positives.
         labels: bool ``(n,)``.
-        rows: Which samples these are, int64 ``(n,)``; default all, in order.
+        rows: Indices of the samples, int64 ``(n,)``; default all samples, in order.
     """
 
     def __init__(self, scores: ArrayLike, labels: ArrayLike, rows: Rows | None = None) -> None:
-        # Sums of probabilities may exceed 1 by rounding, which the library takes for a sign of logits.
+        # Sums of probabilities may exceed 1 by rounding; torchmetrics takes values above 1 for logits.
         scores = np.asarray(scores, dtype=np.float64).clip(0, 1)
         order = np.argsort(scores, kind="stable")
         self._scores = scores[order]
@@ -124,21 +84,26 @@ class _Curve:
         self._rows = (np.arange(len(order)) if rows is None else rows)[order]
         self._positives = torch.from_numpy(np.flatnonzero(self._labels))
 
-    def _places(self, side: Literal["left", "right"], of_positives: bool = False) -> Tensor:
-        """For each positive: how many samples (or positives) score less, or (right) not more, int64 ``(P,)``."""
-        positives = self._scores[self._labels]
-        return torch.from_numpy(np.searchsorted(positives if of_positives else self._scores, positives, side))
+    def _ranks(self, side: Literal["left", "right"], among_positives: bool = False) -> Tensor:
+        """For each positive, the number of samples (or positives) with a lower score, int64 ``(P,)``.
 
-    def _weights(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """How often positives are drawn ``(P, R)``, and the first k samples together ``(n + 1, R)``; float64."""
-        weights = draws.of(self._rows)
-        return weights[self._positives], _totals(weights)
+        With side ``right``, samples with the same score count too.
+        """
+        positives = self._scores[self._labels]
+        return torch.from_numpy(
+            np.searchsorted(positives if among_positives else self._scores, positives, side)
+        )
+
+    def _weights(self, resamples: Resamples) -> tuple[Tensor, Tensor]:
+        """How often each positive is drawn ``(P, R)``, and the first k samples together ``(n + 1, R)``; float64."""
+        weights = resamples.counts(self._rows)
+        return weights[self._positives], _cumulative(weights)
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(self._scores), torch.from_numpy(self._labels).long()
 
 
-def _totals(weights: Tensor) -> Tensor:
+def _cumulative(weights: Tensor) -> Tensor:
     """The sum of the first k rows, for k = 0, 1, ..., all."""
     return torch.cat([weights.new_zeros(1, weights.shape[1]), weights.cumsum(dim=0)])
 
@@ -153,13 +118,13 @@ class Auroc(_Curve):
             return None
         return float(binary_auroc(*self._tensors()))
 
-    def replicates(self, draws: Draws) -> Tensor:
-        """Pairs in order over all pairs of a positive and a negative; a tie is half in order."""
-        positives, totals = self._weights(draws)
-        beaten = (totals[self._places("left")] + totals[self._places("right")]) / 2
+    def replicates(self, resamples: Resamples) -> Tensor:
+        """The share of pairs of a positive and a negative that are in order; a tie counts half."""
+        positives, totals = self._weights(resamples)
+        in_order = (totals[self._ranks("left")] + totals[self._ranks("right")]) / 2
         count = positives.sum(0)
-        # Among themselves positives beat each other half of the time, whatever they score.
-        return ((positives * beaten).sum(0) - count**2 / 2) / (count * (totals[-1] - count))
+        # Pairs of two positives add up to half of their number, whatever the scores are.
+        return ((positives * in_order).sum(0) - count**2 / 2) / (count * (totals[-1] - count))
 
 
 class AveragePrecision(_Curve):
@@ -172,27 +137,27 @@ class AveragePrecision(_Curve):
             return None
         return float(binary_average_precision(*self._tensors()))
 
-    def replicates(self, draws: Draws) -> Tensor:
-        """The mean over positives of the share of positives among what scores as high."""
-        positives, totals = self._weights(draws)
-        of_positives = _totals(positives)
-        as_high = totals[-1] - totals[self._places("left")]
-        hits = of_positives[-1] - of_positives[self._places("left", of_positives=True)]
-        # Where nothing scores as high, the positive itself was not drawn.
+    def replicates(self, resamples: Resamples) -> Tensor:
+        """The mean over positives of the precision among the samples that score at least as high."""
+        positives, totals = self._weights(resamples)
+        positive_totals = _cumulative(positives)
+        as_high = totals[-1] - totals[self._ranks("left")]
+        hits = positive_totals[-1] - positive_totals[self._ranks("left", among_positives=True)]
+        # as_high is 0 only for a positive that was not drawn; its weight is 0 as well.
         return (positives * hits / as_high.clamp(min=1)).sum(0) / positives.sum(0)
 
 
 def one_vs_one_auroc(probabilities: ArrayLike, labels: ArrayLike, rows: Rows | None = None) -> Statistic:
-    """Mean over the pairs of classes that occur of the area under the ROC curve that tells one from the other.
+    """Area under the ROC curve between two classes, averaged over all pairs of classes that occur.
 
-    Each pair counts once: as the mean of its two curves, one with either class as the positive one.
+    Each pair counts once: as the mean of two curves, with either class as the positive one.
 
     Args:
         probabilities: ``(n, classes)``.
         labels: int ``(n,)``.
-        rows: Which samples these are, int64 ``(n,)``; default all, in order.
+        rows: Indices of the samples, int64 ``(n,)``; default all samples, in order.
     """
-    scores, truth, indices = _table(probabilities, labels, rows)
+    scores, truth, indices = _arrays(probabilities, labels, rows)
     members = {int(c): np.flatnonzero(truth == c) for c in np.unique(truth)}
     curves: list[Statistic] = []
     for first, second in itertools.permutations(members, 2):
@@ -204,12 +169,18 @@ def one_vs_one_auroc(probabilities: ArrayLike, labels: ArrayLike, rows: Rows | N
 def macro_average_precision(
     probabilities: ArrayLike, labels: ArrayLike, rows: Rows | None = None
 ) -> Statistic:
-    """Mean over the classes that occur of the average precision of one against all others; arguments as above."""
-    scores, truth, indices = _table(probabilities, labels, rows)
+    """Average precision of each class against all others, averaged over the classes that occur.
+
+    Args:
+        probabilities: ``(n, classes)``.
+        labels: int ``(n,)``.
+        rows: Indices of the samples, int64 ``(n,)``; default all samples, in order.
+    """
+    scores, truth, indices = _arrays(probabilities, labels, rows)
     return Mean([AveragePrecision(scores[:, c], truth == c, indices) for c in np.unique(truth)])
 
 
-def _table(
+def _arrays(
     probabilities: ArrayLike, labels: ArrayLike, rows: Rows | None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], Rows]:
     truth = np.asarray(labels, dtype=np.int64)
@@ -219,7 +190,7 @@ def _table(
 
 
 def rows_by(keys: Iterable[str]) -> defaultdict[str, Rows]:
-    """Which samples have each key; an empty array for keys that none has."""
+    """The indices of the samples with each key, int64; an empty array for a key that does not occur."""
     found: dict[str, list[int]] = {}
     for row, key in enumerate(keys):
         found.setdefault(key, []).append(row)

@@ -1,4 +1,4 @@
-"""Benchmarks whose answers are compared by the probability of their first token."""
+"""Multiple choice: the first token's probability decides between the choices."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from localign.vlm.scoring.base import Answer, Benchmark, Question, Sample
+from localign.statistics.resampling import Rows, Statistic
+from localign.vlm.scoring.base import Benchmark
 from localign.vlm.scoring.metrics import (
     Auroc,
     AveragePrecision,
     Ratio,
-    Rows,
-    Statistic,
     macro_average_precision,
     one_vs_one_auroc,
     rows_by,
 )
+from localign.vlm.scoring.questions import Answer, AnswerScore, Question, Sample
 
 
-class Choosing(Benchmark):
-    """A benchmark of choices; the payload's ``label`` is the position of the right one."""
+class MultipleChoice(Benchmark):
+    """A benchmark of choices. The payload's ``label`` is the index of the right choice."""
 
-    def judge(self, question: Question, answer: Answer) -> Sample:
-        """The likeliest choice counts; among equally likely ones, the first."""
+    def score_answer(self, question: Question, answer: Answer) -> AnswerScore:
+        """1 if the most probable choice is right, else 0; the first of equally probable choices counts."""
         probabilities = np.asarray(answer.probabilities, dtype=np.float64)
         probabilities /= probabilities.sum()
         chosen, label = int(probabilities.argmax()), question.payload["label"]
@@ -44,13 +44,13 @@ def columns(samples: Sequence[Sample]) -> tuple[NDArray[np.float64], NDArray[np.
     return scores, probabilities, np.asarray([sample["label"] for sample in samples], dtype=np.int64)
 
 
-def multiple_choice_figures(
+def multiple_choice_metrics(
     samples: Sequence[Sample], name: str, splits: Sequence[str]
 ) -> dict[str, Statistic]:
-    """Accuracy and areas under curves of each split and, as ``final``, of all questions together.
+    """Accuracy, ROC area and average precision of each split and, as ``final``, of all questions.
 
-    The area under the ROC curve is the mean over pairs of classes, average precision that over classes; classes
-    that do not occur are left out.
+    The ROC area is the mean over pairs of classes, average precision the mean over classes. Classes that do not occur
+    are left out.
     """
     scores, probabilities, labels = columns(samples)
     rows = rows_by(sample["split"] for sample in samples)
@@ -67,7 +67,14 @@ def multiple_choice_figures(
 def binary_curves(
     prefix: str, positive: NDArray[np.float64], labels: NDArray[np.bool_], rows: Rows
 ) -> dict[str, Statistic]:
-    """Areas under the ROC and the precision-recall curve of the probability of the positive choice."""
+    """ROC area and average precision of the positive choice.
+
+    Args:
+        prefix: Of the metrics' names.
+        positive: Probability of the positive choice, ``(n,)``.
+        labels: Whether the positive choice is right, ``(n,)``.
+        rows: Indices of the samples that count.
+    """
     return {
         f"{prefix}-AUCROC": Auroc(positive[rows], labels[rows], rows),
         f"{prefix}-AUCPR": AveragePrecision(positive[rows], labels[rows], rows),

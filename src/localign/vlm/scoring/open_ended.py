@@ -1,4 +1,4 @@
-"""Benchmarks with several annotators' answers: a word or phrase is right as far as they agree with it."""
+"""Open-ended questions with several annotators' answers: the score is the agreement with the annotators."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from localign.vlm.scoring.answers import STRICT, Evaluator, soft_score
-from localign.vlm.scoring.base import Answer, Benchmark, Question, Sample
+from localign.vlm.scoring.base import Benchmark
+from localign.vlm.scoring.normalisation import STRICT, Evaluator, soft_score
+from localign.vlm.scoring.questions import Answer, AnswerScore, Question, Sample
 
 
 class OpenEnded(Benchmark):
-    """A benchmark of annotators' answers, the payload's ``answers``.
+    """A benchmark of answers in words. The payload's ``answers`` are the annotators' answers.
 
-    Scored ``published``, predictions and annotators' answers are normalised as its evaluator does; scored ``strict``,
-    both go through one normaliser.
+    Scoring ``published`` normalises predictions and annotators' answers as the published evaluator does; ``strict``
+    normalises both alike.
     """
 
     scorings = ("published", "strict")
     evaluator: ClassVar[Evaluator]
 
-    def judge(self, question: Question, answer: Answer) -> Sample:
+    def score_answer(self, question: Question, answer: Answer) -> AnswerScore:
         rules = self.evaluator if self.scoring == "published" else STRICT
         parsed = rules.prediction(answer.text)
         truth = question.payload["answers"]
@@ -31,5 +32,5 @@ class OpenEnded(Benchmark):
 
 
 def scores_of(samples: Sequence[Sample]) -> NDArray[np.float64]:
-    """float64 ``(n,)``."""
+    """The scores, float64 ``(n,)``."""
     return np.asarray([sample["score"] for sample in samples], dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Reading the official files of benchmarks: whatever is wrong with one is said in one line that names it."""
+"""Readers for the official files of benchmarks. Every problem is a UserError that names the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ T = TypeVar("T")
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file. Raises UserError if it cannot be read."""
+    """Read a UTF-8 file.
+
+    Raises:
+        UserError: The file is missing or cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -26,15 +30,15 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, compact: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """A JSON file.
+    """Read a JSON file.
 
     Args:
         path: The file.
-        compact: Called with every object of the file, innermost first, as soon as it is read; what it returns
-            takes the object's place. So a large file need not be held as it is written.
+        compact: Called with every object as soon as it is parsed, innermost first; its result replaces the object.
+            This keeps the memory for large files small.
 
     Raises:
-        UserError: It is missing or not JSON.
+        UserError: The file is missing or not JSON.
     """
     text = read_text(path)
     try:
@@ -44,10 +48,10 @@ def read_json(path: Path, compact: Callable[[dict[str, Any]], Any] | None = None
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """A file with a JSON value on every line; empty lines are passed over.
+    """Read a file with one JSON value per line; empty lines are skipped.
 
     Raises:
-        UserError: It is missing, or a line is not JSON.
+        UserError: The file is missing, or a line is not JSON.
     """
     values = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -60,19 +64,19 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers of them; a pickle that names any class or function is refused."""
+    """Reads numbers, strings and containers of them, and refuses pickles that name a class or function."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+        raise pickle.UnpicklingError(f"it would run {module}.{name}")
 
 
 def read_pickle(path: Path) -> Any:
-    """A pickle of plain values (numbers, strings, lists, dicts): nothing in it is executed.
+    """Read a pickle of plain values (numbers, strings, lists, dicts) without executing anything.
 
-    Strings that Python 2 wrote are taken for UTF-8.
+    Strings that Python 2 wrote are decoded as UTF-8.
 
     Raises:
-        UserError: It is missing, damaged, or holds anything but plain values.
+        UserError: The file is missing, damaged, or holds anything but plain values.
     """
     try:
         with path.open("rb") as file:
@@ -81,40 +85,53 @@ def read_pickle(path: Path) -> Any:
         raise UserError(f"there is no file {path}") from None
     except Exception as error:  # a damaged pickle raises nearly anything
         cause = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is no pickle of plain values: {cause}") from None
+        raise UserError(f"{path} is not a pickle of plain values: {cause}") from None
 
 
-def records(value: Any, where: object) -> list[Any]:
-    """The value, if it is a list. Raises UserError naming ``where`` if not."""
+def as_list(value: Any, where: object) -> list[Any]:
+    """Check that a value is a list.
+
+    Raises:
+        UserError: It is not; the line names ``where``.
+    """
     if not isinstance(value, list):
-        raise UserError(f"{where} holds {type(value).__name__} where a list of records belongs")
+        raise UserError(f"{where} holds {type(value).__name__} instead of a list of records")
     return value
 
 
 def field(record: Any, name: str, kind: type[T], where: object) -> T:
-    """A field of a record, of a known type.
+    """A field of a record, checked for its type.
 
     Raises:
-        UserError: The record is no object, lacks the field, or has something else there; names ``where``.
+        UserError: The record is not an object, lacks the field, or has a value of another type there; the line names
+            ``where``.
     """
     if not isinstance(record, dict):
         raise UserError(f"{where} is {type(record).__name__}, not an object with fields")
     value = record.get(name)
     if not isinstance(value, kind):
-        told = f"is {value!r:.60}, not {kind.__name__}" if name in record else "is missing"
-        raise UserError(f"{where}: the field {name!r} {told}")
+        problem = f"is {value!r:.60}, not {kind.__name__}" if name in record else "is missing"
+        raise UserError(f"{where}: the field {name!r} {problem}")
     return value
 
 
 def strings(values: Sequence[Any], name: str, where: object) -> tuple[str, ...]:
-    """The values, if they are strings and there are any. Raises UserError naming ``where`` if not."""
+    """Check that the values of a field are strings, at least one.
+
+    Raises:
+        UserError: They are not; the line names ``where``.
+    """
     if not values or not all(isinstance(value, str) for value in values):
         raise UserError(f"{where}: the field {name!r} is {values!r:.60}, not a list of strings")
     return tuple(values)
 
 
 def four_numbers(value: Any, name: str, where: object) -> tuple[float, float, float, float]:
-    """The value, if it is a list of four numbers. Raises UserError naming ``where`` if not."""
+    """Check that the value of a field is a list of four numbers.
+
+    Raises:
+        UserError: It is not; the line names ``where``.
+    """
     if not isinstance(value, list) or len(value) != 4 or not all(isinstance(c, int | float) for c in value):
         raise UserError(f"{where}: the field {name!r} is {value!r:.60}, not four numbers")
     x1, y1, x2, y2 = (float(c) for c in value)
@@ -122,10 +139,10 @@ def four_numbers(value: Any, name: str, where: object) -> tuple[float, float, fl
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """Width and height of an image, as it is stored, from the beginning of its file.
+    """Width and height of an image as stored; only the beginning of the file is read.
 
     Raises:
-        UserError: It is no image.
+        UserError: The file is not an image.
     """
     try:
         with Image.open(path) as image:

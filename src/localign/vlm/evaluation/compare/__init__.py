@@ -1,1 +1,1 @@
-"""Comparison of models from their kept answers: differences, panels, tables, figures."""
+"""Comparison of models from their stored answers: differences, panels, tables and charts."""

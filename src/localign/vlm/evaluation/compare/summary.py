@@ -1,71 +1,57 @@
-"""What a comparison needs of one model's answers to one benchmark; the answers themselves may then be forgotten.
+"""Summaries of scored answers, with everything that a comparison needs.
 
-The answers of one model to all benchmarks take a gigabyte, and a comparison may be of twenty models.
+The answers of one model take about a gigabyte, and a comparison may have twenty models. Summaries replace them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from localign.vlm.evaluation.compare.differences import Figures
-from localign.vlm.evaluation.results import Judged, facts_of
-from localign.vlm.scoring.intervals import bootstrap
+from localign.statistics.resampling import ResampledMetrics, mean_metrics
+from localign.vlm.evaluation.results import OutcomeFacts, ScoredAnswers, facts_of
+from localign.vlm.scoring.intervals import resampled_metrics
 
 
 @dataclass(frozen=True)
-class Summary:
-    """One training run's answers to one benchmark."""
+class RunSummary:
+    """The answers of one training run to one benchmark."""
 
-    facts: Mapping[str, Any]
-    """As :func:`~localign.vlm.evaluation.results.facts_of` gives them."""
-    figures: Figures
+    facts: OutcomeFacts
+    metrics: ResampledMetrics
+    """Percent."""
     scores: Mapping[str, float]
-    """By question, in 0..1."""
+    """By question id, 0..1."""
 
 
-def summary_of(judged: Judged) -> Summary:
-    """All figures, on the images and on resampled ones, and the score of every question."""
-    suite, records = judged.benchmark, judged.records
-    figures = Figures(suite.aggregate(records), bootstrap(suite, records))
-    return Summary(
-        facts_of(judged, figures.values), figures, {record["id"]: record["score"] for record in records}
-    )
+def summarise_run(scored: ScoredAnswers) -> RunSummary:
+    """Compute all metrics, on the images as they are and on resampled images."""
+    metrics = resampled_metrics(scored.benchmark, scored.records)
+    scores = {record["id"]: record["score"] for record in scored.records}
+    return RunSummary(facts_of(scored, metrics.values), metrics, scores)
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One model's answers to one benchmark."""
+class ModelSummary:
+    """The answers of one model to one benchmark, over its training seeds."""
 
-    runs: Sequence[Summary]
-    """One for each training seed."""
-    figures: Figures
-    """Means over seeds; a figure that some seed lacks is None."""
+    runs: Sequence[RunSummary]
+    """One per seed."""
+    metrics: ResampledMetrics
+    """Means over seeds; None for a metric that some seed does not define."""
 
-    def known(self, figure: str) -> list[float]:
-        """The figure of every seed; empty if some seed lacks it."""
-        values = [run.figures.values.get(figure) for run in self.runs]
+    def seed_values(self, metric: str) -> list[float]:
+        """The metric of every seed; empty if some seed does not define it."""
+        values = [run.metrics.values.get(metric) for run in self.runs]
         return [value for value in values if value is not None] if None not in values else []
 
     def mean_scores(self) -> dict[str, float]:
-        """Of every question, over seeds."""
+        """By question id, the mean score over seeds, 0..1."""
         return {
             name: sum(run.scores[name] for run in self.runs) / len(self.runs) for name in self.runs[0].scores
         }
 
 
-def answered(runs: Sequence[Summary]) -> Answered:
-    """The means over training seeds that were asked the same questions."""
-    values: dict[str, float | None] = {}
-    for figure in runs[0].figures.values:
-        found = [run.figures.values.get(figure) for run in runs]
-        known = [value for value in found if value is not None]
-        values[figure] = sum(known) / len(known) if len(known) == len(found) else None
-    draws = {
-        figure: torch.stack([run.figures.draws[figure] for run in runs]).mean(dim=0)
-        for figure in runs[0].figures.draws
-    }
-    return Answered(runs, Figures(values, draws))
+def summarise_seeds(runs: Sequence[RunSummary]) -> ModelSummary:
+    """Combine training seeds that answered the same questions."""
+    return ModelSummary(runs, mean_metrics([run.metrics for run in runs]))

@@ -1,9 +1,9 @@
-"""A comparison as text: for the screen, as Markdown, as CSV and as JSON."""
+"""A comparison as a table on the screen, as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from rich.table import Table
 
 from localign.files import replace_text
 from localign.report.figures.drawing import to_csv
-from localign.vlm.evaluation.compare.comparing import Comparison
-from localign.vlm.evaluation.results import shown, shown_interval
+from localign.vlm.evaluation.compare.comparison import ComparedValue, Comparison
+from localign.vlm.evaluation.printing import format_interval, format_value
 
 _COLUMNS = (
     *("benchmark", "scoring", "questions", "figure", "model", "seeds", "value", "low", "high"),
@@ -21,16 +21,16 @@ _COLUMNS = (
     "mcnemar_p",
 )
 
-_WORDS = 3
-"""Columns of a table that are words; the rest are numbers."""
+_TEXT_COLUMNS = 3
+"""Left columns of a table that hold text; the others hold numbers."""
 
 
 def write_comparison(folder: Path, comparison: Comparison) -> list[Path]:
-    """``comparison.json``, ``comparison.csv`` (a line for each figure and model) and ``comparison.md``."""
+    """Write ``comparison.json``, ``comparison.csv`` (one line per metric and model) and ``comparison.md``."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "comparison.json": json.dumps(comparison, indent=1, ensure_ascii=False) + "\n",
-        "comparison.csv": to_csv(_COLUMNS, list(_lines(comparison))),
+        "comparison.csv": to_csv(_COLUMNS, list(_csv_rows(comparison))),
         "comparison.md": _markdown(comparison),
     }
     for name, content in contents.items():
@@ -38,37 +38,41 @@ def write_comparison(folder: Path, comparison: Comparison) -> list[Path]:
     return [folder / name for name in contents]
 
 
-def firsts(comparison: Comparison) -> dict[str, str]:
-    """What every model but the first of a panel is compared with."""
+def baselines(comparison: Comparison) -> dict[str, str]:
+    """By model, the first model of its panel; without the first models themselves."""
     return {model: panel["models"][0] for panel in comparison["panels"] for model in panel["models"][1:]}
 
 
-def _lines(comparison: Comparison) -> Iterator[tuple[Any, ...]]:
-    scores, against = comparison["z_scores"]["scores"], firsts(comparison)
+def _csv_rows(comparison: Comparison) -> Iterator[tuple[Any, ...]]:
+    scores, baseline = comparison["z_scores"]["scores"], baselines(comparison)
     for name, part in comparison["benchmarks"].items():
         for model, outcome in part["outcomes"].items():
-            test = part["mcnemar"].get(model, {})
-            for figure, found in outcome["figures"].items():
-                difference = part["differences"].get(model, {}).get(figure, {})
+            test = part["mcnemar"].get(model)
+            for metric, found in outcome["figures"].items():
+                difference = part["differences"].get(model, {}).get(metric)
                 yield (
-                    *(name, outcome["scoring"], outcome["questions"], figure, model),
-                    *(len(found["seeds"]) or None, found["value"]),
-                    *_ends(found["interval"]),
-                    *_ends(found["interval_over_seeds"]),
-                    against.get(model) if difference else None,
-                    difference.get("value"),
-                    *_ends(difference.get("interval")),
-                    *_ends(difference.get("interval_over_seeds")),
-                    scores[model].get(f"{name}: {figure}"),
-                    *(test.get(field) for field in ("first_better", "second_better", "p_value")),
+                    *(name, outcome["scoring"], outcome["questions"], metric, model),
+                    len(found["seeds"]) or None,
+                    *_numbers(found),
+                    None if difference is None else baseline.get(model),
+                    *_numbers(difference),
+                    scores[model].get(f"{name}: {metric}"),
+                    *((None, None, None) if test is None else test.values()),
                 )
+
+
+def _numbers(found: ComparedValue | None) -> tuple[float | None, ...]:
+    """The value, both ends of its interval over images, and both ends of its interval over seeds."""
+    if found is None:
+        return (None,) * 5
+    return (found["value"], *_ends(found["interval"]), *_ends(found["interval_over_seeds"]))
 
 
 def _ends(interval: list[float] | None) -> tuple[float | None, float | None]:
     return (None, None) if interval is None else (interval[0], interval[1])
 
 
-def _several_seeds(comparison: Comparison) -> bool:
+def _has_several_seeds(comparison: Comparison) -> bool:
     return any(
         len(found["seeds"]) > 1
         for part in comparison["benchmarks"].values()
@@ -78,41 +82,42 @@ def _several_seeds(comparison: Comparison) -> bool:
 
 
 def _grid(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the headline figures, a row for each figure and model."""
-    seeds, several = _several_seeds(comparison), bool(firsts(comparison))
-    intervals = ["95 % over images", *(["95 % over seeds"] if seeds else [])]
-    compared = ["difference", *intervals, "McNemar's p"] if several else []
-    header = ["benchmark", "figure", "model", "value", *intervals, *compared]
+    """Header and rows of the headline metrics, one row per metric and model."""
+    has_seeds, has_differences = _has_several_seeds(comparison), bool(baselines(comparison))
+    intervals = ["95 % over images", *(["95 % over seeds"] if has_seeds else [])]
+    difference_columns = ["difference", *intervals, "McNemar's p"] if has_differences else []
+    header = ["benchmark", "figure", "model", "value", *intervals, *difference_columns]
     models = [model for panel in comparison["panels"] for model in panel["models"]]
     rows = []
     for name, part in comparison["benchmarks"].items():
         headline = next(iter(part["outcomes"].values()))["headline"]
-        for number, figure in enumerate(headline):
+        for number, metric in enumerate(headline):
             for model in models:
                 outcome = part["outcomes"].get(model)
-                difference = part["differences"].get(model, {}).get(figure)
+                difference = part["differences"].get(model, {}).get(metric)
                 test = part["mcnemar"].get(model) if number == 0 else None
-                cells = _cells(outcome["figures"][figure] if outcome else None, seeds)
-                if several:
-                    cells += _cells(difference, seeds, "+")
+                cells = _cells(outcome["figures"][metric] if outcome else None, has_seeds)
+                if has_differences:
+                    cells += _cells(difference, has_seeds, "+")
                     cells.append("–" if test is None else f"{test['p_value']:.2g}")
-                rows.append([name, figure.removeprefix("accuracy__"), model, *cells])
+                rows.append([name, metric.removeprefix("accuracy__"), model, *cells])
     return header, rows
 
 
-def _cells(found: Mapping[str, Any] | None, seeds: bool, sign: str = "") -> list[str]:
-    """A value, its interval over images, and that over seeds where some model has several."""
-    found = found or {"value": None, "interval": None, "interval_over_seeds": None}
-    over_seeds = [shown_interval(found["interval_over_seeds"], sign)] if seeds else []
-    return [shown(found["value"], sign), shown_interval(found["interval"], sign), *over_seeds]
+def _cells(found: ComparedValue | None, has_seeds: bool, sign: str = "") -> list[str]:
+    """A value, its interval over images, and its interval over seeds if any model has several seeds."""
+    if found is None:
+        return ["–"] * (3 if has_seeds else 2)
+    over_seeds = [format_interval(found["interval_over_seeds"], sign)] if has_seeds else []
+    return [format_value(found["value"], sign), format_interval(found["interval"], sign), *over_seeds]
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """The headline figures, for the screen."""
+    """The headline metrics as a table for the screen."""
     header, rows = _grid(comparison)
     table = Table(title="comparison", caption=_caption(comparison))
     for number, column in enumerate(header):
-        table.add_column(column, justify="left" if number < _WORDS else "right", overflow="fold")
+        table.add_column(column, justify="left" if number < _TEXT_COLUMNS else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
@@ -120,9 +125,9 @@ def comparison_table(comparison: Comparison) -> Table:
 
 def _markdown(comparison: Comparison) -> str:
     header, rows = _grid(comparison)
-    table = _markdown_table(header, rows, _WORDS)
+    table = _markdown_table(header, rows, _TEXT_COLUMNS)
     averages = [
-        [model, _two_decimals(found["value"]), " to ".join(map(_two_decimals, found["interval"] or [None]))]
+        [model, format_value(found["value"], "+", 2), format_interval(found["interval"], "+", 2)]
         for model, found in comparison["z_scores"]["averages"].items()
     ]
     scales = _markdown_table(["model", "mean z-score in this pool", "95 % over images"], averages, 1)
@@ -132,27 +137,24 @@ def _markdown(comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(header: list[str], rows: list[list[str]], words: int) -> str:
-    lines = [header, ["---"] * words + ["---:"] * (len(header) - words), *rows]
+def _markdown_table(header: list[str], rows: list[list[str]], text_columns: int) -> str:
+    lines = [header, ["---"] * text_columns + ["---:"] * (len(header) - text_columns), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _two_decimals(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}"
-
-
 def _caption(comparison: Comparison) -> str:
-    against = list(dict.fromkeys(firsts(comparison).values()))
-    said = "Percent. Intervals over images: what other images would give to the same trained models."
-    if _several_seeds(comparison):
-        said += (
-            " Over seeds: what other trainings would give on the same images (Student's t; of differences paired by "
-            "the seeds' order where both models have as many, else Welch's). Neither holds the other's chance."
+    first_models = list(dict.fromkeys(baselines(comparison).values()))
+    text = "Percent. Intervals over images cover how the same trained models would do on other images."
+    if _has_several_seeds(comparison):
+        text += (
+            " Intervals over seeds cover how other training runs would do on the same images (Student's t; differences "
+            "are paired by the order of the seeds if both models have equally many, otherwise Welch's t). Neither "
+            "covers the other source of chance."
         )
-    if against:
-        whom = against[0] if len(against) == 1 else "the first model of a panel"
-        said += (
-            f" Differences from {whom} in points, paired over images. McNemar's test takes all questions of a "
+    if first_models:
+        first = first_models[0] if len(first_models) == 1 else "the first model of a panel"
+        text += (
+            f" Differences are to {first}, in points, paired over images. McNemar's test treats all questions of a "
             "benchmark as independent."
         )
-    return said
+    return text

@@ -1,8 +1,8 @@
-"""Free-text answers against those of several annotators: the published normalisers and a symmetric one.
+"""Normalisation of answers in words: the published normalisers, a symmetric one, and the soft score of VQA.
 
-The three published evaluators share their steps and differ in which side goes through which of them, so a
-right answer is sometimes wrong there: VQAv2 rewrites the prediction "two" to "2", but no annotator's "two".
-``strict`` rewrites both sides alike.
+The three published evaluators apply the same steps, but not to both sides. A right answer can therefore count as
+wrong: VQAv2 rewrites the prediction "two" to "2", but leaves an annotator's "two" as it is. ``strict`` treats both
+sides alike.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _ANY_MARK = re.compile('[.;/\\[\\]"{}()=+\\\\_\\-><@`,?!]')
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
-_MOST_FULL_STOPS = 32
-"""The published code hands a flag of value 32 to the argument that limits replacements."""
+_MAX_FULL_STOPS = 32
+"""The published code passes a flag with value 32 as the maximum number of replacements."""
 
 
-_SPELT = """
+_SPELLINGS = """
     aint ain't arent aren't cant can't couldve could've couldnt couldn't couldn'tve couldn't've
     couldnt've couldn't've didnt didn't doesnt doesn't dont don't hadnt hadn't hadnt've hadn't've
     hadn'tve hadn't've hasnt hasn't havent haven't hed he'd hed've he'd've he'dve he'd've hes he's
@@ -52,38 +52,39 @@ _SPELT = """
     youd you'd youd've you'd've you'dve you'd've youll you'll youre you're youve you've
 """
 
-CONTRACTIONS = dict(zip(_SPELT.split()[::2], _SPELT.split()[1::2], strict=True))
-"""Of VQAv2 and TextVQA: nearly always the word with its apostrophes put in."""
+CONTRACTIONS = dict(zip(_SPELLINGS.split()[::2], _SPELLINGS.split()[1::2], strict=True))
+"""VQAv2 and TextVQA: a word to the same word with its apostrophes, with few exceptions."""
 
-_PLAIN_IN_VIZWIZ = frozenset(("aint", "arent", "cant", "couldve", "couldnt", "weve", "wheres", "whove"))
-_PLAIN_KEYS_IN_VIZWIZ = frozenset(("couldn'tve", "hadn'tve"))
+_APOSTROPHES_IN_VIZWIZ = frozenset(("aint", "arent", "cant", "couldve", "couldnt", "weve", "wheres", "whove"))
+_KEYS_WITH_APOSTROPHES_IN_VIZWIZ = frozenset(("couldn'tve", "hadn'tve"))
 
 
 def _with_backticks(key: str, value: str) -> tuple[str, str]:
-    if key in _PLAIN_IN_VIZWIZ:
+    if key in _APOSTROPHES_IN_VIZWIZ:
         return key, value
-    return (key if key in _PLAIN_KEYS_IN_VIZWIZ else key.replace("'", "`")), value.replace("'", "`")
+    new_key = key if key in _KEYS_WITH_APOSTROPHES_IN_VIZWIZ else key.replace("'", "`")
+    return new_key, value.replace("'", "`")
 
 
 VIZWIZ_CONTRACTIONS = dict(_with_backticks(key, value) for key, value in CONTRACTIONS.items())
-"""The published table of VizWiz, most of whose apostrophes are backticks."""
+"""The published table of VizWiz, which has backticks for most apostrophes."""
 
 
 def _punctuation(text: str) -> str:
     """Delete or blank the listed marks, then delete full stops, by the published rules.
 
-    A mark is deleted throughout if anywhere in the text it has a space on either side, or if a comma stands
-    between two digits; otherwise it becomes a space. A full stop goes unless a digit follows.
+    A mark is deleted everywhere if it has a space on either side anywhere in the text, or if the text has a comma
+    between two digits; otherwise it becomes a space. A full stop is deleted unless a digit follows.
     """
     if not _ANY_MARK.search(text):
         return text
-    in_number = _COMMA_IN_NUMBER.search(text) is not None
+    has_thousands = _COMMA_IN_NUMBER.search(text) is not None
     result = text
     for mark in _MARKS:
         if mark in text:
-            deleted = in_number or f"{mark} " in text or f" {mark}" in text
-            result = result.replace(mark, "" if deleted else " ")
-    return _FULL_STOP.sub("", result, count=_MOST_FULL_STOPS)
+            delete = has_thousands or f"{mark} " in text or f" {mark}" in text
+            result = result.replace(mark, "" if delete else " ")
+    return _FULL_STOP.sub("", result, count=_MAX_FULL_STOPS)
 
 
 def _words(text: str, contractions: Mapping[str, str]) -> str:
@@ -97,17 +98,17 @@ def _one_line(text: str) -> str:
 
 
 def vqav2(text: str) -> str:
-    """A prediction as VQAv2's evaluator writes it."""
+    """Normalise a prediction as VQAv2's evaluator does."""
     return _words(_punctuation(_one_line(text)), CONTRACTIONS)
 
 
 def vizwiz(text: str) -> str:
-    """A prediction as VizWiz's evaluator writes it."""
+    """Normalise a prediction as VizWiz's evaluator does."""
     return _words(_punctuation(_one_line(text)), VIZWIZ_CONTRACTIONS)
 
 
 def textvqa(text: str) -> str:
-    """A prediction or an annotator's answer as TextVQA's evaluator writes it."""
+    """Normalise a prediction or an annotator's answer as TextVQA's evaluator does."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _words(_punctuation(_one_line(text)), CONTRACTIONS)
 
@@ -128,15 +129,15 @@ _APOSTROPHES = re.compile("['`\u00b4\u2018\u2019]")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _COLON = re.compile(r"(?<!\d):|:(?!\d)")
 _NO_SEPARATORS = frozenset(".:%&#*")
-"""Punctuation that is part of an answer. Full stops and colons are left only where they stand in a number."""
+"""Punctuation that may stay. Full stops and colons reach this point only inside numbers."""
 
 
 def strict(text: str) -> str:
-    """One form for answers that mean the same; applied to predictions and annotators alike.
+    """Normalise a prediction or an annotator's answer, so that answers with the same meaning become equal.
 
-    Letter case, accents' encoding, apostrophes, punctuation outside numbers, articles and spelt-out numbers up
-    to twenty make no difference. An answer that consists of nothing else is left as it is, so that "A" is no
-    empty answer. Applying it twice changes nothing.
+    Letter case, the encoding of accents, apostrophes, punctuation outside numbers, articles and spelt-out numbers up
+    to twenty make no difference. An answer that consists of nothing else stays as it is, so that "A" does not become
+    empty. The function is idempotent.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     plain = _THOUSANDS.sub("", _APOSTROPHES.sub("", folded))
@@ -144,9 +145,9 @@ def strict(text: str) -> str:
     if not plain.isalnum():
         plain = "".join(" " if _separates(c) else c for c in plain)
     words = [_STRICT_NUMBERS.get(word, word) for word in plain.split()]
-    told = [word for word in words if word not in ARTICLES] or words
-    # Once more: what was taken out may have stood between a letter and its accent.
-    return unicodedata.normalize("NFKC", " ".join(told) or " ".join(folded.split()))
+    words = [word for word in words if word not in ARTICLES] or words
+    # Again, because a deleted mark may have stood between a letter and its accent.
+    return unicodedata.normalize("NFKC", " ".join(words) or " ".join(folded.split()))
 
 
 def _separates(character: str) -> bool:
@@ -154,36 +155,36 @@ def _separates(character: str) -> bool:
 
 
 class Evaluator(NamedTuple):
-    """How either side of the comparison is written before it is made."""
+    """The normalisers of one evaluator: one for predictions, one for annotators' answers."""
 
     prediction: Normaliser
     truth: Normaliser
 
 
-def _remembered(normaliser: Normaliser) -> Normaliser:
+def _cached(normaliser: Normaliser) -> Normaliser:
     """Annotators give few different answers, many times each."""
     return functools.lru_cache(maxsize=2**16)(normaliser)
 
 
-VQAV2 = Evaluator(vqav2, _remembered(_punctuation))
+VQAV2 = Evaluator(vqav2, _cached(_punctuation))
 VIZWIZ = Evaluator(vizwiz, str)
-TEXTVQA = Evaluator(textvqa, _remembered(textvqa))
-STRICT = Evaluator(strict, _remembered(strict))
+TEXTVQA = Evaluator(textvqa, _cached(textvqa))
+STRICT = Evaluator(strict, _cached(strict))
 
 
 def soft_score(prediction: str, answers: Sequence[str]) -> float:
-    """Agreement with annotators, leaving each out in turn: 0 for none, 0.3, 0.6, 0.9, and 1 from four of ten on.
+    """Agreement with annotators: with ten of them 0, 0.3, 0.6, 0.9 for zero to three matches, 1 for four or more.
 
-    The mean over annotators of min(1, n / 3), n being how many of the *others* gave the prediction.
+    The mean over annotators of min(1, n / 3), where n of the *other* annotators gave the predicted answer.
 
     Args:
         prediction: Normalised.
-        answers: Of the annotators, normalised; at least one.
+        answers: The annotators' answers, normalised; at least one.
     """
     matches = answers.count(prediction)
     if matches == 0:
         return 0.0
     if matches > 3:
         return 1.0
-    # Summed one by one, in order: so the last bit is the published one too.
+    # The order of the sum matters: it makes the last bit equal to the published score.
     return sum(min(1.0, (matches - (answer == prediction)) / 3) for answer in answers) / len(answers)

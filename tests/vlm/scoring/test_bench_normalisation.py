@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from localign.vlm.scoring import answers
-from localign.vlm.scoring.answers import STRICT, TEXTVQA, VIZWIZ, VQAV2, Evaluator, soft_score, strict
+from localign.vlm.scoring import normalisation
+from localign.vlm.scoring.normalisation import STRICT, TEXTVQA, VIZWIZ, VQAV2, Evaluator, soft_score, strict
 
 GOLDEN = Path(__file__).resolve().parents[4] / "shared" / "golden" / "scores" / "answers.json"
 EVALUATORS = {"vqav2": VQAV2, "vizwiz": VIZWIZ, "textvqa": TEXTVQA}
@@ -55,11 +55,15 @@ def test_equal_to_the_reference_numbers_of_all_three_evaluators() -> None:
     ],
 )
 def test_normalised_by_the_published_rules(text: str, vqav2: str, vizwiz: str, textvqa: str) -> None:
-    assert (answers.vqav2(text), answers.vizwiz(text), answers.textvqa(text)) == (vqav2, vizwiz, textvqa)
+    assert (normalisation.vqav2(text), normalisation.vizwiz(text), normalisation.textvqa(text)) == (
+        vqav2,
+        vizwiz,
+        textvqa,
+    )
 
 
 def test_only_the_first_32_full_stops_are_deleted() -> None:
-    assert answers.vqav2("." * 40 + "a b") == "." * 8 + "a b"
+    assert normalisation.vqav2("." * 40 + "a b") == "." * 8 + "a b"
 
 
 def step_by_step(text: str) -> str:
@@ -81,12 +85,12 @@ def test_the_short_cuts_of_the_punctuation_step_change_nothing() -> None:
 
 
 def test_there_are_120_contractions_and_most_of_vizwiz_have_backticks() -> None:
-    assert len(answers.CONTRACTIONS) == len(answers.VIZWIZ_CONTRACTIONS) == 120
+    assert len(normalisation.CONTRACTIONS) == len(normalisation.VIZWIZ_CONTRACTIONS) == 120
     assert (
-        sum("`" in value for value in answers.VIZWIZ_CONTRACTIONS.values()) == 111
+        sum("`" in value for value in normalisation.VIZWIZ_CONTRACTIONS.values()) == 111
     )  # 8 plain, 1 without any
-    assert answers.VIZWIZ_CONTRACTIONS["couldn'tve"] == "couldn`t`ve"
-    assert "couldnt've" not in answers.VIZWIZ_CONTRACTIONS
+    assert normalisation.VIZWIZ_CONTRACTIONS["couldn'tve"] == "couldn`t`ve"
+    assert "couldnt've" not in normalisation.VIZWIZ_CONTRACTIONS
 
 
 @pytest.mark.parametrize(("matches", "score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])

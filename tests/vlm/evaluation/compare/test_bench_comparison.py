@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import shlex
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from localign.cli import main, parse
 from localign.errors import UserError
 from localign.recipes import read_recipe, recipe_names
 from localign.statistics.paired import interval_over_seeds
-from localign.vlm.evaluation.compare.comparing import Comparison, compare
-from localign.vlm.evaluation.compare.figures import comparison_drawings
-from localign.vlm.evaluation.compare.pool import ComparedModel, PanelModel, read_entries
-from localign.vlm.evaluation.compare.summary import Summary, summary_of
-from localign.vlm.evaluation.results import judge_again, read_answers
+from localign.vlm.evaluation.compare.charts import comparison_drawings
+from localign.vlm.evaluation.compare.comparison import Comparison, compare
+from localign.vlm.evaluation.compare.panels import ComparedModel, PanelModel, parse_models
+from localign.vlm.evaluation.compare.summary import RunSummary, summarise_run
+from localign.vlm.evaluation.compare.tables import write_comparison
+from localign.vlm.evaluation.results import read_answers, rescore_answers
 from localign.vlm.evaluation.run import evaluate
 
 PNG = b"\x89PNG"
@@ -40,7 +41,7 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score(command: str, root: Path, out: Path) -> Comparison:
-    """The comparison of folders below a root."""
+    """The comparison of folders below a root, from the command line to files."""
     assert main(["vlm", "score", *shlex.split(command.replace("@", f"{root}/")), "--out", str(out)]) == 0
     found: Comparison = json.loads((out / "comparison.json").read_text())
     return found
@@ -65,15 +66,35 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def summaries(folder: Path) -> dict[str, Summary]:
-    """What a comparison takes from an evaluation."""
+@functools.cache
+def summaries(folder: Path) -> dict[str, RunSummary]:
     outcomes = json.loads((folder / "results.json").read_text())["benchmarks"]
     records = read_answers(folder / "answers.jsonl")
-    return {name: summary_of(judge_again(part, "default", outcomes[name])) for name, part in records.items()}
+    return {
+        name: summarise_run(rescore_answers(part, "default", outcomes[name]))
+        for name, part in records.items()
+    }
 
 
-def contender(name: str, *folders: Path) -> ComparedModel:
+def compared(command: str, root: Path) -> Comparison:
+    """The same comparison without the command line and without files."""
+    models = parse_models(shlex.split(command.replace("@", f"{root}/")))
+    return compare([ComparedModel(model, tuple(map(summaries, model.folders))) for model in models])
+
+
+def compared_model(name: str, *folders: Path) -> ComparedModel:
     return ComparedModel(PanelModel("", "", name, folders), tuple(map(summaries, folders)))
+
+
+def drawings(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
+    """The data of every chart, by name."""
+    drawn, _ = comparison_drawings(comparison)
+    return {d.name: [dict(zip(d.header, row, strict=True)) for row in d.rows] for d in drawn}
+
+
+def defined(interval: list[float] | None) -> list[float]:
+    assert interval is not None
+    return interval
 
 
 # -- single models -------------------------------------------------------------------------------------------
@@ -107,7 +128,7 @@ def test_models_are_compared(scripted: Path, tmp_path: Path, capsys: pytest.Capt
     markdown = (tmp_path / "comparison.md").read_text()
     assert markdown.startswith("| benchmark | figure | model |")
     assert "over seeds" not in markdown
-    assert "- pope: 2 questions in 'adversarial' where there are 3000" in markdown
+    assert "- pope: 2 questions in 'adversarial' instead of 3000" in markdown
 
 
 def test_tests_of_a_comparison_are_right(tmp_path: Path) -> None:
@@ -120,33 +141,35 @@ def test_tests_of_a_comparison_are_right(tmp_path: Path) -> None:
         }
         model._numbers = lambda q, n, chosen=chosen: [1.0 - chosen[q.id], chosen[q.id]]  # type: ignore[method-assign,misc]
         evaluate(model, asked, tmp_path / name, ALONE, 3)
-    pool = [contender(name, tmp_path / name) for name in ("bad", "good")]
+    pool = [compared_model(name, tmp_path / name) for name in ("bad", "good")]
     part = compare(pool)["benchmarks"]["vsr"]
     assert part["mcnemar"]["good"] == pytest.approx({"first_better": 0, "second_better": 3, "p_value": 0.25})
     assert part["differences"]["good"]["accuracy__VSR-ExactMatch"]["value"] == 75
 
 
-def test_mean_z_scores_have_intervals_over_images(scripted: Path, tmp_path: Path) -> None:
-    found = score("@a1 @b1 @b2", scripted, tmp_path)["z_scores"]
+def test_mean_z_scores_have_intervals_over_images(scripted: Path) -> None:
+    found = compared("@a1 @b1 @b2", scripted)["z_scores"]
     for model, average in found["averages"].items():
-        assert average["value"] == pytest.approx(np.mean(list(found["scores"][model].values())))
-        low, high = average["interval"]
-        assert low <= average["value"] <= high
+        mean = np.mean(list(found["scores"][model].values()))
+        assert average["value"] == pytest.approx(mean)
+        low, high = defined(average["interval"])
+        assert low <= mean <= high
         assert low < high
 
 
 def test_a_missing_benchmark_is_a_gap(scripted: Path, tmp_path: Path) -> None:
-    found = score("@a1 @less @b1", scripted, tmp_path)
+    found = compared("@a1 @less @b1", scripted)
     assert list(found["benchmarks"]) == ["refcoco", "gqa", "vqav2", "pope"]
     assert list(found["benchmarks"]["pope"]["outcomes"]) == ["a1", "b1"]
     assert list(found["benchmarks"]["pope"]["differences"]) == ["b1"]
     assert "pope: not answered by less" in found["notes"]
+    write_comparison(tmp_path, found)
     assert (
         "| pope | POPE-final-Accuracy | less | – | – | – | – | – |"
         in (tmp_path / "comparison.md").read_text()
     )
-    for name in ("radar.csv", "bars.csv"):
-        assert {row["axis"] for row in rows(tmp_path / name) if row["model"] == "less"} == {
+    for data in drawings(found).values():
+        assert {row["axis"] for row in data if row["model"] == "less"} == {
             *("RefCOCO", "RefCOCO+", "RefCOCOg", "GQA")
         }
 
@@ -154,11 +177,8 @@ def test_a_missing_benchmark_is_a_gap(scripted: Path, tmp_path: Path) -> None:
 # -- seeds ---------------------------------------------------------------------------------------------------
 
 
-def test_folders_of_one_name_are_training_seeds(
-    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = score("before=@a1 before=@a2 after=@b1 after=@b2", scripted, tmp_path)
-    assert "over seeds" in " ".join(capsys.readouterr().out.split())
+def test_folders_of_one_name_are_training_seeds(scripted: Path) -> None:
+    found = compared("before=@a1 before=@a2 after=@b1 after=@b2", scripted)
     seeds = {
         name: results(scripted, name)["gqa"]["figures"]["accuracy"]["value"]
         for name in ("a1", "a2", "b1", "b2")
@@ -171,16 +191,15 @@ def test_folders_of_one_name_are_training_seeds(
     gains = [seeds["b1"] - seeds["a1"], seeds["b2"] - seeds["a2"]]
     assert difference["value"] == pytest.approx(sum(gains) / 2)
     assert difference["interval_over_seeds"] == pytest.approx(interval_over_seeds(gains))
-    assert [model["name"] for model in found["models"]["after"]] == ["b1", "b2"]
 
 
 def test_an_interval_over_images_is_of_the_mean_over_seeds(scripted: Path) -> None:
     """A second seed that answered everything alike changes nothing; one that did not makes it narrower or wider."""
     shutil.copytree(scripted / "a1", scripted / "again", dirs_exist_ok=True)
     alone, twice, both = (
-        compare([contender("m", *(scripted / name for name in names))])["benchmarks"]["vqav2"]["outcomes"][
-            "m"
-        ]
+        compare([compared_model("m", *(scripted / name for name in names))])["benchmarks"]["vqav2"][
+            "outcomes"
+        ]["m"]
         for names in (("a1",), ("a1", "again"), ("a1", "b1"))
     )
     for figure, found in alone["figures"].items():
@@ -192,25 +211,27 @@ def test_an_interval_over_images_is_of_the_mean_over_seeds(scripted: Path) -> No
 def test_a_pattern_stands_for_seeds_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number in (10, 2, 1):
         (tmp_path / f"seed{number}").mkdir()
-    (entry,) = read_entries([f"m={tmp_path}/seed*"])
+    (entry,) = parse_models([f"m={tmp_path}/seed*"])
     assert [folder.name for folder in entry.folders] == ["seed1", "seed2", "seed10"]
     with pytest.raises(UserError, match="no folder matches"):
-        read_entries([f"m={tmp_path}/none*"])
+        parse_models([f"m={tmp_path}/none*"])
 
 
-def test_more_seeds_of_one_model_are_not_paired(scripted: Path, tmp_path: Path) -> None:
-    found = score("before=@a1 before=@a2 after=@b*", scripted, tmp_path)["benchmarks"]["gqa"]
+def test_more_seeds_of_one_model_are_not_paired(scripted: Path) -> None:
+    found = compared("before=@a1 before=@a2 after=@b*", scripted)["benchmarks"]["gqa"]
     assert len(found["outcomes"]["after"]["figures"]["accuracy"]["seeds"]) == 3
-    low, high = found["differences"]["after"]["accuracy"]["interval_over_seeds"]
-    assert low <= found["differences"]["after"]["accuracy"]["value"] <= high
-    found = score("before=@a1 after=@b*", scripted, tmp_path)["benchmarks"]["gqa"]
+    difference = found["differences"]["after"]["accuracy"]
+    assert difference["value"] is not None
+    low, high = defined(difference["interval_over_seeds"])
+    assert low <= difference["value"] <= high
+    found = compared("before=@a1 after=@b*", scripted)["benchmarks"]["gqa"]
     assert found["differences"]["after"]["accuracy"]["interval_over_seeds"] is None
 
 
-def test_a_benchmark_that_some_seed_lacks_does_not_count(scripted: Path, tmp_path: Path) -> None:
-    found = score("a=@a1 b=@b1 b=@less", scripted, tmp_path)
+def test_a_benchmark_that_some_seed_lacks_does_not_count(scripted: Path) -> None:
+    found = compared("a=@a1 b=@b1 b=@less", scripted)
     assert "b" not in found["benchmarks"]["pope"]["outcomes"]
-    assert "pope: not all training seeds of b answered it, so none counts" in found["notes"]
+    assert "pope: not answered by all training seeds of b, so it is left out there" in found["notes"]
 
 
 def test_a_model_alone_has_seeds_but_no_differences(
@@ -218,8 +239,10 @@ def test_a_model_alone_has_seeds_but_no_differences(
 ) -> None:
     found = score("m=@a1 m=@a2", scripted, tmp_path)
     assert found["benchmarks"]["gqa"]["differences"] == {}
+    assert [model["name"] for model in found["models"]["m"]] == ["a1", "a2"]
     said = " ".join(capsys.readouterr().out.split())
-    assert "no radar is drawn: its scales are those of several models, and there is one" in said
+    assert "no radar chart: its scales need several models" in said
+    assert "over seeds" in said
     assert "McNemar" not in said
     assert not (tmp_path / "radar.png").exists()
     assert (tmp_path / "bars.png").read_bytes().startswith(PNG)
@@ -248,23 +271,21 @@ def test_panels_have_a_first_model_of_their_own_and_one_scale(scripted: Path, tm
     assert {path.name for path in tmp_path.glob("*.png")} == {"radar.png", "bars-C.png", "bars-S.png"}
 
 
-def test_a_model_in_two_figures_counts_once(scripted: Path, tmp_path: Path) -> None:
-    plain = score("@a1 @a2 @b1", scripted, tmp_path / "plain")["z_scores"]
-    found = score(
-        "5/CLIP/plain=@a1 5/CLIP/aligned=@a2 12/CLIP/other=@b1 12/CLIP/aligned=@a2",
-        scripted,
-        tmp_path / "figures",
+def test_a_model_in_two_figures_counts_once(scripted: Path) -> None:
+    plain = compared("@a1 @a2 @b1", scripted)["z_scores"]
+    comparison = compared(
+        "5/CLIP/plain=@a1 5/CLIP/aligned=@a2 12/CLIP/other=@b1 12/CLIP/aligned=@a2", scripted
     )
-    assert found["z_scores"]["means"] == pytest.approx(plain["means"])
-    assert found["z_scores"]["scores"]["5/CLIP/aligned"] == pytest.approx(plain["scores"]["a2"])
-    assert found["z_scores"]["scores"]["12/CLIP/aligned"] == found["z_scores"]["scores"]["5/CLIP/aligned"]
-    names = {path.name for path in (tmp_path / "figures").glob("*.svg")}
-    assert names == {"radar-5.svg", "radar-12.svg", "bars-5-CLIP.svg", "bars-12-CLIP.svg"}
+    found = comparison["z_scores"]
+    assert found["means"] == pytest.approx(plain["means"])
+    assert found["scores"]["5/CLIP/aligned"] == pytest.approx(plain["scores"]["a2"])
+    assert found["scores"]["12/CLIP/aligned"] == found["scores"]["5/CLIP/aligned"]
+    assert set(drawings(comparison)) == {"radar-5", "radar-12", "bars-5-CLIP", "bars-12-CLIP"}
 
 
 def test_the_papers_figures_are_a_recipe() -> None:
     """Every training of the recipe has a recipe of its own, and all of them are in one pool."""
-    entries = read_entries(parse("vlm score", ["--config", "vlm-figures"]).runs)
+    entries = parse_models(parse("vlm score", ["--config", "vlm-figures"]).runs)
     assert read_recipe("vlm-figures").command == "vlm score"
     assert {entry.figure for entry in entries} == {"figure 5", "figure 11", "figure 12", "figure 13"}
     trained = {folder.name for entry in entries for folder in entry.folders}
@@ -277,13 +298,11 @@ def test_the_papers_figures_are_a_recipe() -> None:
 # -- figures -------------------------------------------------------------------------------------------------
 
 
-def test_the_scaling_is_in_the_radars_data(scripted: Path, tmp_path: Path) -> None:
-    score("@a1 @a2 @b1 @b2", scripted, tmp_path)
-    lines = rows(tmp_path / "radar.csv")
-    by_axis: dict[str, list[Mapping[str, float]]] = {}
+def test_the_scaling_is_in_the_radars_data(scripted: Path) -> None:
+    lines = drawings(compared("@a1 @a2 @b1 @b2", scripted))["radar"]
+    by_axis: dict[str, list[dict[str, Any]]] = {}
     for row in lines:
-        numbers = {name: float(text) for name, text in row.items() if name not in ("panel", "axis", "model")}
-        by_axis.setdefault(row["axis"], []).append(numbers)
+        by_axis.setdefault(row["axis"], []).append(row)
     for models in by_axis.values():
         values = [row["value"] for row in models]
         for row in models:
@@ -307,20 +326,17 @@ def test_fewer_than_three_axes_make_no_radar(tmp_path: Path, capsys: pytest.Capt
         evaluate(ScriptedModel(weights=name), asked, tmp_path / name, ALONE, 8, name)
     score("@a @b", tmp_path, tmp_path / "out")
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        "no radar is drawn: it takes 3 figures that several models have, not 2; the bars have all figures"
-        in said
-    )
+    assert "no radar chart: it needs at least 3 metrics that several models have, and there are 2;" in said
+    assert "; the bar charts show all metrics" in said
     assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {"bars.svg"}
 
 
 def test_an_axis_that_one_model_alone_has_is_left_to_the_bars(scripted: Path) -> None:
-    pool = [contender("a", scripted / "a1"), contender("b", scripted / "less")]
-    drawings, notes = comparison_drawings(compare(pool))
-    radar, bars = drawings
+    pool = [compared_model("a", scripted / "a1"), compared_model("b", scripted / "less")]
+    (radar, bars), notes = comparison_drawings(compare(pool))
     assert "POPE" not in {row[1] for row in radar.rows}
     assert "POPE" in {row[1] for row in bars.rows}
-    assert "POPE is not on the radar: no other model has it" in notes
+    assert "POPE is not in the radar chart: only one model has it" in notes
 
 
 # -- bad use -------------------------------------------------------------------------------------------------
@@ -331,17 +347,17 @@ def test_an_axis_that_one_model_alone_has_is_left_to_the_bars(scripted: Path) ->
     [
         ("@a1 @a1", "with itself"),
         ("x=@a1 y=@a1", "with itself"),
-        ("x=@a1", "a single folder has nothing to be compared with"),
+        ("x=@a1", "a single folder cannot be compared"),
         ("x=@a1 x=@a1/.", "the same folder twice"),
         ("x=@a1 y=@a2 y=@a1", "belongs to two different models, x and y"),
-        ("=@a1 @a2", "a model's name is NAME, PANEL/NAME or FIGURE/PANEL/NAME"),
-        ("a/b/c/d=@a1 @a2", "a model's name is NAME, PANEL/NAME or FIGURE/PANEL/NAME"),
-        ("a//b=@a1 @a2", "a model's name is NAME"),
+        ("=@a1 @a2", "before the = must stand NAME, PANEL/NAME or FIGURE/PANEL/NAME"),
+        ("a/b/c/d=@a1 @a2", "before the = must stand NAME, PANEL/NAME or FIGURE/PANEL/NAME"),
+        ("a//b=@a1 @a2", "before the = must stand NAME"),
         ("x= @a2", "there is no folder after the ="),
         ("x=@none* @a2", "no folder matches"),
-        ("P/x=@a1 y=@a2", "either all models are in panels"),
+        ("P/x=@a1 y=@a2", "either all models must be in panels"),
         ("x=@a1 y=@nothing", "there is no file"),
-        ("a1=@a2 @a1", "two models go by the name a1"),
+        ("a1=@a2 @a1", "two models have the name a1"),
     ],
 )
 def test_bad_use_is_one_line(
@@ -363,4 +379,4 @@ def test_models_of_different_questions_are_not_compared(
     others = suites(tmp_path / "data", "vsr")
     evaluate(ScriptedModel(), others, tmp_path / "others", ALONE, 8)
     said = refused(capsys, f"a={scripted / 'less'} b={tmp_path / 'others'}")
-    assert "there is no benchmark that two of the models answered" in said
+    assert "no benchmark was answered by two of the models" in said

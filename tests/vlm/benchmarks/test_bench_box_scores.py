@@ -55,7 +55,7 @@ def test_refcoco_as_published(tmp_path: Path) -> None:
     assert figures["invalid__RefCOCO+"] == 0
     assert figures["accuracy__RefCOCOg"] == 0  # for its words
     assert figures["invalid__RefCOCOg"] == 100
-    with pytest.raises(UserError, match="padded-square:0-1; score them as declared"):
+    with pytest.raises(UserError, match="padded-square:0-1; use --scoring default"):
         scored(suite, data, words(REFCOCO, BoxFrame("padded-square")))
 
 
@@ -79,13 +79,14 @@ def test_refcoco_answered_in_padded_squares(tmp_path: Path) -> None:
 def test_answers_in_another_frame_than_asked_for_are_refused(tmp_path: Path) -> None:
     square = BoxFrame("padded-square")
     data = benchmark("refcoco").read(write_refcoco(tmp_path), allow_partial=True)
-    with pytest.raises(UserError, match="in the box frame padded-square:0-1, not in letterboxed:336x336:0-1"):
+    problem = "in the box frame padded-square:0-1, but only answers in letterboxed:336x336:0-1 are scored"
+    with pytest.raises(UserError, match=problem):
         scored(
             benchmark("refcoco", frame=BoxFrame.parse("letterboxed:336x336:0-1")),
             data,
             words(REFCOCO, square),
         )
-    with pytest.raises(UserError, match="does not say which frame its boxes are in"):
+    with pytest.raises(UserError, match="does not declare the frame of its boxes"):
         scored(benchmark("refcoco"), data, words(REFCOCO, None))
     assert len(scored(benchmark("refcoco", frame=square), data, words(REFCOCO, square))) == 5
 
