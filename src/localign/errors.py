@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend."""
+"""Errors that commands show as one line."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad use or bad input: shown as one line, without a traceback; the command exits with 2."""
+    """Bad options or bad input. The command shows one line without a traceback and exits with 2."""
 
     already_reported = False
-    """Whether another process of the run shows it."""
+    """Whether another process of the run shows the error."""
 
 
 class RunFailure(Exception):
-    """A run that began well and cannot go on: shown as one line; the command exits with 1."""
+    """A run that started but cannot continue. The command shows one line and exits with 1."""
 
     already_reported = False
-    """Whether another process of the run shows it."""
+    """Whether another process of the run shows the error."""
 
 
 class RunStopped(Exception):
-    """A run that was asked to stop (SIGTERM, SIGUSR1) and can be continued; the command exits with 0."""
+    """A run that stopped after SIGTERM or SIGUSR1 and can be resumed. The command exits with 0."""
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 5) -> str:
-    """A tail for an error line that names the known strings nearest to ``name``.
+    """The end of an error line, which suggests known names similar to ``name``.
 
     Returns:
-        ``"; did you mean 'a', 'b'?"``, or an empty string where nothing is near.
+        ``"; did you mean 'a', 'b'?"``, or an empty string if no known name is similar.
     """
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f"; did you mean {', '.join(repr(c) for c in close)}?" if close else ""

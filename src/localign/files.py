@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Atomic writes: a file or folder is complete or absent, also after a crash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fsync_path(path: Path) -> None:
 
 
 def readable(file: Path) -> None:
-    """Give a file the permissions that new files have here; safetensors makes them for the owner alone."""
+    """Give a file the default permissions of new files. safetensors creates files that only the owner can read."""
     umask = os.umask(0)
     os.umask(umask)
     file.chmod(0o666 & ~umask)
@@ -27,7 +27,7 @@ def readable(file: Path) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Write to the yielded temporary file; at the end it is flushed and takes the place of ``path``."""
+    """Yield a temporary file to write to. At the end it is flushed to disk and replaces ``path``."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -48,10 +48,10 @@ def replace_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Fill the yielded temporary folder; at the end its files are flushed and it is renamed to ``path``.
+    """Yield a temporary folder to fill. At the end its files are flushed to disk and it is renamed to ``path``.
 
-    An existing ``path`` is replaced; while that happens there is a moment in which neither is there under
-    its final name, so callers that must never lose the old folder write to a new name.
+    An existing ``path`` is deleted just before the rename. Callers that must never lose the old folder should write to
+    a new name.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -65,7 +65,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
-    """The end of :func:`replacing_folder`: flush a folder's files and rename it to ``path``, which it replaces."""
+    """Flush a folder's files to disk and rename it to ``path``, which it replaces."""
     for file in temporary.rglob("*"):
         if file.is_file():
             readable(file)

@@ -1,4 +1,4 @@
-"""YAML that somebody else may have written: plain values, of a bounded size."""
+"""Reads untrusted YAML: only plain values, of limited size."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 import yaml
 
-MOST_CHARACTERS = 2**20
-"""Of a file; the longest recipe has some thousand."""
-MOST_VALUES = 100_000
-"""When every alias is written out: a few lines of aliases of aliases stand for more than any memory holds."""
-MOST_OPEN_BRACKETS = 200
-"""The parser calls itself for each."""
+MAX_CHARACTERS = 2**20
+"""Per file. The longest recipe has a few thousand."""
+MAX_VALUES = 100_000
+"""With all aliases expanded. A few lines of nested aliases can expand to more values than fit in memory."""
+MAX_OPEN_BRACKETS = 200
+"""The parser recurses for each open bracket."""
 
 _FLOAT, _TIMESTAMP = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
 
 
 class _OptionsLoader(yaml.SafeLoader):
-    """Takes 1e-3 for a number, as YAML 1.2 does and the command line; dates stay text."""
+    """Reads 1e-3 as a number, as YAML 1.2 and the command line do, and dates as text."""
 
 
 _OptionsLoader.yaml_implicit_resolvers = {
@@ -36,43 +36,44 @@ _OptionsLoader.add_implicit_resolver(
 
 
 def load_options(text: str) -> Any:
-    """The plain values of a file of options, in which ``1e-3`` is a number.
+    """Parse the YAML of an options file, in which ``1e-3`` is a number.
 
     Args:
         text: YAML.
 
     Raises:
-        ValueError: As of :func:`load_yaml`.
+        ValueError: As for :func:`load_yaml`.
     """
     return load_yaml(text, lambda text: yaml.load(text, _OptionsLoader))
 
 
 def load_yaml(text: str, loader: Callable[[str], Any] = yaml.safe_load) -> Any:
-    """The plain values that a text holds.
+    """Parse YAML into plain values.
 
     Args:
         text: YAML.
-        loader: Makes values of it and constructs no other objects.
+        loader: Parses the text. It must not construct objects other than plain values.
 
     Raises:
-        ValueError: It is no YAML, too long, nested too deeply, or names other objects; one line says why.
+        ValueError: The text is not YAML, is too long, is nested too deeply, or names other objects. The message has one
+            line.
     """
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"it has {len(text):,} characters; at most {MOST_CHARACTERS:,} are read")
-    if _deepest(text) > MOST_OPEN_BRACKETS:
-        raise ValueError(f"more than {MOST_OPEN_BRACKETS} brackets are open at once")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"it has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read")
+    if _deepest(text) > MAX_OPEN_BRACKETS:
+        raise ValueError(f"more than {MAX_OPEN_BRACKETS} brackets are open at once")
     try:
         content = loader(text)
         _count(content, 0)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except Exception as error:  # the loader's own errors, whichever it uses
+    except Exception as error:  # loaders have their own error classes
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from error
     return content
 
 
 def _deepest(text: str) -> int:
-    """An upper bound of how many brackets are open at once; those in strings count too."""
+    """An upper bound of the number of brackets open at once. Brackets in strings count too."""
     depth = deepest = 0
     for character in text:
         if character in "[{":
@@ -85,8 +86,8 @@ def _deepest(text: str) -> int:
 
 def _count(value: Any, so_far: int) -> int:
     so_far += 1
-    if so_far > MOST_VALUES:
-        raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+    if so_far > MAX_VALUES:
+        raise ValueError(f"it holds more than {MAX_VALUES:,} values")
     inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
     for part in inner if isinstance(inner, list | tuple | set) else ():
         so_far = _count(part, so_far)

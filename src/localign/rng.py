@@ -1,9 +1,8 @@
 """Random draws as pure functions of (seed, purpose, index).
 
-Nothing in localign keeps a random state that would have to be saved: a draw is keyed by the run's seed,
-the name of what it is for, and the global position of the sample (or step) it belongs to. So a run is a
-function of its config, whatever the number of ranks and loader workers, and a resumed run draws what an
-uninterrupted one would have drawn.
+Nothing in localign keeps a random state that would have to be saved. A draw is keyed by the run's seed, the name of
+its purpose, and the global position of its sample or step. So the number of ranks and loader workers does not change a
+run, and a resumed run draws the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _MASK64 = (1 << 64) - 1
 
 
 def key(seed: int, purpose: str, *index: int) -> int:
-    """A 64-bit key, the same on every machine and Python version."""
+    """A 64-bit key for (seed, purpose, index), the same on every machine and Python version."""
     text = f"{seed}|{purpose}|{'|'.join(str(i) for i in index)}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -34,7 +33,7 @@ def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
 def _mix(x: Tensor) -> Tensor:
     """The finaliser of splitmix64 on int64 tensors; multiplication wraps modulo 2**64."""
 
-    def shift_right(v: Tensor, bits: int) -> Tensor:  # logical, where int64's own shift is arithmetic
+    def shift_right(v: Tensor, bits: int) -> Tensor:  # a logical shift; that of int64 is arithmetic
         return (v >> bits) & ((1 << (64 - bits)) - 1)
 
     x = (x ^ shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -48,13 +47,13 @@ def _signed(x: int) -> int:
 
 
 def uniform(seed: int, purpose: str, positions: Tensor, columns: int) -> Tensor:
-    """Uniform draws for many samples at once, each row a pure function of its own position.
+    """Uniform draws for many samples at once. Each row depends only on its own position.
 
     Args:
         seed: The run's seed.
-        purpose: What the draws are for; different purposes are independent.
+        purpose: Name of the draws' purpose. Draws for different purposes are independent.
         positions: int64 ``(rows,)``, global sample positions or steps.
-        columns: How many draws each row gets.
+        columns: Draws per row.
 
     Returns:
         float64 ``(rows, columns)`` in [0, 1), on the CPU.
@@ -69,9 +68,9 @@ def uniform(seed: int, purpose: str, positions: Tensor, columns: int) -> Tensor:
 
 @contextmanager
 def seeded_globals(seed: int, purpose: str, *index: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's global CPU generators inside the block, and restore them after.
+    """Seed Python's, NumPy's and torch's global CPU generators inside the block, and restore them afterwards.
 
-    For libraries whose transforms draw from the global generators.
+    For libraries that draw from the global generators.
     """
     state = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
     value = key(seed, purpose, *index)
@@ -87,5 +86,5 @@ def seeded_globals(seed: int, purpose: str, *index: int) -> Iterator[None]:
 
 
 def mix_pairs(first: Tensor, second: Tensor) -> Tensor:
-    """A well-mixed int64 number for each pair of int64 numbers, for order-free digests."""
+    """Hash each pair of int64 numbers to an int64 number. Sums of the hashes are digests that ignore order."""
     return _mix(_mix(first.to("cpu", torch.int64)) + second.to("cpu", torch.int64))

@@ -1,4 +1,4 @@
-"""Loading weights strictly: every tensor is there, and none is left over."""
+"""Strict loading of weights: no tensor is missing and none is left over."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from localign.errors import UserError
 def load_strict(
     module: nn.Module, state: Mapping[str, Tensor], source: str | Path, ignore: Iterable[str] = ()
 ) -> None:
-    """Load ``state`` into ``module``; every tensor must be there with its shape, and none may be left over.
+    """Load ``state`` into ``module``. All tensors must be present with the right shape, and none may be left over.
 
     Args:
-        module: Takes the weights, in its own dtypes.
-        state: Tensor by parameter name.
+        module: Gets the weights, in its own dtypes.
+        state: Name -> tensor.
         source: Named in errors.
         ignore: Name prefixes of tensors in ``state`` that the module is known not to have.
 
     Raises:
-        UserError: Names the missing, extra and misshapen tensors.
+        UserError: Tensors are missing, extra or of the wrong shape; the line names them.
     """
     ignored = tuple(ignore)
     wanted = module.state_dict()
@@ -44,6 +44,6 @@ def load_strict(
     module.load_state_dict(given, strict=True)
 
 
-def _listed(names: list[str], most: int = 6) -> str:
-    tail = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} ({', '.join(names[:most])}{tail})"
+def _listed(names: list[str], shown: int = 6) -> str:
+    tail = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{len(names)} ({', '.join(names[:shown])}{tail})"

@@ -40,8 +40,8 @@ def refusal(config: AlignConfig) -> str:
 
 def test_fields_that_differ_are_named_with_both_values(resumed: AlignConfig) -> None:
     line = refusal(replace(resumed, lr=0.5, seed=3))
-    assert "lr: 0.001 there, 0.5 now" in line
-    assert "seed: 0 there, 3 now" in line
+    assert "lr: 0.001 before, 0.5 now" in line
+    assert "seed: 0 before, 3 now" in line
     assert "workers" not in refusal(replace(resumed, lr=0.5, workers=1))
 
 
@@ -93,13 +93,13 @@ def test_a_folder_that_has_changed_is_refused(tmp_path: Path) -> None:
     config = tiny(tmp_path / "run", folder)
     run_until(config, 3)
     (folder / "0007.png").rename(folder / "moved.png")
-    assert refusal(replace(config, resume="must")).endswith("changed since it began: data")
+    assert refusal(replace(config, resume="must")).endswith("changed since the run started: data")
 
 
 def test_other_starting_weights_are_refused(resumed: AlignConfig) -> None:
     task = Meddled(resumed)
     task.teacher_hash = Meddled(replace(resumed, seed=99)).teacher_hash
-    with pytest.raises(UserError, match=r"changed since it began: starting weights$"):
+    with pytest.raises(UserError, match=r"changed since the run started: starting weights$"):
         train(task, resumed, COMMAND)
 
 

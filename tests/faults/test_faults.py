@@ -205,7 +205,7 @@ class Campaign:
         if kind != "file missing":
             file.write_bytes(content)
         outcome = self.part(self.config, Fault("SIGTERM in a step", newest))
-        assert f"continuing from the checkpoint before: step {before}" in outcome.output, outcome.output
+        assert f"resuming from the previous checkpoint: step {before}" in outcome.output, outcome.output
         assert f"{store.path(newest)} is damaged: " in outcome.output, outcome.output
         assert str(file.name) in outcome.output, outcome.output
 

@@ -17,7 +17,7 @@ from localign.engine import run_folder
 from localign.engine.batch import sample_digest, to_device
 from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.checkpoints.sharded import ShardedCheckpoints
-from localign.engine.checkpoints.state import NEEDED_FIELDS, BestCheckpoint, LastValidation
+from localign.engine.checkpoints.state import NEEDED_FIELDS, BestCheckpoint, LastValidation, RunState
 from localign.engine.disk import writing
 from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.hardware.cpu import fast_float32_matmul, keep_freed_memory
@@ -38,6 +38,7 @@ from localign.engine.run_folder import Outcome, open_folder, open_log
 from localign.engine.schedule import batch_shares, computes_in_bf16, total_steps, with_warmup_steps
 from localign.engine.sharding import gather_full, meta_copy, reshard, shard_task
 from localign.engine.task import BatchPlan, Task, batch_plan
+from localign.engine.unreadable import UnreadableImages
 from localign.errors import RunFailure, RunStopped, UserError
 from localign.options.train import TrainConfig
 from localign.signals import StopRequest, stop_requests
@@ -47,15 +48,14 @@ def train(task: Task, config: TrainConfig, command: str) -> Outcome:
     """Train a task to its last step, from the start or from a checkpoint, and export the result.
 
     Args:
-        task: The method, on the CPU, freshly built.
-        config: The loop's options; the task's own are part of the same object and are saved with it.
-        command: The localign command, named in the run folder.
+        task: Newly built, on the CPU.
+        config: The options of the loop and of the task. It is saved in the run folder.
+        command: The name of the localign command, saved with the config.
 
     Raises:
-        UserError: Bad options or data, or a run folder that does not fit.
-        RunFailure: Training does not recover from non-finite losses, a loader worker or another rank dies, or
-            something cannot be written.
-        RunStopped: SIGTERM or SIGUSR1 came; there is a checkpoint of the last step.
+        UserError: Options or data are bad, or the run folder does not fit.
+        RunFailure: Losses stay non-finite, a loader worker or another rank died, or a file cannot be written.
+        RunStopped: SIGTERM or SIGUSR1 was received. The last step is in a checkpoint.
     """
     sharded = config.sharding != "none"
     with stop_requests() as stop, distributed_context(config.device, sharded, config.timeout) as context:
@@ -68,7 +68,7 @@ def train(task: Task, config: TrainConfig, command: str) -> Outcome:
 
 
 class Loop:
-    """State of one run on one rank."""
+    """One rank's part of a run."""
 
     def __init__(
         self, task: Task, config: TrainConfig, command: str, context: DistributedContext, stop: StopRequest
@@ -80,31 +80,30 @@ class Loop:
         task.micro_batch = self.micro_batch if isinstance(config.micro_batch, int) else None
         self.in_bf16 = computes_in_bf16(config, context.device.type)
         self._autocast = partial(torch.autocast, context.device.type, torch.bfloat16, self.in_bf16)
-        self.stop, self.stopping = stop, False  # the latter known to all ranks alike
+        self.stop, self.stopping = stop, False  # a signal to this rank; whether all ranks have agreed to stop
         self.folder = Path(config.out)
         self.steps = total_steps(config, task.samples())
         self.log = Log([])
         self._bar: Bar | None = None
         self.mesh = context.mesh(per_node=config.sharding == "hybrid") if config.sharding != "none" else None
         if self.mesh is not None:
-            task.shard_units(task.module)  # one that is not to be sharded refuses before anything is written
+            task.shard_units(task.module)  # raises before any file is written if the task cannot be sharded
         self.checkpoints = self._store()
         self.guard = NonFiniteGuard(self.folder, context.rank)
         self.step = 0
         self.digest = 0
-        self.bad: dict[str, str] = {}
-        self.named: set[str] = set()  # the bad images that are in the log
+        self.unreadable = UnreadableImages(context)
         self.seconds = 0.0
         self.best: BestCheckpoint | None = None
-        self.validation: LastValidation = {}  # the latest: step and metrics
+        self.validation: LastValidation = {}
         self.saved_at: int | None = None
         self._lock: TextIO | None = None
 
     def close(self) -> None:
-        """Let go of the log and the folder; a checkpoint that is being written is finished, if it can be."""
+        """Finish a checkpoint that is being written, and release the log and the folder."""
         with suppress(RunFailure):
             self.checkpoints.wait()
-        with suppress(OSError):  # what could not be written has been said already
+        with suppress(OSError):  # reported before
             self.log.close()
         if self._lock is not None:
             self._lock.close()
@@ -112,13 +111,13 @@ class Loop:
     # -- the run, top to bottom ------------------------------------------------------------------------
 
     def run(self) -> Outcome:
-        """Everything from opening the folder to the export."""
+        """Run from opening the folder to the export."""
         task, config = self.task, self.config
         resumed_at = self._open_folder()
         self.ema = averaged(task.module, config.ema) if config.ema is not None else None
-        decayed = decayed_names(task.module)  # while every parameter is whole
+        decayed = decayed_names(task.module)  # before parameters are sharded
         if self.mesh is not None:
-            self._meta = meta_copy(task.module) if self.context.is_main else None
+            self._export_copy = meta_copy(task.module) if self.context.is_main else None
             modules = [task.module, *([self.ema.module] if self.ema is not None else [])]
             shard_task(task, modules, self.mesh, self.in_bf16, config, self.context)
         task.to(self.context.device)
@@ -146,7 +145,7 @@ class Loop:
                 self.log.write(self.step, micro_batch=self.micro_batch)
         if config.compile:
             task.compile()
-        # Dropout and the like draw from torch's generator; it is keyed by the step, and the caller's is kept.
+        # Dropout draws from torch's generator: each step seeds it, and the caller's state is restored.
         with torch.random.fork_rng([self.context.device] if self.context.device.type == "cuda" else []):
             self._train()
         return self._finish()
@@ -154,7 +153,7 @@ class Loop:
     def _train(self) -> None:
         config = self.config
         self.stopping = self.context.any_rank(self.stop.made)
-        self._validate_if_due(self.seconds)  # a run that was stopped has put it off
+        self._validate_if_due(self.seconds)  # a stopped run saved without validating
         totals, clock = Totals(self.context.device), Stopwatch()
         batches = self.task.batches(self._plan(start=self.step))
         while self.step < self.steps and not self.stopping:
@@ -167,7 +166,7 @@ class Loop:
                 self._bar.advance()
             if self.step % config.log_every == 0 or self.step == self.steps:
                 self._log_step(totals, clock, rate, taken)
-            # Neither validation nor saving is training time; the last of both comes with the results.
+            # Validation and saving are not training time. _finish does both after the last step.
             spent = self.seconds + clock.elapsed
             with clock.paused():
                 if self.stopping:
@@ -180,7 +179,7 @@ class Loop:
             self._stop()
 
     def _stop(self) -> None:
-        """End the run where it is. Its checkpoint is there, if it has taken a step at all."""
+        """End the run after a signal. Its last step, if any, is in a checkpoint."""
         self.checkpoints.wait()
         by = next(filter(None, self.context.all_gather_object(self.stop.by)))
         line = f"{by}: stopped after step {self.step} of {self.steps}; --resume auto continues {self.folder}"
@@ -195,11 +194,11 @@ class Loop:
             self._validate(spent)
 
     def _step(self, batches: Iterator[Any], totals: Totals, clock: Stopwatch) -> Any:
-        """One optimizer step over this rank's micro-batches; returns the last of them."""
+        """Take one optimizer step over this rank's micro-batches. Returns the last micro-batch."""
         module, count = self.task.module, self.per_rank // self.micro_batch
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, device=self.context.device)  # of the loss, of its weight, of requests to stop
+        sums = torch.zeros(3, device=self.context.device)  # losses, weights, stop requests
         seen: list[Any] = []
         metrics: list[dict[str, tuple[Tensor, Tensor]]] = []
         for number in range(count):
@@ -211,17 +210,17 @@ class Loop:
             with self.context.without_sync(self.model, skip=number < count - 1):
                 with self._autocast():
                     result = self.task.step(self.model, batch)
-                # Gradients of sums: dividing by what all ranks and micro-batches went over comes last.
+                # The gradient of a sum; it is divided by the weight of all ranks and micro-batches below.
                 result.loss_sum.backward()
             sums[:2] += torch.stack([result.loss_sum.detach(), result.weight.detach()]).to(sums)
             metrics.append(result.metrics)
         sums[2] = float(self.stop.made)
         sums = self.context.all_reduce(sums)
-        # The exchange has averaged over ranks what is to be summed.
+        # DDP and FSDP average gradients over ranks; we need their sum.
         scale = self.context.size / sums[1].clamp(min=1)
         grad_norm = scale_and_clip(module, scale, self.config.clip_grad)
         loss = sums[0] / sums[1].clamp(min=1)
-        # Every rank has the same sums and, after their exchange, the same gradients: so they all agree.
+        # All ranks decide the same: they have the same sums and the same gradient norm.
         if bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
             self.optimizer.step()
             if self.ema is not None:
@@ -232,12 +231,12 @@ class Loop:
                 totals.add(values)
         else:
             totals.steps_seen += 1
-            number = self.step + 1  # as the log counts
+            number = self.step + 1  # the log counts from 1
             if self.context.is_main:
                 say(f"step {number}: loss {float(loss)}, gradient norm {float(grad_norm)}; skipped")
             with self._writing():
                 self.guard.skip(number, seen, float(loss), float(grad_norm))
-        # Ranks agree by what they have exchanged; one that is alone hears what came since.
+        # With several ranks only the exchanged request counts; a single rank can also react to a later signal.
         self.stopping = bool(sums[2] > 0) or (self.context.size == 1 and self.stop.made)
         return seen[-1]
 
@@ -248,13 +247,10 @@ class Loop:
 
     def _note(self, batch: Any) -> None:
         self.digest = (self.digest + sample_digest(batch)) % (1 << 64)
-        for name, reason in batch.bad:
-            if name not in self.bad:
-                self.bad[name] = reason
-                say(f"skipped unreadable image {name}: {reason}")
+        self.unreadable.add(batch.bad)
 
     def _global_digest(self) -> int:
-        """The digest over the samples of all ranks."""
+        """The digest of the samples of all ranks."""
         return sum(self.context.all_gather_object(self.digest)) % (1 << 64)
 
     def _log_step(self, totals: Totals, clock: Stopwatch, rate: float, batch: Any) -> None:
@@ -278,7 +274,7 @@ class Loop:
 
     @torch.no_grad()
     def _validate(self, seconds: float) -> dict[str, float]:
-        """Held-out metrics; the lowest ``val_loss`` so far marks the best checkpoint."""
+        """Validate, log the metrics, and save a checkpoint if ``val_loss`` is the lowest so far."""
         module = self.ema.module if self.ema is not None else self.task.module
         module.eval()
         with self._autocast():
@@ -309,7 +305,7 @@ class Loop:
 
     def _open_folder(self) -> int | None:
         resumed_at: int | None = None
-        # One rank looks and writes; all act on what it found, a refusal included.
+        # Only the main rank reads and writes the folder. An error there ends all ranks.
         with self.context.raise_on_all_ranks():
             if self.context.is_main:
                 resumed_at, self._lock = open_folder(
@@ -319,40 +315,35 @@ class Loop:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Inside, what cannot be written ends the run with a line that says where it can be taken up again."""
+        """Turn write errors inside the block into a RunFailure that says how to resume."""
         with writing(self.folder, self.checkpoints.resume_hint):
-            run_folder.check_there(self.folder)
+            run_folder.check_exists(self.folder)
             yield
 
     def _gather_bad(self) -> dict[str, str]:
-        """The unreadable images that any rank has met; those not in the log yet are named there."""
-        bad = {
-            name: reason for part in self.context.all_gather_object(self.bad) for name, reason in part.items()
-        }
-        for name in (n for n in bad if n not in self.named):
+        """The unreadable images of all ranks. New ones are logged."""
+        images, new = self.unreadable.gather()
+        for name, reason in new.items():
             with self._writing():
-                self.log.write(self.step, skipped_image=name, reason=bad[name])
-        self.named |= bad.keys()
-        return bad
+                self.log.write(self.step, skipped_image=name, reason=reason)
+        return images
 
     def _save(self, seconds: float) -> None:
         if self.saved_at == self.step:
-            return  # writing it again would be a moment without it
+            return  # replacing it would leave a moment without a checkpoint
         bad, digest = self._gather_bad(), self._global_digest()
         ema = self.ema.module if self.ema is not None else None
-        state: dict[str, Any] = {}
-        if self.context.is_main:
-            state = {
-                "config": run_folder.to_dict(self.config),
-                "fingerprint": self.task.fingerprint(),
-                "task": self.task.state_dict(),
-                "guard": self.guard.state_dict(),
-                "digest": f"{digest:016x}",
-                "bad_images": bad,
-                "seconds": seconds,
-                "best": self.best,
-                "validation": self.validation,
-            }
+        state: RunState = {
+            "config": run_folder.to_dict(self.config),
+            "fingerprint": self.task.fingerprint() if self.context.is_main else {},
+            "task": self.task.state_dict() if self.context.is_main else {},
+            "guard": self.guard.state_dict(),
+            "digest": f"{digest:016x}",
+            "bad_images": bad,
+            "seconds": seconds,
+            "best": self.best,
+            "validation": self.validation,
+        }
         with self.context.raise_on_all_ranks(), self._writing():
             if self.context.is_main or self.mesh is not None:
                 self.checkpoints.save(self.step, self.task.module, self.optimizer, state, ema)
@@ -360,10 +351,10 @@ class Loop:
 
     def _restore(self, step: int) -> None:
         state = self.checkpoints.state(step)
-        if lacking := sorted(NEEDED_FIELDS - state.keys()):
-            raise UserError(f"checkpoint {self.checkpoints.path(step)} does not say: {', '.join(lacking)}")
-        ours = self.context.all_gather_object(self.task.fingerprint())[0]
-        run_folder.check_same_fingerprint(self.folder, state["fingerprint"], ours)
+        if missing := sorted(NEEDED_FIELDS - state.keys()):
+            raise UserError(f"checkpoint {self.checkpoints.path(step)} lacks: {', '.join(missing)}")
+        fingerprint = self.context.all_gather_object(self.task.fingerprint())[0]
+        run_folder.check_same_fingerprint(self.folder, state["fingerprint"], fingerprint)
         ema = self.ema.module if self.ema is not None else None
         self.checkpoints.restore(step, self.task.module, self.optimizer, ema)
         self.task.load_state_dict(state["task"])
@@ -371,40 +362,38 @@ class Loop:
         if self.ema is not None:
             self.ema.n_averaged.fill_(step - len(self.guard.skipped))
         self.step = self.saved_at = step
-        # The whole digest is on one rank; the sum over ranks is what counts.
+        # The digest of all ranks so far. Only their sum is used, so one rank takes it.
         self.digest = int(state["digest"], 16) if self.context.is_main else 0
-        self.bad = dict(state["bad_images"])
-        self.named = set(self.bad)
+        self.unreadable = UnreadableImages(self.context, state["bad_images"])
         self.seconds = float(state["seconds"])
         self.best, self.validation = state["best"], state["validation"]
-        # A kill may have come between saving and marking; and what was marked later may be damaged.
+        # A kill between saving and marking, or a damaged newer checkpoint, leaves a wrong mark.
         if self.context.is_main and self.checkpoints.best() != self.best:
             with self._writing():
                 self.checkpoints.mark_best(**self.best) if self.best else self.checkpoints.unmark_best()
 
     def _finish(self) -> Outcome:
-        # A run that was killed after its last checkpoint has validated already, and logged it.
+        # A run that was killed after its last checkpoint may have validated and logged before.
         done = self.validation.get("step") == self.step
         metrics = self.validation["metrics"] if done else self._validate(self.seconds)
         self._save(self.seconds)
         self.checkpoints.wait()
-        self.bad = self._gather_bad()
-        results = {
-            **run_folder.training_facts(self.command, self.config, self.step, self.seconds),
+        results: run_folder.TrainResults = {
+            **run_folder.training_results(self.command, self.config, self.step, self.seconds),
             "world_size": self.context.size,
             "micro_batch": self.micro_batch,
             "samples_digest": f"{self._global_digest():016x}",
-            "skipped_images": run_folder.bad_images_facts(self.bad, self.task.samples()),
+            "skipped_images": run_folder.summarize_skipped(self._gather_bad(), self.task.samples()),
             "skipped_steps": self.guard.skipped,
             "final": metrics,
             "best": self.best,
-            **self.task.summary(),
         }
+        content = {**results, **self.task.summary()}
         module = self.ema.module if self.ema is not None else self.task.module
-        whole = gather_full(self._meta, module) if self.mesh is not None else module
+        full = gather_full(self._export_copy, module) if self.mesh is not None else module
         with self.context.raise_on_all_ranks(), self._writing():
             if self.context.is_main:
-                assert whole is not None
-                self.task.export(whole, self.folder / "export", run_folder.export_facts(results))
-                run_folder.write_results(self.folder, results)
-        return Outcome(self.folder, results, self.context.is_main)
+                assert full is not None
+                self.task.export(full, self.folder / "export", run_folder.export_provenance(results))
+                run_folder.write_results(self.folder, content)
+        return Outcome(self.folder, content, self.context.is_main)

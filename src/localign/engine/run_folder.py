@@ -1,4 +1,4 @@
-"""The run folder: resolved config, what it may be continued with, results."""
+"""The run folder: resolved config, checks before a resume, log and results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypedDict, cast
 
 import timm
 import torch
@@ -17,6 +17,7 @@ import yaml
 
 from localign._version import __version__
 from localign.engine.checkpoints.replicated import Checkpoints, remove_leftovers
+from localign.engine.checkpoints.state import BestCheckpoint
 from localign.engine.disk import writing
 from localign.engine.lock import lock
 from localign.engine.log import Bar, JsonLines, Log, Sink, TensorBoard, WandB, say
@@ -33,11 +34,11 @@ RESUMABLE: frozenset[str] = frozenset(
         "cross_entropy", "timeout", "reshard_after_forward", "ddp_bucket_mb",
     }
 )  # fmt: skip
-"""Fields that may differ when a run is continued: they change neither the samples nor the mathematics."""
+"""Config fields that may change on resume: they change neither the samples nor the mathematics."""
 
-PLACES: frozenset[str] = frozenset({"data", "images", "val", "weights"})
-"""Fields that name files and folders. They may have moved when a run is continued, under the same last name: other
-data and other weights show in the task's fingerprint."""
+PATH_FIELDS: frozenset[str] = frozenset({"data", "images", "val", "weights"})
+"""Config fields with paths. Files and folders may have moved on resume, as long as their last name is the same. The
+task's fingerprint detects other data and other weights."""
 
 CONFIG_FILE, RESULTS_FILE = "config.yaml", "results.json"
 
@@ -48,18 +49,78 @@ class Outcome:
 
     folder: Path
     results: dict[str, Any]
+    """:class:`TrainResults` and the task's summary."""
     is_main: bool = True
-    """Whether this process is the one that writes files and speaks."""
+    """Whether this process is rank 0, which writes files and shows progress."""
+
+
+class Versions(TypedDict):
+    """What wrote a file, and when."""
+
+    localign: str
+    commit: str | None
+    """Commit of a source checkout; None for an installed package."""
+    torch: str
+    timm: str
+    python: str
+    time: str
+    """ISO 8601, UTC."""
+
+
+class SavedConfig(TypedDict):
+    """The content of ``config.yaml``."""
+
+    command: str
+    config: dict[str, Any]
+    versions: Versions
+
+
+class TrainingResults(TypedDict):
+    """The first entries in ``results.json`` of any training."""
+
+    command: str
+    config: dict[str, Any]
+    versions: Versions
+    steps: int
+    images: int
+    seconds: float
+    """Training time, without validation and saving."""
+    images_per_second: float | None
+
+
+class SkippedImages(TypedDict):
+    """The unreadable images of a run."""
+
+    count: int
+    share: float
+    """Of the images in an epoch."""
+    images: dict[str, str]
+    """Name -> reason."""
+
+
+class TrainResults(TrainingResults):
+    """``results.json`` of a run of the loop, without the task's summary."""
+
+    world_size: int
+    micro_batch: int
+    samples_digest: str
+    """Digest of all (position, index) pairs: 16 hexadecimal digits."""
+    skipped_images: SkippedImages
+    skipped_steps: list[int]
+    """Steps whose loss or gradient was not finite, counted from 1."""
+    final: dict[str, float]
+    """Metrics of the last validation."""
+    best: BestCheckpoint | None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as YAML-able values."""
+    """A config dataclass or mapping as values that YAML and JSON can hold."""
     values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
-    return json.loads(json.dumps(values, default=str))
+    return cast(dict[str, Any], json.loads(json.dumps(values, default=str)))
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, commit and time, for the file beside a result."""
+def provenance() -> Versions:
+    """The versions, commit and time to save with a result."""
     return {
         "localign": __version__,
         "commit": _git_commit(),
@@ -71,7 +132,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of a source checkout; None for an installed package."""
+    """The commit of a source checkout; None for an installed package or without git."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
@@ -83,36 +144,36 @@ def _git_commit() -> str | None:
 
 
 def save_config(folder: Path, command: str, config: Any) -> None:
-    """Write the resolved config with versions and seed."""
-    content = {"command": command, "config": to_dict(config), "versions": provenance()}
-    replace_text(folder / CONFIG_FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    """Write ``config.yaml``."""
+    content: SavedConfig = {"command": command, "config": to_dict(config), "versions": provenance()}
+    replace_text(folder / CONFIG_FILE, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The saved config of a run folder.
+def read_config(folder: Path) -> SavedConfig:
+    """Read ``config.yaml`` of a run folder.
 
     Raises:
-        UserError: There is none, or it is not what localign writes.
+        UserError: The file is missing, or was not written by localign.
     """
     path = folder / CONFIG_FILE
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is no run folder: it has no {CONFIG_FILE}") from error
+        raise UserError(f"{folder} is not a run folder: it has no {CONFIG_FILE}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise UserError(f"{path} was not written by localign")
-    return content
+    return cast(SavedConfig, content)
 
 
 def check_same_config(folder: Path, command: str, config: Any) -> None:
-    """Refuse to continue a run under a config that would make it another run.
+    """Refuse to resume a run with a config that would change its results.
 
-    An option that the saved config lacks was added to localign after it: the run had what is its default now.
+    An option that the saved config lacks was added to localign later; the run is taken to have its default.
 
     Raises:
-        UserError: Names the fields that differ, with both values.
+        UserError: Options differ; the line names them with both values.
     """
     saved = read_config(folder)
     if saved.get("command") != command:
@@ -121,21 +182,21 @@ def check_same_config(folder: Path, command: str, config: Any) -> None:
         )
     old, new = {**_defaults(config), **saved["config"]}, to_dict(config)
     changed = [f for f in sorted({*old, *new}) if f not in RESUMABLE and old.get(f) != new.get(f)]
-    changed = [f for f in changed if f not in PLACES or not _moved(old.get(f), new.get(f))]
+    changed = [f for f in changed if f not in PATH_FIELDS or not _moved(old.get(f), new.get(f))]
     if changed:
-        listed = "; ".join(f"{f}: {old.get(f)!r} there, {new.get(f)!r} now" for f in changed)
-        raise UserError(f"cannot resume {folder} with another config: {listed}")
+        listed = "; ".join(f"{f}: {old.get(f)!r} before, {new.get(f)!r} now" for f in changed)
+        raise UserError(f"cannot resume {folder} with a different config: {listed}")
 
 
 def _defaults(config: Any) -> dict[str, Any]:
-    """The options that need not be given, with what they are then."""
-    given = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    """The default values of a config's options."""
+    plain = {f.name: f.default for f in fields(config) if f.default is not MISSING}
     made = {f.name: f.default_factory() for f in fields(config) if f.default_factory is not MISSING}
-    return to_dict({**given, **made})
+    return to_dict({**plain, **made})
 
 
 def _moved(old: Any, new: Any) -> bool:
-    """Whether two places, or lists of them, differ only in the folders above their last name."""
+    """Whether two paths, or lists of paths, differ only in the folders above their last name."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return all(a == b or _moved(a, b) for a, b in zip(old, new, strict=True))
     if not isinstance(old, str) or not isinstance(new, str):
@@ -144,51 +205,56 @@ def _moved(old: Any, new: Any) -> bool:
 
 
 def check_same_fingerprint(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:
-    """Refuse to continue on other data or from other starting weights.
+    """Refuse to resume a run with other data or other starting weights.
 
     Raises:
-        UserError: Names what changed.
+        UserError: Fingerprints differ; the line names them.
     """
     changed = [f for f in sorted({*old, *new}) if old.get(f) != new.get(f)]
     if changed:
-        raise UserError(f"cannot resume {folder}: changed since it began: {', '.join(changed)}")
+        raise UserError(f"cannot resume {folder}: changed since the run started: {', '.join(changed)}")
 
 
-def check_start(folder: Path, resume: Resume, steps: list[int]) -> bool:
-    """Whether a run is there that is to be continued, from its beginning if need be.
+def check_resume(folder: Path, resume: Resume, steps: list[int]) -> bool:
+    """Whether the folder holds a run to resume, with or without a checkpoint.
+
+    Args:
+        folder: The run folder.
+        resume: The option.
+        steps: Steps of the run's checkpoints.
 
     Raises:
-        UserError: There is nothing to resume, or a run that would be overwritten.
+        UserError: There is no run to resume, or a run would be overwritten.
     """
     started = (folder / CONFIG_FILE).is_file()
     if resume == "must" and not started:
         raise UserError(f"nothing to resume in {folder}: it holds no run")
     if resume == "never" and started:
-        at = f"step {steps[-1]}" if steps else "its beginning"
+        at = f"step {steps[-1]}" if steps else "the start"
         raise UserError(
-            f"{folder} already holds a run (at {at}); continue it with --resume, or give another --out"
+            f"{folder} already holds a run (at {at}); continue it with --resume, or choose another --out"
         )
     return started
 
 
-def check_there(folder: Path) -> None:
-    """Refuse to write into a run folder that was deleted or unmounted: what would come about is no run.
+def check_exists(folder: Path) -> None:
+    """Refuse to write to a run folder that was deleted or unmounted.
 
     Raises:
-        FileNotFoundError: It is gone.
+        FileNotFoundError: The folder is gone.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(errno.ENOENT, "the run folder is gone", str(folder))
 
 
-def training_facts(command: str, config: TrainConfig, steps: int, seconds: float) -> dict[str, Any]:
-    """What ``results.json`` says of any training first.
+def training_results(command: str, config: TrainConfig, steps: int, seconds: float) -> TrainingResults:
+    """The first entries in ``results.json`` of any training.
 
     Args:
         command: The localign command.
-        config: Of the run.
-        steps: Taken.
-        seconds: Of training alone.
+        config: The run's config.
+        steps: Optimizer steps taken.
+        seconds: Training time.
     """
     images = steps * config.batch_size
     return {
@@ -202,15 +268,20 @@ def training_facts(command: str, config: TrainConfig, steps: int, seconds: float
     }
 
 
-def bad_images_facts(bad: dict[str, str], samples: int) -> dict[str, Any]:
-    """What ``results.json`` says of the unreadable images (name -> reason) among those of an epoch."""
+def summarize_skipped(bad: dict[str, str], samples: int) -> SkippedImages:
+    """The entry of ``results.json`` about unreadable images.
+
+    Args:
+        bad: Name -> reason.
+        samples: Samples in an epoch.
+    """
     return {"count": len(bad), "share": len(bad) / samples, "images": bad}
 
 
-def export_facts(results: dict[str, Any]) -> dict[str, Any]:
-    """What is kept with exported weights."""
-    facts = {"command": results["command"], "run": results["config"], "steps": results["steps"]}
-    return {**facts, **results["versions"]}
+def export_provenance(results: TrainingResults) -> dict[str, Any]:
+    """The command, config, steps and versions to save with exported weights."""
+    run = {"command": results["command"], "run": results["config"], "steps": results["steps"]}
+    return {**run, **results["versions"]}
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> Path:
@@ -221,10 +292,10 @@ def write_results(folder: Path, results: dict[str, Any]) -> Path:
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
-    """The ``results.json`` of a run.
+    """Read ``results.json`` of a run folder, of any command.
 
     Raises:
-        UserError: There is none, or it is no JSON.
+        UserError: The file is missing or is not a JSON object.
     """
     path = Path(folder) / RESULTS_FILE
     try:
@@ -241,45 +312,45 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 def open_folder(
     folder: Path, command: str, config: TrainConfig, checkpoints: Checkpoints, *further: Path
 ) -> tuple[int | None, TextIO | None]:
-    """Take a run folder, for one process.
+    """Create or reopen a run folder and lock it. Called on the main rank only.
 
     Args:
         folder: The run folder.
         command: The localign command.
-        config: Of the run; it must fit what is there.
-        checkpoints: The run's.
-        further: Other folders that a killed run may have left half-written files in.
+        config: The run's config. On resume it must fit the saved one.
+        checkpoints: The run's checkpoints.
+        further: Other folders to clean of temporary files that a killed run left.
 
     Returns:
-        The step to continue from, None for a fresh run; and the folder's lock, see :func:`lock`.
+        The step to resume from, None for a fresh run; and the folder's lock, see :func:`lock`.
 
     Raises:
-        UserError: The folder does not fit, is in use, or has no checkpoint that is whole.
-        RunFailure: Nothing can be written there.
+        UserError: The folder does not fit, is in use, or all its checkpoints are damaged.
+        RunFailure: The folder cannot be written to.
     """
-    continued = check_start(folder, config.resume, checkpoints.steps())
-    held: TextIO | None = None
+    resumes = check_resume(folder, config.resume, checkpoints.steps())
+    lock_file: TextIO | None = None
     try:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            held = lock(folder)
-            if continued:
+            lock_file = lock(folder)
+            if resumes:
                 check_same_config(folder, command, config)
             else:
                 save_config(folder, command, config)
             remove_leftovers(folder, checkpoints.folder, *further)
-            return (newest_whole(checkpoints) if continued else None), held
+            return (newest_intact(checkpoints) if resumes else None), lock_file
     except BaseException:
-        if held is not None:
-            held.close()
+        if lock_file is not None:
+            lock_file.close()
         raise
 
 
-def newest_whole(checkpoints: Checkpoints) -> int | None:
-    """The newest checkpoint that is as it was written; damaged ones after it are named and set aside.
+def newest_intact(checkpoints: Checkpoints) -> int | None:
+    """The step of the newest undamaged checkpoint. Newer, damaged checkpoints are reported and set aside.
 
     Raises:
-        UserError: There are checkpoints, and all are damaged.
+        UserError: All checkpoints are damaged.
     """
     damaged: list[tuple[int, str]] = []
     for step in reversed(checkpoints.all_steps()):
@@ -291,27 +362,26 @@ def newest_whole(checkpoints: Checkpoints) -> int | None:
         for number, problem in damaged:
             say(f"{problem}; set aside as {checkpoints.set_aside(number).name}")
         if damaged:
-            say(f"continuing from the checkpoint before: step {step}")
+            say(f"resuming from the previous checkpoint: step {step}")
         if not checked:
-            say(f"the checkpoint of step {step} has no checksums: an older localign wrote it")
+            say(f"the checkpoint of step {step} has no checksums: an older version of localign wrote it")
         return step
     if damaged:
         others = f"; so are the {len(damaged) - 1} before it" if damaged[1:] else ""
-        raise UserError(f"{damaged[0][1]}{others}. To begin anew, delete {checkpoints.folder}")
+        raise UserError(f"{damaged[0][1]}{others}. To start again, delete {checkpoints.folder}")
     return None
 
 
 def open_log(
     command: str, config: TrainConfig, steps: int, resumed_at: int | None, validated: bool
 ) -> tuple[Log, Bar]:
-    """The log of a run, on the one rank that writes, and the progress bar in it.
+    """Open the log of a run on the main rank, and the progress bar that is part of it.
 
     Args:
         command: The localign command.
-        config: Of the run.
-        steps: Of the whole run.
-        resumed_at: The step that is continued from; what was logged after it is dropped.
-        validated: As of :class:`JsonLines`.
+        config: The run's config.
+        steps: Steps of the whole run.
+        resumed_at, validated: As for :class:`JsonLines`.
     """
     folder, bar = Path(config.out), Bar(command, steps, resumed_at or 0)
     sinks: list[Sink] = [JsonLines(folder, resumed_at, validated), bar]

@@ -14,10 +14,10 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 
 def with_warmup_steps(config: Config, samples: int) -> Config:
-    """The config with its warm-up counted in steps.
+    """The config with ``warmup_steps`` in place of the other two warm-up options.
 
     Args:
-        config: Its batch size is known.
+        config: Has a batch size.
         samples: Training images.
     """
     if config.warmup_epochs is not None:
@@ -34,11 +34,11 @@ def total_steps(config: TrainConfig, samples: int) -> int:
     """Optimizer steps of a run.
 
     Args:
-        config: Has steps or epochs; one epoch without either.
+        config: Has steps or epochs; with neither, the run has one epoch.
         samples: Training images.
 
     Raises:
-        UserError: The warm-up is as long as the run.
+        UserError: The warm-up is as long as the run, or longer.
     """
     steps = config.steps
     if steps is None:
@@ -61,10 +61,12 @@ def computes_in_bf16(config: HasPrecision, device: str) -> bool:
 
 
 def batch_shares(config: TrainConfig, ranks: int) -> tuple[int, int]:
-    """Images per rank and step, and per forward pass; where that is to be found, all until then.
+    """Images per rank and step, and per forward pass.
+
+    With ``micro_batch`` "auto", the second number is the first until the size is found.
 
     Raises:
-        UserError: The batch does not divide.
+        UserError: The batch size is not divisible.
     """
     per_rank, rest = divmod(config.batch_size, ranks)
     micro = config.micro_batch if isinstance(config.micro_batch, int) else per_rank

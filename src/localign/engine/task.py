@@ -1,4 +1,4 @@
-"""What a method is to the loop."""
+"""The interface between a training method and the loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from localign.options.train import TrainConfig
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which part of the stream of samples this rank is to see."""
+    """Which samples of the stream this rank gets."""
 
     seed: int
     global_batch: int
@@ -44,10 +44,10 @@ class BatchPlan:
 def batch_plan(
     config: TrainConfig, context: DistributedContext, micro_batch: int, start: int, end: int
 ) -> BatchPlan:
-    """A rank's plan.
+    """The batch plan of a rank.
 
     Args:
-        config: Of the run.
+        config: The run's config.
         context: The rank.
         micro_batch: Samples per forward pass.
         start, end: The first step, and one past the last.
@@ -67,14 +67,14 @@ def batch_plan(
 
 @dataclass
 class StepResult:
-    """A loss as a sum and what it went over, so that means do not depend on ranks and micro-batches."""
+    """A loss as a sum and a weight, so that its mean does not depend on the number of ranks and micro-batches."""
 
     loss_sum: Tensor
-    """Scalar with gradient: the loss summed over its terms (tokens, samples, ...)."""
+    """Scalar with gradient: the sum of the loss over its terms (tokens, samples, ...)."""
     weight: Tensor
-    """Scalar: how many terms."""
+    """Scalar: the number of terms."""
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Further things to log: name -> (sum, count), detached."""
+    """Other values to log: name -> (sum, count), scalars without gradient."""
 
 
 class Task(ABC):
@@ -121,136 +121,140 @@ class Task(ABC):
     seed: int
     device: torch.device
     micro_batch: int | None = None
-    """Samples of a forward pass, as the loop has them of the options or has found them; None: a rank's whole share."""
+    """Samples per forward pass, set by the loop; None for all samples of a rank's step."""
 
     @property
     @abstractmethod
     def module(self) -> nn.Module:
-        """What is trained, averaged (EMA), and saved in checkpoints. Frozen helpers stay outside of it.
+        """The module that is trained, averaged (EMA) and saved in checkpoints. It need not hold frozen helpers.
 
-        In sharded runs ranks other than the main one may have tensors of it on the meta device; they are given
-        their shares of the main rank's.
+        In sharded runs, ranks other than the main one may build it on the meta device. The loop fills it from the
+        main rank.
         """
 
     @abstractmethod
     def samples(self) -> int:
-        """Training samples in one epoch."""
+        """Number of training samples in one epoch."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
-        """What a continued run must agree on beside its config, by name: data, starting weights.
+        """What must not change on resume besides the config, as name -> digest: data, starting weights.
 
-        What the main rank says counts.
+        The main rank's fingerprint is used.
         """
 
     @abstractmethod
     def batches(self, plan: BatchPlan) -> Iterator[Any]:
-        """This rank's micro-batches, in order: as many per step as its share holds ``plan.micro_batch``.
+        """This rank's micro-batches in order: ``global_batch / world_size / micro_batch`` of them per step.
 
-        Each is a named tuple with the fields ``positions`` and ``indices`` (int64 ``(samples,)``: in the stream,
-        and in the data), ``bad`` ((name, reason) of what could not be read), and the method's own; its tensors
-        are moved to the device, positions and indices excepted.
+        Each is a named tuple with the fields ``positions`` (in the stream) and ``indices`` (in the data), both int64
+        ``(samples,)``, ``bad`` (a tuple of (name, reason) for unreadable samples) and the method's own fields. The loop
+        moves all tensors to the device, except positions and indices.
         """
 
     @property
     def micro_batch_multiple(self) -> int:
-        """Neighbours in the stream that go through one forward pass together: micro-batches hold a multiple."""
+        """Micro-batch sizes must be a multiple of this. More than 1 if a step mixes neighbouring samples."""
         return 1
 
     def worst_case_batch(self, samples: int) -> Any:
-        """A micro-batch that needs as much memory as any of so many samples; reading it changes nothing."""
+        """A micro-batch that needs as much memory as any with this number of samples. Has no side effects."""
         return next(iter(self.batches(BatchPlan(self.seed, samples, samples, 0, 1, 0, 0, 1, False))))
 
     @abstractmethod
     def step(self, model: nn.Module, batch: Any) -> StepResult:
-        """One micro-batch. Without any term of the loss it gives a sum of zero, which has a gradient all the same.
+        """Compute the loss of one micro-batch.
+
+        A micro-batch without any term of the loss must return a sum of zero that still has a gradient.
 
         Args:
-            model: :attr:`module`, perhaps compiled, replicated or sharded; call it instead of the bare module.
+            model: :attr:`module`, perhaps wrapped or sharded. Call this one, not :attr:`module`.
             batch: On the task's device.
         """
 
     def lr_factors(self) -> Mapping[str, float]:
-        """Submodules of :attr:`module` with a learning rate of their own, as a factor of the run's; inner ones come
-        first."""
+        """Submodule name -> factor of the run's learning rate; inner submodules first."""
         return {}
 
     def throughput(self, batch: Any) -> dict[str, int]:
-        """What a micro-batch of this rank holds beside its samples, by name: logged as ``<name>_per_second``."""
+        """Counts of a micro-batch other than samples, by name; logged as ``<name>_per_second``."""
         return {}
 
     def to(self, device: torch.device) -> None:
-        """Move everything to the device."""
+        """Move all modules to the device."""
         self.device = device
         self.module.to(device)
 
     def on_train_start(self, context: DistributedContext, plan: BatchPlan) -> None:
-        """Prepare a fresh run (not a continued one) before step 0, the same on every rank."""
+        """Prepare a fresh run (not a resumed one) before step 0. Must leave every rank with the same state."""
 
     def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
-        """Metrics on held-out data, the same on every rank; ``val_loss`` decides which checkpoint is best.
+        """Metrics on held-out data, the same on every rank. The lowest ``val_loss`` marks the best checkpoint.
 
-        In a sharded run every rank calls the module equally often, or they wait for one another.
+        In a sharded run, every rank must call the module equally often; otherwise ranks wait for each other forever.
         """
         return {}
 
     def check_skipped(self, images: Mapping[str, str]) -> None:
-        """Judge the unreadable images (name -> reason) that all ranks have met so far.
+        """Check how many images were unreadable so far.
+
+        Args:
+            images: Name -> reason, from all ranks.
 
         Raises:
             UserError: There are too many.
         """
 
     def monitor(self, batch: Any) -> dict[str, float]:
-        """Cheap extra readings for a log line, on the main rank only; without calling a sharded module."""
+        """Extra values for a log line. Runs on the main rank only and must not call a sharded module."""
         return {}
 
     def shard_units(self, module: nn.Module) -> Sequence[nn.Module]:
-        """Submodules that sharded runs gather one at a time, inner before outer; in none: the rest, gathered longest.
+        """Submodules that a sharded run gathers one at a time, inner ones before outer ones.
 
         Args:
             module: :attr:`module` or its average.
 
         Raises:
-            UserError: The method does not train sharded modules.
+            UserError: The method does not support sharding.
         """
-        raise UserError("this command trains its model whole on every rank; leave --sharding at none")
+        raise UserError("this command does not support sharding; leave --sharding at none")
 
     def unsharded(self, module: nn.Module) -> Sequence[nn.Module]:
-        """Frozen submodules that every rank of a sharded run keeps whole."""
+        """Frozen submodules of which every rank of a sharded run keeps a full copy."""
         return ()
 
     def checkpointed(self, name: str) -> bool:
-        """Whether checkpoints hold this tensor of :attr:`module`.
+        """Whether checkpoints hold this tensor of :attr:`module`. They must hold all trainable ones.
 
-        A frozen one need not be there where a continued run builds it anew, and its :meth:`fingerprint` says so.
+        A frozen tensor may be left out if a resumed run builds it anew and the :meth:`fingerprint` covers it.
         """
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state beside the module's weights."""
+        """JSON-able state to save in checkpoints besides the module's weights."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take :meth:`state_dict` back."""
+        """Restore what :meth:`state_dict` returned."""
 
     def compile(self) -> None:
-        """Compile what is worth compiling, in place."""
+        """Compile the modules in place with torch.compile."""
         self.module.compile()
 
     def set_grad_checkpointing(self) -> None:
-        """Recompute activations in the backward pass."""
+        """Turn on gradient checkpointing: recompute activations in the backward pass."""
         raise NotImplementedError(f"{type(self).__name__} has no gradient checkpointing")
 
     def summary(self) -> dict[str, Any]:
-        """What ``results.json`` says about the method."""
+        """Entries about the method for ``results.json``."""
         return {}
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
-        """Write the trained model where others can load it, on the main rank only.
+        """Write the trained model for later use. Runs on the main rank only.
 
         Args:
-            module: :attr:`module` or its average; of a sharded run a whole copy, on the CPU.
-            folder: Where to.
-            provenance: Command, config and versions, to be kept with the weights.
+            module: :attr:`module` or its average; after a sharded run, an unsharded copy on the CPU.
+            folder: To write to.
+            provenance: Command, config and versions to save with the weights.
         """

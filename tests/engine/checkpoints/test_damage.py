@@ -64,7 +64,7 @@ def test_the_one_before_is_used(
     assert f"{checkpoint(stopped, 6)} is damaged: " in lines[0]
     assert ("shard-00007" if how == "add" else file) in lines[0]
     assert lines[0].endswith("set aside as step-0000006.damaged")
-    assert lines[1] == "continuing from the checkpoint before: step 4"
+    assert lines[1] == "resuming from the previous checkpoint: step 4"
 
 
 def test_what_comes_out_is_the_run_that_was_never_damaged(stopped: AlignConfig, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_one_of_the_two_is_not_enough(stopped: AlignConfig, field: str) -> None:
 
 def test_a_state_that_lacks_something_is_refused(stopped: AlignConfig) -> None:
     (checkpoint(stopped, 6) / "state.json").write_text('{"step": 6, "task": {}}')
-    with pytest.raises(UserError, match="step-0000006 does not say: bad_images, best, digest"):
+    with pytest.raises(UserError, match="step-0000006 lacks: bad_images, best, digest"):
         run(stopped)
 
 

@@ -135,7 +135,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sharded: Path, tmp_path: Path
 
 
 def test_sharding_may_not_change_on_the_way(stopped: TrainConfig) -> None:
-    with pytest.raises(UserError, match="sharding: 'full' there, 'none' now"):
+    with pytest.raises(UserError, match="sharding: 'full' before, 'none' now"):
         run(replace(stopped, sharding="none"))
 
 

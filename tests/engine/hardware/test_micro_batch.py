@@ -73,7 +73,7 @@ def test_the_largest_that_fits_and_divides(
     assert logged(tmp_path, "micro_batch") == {0: found}
     assert read_results(tmp_path)["micro_batch"] == found
     assert read_results(tmp_path)["config"]["micro_batch"] == "auto"
-    assert f"micro-batch: {found} of the {batch_size} samples" in capsys.readouterr().err
+    assert f"micro-batch: {found} of the {batch_size} samples per rank and step" in capsys.readouterr().err
 
 
 def test_the_search_leaves_no_trace_in_the_run(tmp_path: Path, images: Path, val: Path) -> None:

@@ -1,1 +1,1 @@
-"""The machine under a run: CPU settings, memory, and the micro-batch that fits into it."""
+"""CPU settings, memory measurement, and the micro-batch size that fits into memory."""

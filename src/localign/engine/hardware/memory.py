@@ -12,7 +12,7 @@ from localign.engine.hardware.cpu import trim_heap
 from localign.errors import UserError
 from localign.options.train import TrainConfig
 
-ROOM = 0.9
+MEMORY_SHARE = 0.9
 """Share of the memory that may be used; the rest is for larger batches and the allocator's fragmentation."""
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -59,7 +59,7 @@ class CudaMeter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         free, _ = torch.cuda.mem_get_info(device)
-        self.budget = int(ROOM * (free + torch.cuda.memory_reserved(device)))
+        self.budget = int(MEMORY_SHARE * (free + torch.cuda.memory_reserved(device)))
 
     def restart(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -76,7 +76,7 @@ class ProcessMeter:
     """
 
     def __init__(self, processes: int) -> None:
-        self.budget = _status("VmRSS") + int(ROOM * available()) // processes
+        self.budget = _status("VmRSS") + int(MEMORY_SHARE * available()) // processes
 
     def restart(self) -> None:
         trim_heap()  # freed memory that the process still holds would count

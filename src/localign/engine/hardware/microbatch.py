@@ -1,7 +1,7 @@
-"""`--micro-batch auto`: as many samples in a forward pass as the device's memory has room for.
+"""`--micro-batch auto`: find the largest number of samples per forward pass that fits in memory.
 
-The samples of a step, and what is summed over them, do not depend on the micro-batch; only how often a rank goes
-forward and backward in a step does. So the search may come out differently whenever a run is continued.
+The micro-batch size changes neither the samples of a step nor the sums over them, only the number of passes per step.
+So the search may find another size when a run is resumed.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from torch import nn
 
 from localign.engine.batch import tensors_of, to_device
 from localign.engine.distributed import DistributedContext
-from localign.engine.hardware.memory import ROOM, Meter, meter
+from localign.engine.hardware.memory import MEMORY_SHARE, Meter, meter
 from localign.engine.log import say
 from localign.engine.optim.build import local_tensors
 from localign.engine.task import Task
 from localign.errors import UserError
 
 _MOMENTS = 2
-"""AdamW's tensors per parameter."""
+"""State tensors of AdamW per parameter."""
 
 
 class MicroBatchFinder:
-    """Tries forward and backward passes of one size after another, upwards; all ranks take the same steps.
+    """Tries forward and backward passes of growing size. All ranks try the same sizes.
 
-    Replicas on GPUs go on until one of them is out of memory. Where that could not be survived (on a CPU, where
-    the kernel ends the process; among sharded ranks, of which one cannot stop by itself), each size is tried
-    only if the peaks of the two before it say that it will fit.
+    Replicated models on GPUs are tried until one rank is out of memory. Two cases cannot recover from that: on a CPU
+    the kernel kills the process, and a sharded rank that stops leaves the others waiting. In those cases a size is tried
+    only if the peaks of the two previous sizes predict that it fits.
 
     Args:
-        task: In its state before a step, on its device.
-        model: Its module, replicated or sharded; no gradients are there.
+        task: On its device, before its first step.
+        model: The task's module, replicated or sharded, without gradients.
         context: This rank.
-        per_rank: Samples of a rank and step.
-        autocast: What a forward pass is done in.
-        sharded: Whether ranks exchange parts of the model within a pass.
+        per_rank: Samples per rank and step.
+        autocast: Makes the context for a forward pass.
+        sharded: Whether the model is sharded over ranks.
     """
 
     def __init__(
@@ -51,41 +51,36 @@ class MicroBatchFinder:
         autocast: Callable[[], AbstractContextManager[Any]],
         sharded: bool,
     ) -> None:
-        self.task, self.model, self.context, self.per_rank, self.autocast = (
-            task,
-            model,
-            context,
-            per_rank,
-            autocast,
-        )
-        self.exchanging = sharded and context.size > 1
-        self.foresees = self.exchanging or context.device.type == "cpu"
-        self.peaks: list[tuple[int, int]] = []  # of (samples, bytes), in the order they were tried
+        self.task, self.model, self.context = task, model, context
+        self.per_rank, self.autocast = per_rank, autocast
+        self.communicates = sharded and context.size > 1
+        self.predicts = self.communicates or context.device.type == "cpu"
+        self.peaks: list[tuple[int, int]] = []  # (samples, bytes) in the order of trials
 
     def find(self) -> int:
-        """The largest micro-batch that fits on every rank and divides a rank's share.
+        """The largest micro-batch size that fits on every rank and divides the samples per rank.
 
-        Weights, gradients and torch's generators are left as they were.
+        Weights, gradients and torch's random generators are unchanged afterwards.
 
         Raises:
-            UserError: Not even the smallest fits.
+            UserError: Even the smallest size does not fit.
         """
         least = self.task.micro_batch_multiple
         sizes = [n for n in range(least, self.per_rank + 1, least) if self.per_rank % n == 0]
         if sizes == [self.per_rank]:
             return self.per_rank
-        # Growth takes two sizes to be seen, whether the second divides the share or not.
-        tried = sorted({least, 2 * least, *sizes}) if self.foresees else sizes
+        # A prediction needs two peaks, so the second size is tried even if it is not a divisor.
+        trials = sorted({least, 2 * least, *sizes}) if self.predicts else sizes
         found, cuda = 0, [self.context.device] if self.context.device.type == "cuda" else []
-        gauge = meter(self.context)
+        memory_meter = meter(self.context)
         self.model.train()
-        # What is foreseen keeps away from the end by itself.
-        limited = nullcontext() if self.foresees else _limited(self.context.device)
-        with torch.random.fork_rng(cuda), limited:
-            for size in tried:
-                if self.context.any_rank(not self._foreseen(size, gauge)) or self.context.any_rank(
-                    not self._fits(size, gauge)
-                ):
+        # Predicted sizes stay below the budget, so no limit is needed.
+        limit = nullcontext() if self.predicts else _memory_limit(self.context.device)
+        with torch.random.fork_rng(cuda), limit:
+            for size in trials:
+                if self.context.any_rank(not self._should_fit(size, memory_meter)):
+                    break
+                if self.context.any_rank(not self._fits(size, memory_meter)):
                     break
                 found = size if size in sizes else found
         self._clear()
@@ -96,63 +91,63 @@ class MicroBatchFinder:
                     "--grad-checkpointing"
                 )
         if self.context.is_main:
-            say(f"micro-batch: {found} of the {self.per_rank} samples of a rank and step")
+            say(f"micro-batch: {found} of the {self.per_rank} samples per rank and step")
         return found
 
-    def _foreseen(self, size: int, gauge: Meter) -> bool:
-        """Whether the size should fit, as far as can be told."""
-        if not self.foresees or len(self.peaks) < 2:
+    def _should_fit(self, size: int, memory_meter: Meter) -> bool:
+        """Extrapolate the last two peaks to a size. True without a prediction."""
+        if not self.predicts or len(self.peaks) < 2:
             return True
         (before, low), (last, high) = self.peaks[-2:]
         growth = max(0.0, (high - low) / (last - before))
-        return high + growth * (size - last) <= gauge.budget
+        return high + growth * (size - last) <= memory_meter.budget
 
-    def _fits(self, size: int, gauge: Meter) -> bool:
-        """Do what a step does but for its end, and see."""
-        gauge.restart()
+    def _fits(self, size: int, memory_meter: Meter) -> bool:
+        """Run a step's passes without the optimizer, and check the peak."""
+        memory_meter.restart()
         fits = True
         try:
             self._passes(size)
         except torch.OutOfMemoryError:
-            if self.exchanging:
-                raise  # the others wait for this rank within the pass
+            if self.communicates:
+                raise  # the other ranks wait for this one
             fits = False
-        peak = gauge.peak()
+        peak = memory_meter.peak()
         self.peaks.append((size, peak))
         self._clear()
-        return fits and (not self.foresees or peak <= gauge.budget)
+        return fits and (not self.predicts or peak <= memory_meter.budget)
 
     def _passes(self, size: int) -> None:
         times = max(1, self.per_rank // size)
         batch = to_device(self.task.worst_case_batch(size), self.context.device)
-        # The loop keeps the batches of a step until its end.
-        kept = [t.clone() for t in tensors_of(batch).values() for _ in range(times - 1)]
-        # The optimizer takes its memory at its first step.
+        # The loop holds all batches of a step until its end.
+        held = [t.clone() for t in tensors_of(batch).values() for _ in range(times - 1)]
+        # The optimizer allocates its state in the first step.
         trained = local_tensors(p for p in self.task.module.parameters() if p.requires_grad)
-        kept += [torch.ones_like(t) for t in trained for _ in range(_MOMENTS)]
-        for _ in range(min(2, times)):  # the second time with gradients there
+        held += [torch.ones_like(t) for t in trained for _ in range(_MOMENTS)]
+        for _ in range(min(2, times)):  # the second pass already has gradients
             with self.context.without_sync(self.model, skip=True):
                 with self.autocast():
                     result = self.task.step(self.model, batch)
                 result.loss_sum.backward()
-        del kept
+        del held
 
     def _clear(self) -> None:
         self.model.zero_grad(set_to_none=True)
         gc.collect()
         if self.context.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.compiler.reset()  # attention was compiled for sizes that do not come again
+            torch.compiler.reset()  # drop attention kernels compiled for sizes that were only tried
 
 
 @contextmanager
-def _limited(device: torch.device) -> Iterator[None]:
-    """Inside, a GPU is out of memory while it still has some."""
+def _memory_limit(device: torch.device) -> Iterator[None]:
+    """Let torch use only a share of a GPU's memory inside the block."""
     if device.type != "cuda":
         yield
         return
     before = torch.cuda.get_per_process_memory_fraction(device)
-    torch.cuda.set_per_process_memory_fraction(ROOM * before, device)
+    torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE * before, device)
     try:
         yield
     finally:
