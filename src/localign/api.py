@@ -9,6 +9,7 @@ from localign.alignment import AlignConfig, AlignTask, load_student
 from localign.alignment.setup import resolve_align
 from localign.alignment.student import Student
 from localign.backbones import Backbone, export_folder, open_backbone
+from localign.deprecated import with_new_names
 from localign.engine import Outcome, train
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
@@ -57,7 +58,7 @@ def align(backbone: str | Backbone = "scenes-vit", data: str = "scenes", **optio
     """
     ready = backbone if isinstance(backbone, Backbone) else None
     name = backbone.name if isinstance(backbone, Backbone) else backbone
-    options.setdefault("out", "runs/align")
+    options = {"out": "runs/align", **with_new_names(options, "align", warn_of="localign.align")}
     try:
         config = AlignConfig(backbone=name, data=data, **options)
     except TypeError as error:

@@ -21,8 +21,7 @@ class Renamed:
     """The only command that renamed it; None for all commands that have the new name."""
 
 
-RENAMED: tuple[Renamed, ...] = ()
-_LATER = (
+RENAMED = (
     Renamed("warmup_share", "warmup_ratio"),
     Renamed("warmup_start", "warmup_init_ratio"),
     Renamed("ema", "ema_decay"),
@@ -57,6 +56,12 @@ def with_new_names(
         if warn_of is not None:
             warn(f"{warn_of}: {old}", new)
     return renamed
+
+
+def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under the names that they had before, for digests that folders of earlier releases are named after."""
+    names = {r.new: r.old for r in RENAMED if r.command is None}
+    return {names.get(key, key): value for key, value in values.items()}
 
 
 def warn(old: str, new: str) -> None:

@@ -198,7 +198,7 @@ class TokenTask(Task):
 def token(out: Path, **options: Any) -> TrainConfig:
     """The options of a run of milliseconds per step."""
     values: dict[str, Any] = {
-        "out": str(out), "steps": 8, "batch_size": 8, "lr": 1e-2, "weight_decay": 0.1, "ema": 0.9, "eps": 1e-5,
+        "out": str(out), "steps": 8, "batch_size": 8, "lr": 1e-2, "weight_decay": 0.1, "ema_decay": 0.9, "eps": 1e-5,
         "log_every": 1, "checkpoint_every": 2, "device": "cpu", "sharding": "full", "clip_grad": 0.5,
     }  # fmt: skip
     return TrainConfig(**{**values, **options})

@@ -44,7 +44,7 @@ def options(out: Path, images: Path, val: Path, workers: int = 0) -> dict[str, A
     # Adam turns a gradient that is zero but for rounding (attention's key biases have one) into a step as
     # large as any; an eps above the rounding leaves only the sums over ranks to compare.
     config = tiny(
-        out, images, steps=STEPS, val=str(val), val_every=20, ema=0.9, eps=1e-5, log_every=1,
+        out, images, steps=STEPS, val=str(val), val_every=20, ema_decay=0.9, eps=1e-5, log_every=1,
         checkpoint_every=2, resume="auto", workers=workers,
     )  # fmt: skip
     return asdict(config)

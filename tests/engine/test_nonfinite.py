@@ -21,7 +21,7 @@ from localign.errors import RunFailure
 
 
 def test_a_poisoned_step_leaves_the_weights(tmp_path: Path, images: Path) -> None:
-    config = tiny(tmp_path, images, steps=4, checkpoint_every=1, keep_checkpoints=9, ema=0.9)
+    config = tiny(tmp_path, images, steps=4, checkpoint_every=1, keep_checkpoints=9, ema_decay=0.9)
     results = run(config, poison=(2,)).results
     for file in ("model", "optimizer", "ema"):
         before, after = (weights(tmp_path, step, f"{file}.safetensors") for step in (2, 3))

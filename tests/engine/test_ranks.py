@@ -37,7 +37,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
     tmp_path: Path, images: Path, val: Path, micro_batch: int, loss_tokens: str
 ) -> None:
     # Without complements the pieces differ in hidden tokens: a mean of means would be another loss.
-    values: dict[str, Any] = {"loss_tokens": loss_tokens, "ema": 0.9, "val": str(val), "eps": EPS}
+    values: dict[str, Any] = {"loss_tokens": loss_tokens, "ema_decay": 0.9, "val": str(val), "eps": EPS}
     values["complement"] = loss_tokens == "all"
     run(tiny(tmp_path / "whole", images, **values))
     run(tiny(tmp_path / "pieces", images, micro_batch=micro_batch, **values))
@@ -61,7 +61,7 @@ def test_several_ranks_equal_one(
 ) -> None:  # fmt: skip
     # Without complements the ranks' hidden tokens differ in number: a mean of means would be another loss.
     values: dict[str, Any] = {
-        "loss_tokens": loss_tokens, "complement": loss_tokens == "all", "ema": 0.9, "val": str(val),
+        "loss_tokens": loss_tokens, "complement": loss_tokens == "all", "ema_decay": 0.9, "val": str(val),
         "val_every": 3, "eps": EPS,
     }  # fmt: skip
     run(tiny(tmp_path / "one", images, **values))

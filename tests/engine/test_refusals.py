@@ -19,7 +19,7 @@ from localign.errors import UserError
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory, images: Path) -> AlignConfig:
     """A run with checkpoints at 2 and 4; tests copy it."""
-    config = tiny(tmp_path_factory.mktemp("begun") / "run", images, ema=0.9)
+    config = tiny(tmp_path_factory.mktemp("begun") / "run", images, ema_decay=0.9)
     run_until(config, 5)
     return config
 
@@ -45,9 +45,11 @@ def test_fields_that_differ_are_named_with_both_values(resumed: AlignConfig) -> 
     assert "workers" not in refusal(replace(resumed, lr=0.5, workers=1))
 
 
-@pytest.mark.parametrize("field", ["steps", "batch_size", "loss", "mask", "ema", "precision", "optimizer"])
+@pytest.mark.parametrize(
+    "field", ["steps", "batch_size", "loss", "mask", "ema_decay", "precision", "optimizer"]
+)
 def test_what_shapes_the_result_may_not_change(resumed: AlignConfig, field: str) -> None:
-    other = {"steps": 9, "batch_size": 4, "loss": "l1", "mask": "bernoulli", "ema": None, "precision": "bf16",
+    other = {"steps": 9, "batch_size": 4, "loss": "l1", "mask": "bernoulli", "ema_decay": None, "precision": "bf16",
              "optimizer": "muon"}  # fmt: skip
     assert f"{field}: " in refusal(replace(resumed, **{field: other[field]}))  # type: ignore[arg-type]
 

@@ -21,7 +21,7 @@ STEPS = 8
 
 
 def options(val: Path) -> dict[str, Any]:
-    return {"steps": STEPS, "val": str(val), "val_every": 3, "ema": 0.9, "keep_checkpoints": 1}
+    return {"steps": STEPS, "val": str(val), "val_every": 3, "ema_decay": 0.9, "keep_checkpoints": 1}
 
 
 def interrupt(out: Path, images: Path, at: tuple[int, ...], **values: Any) -> dict[str, Any]:
@@ -140,8 +140,8 @@ def test_a_log_line_cut_off_by_a_kill_is_dropped(
 def test_the_average_begins_after_skipped_steps_alike(tmp_path: Path, images: Path) -> None:
     # The average takes over the weights after the first step that counts, then decays towards them.
     poison = (0, 1)
-    run(tiny(tmp_path / "a", images, ema=0.5), poison=poison)
-    config = tiny(tmp_path / "b", images, ema=0.5)
+    run(tiny(tmp_path / "a", images, ema_decay=0.5), poison=poison)
+    config = tiny(tmp_path / "b", images, ema_decay=0.5)
     run_until(config, 2, poison=poison)
     run(replace(config, resume="must"), poison=poison)
     ema = [weights(tmp_path / name, STEPS, "ema.safetensors") for name in "ab"]

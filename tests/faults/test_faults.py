@@ -108,7 +108,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 def alignment(out: Path, pictures: tuple[Path, Path]) -> AlignConfig:
     return tiny(
-        out, pictures[0], val=str(pictures[1]), val_every=7, ema=0.9, steps=STEPS, keep_checkpoints=3,
+        out, pictures[0], val=str(pictures[1]), val_every=7, ema_decay=0.9, steps=STEPS, keep_checkpoints=3,
         resume="auto", timeout=TIMEOUT,
     )  # fmt: skip
 

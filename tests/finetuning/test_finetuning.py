@@ -97,7 +97,7 @@ def test_it_learns_what_the_folders_tell_apart(data: Path, val: Path, tmp_path: 
 
 
 def test_the_export_is_the_trained_backbone_with_its_head(data: Path, tmp_path: Path) -> None:
-    config = tiny(data, tmp_path / "run", ema=0.5)
+    config = tiny(data, tmp_path / "run", ema_decay=0.5)
     task = FinetuneTask(config)
     start = {k: v.clone() for k, v in task.model.backbone.vit.state_dict().items()}
     train(task, config, "finetune")

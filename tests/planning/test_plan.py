@@ -137,7 +137,7 @@ def test_large_recipes_can_be_planned(name: str) -> None:
 
 def test_the_command_shows_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plans" / "plan.json"
-    options = ["--config", "align/in1k-vit-t", "--gpus", "2", "--gpu", "a10", "--save", str(file)]
+    options = ["--config", "align/in1k-vit-t", "--gpus", "2", "--gpu", "a10", "--out", str(file)]
     assert main(["plan", *options]) == 0
     shown = capsys.readouterr().out
     assert "GPU-hours" in shown

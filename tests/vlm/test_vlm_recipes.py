@@ -44,7 +44,7 @@ def test_every_configuration_of_the_paper_has_a_recipe() -> None:
 def test_the_settings_are_the_published_ones(name: str) -> None:
     config = config_of(name)
     assert (config.lr, config.weight_decay, config.betas, config.clip_grad) == (2e-5, 0.1, (0.9, 0.999), 1.0)
-    assert (config.warmup_share, config.warmup_start, config.min_lr_ratio) == (0.03, 0.0, 0.0)
+    assert (config.warmup_ratio, config.warmup_init_ratio, config.min_lr_ratio) == (0.03, 0.0, 0.0)
     assert (config.batch_size, config.micro_batch, config.epochs, config.seed) == (128, 16, 2, 7)
     assert (config.prompt, config.resize, config.stage) == ("in-out", "naive", "finetune")
 

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from itertools import pairwise
 from types import UnionType
@@ -114,10 +114,15 @@ def options_of(config: type) -> dict[str, Option]:
     }
 
 
-def groups_of(config: type) -> Mapping[str, tuple[str, ...]]:
-    """Title -> field names: the groups in which the help shows the options of a config class."""
-    every = tuple(field.name for field in dataclasses.fields(config))
-    return getattr(config, "GROUPS", {UNGROUPED: every})
+def groups_of(config: type) -> Mapping[str, Sequence[str]]:
+    """Title -> field names: the groups in which the help shows the options of a config class, first things first.
+
+    A class with many options names its groups in ``GROUPS``: title -> names of fields, separated by spaces.
+    """
+    groups: Mapping[str, str] | None = getattr(config, "GROUPS", None)
+    if groups is None:
+        return {UNGROUPED: [field.name for field in dataclasses.fields(config)]}
+    return {title: names.split() for title, names in groups.items()}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

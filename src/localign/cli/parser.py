@@ -56,6 +56,7 @@ def _file_options(file: str, command: Command, options: Mapping[str, Option]) ->
     from localign.recipes import read_recipe
 
     values = read_recipe(file, command.recipes_of or command.name).values
+    values = {key: value for key, value in values.items() if key not in command.ignored_in_files}
     values = with_new_names(values, command.name, warn_of=file)
     for key in values:
         if key not in options:

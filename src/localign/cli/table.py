@@ -28,6 +28,8 @@ class Command:
     """Fields that may be given without the option's name, in order."""
     recipes_of: str | None = None
     """The command whose recipes it takes, if not its own."""
+    ignored_in_files: tuple[str, ...] = ()
+    """Keys of such recipes that mean nothing to this command."""
     package: str = "localign"
     """The package of the two paths."""
 
@@ -50,7 +52,7 @@ class Command:
 _TABLE: tuple[Command, ...] = (
     Command("demo", "options.demo:DemoConfig", "commands:demo", "align the embedded backbone, probe before and after, report"),
     Command("align", "options.align:AlignConfig", "commands:align", "locality alignment of a backbone"),
-    Command("plan", "options.plan:PlanConfig", "commands:plan", "what an alignment takes before it runs: arithmetic, memory, hours", recipes_of="align"),
+    Command("plan", "options.plan:PlanConfig", "commands:plan", "what an alignment takes before it runs: arithmetic, memory, hours", recipes_of="align", ignored_in_files=("out",)),
     Command("pretrain", "options.pretrain:PretrainConfig", "commands:pretrain", "make the embedded backbone"),
     Command("finetune", "options.finetune:FinetuneConfig", "commands:finetune", "classification fine-tuning under a transformer head"),
     Command("probe", "options.probe:ProbeCommandConfig", "commands:probe", "what backbones know about patches and images", ("backbone",)),

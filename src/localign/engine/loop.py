@@ -114,7 +114,7 @@ class Loop:
         """Run from opening the folder to the export."""
         task, config = self.task, self.config
         resumed_at = self._open_folder()
-        self.ema = averaged(task.module, config.ema) if config.ema is not None else None
+        self.ema = averaged(task.module, config.ema_decay) if config.ema_decay is not None else None
         decayed = decayed_names(task.module)  # before parameters are sharded
         if self.mesh is not None:
             self._export_copy = meta_copy(task.module) if self.context.is_main else None

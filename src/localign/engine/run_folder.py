@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from localign._version import __version__
+from localign.deprecated import with_new_names
 from localign.engine.checkpoints.replicated import Checkpoints, remove_leftovers
 from localign.engine.checkpoints.state import BestCheckpoint
 from localign.engine.disk import writing
@@ -150,7 +151,7 @@ def save_config(folder: Path, command: str, config: Any) -> None:
 
 
 def read_config(folder: Path) -> SavedConfig:
-    """Read ``config.yaml`` of a run folder.
+    """Read ``config.yaml`` of a run folder, with the options under the names they have now.
 
     Raises:
         UserError: The file is missing, or was not written by localign.
@@ -164,6 +165,7 @@ def read_config(folder: Path) -> SavedConfig:
         raise UserError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise UserError(f"{path} was not written by localign")
+    content["config"] = with_new_names(content["config"], content.get("command"))
     return cast(SavedConfig, content)
 
 

@@ -23,10 +23,10 @@ def with_warmup_steps(config: Config, samples: int) -> Config:
     if config.warmup_epochs is not None:
         steps = round(config.warmup_epochs * samples / config.batch_size)
         return replace(config, warmup_steps=steps, warmup_epochs=None)
-    if config.warmup_share is not None:
+    if config.warmup_ratio is not None:
         # 0.29 * 100 is a hair below 29 in floating point
-        steps = math.floor(round(config.warmup_share * total_steps(config, samples), 6))
-        return replace(config, warmup_steps=steps, warmup_share=None)
+        steps = math.floor(round(config.warmup_ratio * total_steps(config, samples), 6))
+        return replace(config, warmup_steps=steps, warmup_ratio=None)
     return config
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from localign.errors import UserError
 from localign.options.data import DataConfig, written_decode
@@ -86,6 +86,15 @@ class MaskOptions:
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(DataConfig, TrainConfig):
     """Locality alignment of one backbone by MaskEmbed, or by an objective that it is compared with."""
+
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "Model": "backbone weights image_size model_kwargs decoder decoder_depth decoder_layer_scale soft_cap "
+        "attention train_blocks",
+        **DataConfig.GROUPS,
+        "Objective": "objective target loss loss_tokens mask keep_ratio block_min_patches complement all_visible "
+        "scale_images",
+        **TrainConfig.GROUPS,
+    }
 
     objective: ObjectiveName = "maskembed"
     """maskembed; averaging (MaskEmbed without decoder), additive, clipself (crops), or mim (masked input)."""

@@ -1,6 +1,8 @@
 """Options of the images that training commands see, and how they see them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from localign.options.names import Decode, TrainCrop
 
@@ -8,6 +10,10 @@ from localign.options.names import Decode, TrainCrop
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Options of the training images."""
+
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "Data": "data val val_images crop hflip auto_augment mixup cutmix decode exclude max_bad_share"
+    }
 
     data: str = "scenes"
     """Training images: a folder (with or without class folders); a list of files (.txt, .csv, .jsonl); tar shards or

@@ -1,7 +1,9 @@
 """Options of `localign demo`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from localign.errors import UserError
 from localign.options.align import AlignConfig
@@ -12,6 +14,12 @@ from localign.options.probe import ProbeConfig
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Align the embedded backbone, probe it before and after, and write a report."""
+
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "Alignment": "steps batch_size lr target mask decoder_layer_scale",
+        "Heads": "probe_steps probe_batch probe_lr train_scenes test_scenes",
+        "Run": "out seeds seed device workers",
+    }
 
     out: str = "runs/demo"
     """Folder of the demo; one that was cut off is continued."""

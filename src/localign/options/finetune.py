@@ -3,8 +3,9 @@
 No published run names all settings. The defaults are ours, in the usual range for fine-tuning ViTs.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from localign.errors import UserError
 from localign.options.data import DataConfig
@@ -17,6 +18,13 @@ LABEL_SMOOTHING = 0.1
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(DataConfig, TrainConfig):
     """Classification fine-tuning of a backbone with a transformer head."""
+
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "Model": "backbone weights image_size model_kwargs attention freeze",
+        **DataConfig.GROUPS,
+        "Objective": "label_smoothing",
+        **TrainConfig.GROUPS,
+    }
 
     backbone: str = "scenes-vit"
     """A run or export folder, a name of `localign list backbones`, any timm name, hf-hub:... or local-dir:..."""

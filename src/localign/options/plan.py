@@ -1,6 +1,8 @@
 """Options of `localign plan`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from localign.errors import UserError
 from localign.gpus import gpu
@@ -14,6 +16,12 @@ IMAGES: dict[str, int] = {"imagenet-1k": 1_281_167, "imagenet-21k": 12_600_000}
 class PlanConfig(AlignConfig):
     """What an alignment will take: parameters, arithmetic, memory, decoding and hours; nothing is run or fetched."""
 
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "Plan": "gpus gpu dataset_size mfu decode_rate out",
+        **AlignConfig.GROUPS,
+        "Run": AlignConfig.GROUPS["Run"].removeprefix("out "),
+    }
+
     dataset_size: int | None = None
     """Training images; default the number that is known of imagenet-1k and imagenet-21k."""
     gpus: int = 8
@@ -25,8 +33,9 @@ class PlanConfig(AlignConfig):
     decode_rate: float = 400.0
     """Training crops that a CPU core decodes per second; `localign bench loader` measures it. On one core of a server
     it is about 100 from photographs of 3 megapixels, and 850 where the short side is 256 pixels."""
-    save: str | None = None
-    """Also write the plan to this JSON file."""
+    out: str = ""
+    """JSON file to write the plan to, given on the command line: in a config file, out is the folder of the run that
+    is planned."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

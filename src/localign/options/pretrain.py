@@ -1,6 +1,8 @@
 """Options of `localign pretrain`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from localign.errors import UserError
 from localign.options.train import TrainConfig
@@ -9,6 +11,12 @@ from localign.options.train import TrainConfig
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainConfig):
     """Pre-training of the embedded backbone on scenes, with image-level labels only."""
+
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "Model": "width depth num_heads patch_size",
+        "Data": "scenes val_scenes hidden_images most_hidden",
+        **TrainConfig.GROUPS,
+    }
 
     out: str = "runs/pretrain"
     """Run folder."""

@@ -1,8 +1,9 @@
 """Options of `localign probe`, and of probing from Python."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from localign.errors import UserError, did_you_mean
 from localign.options.names import HEAD_NAMES, INTERVENTIONS, TASKS, Cache, Precision, Protocol
@@ -160,6 +161,15 @@ class ProbeConfig:
 @dataclass(frozen=True, kw_only=True)
 class ProbeCommandConfig:
     """Train small heads on frozen features and measure patch-level and image-level recall (section 4)."""
+
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "Model": "backbone weights image_size model_kwargs",
+        "Data": "data train_scenes test_scenes things_only",
+        "Heads": "heads tasks protocol seeds",
+        "Optimisation": "epochs steps batch_size lr",
+        "Features": "cache cache_dir cache_dtype",
+        "Run": "out device precision seed workers",
+    }
 
     backbone: str = "scenes-vit"
     """Backbones to probe, separated by commas: names, run folders or export folders. NAME=path sets the name in

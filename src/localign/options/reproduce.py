@@ -1,8 +1,9 @@
 """Options of `localign reproduce`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from localign.errors import UserError, did_you_mean
 from localign.options.names import REPRODUCTIONS, Protocol
@@ -13,6 +14,11 @@ WorldName = Literal["scenes", "coco", "ade20k"]
 @dataclass(frozen=True, kw_only=True)
 class ReproduceConfig:
     """Write a table or figure of the paper, running what it needs and is not there yet."""
+
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "Target": "target world data train_data weights quick seeds protocol",
+        "Run": "out dry_run device micro_batch workers",
+    }
 
     target: str = ""
     """table1, table4, table5, fig3, fig4, fig6, fig7, fig8, fig9 or fig10."""

@@ -1,7 +1,8 @@
 """Options that all training commands share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from localign.errors import UserError
 from localign.options.names import Precision, Resume, ShardingMode
@@ -10,6 +11,14 @@ from localign.options.names import Precision, Resume, ShardingMode
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Options of the training loop."""
+
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "Optimisation": "steps epochs batch_size micro_batch lr min_lr_ratio warmup_steps warmup_epochs warmup_ratio "
+        "warmup_init_ratio weight_decay optimizer betas eps clip_grad ema_decay",
+        "Run": "out resume device precision seed workers checkpoint_every keep_checkpoints compile grad_checkpointing "
+        "sharding reduce_dtype reshard_after_forward ddp_bucket_mb timeout",
+        "Logging": "log_every val_every tensorboard wandb",
+    }
 
     out: str = "runs/run"
     """Run folder: config, log, results, checkpoints, export."""
@@ -32,9 +41,9 @@ class TrainConfig:
     """Steps of linear warm-up."""
     warmup_epochs: float | None = None
     """The warm-up in epochs, in place of warmup_steps."""
-    warmup_share: float | None = None
+    warmup_ratio: float | None = None
     """The warm-up as a share of all steps (rounded down), in place of warmup_steps."""
-    warmup_start: float = 0.1
+    warmup_init_ratio: float = 0.1
     """Learning rate of the warm-up's first step, as a share of the peak."""
     weight_decay: float = 0.01
     """AdamW's, on matrices only: not on norms, biases, position embeddings or tokens."""
@@ -64,7 +73,7 @@ class TrainConfig:
     """Compile the model with torch.compile."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
-    ema: float | None = None
+    ema_decay: float | None = None
     """Decay per step of an exponential moving average of the weights, which is then what is exported."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
@@ -92,11 +101,11 @@ class TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise UserError("--steps and --epochs contradict each other; give one")
         warmups = {"--warmup-steps": self.warmup_steps or None, "--warmup-epochs": self.warmup_epochs,
-                   "--warmup-share": self.warmup_share}  # fmt: skip
+                   "--warmup-ratio": self.warmup_ratio}  # fmt: skip
         given = [option for option, value in warmups.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} contradict each other; give one")
-        positive = ("steps", "epochs", "warmup_epochs", "warmup_share", "micro_batch", "lr", "clip_grad", "eps",
+        positive = ("steps", "epochs", "warmup_epochs", "warmup_ratio", "micro_batch", "lr", "clip_grad", "eps",
                     "log_every", "checkpoint_every", "keep_checkpoints", "val_every", "timeout",
                     "ddp_bucket_mb")  # fmt: skip
         for name in positive:
@@ -108,11 +117,11 @@ class TrainConfig:
                 raise UserError(
                     f"--{name.replace('_', '-')} cannot be negative, but is {getattr(self, name)}"
                 )
-        for name in ("min_lr_ratio", "warmup_start"):
+        for name in ("min_lr_ratio", "warmup_init_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} must lie in 0..1, not {getattr(self, name)}")
-        if self.warmup_share is not None and self.warmup_share >= 1:
-            raise UserError(f"--warmup-share must lie below 1, not {self.warmup_share}")
+        if self.warmup_ratio is not None and self.warmup_ratio >= 1:
+            raise UserError(f"--warmup-ratio must lie below 1, not {self.warmup_ratio}")
         if self.sharding == "none" and self.reduce_dtype != "fp32":
             raise UserError(f"--reduce-dtype {self.reduce_dtype} is of sharded runs; give --sharding too")
         if self.sharding == "none" and not self.reshard_after_forward:
@@ -123,7 +132,7 @@ class TrainConfig:
             )
         if self.sharding != "none" and self.optimizer == "muon":
             raise UserError("--optimizer muon needs whole matrices on every rank; leave --sharding at none")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"--ema must lie between 0 and 1, not {self.ema}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"--ema-decay must lie between 0 and 1, not {self.ema_decay}")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise UserError(f"--warmup-steps {self.warmup_steps} leaves nothing of --steps {self.steps}")

@@ -135,7 +135,7 @@ class CountedAlignment:
         weights = 4 * (_count(self.student) + _count(self.teacher))
         gradients = 4 * self.trained
         fixed = peaks[_SMALL] - _SMALL * slope - weights - gradients
-        average = 4 * _count(self.student) if self.config.ema is not None else 0
+        average = 4 * _count(self.student) if self.config.ema_decay is not None else 0
         return Memory(weights + average, gradients, self._moments(), max(0.0, fixed), slope)
 
     def _moments(self) -> int:

@@ -26,13 +26,13 @@ def run_plan(config: PlanConfig) -> AlignmentPlan:
     console = Console(width=None if sys.stdout.isatty() else 110)
     for table in (_run_table(plan, config), _memory_table(plan, config)):
         console.print(table)
-    if config.save is not None:
+    if config.out:
         content = {
             "command": "plan",
             "config": run_folder.to_dict(config),
             "versions": run_folder.provenance(),
         }
-        path = Path(config.save)
+        path = Path(config.out)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps({**content, **as_facts(plan)}, indent=1) + "\n")
         print(f"plan       {path}")

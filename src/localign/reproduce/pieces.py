@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from localign.alignment import AlignConfig, AlignTask
 from localign.backbones import Backbone, create_backbone, load_backbone
 from localign.backbones.export import content_hash
+from localign.deprecated import with_old_names
 from localign.engine import run_folder, train
 from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.distributed import DistributedContext
@@ -72,7 +73,7 @@ class Alignment:
             folder: Of all alignments.
         """
         decisive = {k: v for k, v in run_folder.to_dict(config).items() if k not in RESUMABLE}
-        key = digest({"config": decisive, "data": data, "backbone": backbone})
+        key = digest({"config": with_old_names(decisive), "data": data, "backbone": backbone})
         out = folder / f"{config.backbone}-{config.objective}-seed{config.seed}-{key}"
         return Alignment(label, replace(config, out=str(out), resume="auto"), steps, key)
 

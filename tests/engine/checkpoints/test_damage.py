@@ -43,7 +43,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state
 @pytest.fixture
 def stopped(tmp_path: Path, images: Path) -> AlignConfig:
     """A run with checkpoints at 2, 4 and 6, as one finds it."""
-    config = tiny(tmp_path / "run", images, keep_checkpoints=3, ema=0.9)
+    config = tiny(tmp_path / "run", images, keep_checkpoints=3, ema_decay=0.9)
     run_until(config, 7)
     return replace(config, resume="must")
 

@@ -68,7 +68,7 @@ def test_two_ranks_equal_one(tmp_path: Path, whole: Path) -> None:
     accumulated = token(tmp_path / "accumulated", micro_batch=1, val_every=3, grad_checkpointing=True)
     lone = token(tmp_path / "lone", micro_batch=2)
     halves = token(tmp_path / "halves", precision="bf16", reduce_dtype="bf16")
-    weightless = token(tmp_path / "weightless", weight_decay=0.5, ema=None, lr=1e-2, steps=4)
+    weightless = token(tmp_path / "weightless", weight_decay=0.5, ema_decay=None, lr=1e-2, steps=4)
     undecayed = token(tmp_path / "undecayed", weight_decay=0.0)
     poisoned = token(tmp_path / "poisoned")
     hollow = token(tmp_path / "hollow", val_every=3)

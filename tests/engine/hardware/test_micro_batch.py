@@ -77,7 +77,7 @@ def test_the_largest_that_fits_and_divides(
 
 
 def test_the_search_leaves_no_trace_in_the_run(tmp_path: Path, images: Path, val: Path) -> None:
-    values: dict[str, Any] = {"val": str(val), "val_every": 3, "ema": 0.9, "model_kwargs": DROPPING}
+    values: dict[str, Any] = {"val": str(val), "val_every": 3, "ema_decay": 0.9, "model_kwargs": DROPPING}
     run(tiny(tmp_path / "given", images, micro_batch=2, **values))
     run(tiny(tmp_path / "found", images, micro_batch="auto", **values), room=(2,))
     for field in ("samples", "loss", "grad_norm", "val_loss"):
@@ -190,7 +190,7 @@ def test_memory_that_cannot_be_measured_is_refused(
 
 @pytest.mark.slow
 def test_ranks_agree_on_what_fits_on_all(tmp_path: Path, images: Path, val: Path) -> None:
-    values: dict[str, Any] = {"eps": EPS, "val": str(val), "ema": 0.9, "batch_size": 16}
+    values: dict[str, Any] = {"eps": EPS, "val": str(val), "ema_decay": 0.9, "batch_size": 16}
     run(tiny(tmp_path / "one", images, **values))
     run_ranks(2, asdict(tiny(tmp_path / "two", images, micro_batch="auto", **values)), room=(8, 3))
     assert read_results(tmp_path / "two")["micro_batch"] == 2

@@ -146,7 +146,7 @@ def test_the_schedule() -> None:
 def test_a_warm_up_from_nothing() -> None:
     # The published language model recipe: 3 % of 10,396 steps, of which the first has rate 0.
     config = TrainConfig(
-        epochs=2, batch_size=128, lr=2e-5, warmup_share=0.03, warmup_start=0.0, min_lr_ratio=0.0
+        epochs=2, batch_size=128, lr=2e-5, warmup_ratio=0.03, warmup_init_ratio=0.0, min_lr_ratio=0.0
     )
     config = with_warmup_steps(config, 665_344)
     steps = total_steps(config, 665_344)
@@ -157,8 +157,8 @@ def test_a_warm_up_from_nothing() -> None:
 
 @pytest.mark.parametrize(("share", "steps"), [(0.29, 29), (0.299, 29), (0.001, 0), (0.99, 99)])
 def test_a_warm_up_as_a_share_is_rounded_down(share: float, steps: int) -> None:
-    config = with_warmup_steps(TrainConfig(steps=100, warmup_share=share), 7)
-    assert (config.warmup_steps, config.warmup_share) == (steps, None)
+    config = with_warmup_steps(TrainConfig(steps=100, warmup_ratio=share), 7)
+    assert (config.warmup_steps, config.warmup_ratio) == (steps, None)
 
 
 def test_no_warm_up() -> None:
@@ -230,14 +230,14 @@ def test_the_length_of_a_run() -> None:
         ({"keep_checkpoints": 0}, "--keep-checkpoints must be above 0"),
         ({"workers": -1}, "--workers cannot be negative"),
         ({"min_lr_ratio": 1.5}, "--min-lr-ratio must lie in"),
-        ({"ema": 1.0}, "--ema must lie between"),
+        ({"ema_decay": 1.0}, "--ema-decay must lie between"),
         ({"steps": 5, "warmup_steps": 5}, "--warmup-steps 5 leaves nothing"),
         ({"warmup_steps": 5, "warmup_epochs": 1.0}, "--warmup-steps and --warmup-epochs contradict"),
-        ({"warmup_steps": 5, "warmup_share": 0.1}, "--warmup-steps and --warmup-share contradict"),
-        ({"warmup_epochs": 1.0, "warmup_share": 0.1}, "--warmup-epochs and --warmup-share contradict"),
-        ({"warmup_share": 1.0}, "--warmup-share must lie below 1"),
-        ({"warmup_share": 0.0}, "--warmup-share must be above 0"),
-        ({"warmup_start": -0.1}, "--warmup-start must lie in"),
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "--warmup-steps and --warmup-ratio contradict"),
+        ({"warmup_epochs": 1.0, "warmup_ratio": 0.1}, "--warmup-epochs and --warmup-ratio contradict"),
+        ({"warmup_ratio": 1.0}, "--warmup-ratio must lie below 1"),
+        ({"warmup_ratio": 0.0}, "--warmup-ratio must be above 0"),
+        ({"warmup_init_ratio": -0.1}, "--warmup-init-ratio must lie in"),
         ({"reduce_dtype": "bf16"}, "--reduce-dtype bf16 is of sharded runs"),
         ({"reshard_after_forward": False}, "--reshard-after-forward is of sharded runs"),
         (

@@ -117,7 +117,7 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     """
     peak = config.lr if config.lr is not None else 3e-4
     if step < config.warmup_steps:
-        return peak * (config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps)
+        return peak * (config.warmup_init_ratio + (1 - config.warmup_init_ratio) * step / config.warmup_steps)
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     cosine = cosine_decay(min(1.0, progress))
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)

@@ -1,8 +1,9 @@
 """Options of `localign vlm demo`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from localign.errors import UserError, did_you_mean
 from localign.options.names import EMBEDDED, AdapterName, QuestionKind
@@ -23,6 +24,13 @@ MODELS: dict[str, tuple[bool, AdapterName]] = {
 @dataclass(frozen=True, kw_only=True)
 class VLMDemoConfig:
     """Compare vision-language models with and without locality alignment, on questions about drawn scenes."""
+
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "Models": "models",
+        "Data": "kinds scenes questions test_scenes",
+        "Optimisation": "steps batch_size lr adapter_lr optimizer llm_steps",
+        "Run": "out seeds seed device workers at_once",
+    }
 
     out: str = "runs/vlm-demo"
     """Folder of the demo; one that was cut off is continued."""

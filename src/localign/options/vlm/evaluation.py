@@ -1,7 +1,8 @@
 """Config classes of the commands that put benchmarks to models."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from localign.errors import UserError
 
@@ -14,6 +15,12 @@ IN_LMMS_EVAL = ("tallyqa", "vsr", "ocid-ref")
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Put benchmarks to a vision-language model; one that was cut off is continued, and nothing is asked twice."""
+
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "Model": "model revision boxes dtype",
+        "Benchmarks": "benchmarks data limit scoring allow_partial engine task_folders",
+        "Run": "out batch_size device",
+    }
 
     model: str = ""
     """A run folder of `localign vlm train`, its export, or an image-text-to-text model of transformers."""

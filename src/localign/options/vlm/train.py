@@ -3,8 +3,9 @@
 Defaults are those of the paper's runs (appendix D), where it names them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from localign.errors import UserError
 from localign.options.names import BACKENDS, AdapterName, AttentionBackend, CrossEntropy, PromptName
@@ -17,12 +18,22 @@ Batching = Literal["packed", "padded"]
 Sampler = Literal["shuffled", "grouped"]
 Turns = Literal["conversation", "independent"]
 
-WARMUP_SHARE = 0.03
+WARMUP_RATIO = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
 class VLMConfig(TrainConfig):
     """Train a vision-language model: a ViT, an adapter and a causal language model."""
+
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "Model": "llm backbone adapter init features resize weights image_size model_kwargs attention llm_weights "
+        "llm_attention",
+        "Data": "data images val val_records prompt max_length turns batching sampler skip_missing max_bad_share",
+        "Objective": "stage lora_rank lora_alpha cross_entropy published_quirks",
+        **TrainConfig.GROUPS,
+        "Optimisation": f"{TrainConfig.GROUPS['Optimisation']} adapter_lr",
+        "Run": f"{TrainConfig.GROUPS['Run']} dry_run plan_ranks",
+    }
 
     out: str = "runs/vlm"
     """Run folder: config, log, results, checkpoints, export (a transformers folder)."""
@@ -108,9 +119,9 @@ class VLMConfig(TrainConfig):
     truncated it is the rate of what comes from trained weights; their output layer is new and keeps --lr."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end of the cosine, as a share of the peak."""
-    warmup_share: float | None = None
+    warmup_ratio: float | None = None
     """The warm-up as a share of all steps (rounded down); default 0.03 where no other warm-up is given."""
-    warmup_start: float = 0.0
+    warmup_init_ratio: float = 0.0
     """Learning rate of the first step, as a share of the peak."""
     weight_decay: float = 0.1
     """AdamW's, on matrices only: not on norms, biases, position embeddings or tokens."""
@@ -118,8 +129,8 @@ class VLMConfig(TrainConfig):
     """AdamW's moment decay rates."""
 
     def __post_init__(self) -> None:
-        if not self.warmup_steps and self.warmup_epochs is None and self.warmup_share is None:
-            object.__setattr__(self, "warmup_share", WARMUP_SHARE)
+        if not self.warmup_steps and self.warmup_epochs is None and self.warmup_ratio is None:
+            object.__setattr__(self, "warmup_ratio", WARMUP_RATIO)
         super().__post_init__()
         if not self.data:
             raise UserError("train on what? give --data, a LLaVA-format JSON file")

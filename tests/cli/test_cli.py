@@ -22,7 +22,7 @@ TINY = (
     "--backbone vit_tiny_patch16_224 --weights none "
     "--model-kwargs img_size=24 patch_size=8 embed_dim=24 depth=2 num_heads=2"
 )
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT.parent / "shared" / "golden" / "maskembed"
 
 
