@@ -35,7 +35,7 @@ class PlainBatches:
         pairs = [self.source.load_labelled(int(row)) for row in rows]
         images = torch.stack([self.view(image) for image, _ in pairs])
         maps = torch.stack([self.view.labels(labels) for _, labels in pairs])
-        attributes = getattr(self.source, "attributes", None)
+        attributes = self.source.attributes
         patch, _ = self.backbone.patch_size
         labels = numpy_loop(maps, patch, len(self.source.classes), attributes)
         with torch.no_grad():

@@ -1,12 +1,11 @@
-"""The suite on a fake backbone, in one process or, under torchrun, in several.
-
-`python probe_ranks.py FOLDER` writes `FOLDER/<cache>.json` and the heads' weights for every cache mode.
-"""
+"""The suite on a fake backbone, in one process or as one of several ranks."""
 
 from __future__ import annotations
 
 import json
-import sys
+import multiprocessing
+import os
+import socket
 from pathlib import Path
 
 import torch
@@ -21,14 +20,13 @@ CACHES: tuple[Cache, ...] = ("none", "disk", "device")
 
 
 def run(folder: Path) -> None:
-    """Probe in every mode; the main rank writes."""
+    """Probe in every cache mode. The main rank writes ``<cache>.json`` and the heads' weights into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with distributed_context("cpu") as context:
         for cache in CACHES:
             config = ProbeConfig(
-                heads=("linear", "transformer", "transformer-anonymous"),
-                tasks=("local", "global", "majority"),
-                steps=10, batch=8, lr=1e-2, final_lr=1e-3, seeds=2, extract_batch=4, curve_images=7, cache=cache,
+                heads=("linear", "transformer"), tasks=("local", "global", "majority"),
+                steps=6, batch=8, lr=1e-2, final_lr=1e-3, seeds=2, extract_batch=4, curve_images=7, cache=cache,
                 cache_dtype="float32", protocol="published" if cache == "disk" else "fixed",
             )  # fmt: skip
             probed = probe_heads(
@@ -46,6 +44,31 @@ def run(folder: Path) -> None:
                 save_file(weights, folder / f"{cache}.safetensors")
 
 
-if __name__ == "__main__":
+def run_on_ranks(folder: Path, size: int) -> None:
+    """:func:`run` in several ranks. They are forks of one fresh process that has imported what they need."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")  # this process may have threads, of autograd for one
+    context.set_forkserver_preload(["localign.probing", "safetensors.torch"])
+    ranks = [context.Process(target=_run_rank, args=(folder, rank, size, port)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+    for process in ranks:
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0] * size
+
+
+def _run_rank(folder: Path, rank: int, size: int, port: int) -> None:
+    places = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]))
+    run(folder)
