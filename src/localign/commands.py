@@ -17,14 +17,12 @@ if TYPE_CHECKING:
     from localign.options.datatools import DataVerifyConfig, In21kConfig, ShardConfig, StatsConfig
     from localign.options.demo import DemoConfig
     from localign.options.export import ExportConfig, ImportConfig, ReportConfig, VerifyConfig
-    from localign.options.plan import PlanConfig
     from localign.options.pretrain import PretrainConfig
     from localign.options.probe import ProbeCommandConfig
     from localign.options.vlm.demo import VLMDemoConfig
     from localign.options.vlm.evaluation import EvalConfig, ScoreConfig, ShowConfig
     from localign.options.vlm.tools import ChatConfig, CheckConfig, ConvertConfig, VLMExportConfig
     from localign.options.vlm.train import VLMConfig
-    from localign.planning.vlm import VLMPlan
     from localign.reproduce import ReproduceConfig
 
 
@@ -213,32 +211,15 @@ def finetune(config: FinetuneConfig) -> None:
 
 def vlm_train(config: VLMConfig) -> None:
     from localign.engine import train
-    from localign.planning.vlm import plan_vlm
+    from localign.planning.vlm import plan_vlm, print_vlm_plan
     from localign.vlm.task import VLMTask
 
     if config.dry_run:
-        _say_plan(plan_vlm(config)[1], config.plan_ranks)
+        print_vlm_plan(plan_vlm(config)[1], config.plan_ranks)
         return
     outcome = train(VLMTask(config), config, "vlm train")
     if outcome.is_main:
         _say_trained(outcome.folder, outcome.results)
-
-
-def _say_plan(plan: VLMPlan, ranks: int) -> None:
-    total = sum(plan.parameters.values())
-    for name, count in plan.parameters.items():
-        print(f"{name:<16} {count:>14,} parameters")
-    print(f"{'all':<16} {total:>14,} parameters, {plan.trainable:,} of them trained")
-    print(f"{'an image':<16} {plan.image_tokens:>14,} tokens")
-    print(
-        f"{'memory':<16} {plan.bytes_per_rank / 2**30:>10.1f} GiB on each of {ranks} ranks, before activations"
-    )
-    if plan.steps is None:
-        print("steps            unknown: the data is not there")
-    else:
-        print(
-            f"{'steps':<16} {plan.steps:>14,}, {plan.warmup_steps:,} of them warm-up ({plan.records:,} conversations)"
-        )
 
 
 def vlm_chat(config: ChatConfig) -> None:
@@ -414,12 +395,6 @@ def probe(config: ProbeCommandConfig) -> None:
     from localign.probing.command import run_probe
 
     run_probe(config)
-
-
-def plan(config: PlanConfig) -> None:
-    from localign.planning.show import run_plan
-
-    run_plan(config)
 
 
 def reproduce(config: ReproduceConfig) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from localign.cli import main, parse
@@ -85,6 +88,20 @@ def test_a_dry_run_says_what_a_run_takes(capsys: pytest.CaptureFixture[str]) -> 
     assert "38,778,112 parameters" in out
     assert "10,395, 311 of them warm-up (665,298 conversations)" in out
     assert "GiB on each of 8 ranks" in out
+
+
+def test_plan_takes_vlm_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, out = "vlm/aligned-decoder-siglip-384px", tmp_path / "plan.json"
+    assert main(["vlm", "train", "--config", name, "--dry-run", "--plan-ranks", "8"]) == 0
+    dry_run = capsys.readouterr().out
+    for command in (["plan", f"--config={name}"], ["vlm", "plan", "--config", name]):
+        assert main([*command, "--gpus", "8", "--gpu", "A100-40GB", "--out", str(out)]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith(dry_run)
+        assert "A100-40GB" in shown.removeprefix(dry_run)
+        assert json.loads(out.read_text())["steps"] == 10_395
+    assert main(["plan", "--config", name, "--gpus", "0"]) == 2
+    assert "--gpus must be above 0" in capsys.readouterr().err
 
 
 def test_recipes_name_their_command() -> None:

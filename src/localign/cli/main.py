@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from localign._version import __version__
-from localign.cli.parser import parse
+from localign.cli.parser import command_of, parse
 from localign.cli.table import COMMANDS, split_command
 from localign.errors import RunFailure, RunStopped, UserError
 from localign.signals import exit_on_signals
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int | None:
     name, rest = split_command(arguments)
-    return COMMANDS[name].run(parse(name, rest))
+    command = command_of(name, rest)
+    return command.run(parse(command, rest))
 
 
 def exit_code(action: Callable[[], int | None]) -> int:

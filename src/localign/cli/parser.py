@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from localign.cli.arguments import FILE_OPTIONS, Arguments, read_arguments
@@ -38,6 +39,23 @@ def parse(name: str | Command, argv: Sequence[str]) -> Any:
         print(_as_yaml(values, options, what), end="")
         raise SystemExit(0)
     return command.config()(**values)
+
+
+def command_of(name: str, argv: Sequence[str]) -> Command:
+    """The command of a name, or its sibling where the command line gives a recipe of the sibling.
+
+    Raises:
+        UserError: A file or recipe of the command line cannot be read.
+    """
+    from localign.recipes import read_recipe
+
+    command = COMMANDS[name]
+    if command.sibling is None:
+        return command
+    sibling = COMMANDS[command.sibling]
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    files = [value for option, value in pairwise(words) if option == "--config"]
+    return sibling if any(read_recipe(f).command == sibling.recipes_of for f in files) else command
 
 
 def _given(read: Arguments, command: Command, options: Mapping[str, Option]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class Command:
     """The command whose recipes it takes, if not its own."""
     ignored_in_files: tuple[str, ...] = ()
     """Keys of such recipes that mean nothing to this command."""
+    sibling: str | None = None
+    """The command that runs instead when a recipe given as ``--config`` is one that the sibling takes."""
     package: str = "localign"
     """The package of the two paths."""
 
@@ -52,11 +54,12 @@ class Command:
 _TABLE: tuple[Command, ...] = (
     Command("demo", "options.demo:DemoConfig", "commands:demo", "align the embedded backbone, probe before and after, report"),
     Command("align", "options.align:AlignConfig", "commands:align", "locality alignment of a backbone"),
-    Command("plan", "options.plan:PlanConfig", "commands:plan", "what an alignment takes before it runs: arithmetic, memory, hours", recipes_of="align", ignored_in_files=("out",)),
+    Command("plan", "options.plan:PlanConfig", "planning.show:run_plan", "what a run takes before it runs: arithmetic, memory, hours", recipes_of="align", ignored_in_files=("out",), sibling="vlm plan"),
     Command("pretrain", "options.pretrain:PretrainConfig", "commands:pretrain", "make the embedded backbone"),
     Command("finetune", "options.finetune:FinetuneConfig", "commands:finetune", "classification fine-tuning under a transformer head"),
     Command("probe", "options.probe:ProbeCommandConfig", "commands:probe", "what backbones know about patches and images", ("backbone",)),
     Command("vlm train", "options.vlm.train:VLMConfig", "commands:vlm_train", "a ViT, an adapter and a language model, trained on conversations"),
+    Command("vlm plan", "options.vlm.plan:VLMPlanConfig", "planning.show:run_vlm_plan", "what a VLM training takes before it runs: parameters, memory, steps", recipes_of="vlm train", ignored_in_files=("out",)),
     Command("vlm chat", "options.vlm.tools:ChatConfig", "commands:vlm_chat", "ask a model about an image", ("model", "image")),
     Command("vlm export", "options.vlm.tools:VLMExportConfig", "commands:vlm_export", "write a model as a transformers folder", ("model",)),
     Command("vlm check", "options.vlm.tools:CheckConfig", "commands:vlm_check", "look for what is wrong with conversations", ("data",)),

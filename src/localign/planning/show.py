@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,10 +15,12 @@ from localign.engine import run_folder
 from localign.files import replace_text
 from localign.gpus import gpu
 from localign.options.plan import PlanConfig
+from localign.options.vlm.plan import VLMPlanConfig
 from localign.planning.plan import GIB, OCCUPIED, AlignmentPlan, as_facts, make_plan, micro_batches
+from localign.planning.vlm import plan_vlm, print_vlm_plan
 
 
-def run_plan(config: PlanConfig) -> AlignmentPlan:
+def run_plan(config: PlanConfig) -> None:
     """Plan, show and, where a file is given, write.
 
     Raises:
@@ -26,17 +30,31 @@ def run_plan(config: PlanConfig) -> AlignmentPlan:
     console = Console(width=None if sys.stdout.isatty() else 110)
     for table in (_run_table(plan, config), _memory_table(plan, config)):
         console.print(table)
-    if config.out:
-        content = {
-            "command": "plan",
-            "config": run_folder.to_dict(config),
-            "versions": run_folder.provenance(),
-        }
-        path = Path(config.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps({**content, **as_facts(plan)}, indent=1) + "\n")
-        print(f"plan       {path}")
-    return plan
+    _write(config, as_facts(plan))
+
+
+def run_vlm_plan(config: VLMPlanConfig) -> None:
+    """Plan a VLM training, print the plan, and write it where a file is given.
+
+    Raises:
+        UserError: See :func:`plan_vlm`.
+    """
+    plan = plan_vlm(replace(config, plan_ranks=config.gpus))[1]
+    print_vlm_plan(plan, config.gpus)
+    room = gpu(config.gpu).gib
+    fits = "fits" if plan.bytes_per_rank / GIB <= OCCUPIED * room else "does not fit: try --sharding full"
+    print(f"{config.gpu:<16} {room:>10.1f} GiB: {fits}")
+    _write(config, asdict(plan))
+
+
+def _write(config: PlanConfig | VLMPlanConfig, facts: dict[str, Any]) -> None:
+    if not config.out:
+        return
+    content = {"command": "plan", "config": run_folder.to_dict(config), "versions": run_folder.provenance()}
+    path = Path(config.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps({**content, **facts}, indent=1) + "\n")
+    print(f"plan       {path}")
 
 
 def _run_table(plan: AlignmentPlan, config: PlanConfig) -> Table:

@@ -1,4 +1,4 @@
-"""What a run will take, found without weights: `localign vlm train --dry-run`."""
+"""What a VLM training takes, found without weights: `localign plan` and `localign vlm train --dry-run`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from localign.errors import UserError
 from localign.options.names import AdapterName
 from localign.options.vlm.train import VLMConfig
 from localign.planning.llms import text_config
+from localign.planning.plan import GIB
 from localign.recipes import read_recipe, recipe_names
 from localign.vlm.data.mixtures import PUBLISHED_RECORDS
 from localign.vlm.data.records import Conversations
@@ -135,3 +136,20 @@ def _records(config: VLMConfig) -> int | None:
         return len(Conversations.open(config.data, config.images, skip_missing=config.skip_missing))
     known = [PUBLISHED_RECORDS.get(Path(file).name) for file in config.data]
     return sum(k for k in known if k is not None) if None not in known else None
+
+
+def print_vlm_plan(plan: VLMPlan, ranks: int) -> None:
+    """Print a plan: parameters, tokens per image, memory per rank, steps."""
+    total = sum(plan.parameters.values())
+    for name, count in plan.parameters.items():
+        print(f"{name:<16} {count:>14,} parameters")
+    print(f"{'all':<16} {total:>14,} parameters, {plan.trainable:,} of them trained")
+    print(f"{'an image':<16} {plan.image_tokens:>14,} tokens")
+    print(
+        f"{'memory':<16} {plan.bytes_per_rank / GIB:>10.1f} GiB on each of {ranks} ranks, before activations"
+    )
+    if plan.records is None or plan.steps is None:
+        print("steps            unknown: the data is not there")
+    else:
+        warmup = f"{plan.warmup_steps:,} of them warm-up ({plan.records:,} conversations)"
+        print(f"{'steps':<16} {plan.steps:>14,}, {warmup}")
