@@ -1,4 +1,4 @@
-"""A file or folder is whole or absent, whatever happens while it is written."""
+"""A file or folder is complete or absent, even if writing fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from localign.files import replace_text, replacing, replacing_folder
 
 
-def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     with replacing(target) as temporary:
         temporary.write_text("new")
@@ -19,7 +19,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_failure_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+def test_a_failure_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     replace_text(target, "old")
     with pytest.raises(UnicodeEncodeError), replacing(target) as temporary:
@@ -30,7 +30,7 @@ def test_a_failure_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     assert target.read_text(encoding="utf-8") == "nëw"
 
 
-def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "folder"
     target.parent.mkdir()
     with replacing_folder(target) as temporary:
@@ -44,7 +44,7 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     assert [p.name for p in target.parent.iterdir()] == ["folder"]
 
 
-def test_a_failure_leaves_the_old_folder_and_no_rest(tmp_path: Path) -> None:
+def test_a_failure_leaves_the_old_folder_and_no_temporary_folder(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     with replacing_folder(target) as temporary:
         (temporary / "a").write_text("1")

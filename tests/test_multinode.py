@@ -1,4 +1,4 @@
-"""The documentation of runs on several nodes: its commands exist, and its SLURM script does what it says."""
+"""The commands in the documentation of multi-node runs exist, and its SLURM script works."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 SCRIPT = DOCS / "slurm.sh"
 
 SRUN = """#!/bin/bash
-# Stands for SLURM: starts the tasks, and passes USR1 on to each of them, but to none of their children.
+# Stands in for SLURM: starts the tasks and forwards USR1 to them, but not to their children.
 while [[ $1 == --* ]]; do shift; done
 for ((i = 0; i < SLURM_NTASKS; i++)); do
     SLURM_PROCID=$i SLURM_LOCALID=$((i % SLURM_NTASKS_PER_NODE)) "$@" & tasks[i]=$!
@@ -82,10 +82,10 @@ def test_the_job_goes_back_into_the_queue_until_there_are_results(
     environment = {**tools(tmp_path, NAMED), "WRITES": writes, "CODE": code}
     job = subprocess.run(["bash", str(SCRIPT)], env=environment, check=False)
     assert job.returncode == int(code)
-    told = tmp_path / "requeued"
-    assert told.exists() == requeued
+    log = tmp_path / "requeued"
+    assert log.exists() == requeued
     if requeued:
-        assert told.read_text() == "requeue 30007\n"
+        assert log.read_text() == "requeue 30007\n"
 
 
 def test_the_documented_commands_exist() -> None:
@@ -111,7 +111,7 @@ LAUNCHERS = {
 
 @pytest.mark.slow
 def test_a_job_is_stopped_put_back_and_finished(tmp_path: Path) -> None:
-    """The script as it is, with real ranks: signal, checkpoint, requeue, continuation."""
+    """The real script with real ranks: signal, checkpoint, requeue, resume."""
     tiny = (
         f"exec {shlex.quote(sys.executable)} -m localign align --data scenes --steps 200 --batch-size 4 "
         "--scale-images 8 --checkpoint-every 1000 --log-every 1 --workers 0 --device cpu --timeout 120 --resume auto "

@@ -1,4 +1,4 @@
-"""Random draws are functions of (seed, purpose, index) and of nothing else."""
+"""Random draws depend only on (seed, purpose, index)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_generators_repeat_and_differ_by_index() -> None:
     assert not np.array_equal(first, other)
 
 
-def test_each_row_of_uniform_draws_belongs_to_its_position() -> None:
+def test_each_row_of_uniform_draws_depends_only_on_its_position() -> None:
     positions = torch.tensor([0, 7, 2**40, 3])
     draws = rng.uniform(1, "mask", positions, 5)
     assert draws.shape == (4, 5)
@@ -36,7 +36,7 @@ def test_each_row_of_uniform_draws_belongs_to_its_position() -> None:
         assert torch.equal(rng.uniform(1, "mask", position[None], 5)[0], draws[row])
     assert torch.equal(
         rng.uniform(1, "mask", positions, 3), draws[:, :3]
-    )  # more columns change no earlier one
+    )  # more columns do not change earlier ones
     assert not torch.equal(rng.uniform(2, "mask", positions, 5), draws)
     assert not torch.equal(rng.uniform(1, "other", positions, 5), draws)
 
@@ -47,7 +47,9 @@ def test_uniform_draws_are_uniform_and_uncorrelated() -> None:
     assert draws.max() < 1
     counts = torch.histc(draws.float(), 20, 0, 1).double()
     expected = draws.numel() / 20
-    assert ((counts - expected) ** 2 / expected).sum() < 43.8  # 19 degrees of freedom, one in a thousand
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 43.8  # 19 degrees of freedom: exceeded once in a thousand
     columns = torch.corrcoef(draws.T) - torch.eye(8)
     assert columns.abs().max() < 0.03
     neighbours = torch.corrcoef(torch.stack([draws[:-1].flatten(), draws[1:].flatten()]))[0, 1]
@@ -57,7 +59,7 @@ def test_uniform_draws_are_uniform_and_uncorrelated() -> None:
 
 
 def test_the_bits_are_those_of_splitmix64() -> None:
-    """The finaliser against its definition on Python integers."""
+    """Compare with the definition on Python integers."""
 
     def mix(x: int) -> int:
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
@@ -71,7 +73,7 @@ def test_the_bits_are_those_of_splitmix64() -> None:
         assert rng.uniform(9, "mask", torch.tensor([position]), 3)[0].tolist() == expected
 
 
-def test_seeded_globals_seed_all_three_and_put_them_back() -> None:
+def test_seeded_globals_seeds_and_restores_all_three() -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
 
@@ -99,4 +101,4 @@ def test_seeded_globals_seed_all_three_and_put_them_back() -> None:
 def test_pairs_are_mixed_in_order() -> None:
     a, b = torch.arange(1000), torch.arange(1000) + 5
     assert not torch.equal(rng.mix_pairs(a, b), rng.mix_pairs(b, a))
-    assert len(rng.mix_pairs(a, b).unique()) == 1000
+    assert len(set(rng.mix_pairs(a, b).tolist())) == 1000

@@ -76,7 +76,7 @@ def seeded_globals(seed: int, purpose: str, *index: int) -> Iterator[None]:
     value = key(seed, purpose, *index)
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)  # noqa: NPY002
-    torch.random.default_generator.manual_seed(value >> 1)
+    torch.default_generator.manual_seed(value >> 1)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from engine_runs import make_images
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Runs are compared bit by bit, here and in other processes: all of them sum in the same order."""
+    """Use one thread, so that all runs sum in the same order and can be compared bit by bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,6 +1,6 @@
-"""Tiny alignments for the tests of the training loop, in this process or in ones of their own.
+"""Tiny alignment runs for tests of the training loop, in this process or in new processes.
 
-As a program it takes the options of a run as one JSON object: `python engine_runs.py '{"out": ...}'`.
+As a program it takes the options of a run and its disturbances as one JSON object.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TINY_VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_h
 
 
 def make_images(folder: Path, count: int, seed: int = 0, truncated: tuple[int, ...] = ()) -> Path:
-    """Smooth random PNG files; those named by number in ``truncated`` lack their second half."""
+    """Write smooth random PNG files. Those with a number in ``truncated`` lack their second half."""
     draw = np.random.default_rng(seed)
     for i in range(count):
         path = folder / f"{i:04d}.png"
@@ -46,7 +46,7 @@ def make_images(folder: Path, count: int, seed: int = 0, truncated: tuple[int, .
 
 
 def tiny(out: Path, data: Path, **options: Any) -> AlignConfig:
-    """The options of a run of some hundredths of a second per step."""
+    """Options of a run whose steps take some hundredths of a second."""
     values: dict[str, Any] = {
         "backbone": "vit_tiny_patch16_224", "weights": "none", "model_kwargs": TINY_VIT, "data": str(data),
         "out": str(out), "steps": 8, "batch_size": 8, "lr": 1e-3, "scale_images": 16, "workers": 0,
@@ -56,19 +56,19 @@ def tiny(out: Path, data: Path, **options: Any) -> AlignConfig:
 
 
 class Stopped(Exception):
-    """Stands for whatever ends a run from outside."""
+    """Stands for an external event that ends a run."""
 
 
-class Meddled(AlignTask):
-    """An alignment to which things happen.
+class DisturbedAlignment(AlignTask):
+    """An alignment with simulated disturbances.
 
     Args:
         config: As for AlignTask.
-        stop_before: Raise :class:`Stopped` instead of taking this step, counted from 0 over the whole run.
-        poison: Steps whose loss is made NaN, in the step's first micro-batch on the first rank alone.
-        poison_gradient: Steps whose gradient is made NaN where their loss is not, likewise.
+        stop_before: Raise :class:`Stopped` before this step, counted from 0 since the start of the run.
+        poison: Steps that get a NaN loss, in their first micro-batch on rank 0 only.
+        poison_gradient: Steps that get a NaN gradient but a finite loss, likewise.
         sleep: Seconds added to each step.
-        room: Samples that there is memory for, by rank.
+        room: For each rank, the largest micro-batch that fits in memory.
     """
 
     def __init__(
@@ -90,38 +90,39 @@ class Meddled(AlignTask):
         if number == self.stop_before:
             raise Stopped
         if self.room is not None and len(batch.positions) > self.room:
-            raise torch.OutOfMemoryError("as CUDA says it")
+            raise torch.OutOfMemoryError("simulated")
         time.sleep(self.sleep)
         result = super().step(model, batch)
         if number in self.poison and within == 0:
             result.loss_sum = result.loss_sum * float("nan")
         if number in self.poison_gradient and within == 0:
+            assert self.student.decoder is not None
             weight = self.student.decoder.head.weight[0, 0]
             result.loss_sum = result.loss_sum + (weight * 0).sqrt()  # its derivative is 0 times infinity
         return result
 
 
-def run(config: AlignConfig, **meddling: Any) -> Outcome:
+def run(config: AlignConfig, **disturbances: Any) -> Outcome:
     """Train in this process."""
-    return train(Meddled(config, **meddling), config, COMMAND)
+    return train(DisturbedAlignment(config, **disturbances), config, COMMAND)
 
 
-def run_until(config: AlignConfig, step: int, **meddling: Any) -> None:
-    """Train in this process until the run is ended from outside before ``step``."""
+def run_until(config: AlignConfig, step: int, **disturbances: Any) -> None:
+    """Train in this process and end the run before ``step``."""
     try:
-        run(config, stop_before=step, **meddling)
+        run(config, stop_before=step, **disturbances)
     except Stopped:
         return
-    raise AssertionError(f"the run was over before step {step}")
+    raise AssertionError(f"the run ended before step {step}")
 
 
-def launch(ranks: int, config: dict[str, Any], **meddling: Any) -> subprocess.Popen[bytes]:
-    """Start a run in processes of its own."""
-    return start(ranks, __file__, json.dumps({"config": config, "meddling": meddling}))
+def launch(ranks: int, config: dict[str, Any], **disturbances: Any) -> subprocess.Popen[bytes]:
+    """Start a run in new processes."""
+    return start(ranks, __file__, json.dumps({"config": config, "disturbances": disturbances}))
 
 
 def start(ranks: int, program: str, argument: str) -> subprocess.Popen[bytes]:
-    """Start a program in processes of its own: plainly for one rank, else by torchrun."""
+    """Start a program in new processes, with torchrun if there are several ranks."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -132,17 +133,17 @@ def start(ranks: int, program: str, argument: str) -> subprocess.Popen[bytes]:
 
 
 def family(process: int) -> list[int]:
-    """A process and all that descend from it, parents first."""
+    """A process and all its descendants, parents first."""
     found = [process]
     for parent in found:
         for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            with suppress(OSError):  # it ended while we looked
+            with suppress(OSError):  # the process has just ended
                 found += [int(child) for child in task.read_text().split()]
     return found
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """kill -9 for launcher, ranks and loader workers; torchrun puts its ranks into groups of their own."""
+    """kill -9 the launcher, the ranks and the loader workers. torchrun gives ranks their own process groups."""
     for pid in family(process.pid):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -150,28 +151,28 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
 
 
 def last_step(folder: Path) -> int:
-    """The last step in a run's log; 0 without one."""
+    """The last step in a run's log; 0 without a log."""
     return max((e["step"] for e in read_log(folder)), default=0) if (folder / LOG_FILE).is_file() else 0
 
 
-def run_ranks(ranks: int, config: dict[str, Any], **meddling: Any) -> None:
-    """Run to the end in processes of its own.
+def run_ranks(ranks: int, config: dict[str, Any], **disturbances: Any) -> None:
+    """Run to the end in new processes.
 
     Raises:
-        AssertionError: It failed; with its output.
+        AssertionError: The run failed; the message is its output.
     """
-    process = launch(ranks, config, **meddling)
-    output, _ = process.communicate(timeout=400)  # starting processes takes long on a busy machine
+    process = launch(ranks, config, **disturbances)
+    output, _ = process.communicate(timeout=400)  # processes start slowly on a busy machine
     assert process.returncode == 0, output.decode()
 
 
 def weights(folder: Path, step: int, file: str = "model.safetensors") -> dict[str, Tensor]:
-    """Tensors of a checkpoint."""
+    """The tensors in a file of a checkpoint."""
     return load_file(folder / "checkpoints" / f"step-{step:07d}" / file)
 
 
 def reseal(checkpoint: Path) -> None:
-    """Make what was changed in a checkpoint count as written so."""
+    """Update the checksums of a checkpoint that a test has changed."""
     file = checkpoint / STATE_FILE
     state = {k: v for k, v in json.loads(file.read_text()).items() if k not in (FILES, SEAL)}
     file.write_text(sealed_text(state, files_info(checkpoint.glob("*.safetensors"))))
@@ -182,14 +183,14 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The largest difference of two sets of tensors."""
+def max_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest absolute difference between two sets of tensors."""
     assert a.keys() == b.keys()
     return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
 
 
 def logged(folder: Path, field: str) -> dict[int, Any]:
-    """A field of the log by step; a step that was logged twice fails."""
+    """A field of the log by step. Fails if a step was logged twice."""
     found = [(e["step"], e[field]) for e in read_log(folder) if field in e]
     assert len(dict(found)) == len(found), f"{field} was logged twice for a step"
     return dict(found)
@@ -198,4 +199,8 @@ def logged(folder: Path, field: str) -> dict[int, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     options = json.loads(sys.argv[1])
-    sys.exit(exit_code(lambda: run(AlignConfig(**options["config"]), **options["meddling"]) and None))
+
+    def work() -> None:
+        run(AlignConfig(**options["config"]), **options["disturbances"])
+
+    sys.exit(exit_code(work))

@@ -1,7 +1,7 @@
-"""Tiny sharded runs: a causal language model beside a frozen tower, in this process or in ones of their own.
+"""Tiny sharded runs: a causal language model with a frozen tower, in this process or in new processes.
 
-As a program it takes runs as one JSON list, `python sharded_runs.py '[{"config": ..., "events": ...}, ...]'`, and
-does them one by one.
+As a program it takes a JSON list of runs, `python sharded_runs.py '[{"config": ..., "events": ...}, ...]'`, and runs
+them one after another.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from localign.engine.checkpoints import sharded as sharded
 from localign.engine.distributed import DistributedContext, is_main_process
 
 SAMPLES, VOCABULARY, WIDTH, LENGTH = 40, 19, 5, 6
-"""The width is odd, and some parameters have one row, so ranks get unequal parts and none."""
+"""The width is odd and some parameters have one row, so that ranks get unequal parts or no part."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Events:
-    """What happens to a run."""
+    """Simulated events in a run."""
 
     stop_before: int | None = None
-    """End the run with :class:`Stopped` before this step, counted from 0."""
+    """Raise :class:`Stopped` before this step, counted from 0."""
     sleep: float = 0.0
     """Seconds added to each step."""
-    weightless: bool = False
-    """The loss is multiplied by zero: nothing but weight decay changes the weights."""
+    zero_loss: bool = False
+    """Multiply the loss by zero, so that only weight decay changes the weights."""
     poison: int | None = None
-    """The step whose loss is made NaN on the first rank."""
-    whole_checkpoints: bool = False
-    """Frozen tensors are in checkpoints too."""
+    """The step that gets a NaN loss on rank 0."""
+    save_frozen: bool = False
+    """Save frozen tensors in checkpoints too."""
     die_writing: list[int] | None = None
-    """[step, rank]: kill -9 for this rank half way through its part of a checkpoint."""
+    """[step, rank]: kill -9 this rank while it writes its part of a checkpoint."""
     die_publishing: int | None = None
-    """Step: kill -9 for the main rank when all parts of a checkpoint are written, but it is not in its place."""
+    """Step: kill -9 the main rank after all parts of a checkpoint are written and before it is renamed."""
     slow_writing: float = 0.0
-    """Seconds added to each part of a checkpoint."""
-    hollow: bool = False
-    """Ranks other than the first build their module on the meta device."""
+    """Seconds added to the writing of each part of a checkpoint."""
+    meta_device: bool = False
+    """Build the module on the meta device on ranks other than rank 0."""
 
 
 class Stopped(Exception):
-    """Stands for whatever ends a run from outside."""
+    """Stands for an external event that ends a run."""
 
 
 class TokenBatch(NamedTuple):
@@ -82,7 +82,10 @@ class Block(nn.Module):
 
 
 class TokenModel(nn.Module):
-    """Tied embedding and head, blocks of which one is frozen, a frozen tower, buffers saved and not saved."""
+    """Tied embedding and head, one frozen block, a frozen tower, one saved and one unsaved buffer."""
+
+    gain: Tensor
+    ramp: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,11 +105,12 @@ class TokenModel(nn.Module):
         x = self.embedding(input_ids) + seen[:, None] + self.ramp
         for part in (*self.blocks, self.head):
             x = checkpoint(part, x, use_reentrant=False) if self.grad_checkpointing else part(x)
-        return x * self.gain
+        scaled: Tensor = x * self.gain
+        return scaled
 
 
 def sample(index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, labels and features of one sample; every third has no label."""
+    """Ids, labels and features of one sample. Every third sample has no label."""
     draw = torch.Generator().manual_seed(rng.key(0, "token sample", index) >> 1)
     ids = torch.randint(0, VOCABULARY, (LENGTH,), generator=draw)
     labels = ids.roll(-1)
@@ -123,12 +127,12 @@ def collate(positions: Sequence[int], indices: Sequence[int]) -> TokenBatch:
 
 
 class TokenTask(Task):
-    """Next-token prediction, and :class:`Events`."""
+    """Next-token prediction with simulated events."""
 
     def __init__(self, config: TrainConfig, **events: Any) -> None:
         self.config, self.events = config, Events(**events)
         self.seed, self.device = config.seed, torch.device("cpu")
-        empty = self.events.hollow and not is_main_process()
+        empty = self.events.meta_device and not is_main_process()
         with torch.device("meta" if empty else "cpu"), rng.seeded_globals(config.seed, "token weights"):
             self.model = TokenModel()
 
@@ -155,7 +159,7 @@ class TokenTask(Task):
         total, count = self._loss(model, batch)
         if number == self.events.poison and within == 0:
             total = total * float("nan")
-        return StepResult(total * 0 if self.events.weightless else total, count)
+        return StepResult(total * 0 if self.events.zero_loss else total, count)
 
     def _loss(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         logits = model(batch.input_ids, batch.features).float()
@@ -181,13 +185,13 @@ class TokenTask(Task):
         return [module.tower]
 
     def checkpointed(self, name: str) -> bool:
-        return self.events.whole_checkpoints or not name.startswith(("tower.", "blocks.1."))
+        return self.events.save_frozen or not name.startswith(("tower.", "blocks.1."))
 
     def set_grad_checkpointing(self) -> None:
         self.model.grad_checkpointing = True
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
-        assert type(module) is TokenModel, "the whole module is one as before sharding"
+        assert type(module) is TokenModel, "the gathered module has the class from before sharding"
         assert module.head.weight is module.embedding.weight
         folder.mkdir(exist_ok=True)
         save_file({k: v.clone() for k, v in module.state_dict().items()}, folder / "model.safetensors")
@@ -196,7 +200,7 @@ class TokenTask(Task):
 
 
 def token(out: Path, **options: Any) -> TrainConfig:
-    """The options of a run of milliseconds per step."""
+    """Options of a run whose steps take milliseconds."""
     values: dict[str, Any] = {
         "out": str(out), "steps": 8, "batch_size": 8, "lr": 1e-2, "weight_decay": 0.1, "ema_decay": 0.9, "eps": 1e-5,
         "log_every": 1, "checkpoint_every": 2, "device": "cpu", "sharding": "full", "clip_grad": 0.5,
@@ -205,23 +209,23 @@ def token(out: Path, **options: Any) -> TrainConfig:
 
 
 def run(config: TrainConfig, task: type[TokenTask] = TokenTask, **events: Any) -> Outcome:
-    """Train in this process; alone, or as one of those that torchrun has started."""
+    """Train in this process, which may be one of several ranks."""
     sharded._Writer = Writer  # type: ignore[misc]
     Writer.events = Events(**events)
     return train(task(config, **events), config, "tokens")
 
 
 def run_until(config: TrainConfig, step: int, **events: Any) -> None:
-    """Train in this process until the run is ended from outside before ``step``."""
+    """Train in this process and end the run before ``step``."""
     try:
         run(config, stop_before=step, **events)
     except Stopped:
         return
-    raise AssertionError(f"the run was over before step {step}")
+    raise AssertionError(f"the run ended before step {step}")
 
 
 class Writer(sharded._Writer):
-    """One that is slow, or dies."""
+    """A writer that is slow or dies."""
 
     events = Events()
 
@@ -244,15 +248,15 @@ class Writer(sharded._Writer):
 
 
 def part(config: TrainConfig, **events: Any) -> dict[str, Any]:
-    """A run as this program takes it."""
+    """A run in the form that this program takes."""
     return {"config": asdict(config), "events": events}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     size = os.environ.get("WORLD_SIZE", "1")
-    several = int(size) > 1
-    if several:  # one group for all runs
+    distributed = int(size) > 1
+    if distributed:  # one process group for all runs
         dist.init_process_group("gloo")
     for values in json.loads(sys.argv[1]):
         os.environ["LOCAL_WORLD_SIZE"] = str(values["events"].pop("local_size", size))
@@ -261,5 +265,5 @@ if __name__ == "__main__":
             run_until(config, events.pop("stop_before"), **events)
         else:
             run(config, **events)
-    if several:
+    if distributed:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Unreadable images do not end a run; they are named."""
+"""Unreadable images do not end a run. They are logged by name."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("damaged"), 100, truncated=(42,))
 
 
-def named(folder: Path) -> list[str]:
+def logged_names(folder: Path) -> list[str]:
     return [e["skipped_image"] for e in read_log(folder) if "skipped_image" in e]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_one_percent_truncated_completes_and_is_named_once(
+def test_a_run_with_one_percent_truncated_completes_and_logs_it_once(
     tmp_path: Path, damaged: Path, workers: int
 ) -> None:
     run(tiny(tmp_path, damaged, epochs=2, steps=None, batch_size=20, workers=workers))
-    assert named(tmp_path) == ["0042.png"]
+    assert logged_names(tmp_path) == ["0042.png"]
     entry = next(e for e in read_log(tmp_path) if "skipped_image" in e)
     assert entry["reason"]
     skipped = read_results(tmp_path)["skipped_images"]
@@ -37,18 +37,18 @@ def test_one_percent_truncated_completes_and_is_named_once(
 
 
 @pytest.mark.parametrize("stop", range(1, 6))
-def test_a_resumed_run_names_it_once_too(tmp_path: Path, damaged: Path, stop: int) -> None:
-    # Wherever the stop falls: before the image, after it, between its step and the next checkpoint.
+def test_a_resumed_run_logs_it_once_too(tmp_path: Path, damaged: Path, stop: int) -> None:
+    # The run stops before the image, after it, or between its step and the next checkpoint.
     config = tiny(tmp_path, damaged, epochs=1, steps=None, batch_size=20, log_every=2, checkpoint_every=1)
     if stop < 5:
         run_until(config, stop)
         config = replace(config, resume="must")
     run(config)
-    assert named(tmp_path) == ["0042.png"]
+    assert logged_names(tmp_path) == ["0042.png"]
     assert list(read_results(tmp_path)["skipped_images"]["images"]) == ["0042.png"]
 
 
-def test_too_many_end_the_run_by_name(tmp_path: Path) -> None:
+def test_too_many_unreadable_images_end_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     make_images(folder, 20, truncated=(3, 4, 5))

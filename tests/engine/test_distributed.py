@@ -1,4 +1,4 @@
-"""Every distributed function is right with one process."""
+"""Distributed functions with one process, and the choice of a device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from localign.engine.distributed import DistributedContext, choose_device, distr
 from localign.errors import UserError
 
 
-def test_a_world_of_one() -> None:
+def test_a_single_process() -> None:
     with distributed_context("cpu") as context:
         assert context == DistributedContext(0, 1, 0, torch.device("cpu"))
         assert context.is_main
@@ -32,7 +32,7 @@ def test_ranks_other_than_the_first_are_not_main() -> None:
     assert not DistributedContext(1, 2, 1, torch.device("cpu")).is_main
 
 
-def test_a_group_of_one_torchrun_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_with_one_process_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     with distributed_context("cpu") as context:
@@ -45,7 +45,7 @@ def test_devices() -> None:
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
 
 
-def test_a_sharded_world_of_one_has_a_group() -> None:
+def test_a_single_sharded_process_has_a_group() -> None:
     with distributed_context("cpu", sharded=True) as context:
         assert torch.distributed.is_initialized()
         assert context.size == 1
@@ -55,13 +55,13 @@ def test_a_sharded_world_of_one_has_a_group() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta", "xpu"])
-def test_device_names_that_are_none(name: str) -> None:
+def test_unknown_device_names_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="give auto, cpu, cuda, cuda:N or mps") as caught:
         choose_device(name)
     assert "\n" not in str(caught.value)
 
 
-def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")

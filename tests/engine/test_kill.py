@@ -1,7 +1,6 @@
-"""The acceptance test of the loop: ten times kill -9 at random instants, across ranks and loader workers.
+"""The acceptance test of the loop: ten kills (-9) at random times, with several ranks and loader workers.
 
-After each kill the run is continued, until the last part is let go to its end. What was trained must be what
-an uninterrupted run trains.
+After each kill the run is resumed; the last part runs to the end. The weights must equal those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from typing import Any
 
 import pytest
 from engine_runs import (
-    furthest,
     kill_all,
     last_step,
     launch,
     logged,
+    max_difference,
     run,
     run_ranks,
     same_bits,
@@ -30,7 +29,7 @@ from localign.alignment import AlignConfig
 
 STEPS = 60
 SLEEP = 0.03
-"""Seconds added to each step, so that kills land inside the run."""
+"""Seconds added to each step, so that kills hit the run."""
 TOLERANCE = 1e-5
 FILES = ("model.safetensors", "ema.safetensors")
 
@@ -41,8 +40,8 @@ pytestmark = [
 
 
 def options(out: Path, images: Path, val: Path, workers: int = 0) -> dict[str, Any]:
-    # Adam turns a gradient that is zero but for rounding (attention's key biases have one) into a step as
-    # large as any; an eps above the rounding leaves only the sums over ranks to compare.
+    # Adam makes full steps of gradients that are zero up to rounding, such as those of attention's key biases.
+    # An eps larger than the rounding prevents that.
     config = tiny(
         out, images, steps=STEPS, val=str(val), val_every=20, ema_decay=0.9, eps=1e-5, log_every=1,
         checkpoint_every=2, resume="auto", workers=workers,
@@ -51,13 +50,16 @@ def options(out: Path, images: Path, val: Path, workers: int = 0) -> dict[str, A
 
 
 def kill_during(ranks: int, config: dict[str, Any], draw: random.Random, early: bool) -> int:
-    """Start or continue a run and kill it at a random instant; returns the last step in its log.
+    """Start or resume a run and kill it at a random time.
 
     Args:
-        ranks: Processes of the run.
-        config: Its options.
-        draw: Decides the instant.
-        early: At any time after the launch, loading included, and not only once steps are taken.
+        ranks: Number of processes.
+        config: Options of the run.
+        draw: Draws the time.
+        early: Kill at any time after the launch; else only after this part has taken a step.
+
+    Returns:
+        The last step in the log.
     """
     out = Path(config["out"])
     process = launch(ranks, config, sleep=SLEEP)
@@ -77,7 +79,7 @@ def kill_during(ranks: int, config: dict[str, Any], draw: random.Random, early: 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, images: Path, val: Path) -> Path:
-    """The run on one rank that nothing happens to."""
+    """The uninterrupted run on one rank."""
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
     run_ranks(1, options(out, images, val))
     return out
@@ -85,24 +87,24 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, images: Path, val: P
 
 @pytest.fixture(scope="module")
 def uninterrupted_on_two(tmp_path_factory: pytest.TempPathFactory, images: Path, val: Path) -> Path:
-    """The run on two ranks that nothing happens to."""
+    """The uninterrupted run on two ranks."""
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
     run_ranks(2, options(out, images, val))
     return out
 
 
 def killed_run(out: Path, images: Path, val: Path, parts: list[tuple[int, int]], seed: int) -> None:
-    """A run in parts of (ranks, workers), each but the last killed."""
+    """Do a run in parts of (ranks, workers). All parts but the last are killed."""
     draw = random.Random(seed)
     for number, (ranks, workers) in enumerate(parts[:-1]):
         step = kill_during(ranks, options(out, images, val, workers), draw, early=number == 1)
-        assert step < STEPS, "the run came to its end before it could be killed; make its steps slower"
+        assert step < STEPS, "the run ended before it could be killed; make its steps slower"
     ranks, workers = parts[-1]
     run_ranks(ranks, options(out, images, val, workers))
 
 
 def check_log(out: Path, expected: Path) -> None:
-    """Every step once, and the same samples in it."""
+    """Every step is logged once, with the same samples."""
     assert sorted(logged(out, "samples")) == list(range(1, STEPS + 1))
     assert logged(out, "samples") == logged(expected, "samples")
     assert sorted(logged(out, "val_loss")) == [20, 40, 60]
@@ -125,20 +127,24 @@ def test_two_kills_on_two_ranks(
     check_log(tmp_path, uninterrupted)
     for file in FILES:
         assert same_bits(weights(tmp_path, STEPS, file), weights(uninterrupted_on_two, STEPS, file)), file
-        assert furthest(weights(tmp_path, STEPS, file), weights(uninterrupted, STEPS, file)) < TOLERANCE, file
+        assert (
+            max_difference(weights(tmp_path, STEPS, file), weights(uninterrupted, STEPS, file)) < TOLERANCE
+        ), file
 
 
-def test_four_kills_with_ranks_that_change(
+def test_four_kills_with_changing_numbers_of_ranks(
     tmp_path: Path, images: Path, val: Path, uninterrupted: Path
 ) -> None:
     killed_run(tmp_path, images, val, [(1, 2), (2, 0), (1, 0), (2, 2), (1, 0)], seed=3)
     check_log(tmp_path, uninterrupted)
     for file in FILES:
-        assert furthest(weights(tmp_path, STEPS, file), weights(uninterrupted, STEPS, file)) < TOLERANCE, file
+        assert (
+            max_difference(weights(tmp_path, STEPS, file), weights(uninterrupted, STEPS, file)) < TOLERANCE
+        ), file
     assert logged(tmp_path, "loss") == pytest.approx(logged(uninterrupted, "loss"), abs=TOLERANCE)
 
 
-def test_an_uninterrupted_run_is_the_same_here_and_there(
+def test_an_uninterrupted_run_is_the_same_in_another_process(
     tmp_path: Path, images: Path, val: Path, uninterrupted: Path
 ) -> None:
     run(AlignConfig(**options(tmp_path, images, val)))

@@ -1,4 +1,4 @@
-"""Two processes do not write into one run folder."""
+"""Only one process at a time can write to a run folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from localign.engine.lock import lock
-held = lock(Path(sys.argv[1]))
+file = lock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -27,7 +27,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Another process that holds ``tmp_path``."""
+    """Another process that holds the lock of ``tmp_path``."""
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -49,7 +49,7 @@ def test_a_folder_in_use_is_refused_until_its_process_dies(
     assert run(config).results["steps"] == 4
 
 
-def test_a_stopped_run_lets_go_within_its_process(tmp_path: Path, images: Path) -> None:
+def test_a_stopped_run_releases_the_lock(tmp_path: Path, images: Path) -> None:
     config = tiny(tmp_path, images, steps=4)
     run_until(config, 3)
     with lock_module.lock(tmp_path) or pytest.fail("no lock"):

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite changes nothing; three in a row end the run."""
+"""A step with a non-finite loss or gradient is skipped; three in a row end the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import COMMAND, Meddled, logged, run, run_until, same_bits, tiny, weights
+from engine_runs import COMMAND, DisturbedAlignment, logged, run, run_until, same_bits, tiny, weights
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,20 +20,20 @@ from localign.engine.task import BatchPlan, StepResult
 from localign.errors import RunFailure
 
 
-def test_a_poisoned_step_leaves_the_weights(tmp_path: Path, images: Path) -> None:
+def test_a_step_with_nan_loss_does_not_change_the_weights(tmp_path: Path, images: Path) -> None:
     config = tiny(tmp_path, images, steps=4, checkpoint_every=1, keep_checkpoints=9, ema_decay=0.9)
     results = run(config, poison=(2,)).results
     for file in ("model", "optimizer", "ema"):
         before, after = (weights(tmp_path, step, f"{file}.safetensors") for step in (2, 3))
         assert same_bits(before, after), file
-    assert not same_bits(weights(tmp_path, 3), weights(tmp_path, 4)), "training went on"
+    assert not same_bits(weights(tmp_path, 3), weights(tmp_path, 4)), "training continued"
     assert results["skipped_steps"] == [3]
     assert all(torch.isfinite(t).all() for t in weights(tmp_path, 4).values())
     assert sorted(logged(tmp_path, "loss")) == [1, 2, 4], "a skipped step has no loss"
     assert sorted(logged(tmp_path, "samples")) == [1, 2, 3, 4], "but its samples are counted"
 
 
-def test_a_poisoned_gradient_counts_too(tmp_path: Path, images: Path) -> None:
+def test_a_step_with_nan_gradient_is_skipped_too(tmp_path: Path, images: Path) -> None:
     config = tiny(tmp_path, images, steps=4, checkpoint_every=1, keep_checkpoints=9)
     assert run(config, poison_gradient=(2,)).results["skipped_steps"] == [3]
     assert same_bits(weights(tmp_path, 2), weights(tmp_path, 3))
@@ -49,7 +49,7 @@ def test_the_batch_of_a_poisoned_step_can_be_replayed(tmp_path: Path, images: Pa
     files = sorted((tmp_path / "nonfinite").iterdir())
     assert [f.name for f in files] == [f"step-0000003-rank-0-batch-{i}.safetensors" for i in range(2)]
     kept = [load_file(f) for f in files]
-    task = Meddled(config)
+    task = DisturbedAlignment(config)
     plan = BatchPlan(config.seed, 8, 4, 0, 1, 0, 2, 3, False)
     for batch, tensors in zip(task.batches(plan), kept, strict=True):
         assert torch.equal(batch.images, tensors["images"])
@@ -83,7 +83,7 @@ def test_the_count_survives_a_resume(tmp_path: Path, images: Path) -> None:
 
 
 def test_metrics_of_a_skipped_step_are_not_averaged(tmp_path: Path, images: Path) -> None:
-    class Measuring(Meddled):
+    class Measuring(DisturbedAlignment):
         def step(self, model: torch.nn.Module, batch: Batch) -> StepResult:
             result = super().step(model, batch)
             result.metrics = {"m": (result.loss_sum.detach(), result.weight)}

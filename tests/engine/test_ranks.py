@@ -1,4 +1,4 @@
-"""What is computed does not depend on how many processes compute it, nor in how many pieces."""
+"""Results depend neither on the number of ranks nor on the micro-batch size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import furthest, launch, logged, make_images, run, run_ranks, tiny, weights
+from engine_runs import launch, logged, make_images, max_difference, run, run_ranks, tiny, weights
 
 from localign.engine.log import read_log
 from localign.engine.run_folder import read_results
@@ -16,15 +16,15 @@ from localign.engine.run_folder import read_results
 TOLERANCE = 1e-5
 STEPS = 8
 EPS = 1e-5
-"""Adam turns a gradient that is zero but for rounding (attention's key biases have one) into a step as large
-as any. An eps above the rounding leaves only the sums to compare; with 1e-8, weights differ by 3e-5."""
+"""Some gradients are zero up to rounding, such as those of attention's key biases, and Adam makes full steps of them.
+This eps is larger than the rounding. With 1e-8, weights differ by 3e-5."""
 
 
 def equal(a: Path, b: Path) -> None:
-    """Weights, averages and losses agree within the tolerance, samples entirely."""
+    """Weights, averages and losses agree within the tolerance, samples exactly."""
     assert logged(a, "samples") == logged(b, "samples")
     for file in ("model.safetensors", "ema.safetensors"):
-        assert furthest(weights(a, STEPS, file), weights(b, STEPS, file)) < TOLERANCE, file
+        assert max_difference(weights(a, STEPS, file), weights(b, STEPS, file)) < TOLERANCE, file
     for field in ("loss", "val_loss", "grad_norm"):
         ours, theirs = logged(a, field), logged(b, field)
         assert ours.keys() == theirs.keys()
@@ -33,15 +33,15 @@ def equal(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 @pytest.mark.parametrize("loss_tokens", ["all", "hidden"])
-def test_accumulated_gradients_are_those_of_the_whole_batch(
+def test_accumulated_gradients_equal_those_of_the_full_batch(
     tmp_path: Path, images: Path, val: Path, micro_batch: int, loss_tokens: str
 ) -> None:
-    # Without complements the pieces differ in hidden tokens: a mean of means would be another loss.
+    # Without complements, micro-batches differ in their number of hidden tokens, so a mean of means would be wrong.
     values: dict[str, Any] = {"loss_tokens": loss_tokens, "ema_decay": 0.9, "val": str(val), "eps": EPS}
     values["complement"] = loss_tokens == "all"
-    run(tiny(tmp_path / "whole", images, **values))
+    run(tiny(tmp_path / "full", images, **values))
     run(tiny(tmp_path / "pieces", images, micro_batch=micro_batch, **values))
-    equal(tmp_path / "whole", tmp_path / "pieces")
+    equal(tmp_path / "full", tmp_path / "pieces")
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_several_ranks_equal_one(
     tmp_path: Path, images: Path, val: Path, ranks: int, loss_tokens: str, micro_batch: int | None,
     more: dict[str, Any],
 ) -> None:  # fmt: skip
-    # Without complements the ranks' hidden tokens differ in number: a mean of means would be another loss.
+    # Without complements, ranks differ in their number of hidden tokens, so a mean of means would be wrong.
     values: dict[str, Any] = {
         "loss_tokens": loss_tokens, "complement": loss_tokens == "all", "ema_decay": 0.9, "val": str(val),
         "val_every": 3, "eps": EPS,
@@ -75,12 +75,12 @@ def test_several_ranks_equal_one(
 
 
 @pytest.mark.slow
-def test_two_ranks_skip_a_step_that_one_of_them_fails_and_name_all_bad_images(tmp_path: Path) -> None:
+def test_two_ranks_skip_a_step_with_one_bad_loss_and_report_all_bad_images(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     make_images(folder, 24, truncated=(3, 17))
     values = asdict(tiny(tmp_path / "two", folder, batch_size=8, steps=6, max_bad_share=0.1))
-    # On the first rank alone the loss is not a number.
+    # The loss is NaN on rank 0 only.
     run_ranks(2, values, poison=[2])
     results = read_results(tmp_path / "two")
     assert results["skipped_steps"] == [3]
@@ -89,11 +89,11 @@ def test_two_ranks_skip_a_step_that_one_of_them_fails_and_name_all_bad_images(tm
         "0003.png",
         "0017.png",
     ]
-    assert len(list((tmp_path / "two" / "nonfinite").iterdir())) == 2, "both ranks keep their batches"
+    assert len(list((tmp_path / "two" / "nonfinite").iterdir())) == 2, "both ranks save their batches"
 
 
 @pytest.mark.slow
-def test_a_refusal_reaches_every_rank(tmp_path: Path, images: Path) -> None:
+def test_a_refusal_ends_every_rank(tmp_path: Path, images: Path) -> None:
     process = launch(2, asdict(tiny(tmp_path / "none", images, resume="must")))
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -101,9 +101,9 @@ def test_a_refusal_reaches_every_rank(tmp_path: Path, images: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_equals_not_compiled(tmp_path: Path, images: Path) -> None:
+def test_compiled_equals_uncompiled(tmp_path: Path, images: Path) -> None:
     if shutil.which("c++") is None and shutil.which("g++") is None:
-        pytest.skip("torch.compile on a CPU needs a C++ compiler, and there is none")
+        pytest.skip("torch.compile on a CPU needs a C++ compiler")
     for name in ("plain", "compiled"):
         on = name == "compiled"
         run(
@@ -119,5 +119,5 @@ def test_compiled_equals_not_compiled(tmp_path: Path, images: Path) -> None:
         )
     plain, compiled = logged(tmp_path / "plain", "loss"), logged(tmp_path / "compiled", "loss")
     assert compiled == pytest.approx(plain, rel=2e-2)
-    # Three steps of at most the learning rate, 1e-3; rounding to bf16 may turn the smallest of them around.
-    assert furthest(weights(tmp_path / "plain", 3), weights(tmp_path / "compiled", 3)) < 6e-3
+    # Each of three steps is at most the learning rate, 1e-3. Rounding to bf16 may flip the sign of a step.
+    assert max_difference(weights(tmp_path / "plain", 3), weights(tmp_path / "compiled", 3)) < 6e-3

@@ -1,14 +1,15 @@
-"""What a continued run must agree on, and what it says when it does not."""
+"""What may not change on resume, and the error lines if it does."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from engine_runs import COMMAND, Meddled, make_images, reseal, run, run_until, tiny
+from engine_runs import COMMAND, DisturbedAlignment, make_images, reseal, run, run_until, tiny
 from safetensors.torch import load_file, save_file
 
 from localign.alignment import AlignConfig
@@ -17,28 +18,28 @@ from localign.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory, images: Path) -> AlignConfig:
-    """A run with checkpoints at 2 and 4; tests copy it."""
-    config = tiny(tmp_path_factory.mktemp("begun") / "run", images, ema_decay=0.9)
+def started(tmp_path_factory: pytest.TempPathFactory, images: Path) -> AlignConfig:
+    """A run with checkpoints of steps 2 and 4. Tests copy it."""
+    config = tiny(tmp_path_factory.mktemp("started") / "run", images, ema_decay=0.9)
     run_until(config, 5)
     return config
 
 
 @pytest.fixture
-def resumed(begun: AlignConfig, tmp_path: Path) -> AlignConfig:
-    shutil.copytree(begun.out, tmp_path / "run")
-    return replace(begun, out=str(tmp_path / "run"), resume="must")
+def resumed(started: AlignConfig, tmp_path: Path) -> AlignConfig:
+    shutil.copytree(started.out, tmp_path / "run")
+    return replace(started, out=str(tmp_path / "run"), resume="must")
 
 
 def refusal(config: AlignConfig) -> str:
-    """The line that a run is refused with."""
+    """The error line with which a run is refused."""
     with pytest.raises(UserError) as caught:
         run(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_fields_that_differ_are_named_with_both_values(resumed: AlignConfig) -> None:
+def test_changed_options_are_named_with_both_values(resumed: AlignConfig) -> None:
     line = refusal(replace(resumed, lr=0.5, seed=3))
     assert "lr: 0.001 before, 0.5 now" in line
     assert "seed: 0 before, 3 now" in line
@@ -48,29 +49,29 @@ def test_fields_that_differ_are_named_with_both_values(resumed: AlignConfig) -> 
 @pytest.mark.parametrize(
     "field", ["steps", "batch_size", "loss", "mask", "ema_decay", "precision", "optimizer"]
 )
-def test_what_shapes_the_result_may_not_change(resumed: AlignConfig, field: str) -> None:
+def test_options_that_change_results_may_not_change(resumed: AlignConfig, field: str) -> None:
     other = {"steps": 9, "batch_size": 4, "loss": "l1", "mask": "bernoulli", "ema_decay": None, "precision": "bf16",
              "optimizer": "muon"}  # fmt: skip
     assert f"{field}: " in refusal(replace(resumed, **{field: other[field]}))  # type: ignore[arg-type]
 
 
-def test_state_of_the_other_optimizer_is_named(resumed: AlignConfig) -> None:
+def test_missing_state_of_another_optimizer_is_named(resumed: AlignConfig) -> None:
     config = Path(resumed.out) / "config.yaml"
     config.write_text(config.read_text().replace("optimizer: adamw", "optimizer: muon"))
     assert "lacks the optimizer state of" in refusal(replace(resumed, optimizer="muon"))
 
 
-def test_an_option_that_came_later_had_its_default(resumed: AlignConfig) -> None:
+def test_an_option_added_later_has_its_default(resumed: AlignConfig) -> None:
     path = Path(resumed.out) / "config.yaml"
     saved = yaml.safe_load(path.read_text())
-    left_out = AlignConfig.__dataclass_fields__["clip_grad"].default
+    left_out: Any = AlignConfig.__dataclass_fields__["clip_grad"].default
     assert saved["config"].pop("clip_grad") == left_out
     path.write_text(yaml.safe_dump(saved))
     assert "clip_grad" in refusal(replace(resumed, clip_grad=left_out + 1))
     assert run(resumed).results["steps"] == resumed.steps
 
 
-def test_how_it_is_computed_may_change(resumed: AlignConfig) -> None:
+def test_options_that_do_not_change_results_may_change(resumed: AlignConfig) -> None:
     changed = replace(resumed, workers=1, micro_batch=4, checkpoint_every=3, log_every=5, keep_checkpoints=1)
     assert run(changed).results["steps"] == 8
 
@@ -79,7 +80,7 @@ def test_other_images_are_refused(resumed: AlignConfig, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     make_images(folder, 20)
-    assert "data: " in refusal(replace(resumed, data=str(folder)))  # by another name it is other data
+    assert "data: " in refusal(replace(resumed, data=str(folder)))  # another name means other data
 
 
 def test_a_folder_of_images_may_have_moved(resumed: AlignConfig, images: Path, tmp_path: Path) -> None:
@@ -99,8 +100,8 @@ def test_a_folder_that_has_changed_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_starting_weights_are_refused(resumed: AlignConfig) -> None:
-    task = Meddled(resumed)
-    task.teacher_hash = Meddled(replace(resumed, seed=99)).teacher_hash
+    task = DisturbedAlignment(resumed)
+    task.teacher_hash = DisturbedAlignment(replace(resumed, seed=99)).teacher_hash
     with pytest.raises(UserError, match=r"changed since the run started: starting weights$"):
         train(task, resumed, COMMAND)
 
@@ -118,7 +119,7 @@ def test_tensors_that_are_missing_or_extra_are_named(resumed: AlignConfig, file:
     assert file in line
 
 
-def test_an_average_that_is_gone_is_not_begun_anew(resumed: AlignConfig) -> None:
+def test_a_missing_average_is_refused(resumed: AlignConfig) -> None:
     checkpoint = Path(resumed.out) / "checkpoints" / "step-0000004"
     (checkpoint / "ema.safetensors").unlink()
     reseal(checkpoint)
@@ -136,12 +137,12 @@ def test_nothing_to_resume(tmp_path: Path, images: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_another_commands_run(resumed: AlignConfig) -> None:
+def test_a_run_of_another_command_is_refused(resumed: AlignConfig) -> None:
     with pytest.raises(UserError, match="is a run of `localign align`, not of `localign pretrain`"):
-        train(Meddled(resumed), resumed, "pretrain")
+        train(DisturbedAlignment(resumed), resumed, "pretrain")
 
 
 @pytest.mark.parametrize("text", ["a: [", "7", "config: 3\n"])
-def test_a_config_that_is_none(resumed: AlignConfig, text: str) -> None:
+def test_an_invalid_config_is_refused(resumed: AlignConfig, text: str) -> None:
     (Path(resumed.out) / "config.yaml").write_text(text)
     assert "config.yaml" in refusal(resumed)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: a checkpoint, one line, and the run goes on later as if nothing had been."""
+"""SIGTERM and SIGUSR1: the run saves a checkpoint and prints one line; a resume equals an unstopped run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from engine_runs import (
     COMMAND,
-    Meddled,
+    DisturbedAlignment,
     family,
     last_step,
     launch,
@@ -39,93 +39,94 @@ from localign.signals import SIGNALS, exit_on_signals, stop_requests
 STEPS = 8
 
 
-class Asked(Meddled):
-    """An alignment during whose steps signals arrive: step, counted from 0 -> signals."""
+class SignalledAlignment(DisturbedAlignment):
+    """An alignment that receives signals during steps (from 0; -1: during validation)."""
 
     signals: dict[int, tuple[signal.Signals, ...]]
-    handlers: list[Any]
 
     def step(self, model: nn.Module, batch: Any) -> Any:
         for number in self.signals.get(int(batch.positions[0]) // self.config.batch_size, ()):
             os.kill(os.getpid(), number)
         return super().step(model, batch)
 
-    def validate(self, module: nn.Module, world: Any) -> dict[str, float]:
+    def validate(self, module: nn.Module, context: Any) -> dict[str, float]:
         for number in self.signals.get(-1, ()):
             os.kill(os.getpid(), number)
-        return super().validate(module, world)
+        return super().validate(module, context)
 
 
-def asked(config: AlignConfig, signals: dict[int, tuple[signal.Signals, ...]]) -> None:
-    task = Asked(config)
+def run_with_signals(config: AlignConfig, signals: dict[int, tuple[signal.Signals, ...]]) -> None:
+    task = SignalledAlignment(config)
     task.signals = signals
     train(task, config, COMMAND)
 
 
 @pytest.fixture
-def whole(tmp_path: Path, images: Path, val: Path) -> Path:
-    """The run that is not stopped."""
-    run(tiny(tmp_path / "whole", images, val=str(val), val_every=3))
-    return tmp_path / "whole"
+def unstopped(tmp_path: Path, images: Path, val: Path) -> Path:
+    """A run that is not stopped."""
+    run(tiny(tmp_path / "unstopped", images, val=str(val), val_every=3))
+    return tmp_path / "unstopped"
 
 
-def interrupted(*_: object) -> None:
+def raise_keyboard_interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def check_equal(out: Path, whole: Path) -> None:
+def check_equal(out: Path, unstopped: Path) -> None:
     for file in ("model", "optimizer"):
-        assert same_bits(*(weights(p, STEPS, f"{file}.safetensors") for p in (out, whole))), file
+        assert same_bits(*(weights(p, STEPS, f"{file}.safetensors") for p in (out, unstopped))), file
     for field in ("samples", "loss", "val_loss"):
-        assert logged(out, field) == logged(whole, field), field
+        assert logged(out, field) == logged(unstopped, field), field
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_run_is_stopped_within_the_step_and_goes_on(
-    tmp_path: Path, images: Path, val: Path, whole: Path, number: signal.Signals,
+def test_a_run_stops_after_the_step_and_can_be_resumed(
+    tmp_path: Path, images: Path, val: Path, unstopped: Path, number: signal.Signals,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    # Steps 3 and 6 have a validation after them, which is put off; the last one has the end of the run.
+    # After steps 3 and 6 a validation is due, which is postponed. After the last step the run would end.
     config = tiny(tmp_path / "run", images, val=str(val), val_every=3, checkpoint_every=100, resume="auto")
     for step in (2, 4, 5, STEPS - 1):
         with pytest.raises(RunStopped, match=f"{number.name}: stopped after step {step + 1} of {STEPS}"):
-            asked(config, {step: (number, number)})  # launcher and scheduler may both send one
+            run_with_signals(
+                config, {step: (number, number)}
+            )  # the launcher and the scheduler may both send one
         assert last_step(Path(config.out)) == step + 1
         assert not (tmp_path / "run" / "results.json").exists()
         assert capsys.readouterr().err.count("\n") == 1
     run(config)
-    check_equal(tmp_path / "run", whole)
+    check_equal(tmp_path / "run", unstopped)
 
 
-def test_a_signal_while_validating(tmp_path: Path, images: Path, val: Path, whole: Path) -> None:
+def test_a_signal_while_validating(tmp_path: Path, images: Path, val: Path, unstopped: Path) -> None:
     config = tiny(tmp_path / "run", images, val=str(val), val_every=3, resume="auto")
     with pytest.raises(RunStopped, match="stopped after step 4"):
-        asked(config, {-1: (signal.SIGTERM,)})
+        run_with_signals(config, {-1: (signal.SIGTERM,)})
     run(config)
-    check_equal(tmp_path / "run", whole)
+    check_equal(tmp_path / "run", unstopped)
 
 
-def test_a_validation_that_was_put_off_is_logged_once(
-    tmp_path: Path, images: Path, val: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_postponed_validation_is_logged_once(
+    tmp_path: Path, images: Path, val: Path, unstopped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(tmp_path / "run", images, val=str(val), val_every=3, checkpoint_every=100, resume="auto")
     with pytest.raises(RunStopped):
-        asked(config, {2: (signal.SIGTERM,)})  # the validation after step 3 is put off
-    run_until(config, 4)  # and made, but no checkpoint after it
+        run_with_signals(config, {2: (signal.SIGTERM,)})  # the validation after step 3 is postponed
+    run_until(config, 4)  # validates, but writes no checkpoint afterwards
     run_until(config, 5)
     with pytest.raises(RunStopped):
-        asked(config, {STEPS - 1: (signal.SIGTERM,)})  # likewise the last
+        run_with_signals(config, {STEPS - 1: (signal.SIGTERM,)})  # the same for the last step
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "write_results", interrupted)
+        patch.setattr(run_folder, "write_results", raise_keyboard_interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     run(config)
-    check_equal(tmp_path / "run", whole)
+    check_equal(tmp_path / "run", unstopped)
 
 
-def test_the_command_ends_with_0(tmp_path: Path, images: Path) -> None:
+def test_the_command_exits_with_0(tmp_path: Path, images: Path) -> None:
     config = tiny(tmp_path / "run", images)
-    assert exit_code(lambda: asked(config, {3: (signal.SIGTERM,)})) == EXIT_OK
+    assert exit_code(lambda: run_with_signals(config, {3: (signal.SIGTERM,)})) == EXIT_OK
 
 
 SLOW_TO_BUILD = """
@@ -155,17 +156,22 @@ def test_before_training_the_process_ends_with_a_line(number: signal.Signals) ->
 def test_a_worker_of_a_command_ends_without_a_line(capfd: pytest.CaptureFixture[str]) -> None:
     forking = multiprocessing.get_context("fork")
     with exit_on_signals():
-        begun = forking.Event()
-        worker = forking.Process(target=lambda: (begun.set(), time.sleep(60)))
+        started = forking.Event()
+
+        def wait() -> None:
+            started.set()
+            time.sleep(60)
+
+        worker = forking.Process(target=wait)
         worker.start()
-        assert begun.wait(30)
+        assert started.wait(30)
         worker.terminate()
         worker.join(30)
     assert worker.exitcode == -signal.SIGTERM
     assert capfd.readouterr().err == ""
 
 
-def test_signals_do_afterwards_what_they_did_before() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with stop_requests() as request:
         assert not request.made
@@ -176,14 +182,14 @@ def test_signals_do_afterwards_what_they_did_before() -> None:
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_without_the_main_thread_there_are_no_requests() -> None:
+def test_other_threads_get_no_requests() -> None:
     seen: list[bool] = []
 
-    def elsewhere() -> None:
+    def in_thread() -> None:
         with stop_requests() as request:
             seen.append(request.made)
 
-    thread = threading.Thread(target=elsewhere)
+    thread = threading.Thread(target=in_thread)
     thread.start()
     thread.join()
     assert seen == [False]
@@ -202,19 +208,19 @@ def test_loader_workers_leave_signals_to_the_main_process() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds a run's processes through /proc")
-@pytest.mark.parametrize(("ranks", "whom"), [(1, "all"), (2, "ranks"), (2, "launcher")])
-def test_signals_to_processes(tmp_path: Path, images: Path, ranks: int, whom: str) -> None:
-    """Schedulers send signals to every process of a job; torchrun passes on those that it gets."""
+@pytest.mark.parametrize(("ranks", "target"), [(1, "all"), (2, "ranks"), (2, "launcher")])
+def test_signals_to_processes(tmp_path: Path, images: Path, ranks: int, target: str) -> None:
+    """Schedulers may signal every process of a job; torchrun forwards the signals that it gets."""
     config = tiny(tmp_path, images, steps=400, checkpoint_every=1000, workers=1, resume="auto")
     process = launch(ranks, asdict(config), sleep=0.05)
     while last_step(tmp_path) < 3:
         assert process.poll() is None
     processes = family(process.pid)
-    for pid in {"all": processes, "ranks": processes[1:], "launcher": processes[:1]}[whom]:
+    for pid in {"all": processes, "ranks": processes[1:], "launcher": processes[:1]}[target]:
         os.kill(pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    # torchrun itself ends with an error whenever a signal ends it; the ranks have ended well.
-    assert process.returncode == (1 if whom == "launcher" else 0), output.decode()
+    # torchrun exits with an error whenever a signal ends it, even if all ranks exit with 0.
+    assert process.returncode == (1 if target == "launcher" else 0), output.decode()
     lines = [line for line in output.decode().splitlines() if "stopped after step" in line]
     assert len(lines) == 1, output.decode()
     step = last_step(tmp_path)

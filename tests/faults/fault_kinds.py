@@ -1,4 +1,4 @@
-"""What goes wrong in fault tests, and when: in a step, or before a function does its work."""
+"""The faults of the fault tests. They strike during a step, or before a certain function runs."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from localign.engine.checkpoints import sharded
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that goes wrong."""
+    """One fault."""
 
     kind: str
     """A key of one of the tables below."""
     step: int
-    """The first step that it can happen in, counted from 0."""
+    """The first step in which it can strike, counted from 0."""
     rank: int = 0
-    """Whom it happens to."""
+    """The rank that it strikes."""
 
 
-class Now:
-    """What this process does, for faults to know when they are due."""
+class FaultState:
+    """This process's current step and pending faults."""
 
     step = -1
-    waiting: list[Fault] = []  # noqa: RUF012
+    pending: list[Fault] = []  # noqa: RUF012
 
     @classmethod
     def due(cls, kind: str) -> bool:
-        """Whether a fault strikes here; once."""
-        for fault in cls.waiting:
+        """Whether a fault of this kind strikes now. It is removed, so it strikes once."""
+        for fault in cls.pending:
             if fault.kind == kind and fault.rank == my_rank() and cls.step >= fault.step:
-                cls.waiting.remove(fault)
+                cls.pending.remove(fault)
                 return True
         return False
 
@@ -53,24 +53,24 @@ def my_rank() -> int:
 
 
 def send(number: int) -> Callable[[], None]:
-    """A strike that sends a signal to this process."""
+    """A fault that sends a signal to this process."""
     return lambda: os.kill(os.getpid(), number)
 
 
 def pause() -> None:
-    """Stopped for a moment, as by a debugger or a full host."""
+    """Stop the process for a moment, as a debugger or an overloaded host does."""
     subprocess.Popen(["sh", "-c", f"sleep 0.2; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def kill_a_worker() -> None:
-    me = os.getpid()
-    children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
+    pid = os.getpid()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
 
 
 def fill_disk(out: Path) -> None:
-    """The last byte of a small file system is taken, by somebody else's file."""
+    """Fill a small file system to the last byte with another file."""
     with suppress(OSError), (out.parent / "ballast").open("wb", buffering=0) as ballast:
         for size in (1 << 16, 1 << 10, 1):
             with suppress(OSError):
@@ -94,23 +94,29 @@ def raising(number: int) -> Callable[..., Any]:
     return call
 
 
+WRITES: list[tuple[Any, str]] = [
+    (checkpoints, "save_file"), (sharded, "save_file"), (files, "fsync_path"), (sharded, "fsync_path"),
+    (logs.JsonLines, "write"),
+]  # fmt: skip
+"""What writes files: owner, name of the function."""
+
+
 def no_writes(number: int) -> Callable[[], None]:
-    """Nothing more can be written; for where no small file system can be had."""
+    """Make all writes fail; used where no small file system can be mounted."""
 
     def strike() -> None:
-        checkpoints.save_file = sharded.save_file = raising(number)  # type: ignore[assignment]
-        files.fsync_path = sharded.fsync_path = raising(number)
-        logs.JsonLines.write = raising(number)  # type: ignore[method-assign]
+        for owner, name in WRITES:
+            setattr(owner, name, raising(number))
 
     return strike
 
 
 def before(kind: str, owner: Any, name: str, strike: Callable[[Any], None]) -> None:
-    """Let a fault that is due strike before a function does its work; it gets the function's first argument."""
+    """Let a pending fault strike before a function runs. The fault gets the function's first argument."""
     function = getattr(owner, name)
 
     def struck(*args: Any, **kwargs: Any) -> Any:
-        if Now.due(kind):
+        if FaultState.due(kind):
             strike(args[0] if args else None)
         return function(*args, **kwargs)
 
@@ -118,20 +124,20 @@ def before(kind: str, owner: Any, name: str, strike: Callable[[Any], None]) -> N
 
 
 def half_a_file(number: int) -> Callable[[str], None]:
-    """A signal while a checkpoint's tensors are half written."""
+    """Send a signal while a checkpoint's tensors are half written."""
 
     def install(kind: str) -> None:
-        for module in (checkpoints, sharded):
-            save_file = module.save_file
+        for module, name in WRITES[:2]:
+            save_file: Any = getattr(module, name)
 
             def struck(tensors: Any, path: Path, save: Any = save_file, **kwargs: Any) -> None:
-                if Now.due(kind):
+                if FaultState.due(kind):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(b"half")
                     os.kill(os.getpid(), number)
                 save(tensors, path, **kwargs)
 
-            module.save_file = struck  # type: ignore[assignment]
+            setattr(module, name, struck)
 
     return install
 
@@ -149,7 +155,8 @@ def slow_disk() -> None:
         time.sleep(0.05)
         function(path)
 
-    files.fsync_path = sharded.fsync_path = slow
+    for module, name in WRITES[2:4]:
+        setattr(module, name, slow)
 
 
 def at(owner: Any, name: str, strike: Callable[[Any], None]) -> Callable[[str], None]:
@@ -177,8 +184,8 @@ ON_THE_DISK: dict[str, Callable[[Path], None]] = {
     "disk read-only": make_read_only,
     "run folder gone": take_away,
 }
-"""In a step too; they take the run folder."""
-ELSEWHERE: dict[str, Callable[[str], None]] = {
+"""Strike in a step too, and get the run folder."""
+OUTSIDE_STEPS: dict[str, Callable[[str], None]] = {
     "kill -9 while saving": half_a_file(signal.SIGKILL),
     "SIGTERM while saving": half_a_file(signal.SIGTERM),
     "kill -9 before a rename": at(files, "put_in_place", die),
@@ -186,21 +193,21 @@ ELSEWHERE: dict[str, Callable[[str], None]] = {
     "kill -9 while logging": at(logs.JsonLines, "write", half_a_line),
     "kill -9 while exporting": at(run_folder, "write_results", die),
 }
-"""Installed before the run; they strike when the step was reached."""
+"""Installed before the run. They strike after the step is reached."""
 
 
 def install(faults: list[Fault], out: Path) -> Callable[[int], None]:
-    """Prepare faults; what is returned is to be called at each step."""
-    Now.waiting, Now.step = faults, -1
+    """Prepare faults. The returned function must be called at each step."""
+    FaultState.pending, FaultState.step = faults, -1
     for fault in faults:
-        if fault.kind in ELSEWHERE:
-            ELSEWHERE[fault.kind](fault.kind)
-            sharded.put_in_place = files.put_in_place
+        if fault.kind in OUTSIDE_STEPS:
+            OUTSIDE_STEPS[fault.kind](fault.kind)
+            sharded.put_in_place = files.put_in_place  # type: ignore[attr-defined,unused-ignore]
 
     def at_step(number: int) -> None:
-        Now.step = number
-        for kind in [fault.kind for fault in Now.waiting]:
-            if kind not in ELSEWHERE and Now.due(kind):
+        FaultState.step = number
+        for kind in [fault.kind for fault in FaultState.pending]:
+            if kind not in OUTSIDE_STEPS and FaultState.due(kind):
                 ON_THE_DISK[kind](out) if kind in ON_THE_DISK else IN_A_STEP[kind]()
 
     return at_step

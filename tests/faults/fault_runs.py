@@ -1,6 +1,6 @@
-"""Tiny runs to which faults happen, each in processes of its own that are forked from one that has all imported.
+"""Tiny runs with faults. Each runs in processes forked from a server process that has imported everything.
 
-As a program it is that one: it reads jobs, one JSON object a line, and answers each with exit codes and output.
+As a program it is that server: it reads jobs, one JSON object per line, and answers each with exit codes and seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_runs import COMMAND, Meddled
+from engine_runs import COMMAND, DisturbedAlignment
 from fault_kinds import Fault, install
 from sharded_runs import TokenTask
 from torch import nn
@@ -33,21 +33,21 @@ KILLED = -signal.SIGKILL
 
 @dataclass
 class Outcome:
-    """How a part of a run ended."""
+    """The end of one part of a run."""
 
     codes: list[int]
-    """Exit code of each rank; minus the signal that ended it."""
+    """Exit code of each rank; negative if a signal ended it."""
     seconds: float
     output: str
-    """What all ranks wrote to standard output and error."""
+    """Standard output and error of all ranks."""
     lines: list[str] = field(init=False)
-    """The lines in which localign said why it ended."""
+    """The error lines of localign."""
 
     def __post_init__(self) -> None:
         self.lines = [line for line in self.output.splitlines() if line.startswith("localign: ")]
 
 
-class StruckAlignment(Meddled):
+class FaultyAlignment(DisturbedAlignment):
     """An alignment that calls ``at_step``."""
 
     at_step: Callable[[int], None]
@@ -57,7 +57,7 @@ class StruckAlignment(Meddled):
         return super().step(model, batch)
 
 
-class StruckTokens(TokenTask):
+class FaultyTokens(TokenTask):
     """Next-token prediction that calls ``at_step``."""
 
     at_step: Callable[[int], None]
@@ -68,25 +68,25 @@ class StruckTokens(TokenTask):
 
 
 def run_part(job: dict[str, Any]) -> None:
-    """One part of a run, in this process."""
+    """Do one part of a run in this process."""
     torch.set_num_threads(1)
     at_step = install([Fault(**fault) for fault in job["faults"]], Path(job["config"]["out"]))
-    if job["elsewhere"]:
-        live_elsewhere()
-    task: StruckAlignment | StruckTokens
+    if job["other_host"]:
+        change_host_and_clock()
+    task: FaultyAlignment | FaultyTokens
     if job["tokens"]:
-        task = StruckTokens(TrainConfig(**job["config"]), **job["meddling"])
+        task = FaultyTokens(TrainConfig(**job["config"]), **job["disturbances"])
     else:
-        task = StruckAlignment(AlignConfig(**job["config"]), **job["meddling"])
+        task = FaultyAlignment(AlignConfig(**job["config"]), **job["disturbances"])
     task.at_step = at_step
     train(task, task.config, "tokens" if job["tokens"] else COMMAND)
 
 
-def live_elsewhere() -> None:
-    """On another host, in another time zone, ten years on."""
-    os.unshare(os.CLONE_NEWUTS) if hasattr(os, "unshare") else None
-    with suppress(OSError):
-        if hasattr(os, "unshare"):
+def change_host_and_clock() -> None:
+    """Pretend to be on another host, in another time zone, ten years later."""
+    if sys.version_info >= (3, 12):
+        os.unshare(os.CLONE_NEWUTS)
+        with suppress(OSError):
             socket.sethostname("another-host")
     os.environ["TZ"] = "Pacific/Kiritimati"
     time.tzset()
@@ -115,7 +115,7 @@ def _child(job: dict[str, Any], rank: int, port: int, output: int) -> None:
 
 
 def _wait(pids: list[int], patience: float) -> dict[int, int]:
-    """Exit codes of processes; those that are left when time is up are killed."""
+    """Exit codes of processes. After ``patience`` seconds the remaining ones are killed."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + patience
     while len(codes) < len(pids):
@@ -125,7 +125,7 @@ def _wait(pids: list[int], patience: float) -> dict[int, int]:
                 if done:
                     codes[pid] = os.waitstatus_to_exitcode(status)
         left = set(pids) - codes.keys()
-        # A rank that hangs is the launcher's to kill, when the others have ended by themselves.
+        # A launcher kills a hanging rank once the others have ended.
         if time.monotonic() > deadline or (codes and all(_is_stopped(pid) for pid in left)):
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
@@ -138,26 +138,26 @@ def _is_stopped(pid: int) -> bool:
 
 
 def serve() -> None:
-    """Do jobs until standard input ends."""
+    """Do jobs until the end of standard input."""
     for line in sys.stdin:
         job = json.loads(line)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         with open(job["output"], "wb") as output:
-            began, pids = time.monotonic(), []
+            started, pids = time.monotonic(), []
             for rank in range(job["ranks"]):
                 pid = os.fork()
                 if pid == 0:
                     _child(job, rank, port, output.fileno())
                 pids.append(pid)
             codes = _wait(pids, job["patience"])
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - started
         print(json.dumps({"codes": [codes[pid] for pid in pids], "seconds": seconds}), flush=True)
 
 
 class Server:
-    """The process that forks; see :func:`serve`."""
+    """The server process; see :func:`serve`."""
 
     def __init__(self, folder: Path) -> None:
         self.output = folder / "output.txt"
@@ -174,23 +174,23 @@ class Server:
         config: AlignConfig | TrainConfig,
         *faults: Fault,
         ranks: int = 1,
-        elsewhere: bool = False,
+        other_host: bool = False,
         patience: float = 120.0,
-        **meddling: Any,
+        **disturbances: Any,
     ) -> Outcome:
-        """A part of a run, from its start or its checkpoint to its end or a fault.
+        """Do a part of a run, from its start or checkpoint to its end or a fault.
 
         Args:
-            config: Of the run.
-            faults: What happens.
-            ranks: Processes.
-            elsewhere: On another host and at another time.
+            config: Options of the run.
+            faults: Strike in order of their steps.
+            ranks: Number of processes.
+            other_host: Pretend to be on another host at another time.
             patience: Seconds after which processes are killed.
-            meddling: Of the task.
+            disturbances: Options of the task.
         """
         job = {
             "config": asdict(config), "tokens": not isinstance(config, AlignConfig), "ranks": ranks,
-            "faults": [asdict(fault) for fault in faults], "elsewhere": elsewhere, "meddling": meddling,
+            "faults": [asdict(fault) for fault in faults], "other_host": other_host, "disturbances": disturbances,
             "patience": patience, "output": str(self.output),
         }  # fmt: skip
         assert self.process.stdin is not None
@@ -203,15 +203,15 @@ class Server:
 
 @contextmanager
 def server(folder: Path) -> Iterator[Server]:
-    """A server, for a while."""
-    it = Server(folder)
+    """A server that runs inside the block."""
+    started = Server(folder)
     try:
-        yield it
+        yield started
     finally:
-        assert it.process.stdin is not None
-        it.process.stdin.close()
-        it.process.wait()
+        assert started.process.stdin is not None
+        started.process.stdin.close()
+        started.process.wait()
 
 
 if __name__ == "__main__":
-    sys.exit(serve())
+    serve()

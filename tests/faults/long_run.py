@@ -1,4 +1,4 @@
-"""A run of many tiny steps that says how much memory it takes on the way, as JSON.
+"""A run of many tiny steps that prints its memory use at some steps as JSON.
 
 python tests/faults/long_run.py '{"out": "/tmp/long", "steps": 20000}'
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_runs import COMMAND, Meddled, make_images, tiny
+from engine_runs import COMMAND, DisturbedAlignment, make_images, tiny
 from sharded_runs import TokenTask, token
 from torch import nn
 
@@ -20,18 +20,18 @@ from localign.engine import StepResult, train
 
 
 def resident() -> float:
-    """Memory of this process that is in RAM, MiB."""
+    """Resident memory of this process, MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 2**20
 
 
-class Watch:
-    """Notes the memory taken at some steps, counted from 0."""
+class MemoryRecorder:
+    """Records memory use at some steps, counted from 0."""
 
     def __init__(self, at: list[int]) -> None:
         self.at, self.seen = at, dict[str, float]()
 
-    def note(self, batch: Any, batch_size: int) -> None:
+    def record(self, batch: Any, batch_size: int) -> None:
         step = int(batch.positions[0]) // batch_size
         if step in self.at and str(step) not in self.seen:
             gc.collect()
@@ -39,18 +39,18 @@ class Watch:
 
 
 class WatchedTokens(TokenTask):
-    watch: Watch
+    recorder: MemoryRecorder
 
     def step(self, model: nn.Module, batch: Any) -> StepResult:
-        self.watch.note(batch, self.config.batch_size)
+        self.recorder.record(batch, self.config.batch_size)
         return super().step(model, batch)
 
 
-class WatchedAlignment(Meddled):
-    watch: Watch
+class WatchedAlignment(DisturbedAlignment):
+    recorder: MemoryRecorder
 
     def step(self, model: nn.Module, batch: Any) -> StepResult:
-        self.watch.note(batch, self.config.batch_size)
+        self.recorder.record(batch, self.config.batch_size)
         return super().step(model, batch)
 
 
@@ -69,11 +69,11 @@ def main() -> None:
             out, images, **{**common, "batch_size": 2, "workers": 1, "val": str(images), "val_images": 4}
         )
         task = WatchedAlignment(config)
-    task.watch = Watch(at)
+    task.recorder = MemoryRecorder(at)
     train(task, task.config, COMMAND)
     sizes = {p.name: p.stat().st_size for p in out.iterdir() if p.is_file()}
-    kept = sorted(p.name for p in (out / "checkpoints").iterdir())
-    print(json.dumps({"MiB at step": task.watch.seen, "bytes": sizes, "checkpoints": kept}))
+    checkpoints = sorted(p.name for p in (out / "checkpoints").iterdir())
+    print(json.dumps({"MiB at step": task.recorder.seen, "bytes": sizes, "checkpoints": checkpoints}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Runs to which one fault after another happens, each continued until it ends: nothing of it may show.
+"""Runs with one fault after another, each resumed until the end. The faults must leave no trace.
 
-Afterwards every step is in the log once, with the samples, losses and weights of the run that nothing happened to,
-and no file is left half-written.
+Afterwards every step is in the log once, with the samples, losses and weights of a run without faults, and no file is
+half-written.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from localign.engine.checkpoints.replicated import Checkpoints
 
 STEPS = 30
 TIMEOUT = 15.0
-"""Seconds that ranks wait for one another: more than a busy machine keeps one of them from running."""
+"""Seconds that ranks wait for one another; longer than a busy machine delays one of them."""
 POISON = [7, 20]
-"""Steps, counted from 0, whose loss is not a number, in every run here."""
+"""Steps with a NaN loss in every run of this file, counted from 0."""
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").is_dir(), reason="looks at processes through /proc"
@@ -46,27 +46,27 @@ STOPS = ("SIGTERM in a step", "SIGUSR1 in a step", "SIGTERM while saving")
 GOES_ON = ("SIGSTOP, SIGCONT", "slow disk")
 DISKS = ("disk full", "disk read-only", "run folder gone")
 DAMAGE = ("byte flipped", "file truncated", "file missing")
-PLACES = ("other host, clock, path",)
+MOVES = ("other host, clock, path",)
 RANKS = ("a rank dies", "a rank hangs")
 NAN = "loss not a number"
 
 
 @dataclass
 class Tally:
-    """Faults by kind."""
+    """Counts of faults by kind."""
 
     tried: Counter[str] = field(default_factory=Counter)
     survived: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
     def table(self) -> str:
-        """As Markdown."""
+        """The counts as a Markdown table."""
         rows = [f"| {kind} | {count} | {self.survived[kind]} |" for kind, count in sorted(self.tried.items())]
         total = f"| **all** | **{self.tried.total()}** | **{self.survived.total()}** |"
         return "\n".join(["| fault | tried | survived |", "|---|---:|---:|", *rows, total])
 
     def add(self, campaign: Campaign, kinds: list[str]) -> None:
-        """Let a campaign happen; where its run is not what it ought to be, none of its faults is survived."""
+        """Run a campaign. If its run is wrong, none of its faults counts as survived."""
         try:
             campaign.run(kinds)
             self.survived.update(campaign.tried)
@@ -77,13 +77,13 @@ class Tally:
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with server(tmp_path_factory.mktemp("forks")) as it:
-        yield it
+    with server(tmp_path_factory.mktemp("forks")) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders of images: to train on, and to validate on."""
+    """Folders of images for training and for validation."""
     folder = tmp_path_factory.mktemp("pictures")
     for name in ("train", "val"):
         (folder / name).mkdir()
@@ -92,7 +92,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB; an ordinary folder where none can be mounted."""
+    """A file system of 24 MiB, or an ordinary folder if none can be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = (
@@ -114,18 +114,18 @@ def alignment(out: Path, pictures: tuple[Path, Path]) -> AlignConfig:
 
 
 def tokens(out: Path) -> TrainConfig:
-    """Sharded: other checkpoints, written beside the training."""
+    """A sharded run, which writes its checkpoints in a thread."""
     return token(out, steps=STEPS, val_every=7, keep_checkpoints=3, resume="auto", timeout=TIMEOUT)
 
 
 class Campaign:
-    """One run, the faults that happen to it, and the run that it is to equal.
+    """One run with faults, and the run without faults that it must equal.
 
     Args:
-        forks: Does the parts.
-        config: Of the run.
-        ranks: Processes of each part.
-        seed: Of the instants.
+        forks: Runs the parts.
+        config: Options of the run.
+        ranks: Number of processes of each part.
+        seed: Seed of the steps at which faults strike.
     """
 
     def __init__(self, forks: Server, config: Any, ranks: int, seed: int) -> None:
@@ -134,65 +134,65 @@ class Campaign:
         self.out = Path(config.out)
         self.tried: list[str] = []
         self.is_align = isinstance(config, AlignConfig)
-        self.meddling = {"poison": POISON if self.is_align else POISON[0]}
+        self.disturbances: dict[str, Any] = {"poison": POISON if self.is_align else POISON[0]}
 
     def part(self, config: Any, *faults: Fault, **options: Any) -> Outcome:
-        return self.forks.do(config, *faults, ranks=self.ranks, **options, **self.meddling)
+        return self.forks.do(config, *faults, ranks=self.ranks, **options, **self.disturbances)
 
     def run(self, kinds: list[str]) -> None:
-        """Let faults happen in order, at random steps; then let the run end, and compare it."""
+        """Let faults strike in order at random steps, finish the run, and compare it."""
         self.tried = [NAN] * (len(POISON) if self.is_align else 1)
         steps = sorted(self.draw.sample(range(3, STEPS - 1), len(kinds)))
         for kind, step in zip(kinds, steps, strict=True):
             self.tried.append(kind)
             if kind in DAMAGE:
                 self.damage(kind)
-            elif kind in PLACES:
+            elif kind in MOVES:
                 self.move()
             else:
                 self.strike(Fault(kind, step, self.ranks - 1 if kind in RANKS else 0))
-            self.nothing_is_half_written()
+            self.check_files()
         self.finish()
         self.compare(self.uninterrupted())
 
     def strike(self, fault: Fault) -> None:
-        """One part of the run, ended by a fault; or, if the fault ends none, by a request to stop right after."""
+        """Do one part of the run, which ends by the fault, or by SIGTERM in the next step."""
         config = replace(self.config, workers=1) if "worker" in fault.kind else self.config
         faults = [fault]
         if fault.kind in GOES_ON:
             faults.append(Fault("SIGTERM in a step", fault.step + 1))
         outcome = self.part(config, *faults)
-        told = f"{fault}: {outcome.codes}\n{outcome.output}"
-        assert "Traceback" not in outcome.output, told
+        report = f"{fault}: {outcome.codes}\n{outcome.output}"
+        assert "Traceback" not in outcome.output, report
         if fault.kind in ENDS_BY_KILL:
-            assert KILLED in outcome.codes, told
+            assert KILLED in outcome.codes, report
         elif fault.kind in STOPS + GOES_ON:
-            assert outcome.codes == [0] * self.ranks, told
-            assert "stopped after step" in outcome.output, told
+            assert outcome.codes == [0] * self.ranks, report
+            assert "stopped after step" in outcome.output, report
         elif fault.kind in RANKS:
-            assert sorted(outcome.codes) == [KILLED, 1], told
-            assert outcome.seconds < TIMEOUT + 60, told
+            assert sorted(outcome.codes) == [KILLED, 1], report
+            assert outcome.seconds < TIMEOUT + 60, report
             (line,) = outcome.lines
-            assert "lost another rank" in line, told
+            assert "lost another rank" in line, report
         else:
-            assert outcome.codes == [1] * self.ranks, told
-            assert len(set(outcome.lines)) == 1, told
-            word = "a loader worker died" if "worker" in fault.kind else "cannot write"
-            assert word in outcome.lines[0], told
+            assert outcome.codes == [1] * self.ranks, report
+            assert len(set(outcome.lines)) == 1, report
+            cause = "a loader worker died" if "worker" in fault.kind else "cannot write"
+            assert cause in outcome.lines[0], report
             self.mend(fault)
 
     def mend(self, fault: Fault) -> None:
-        """What somebody does about the disk."""
+        """Repair the disk."""
         if fault.kind == "disk read-only":
             subprocess.run(["umount", self.out], check=True)
         elif fault.kind == "run folder gone":
-            assert not self.out.exists(), "a run folder that was taken away was begun anew"
-            self.out.with_name("elsewhere").rename(self.out)
+            assert not self.out.exists(), "a run folder that was moved away was created again"
+            self.out.with_name("other_host").rename(self.out)
         elif fault.kind in ON_THE_DISK:
             (self.out.parent / "ballast").unlink()
 
     def damage(self, kind: str) -> None:
-        """Spoil the newest checkpoint; continuing names it and takes the one before."""
+        """Damage the newest checkpoint. A resume must report it and use the previous one."""
         store = Checkpoints(self.out / "checkpoints")
         before, newest = store.steps()[-2:]
         file = self.draw.choice(sorted(p for p in store.path(newest).iterdir()))
@@ -210,7 +210,7 @@ class Campaign:
         assert str(file.name) in outcome.output, outcome.output
 
     def move(self) -> None:
-        """The run folder and its images go to another place, the process to another host and year."""
+        """Move the run folder and its images, and resume on another host in another year."""
         new = self.out.with_name(f"{self.out.name}-moved")
         self.out.rename(new)
         self.out, self.config = new, replace(self.config, out=str(new))
@@ -220,7 +220,7 @@ class Campaign:
             shutil.copytree(folder, copy)
             self.config = replace(self.config, data=str(copy))
         last = Checkpoints(self.out / "checkpoints").steps()[-1]
-        outcome = self.part(self.config, Fault("SIGTERM in a step", last), elsewhere=True)
+        outcome = self.part(self.config, Fault("SIGTERM in a step", last), other_host=True)
         assert outcome.codes == [0] * self.ranks, outcome.output
 
     def finish(self) -> None:
@@ -233,17 +233,17 @@ class Campaign:
         assert outcome.codes == [0] * self.ranks, outcome.output
         return Path(config.out)
 
-    def nothing_is_half_written(self) -> None:
+    def check_files(self) -> None:
         store = Checkpoints(self.out / "checkpoints")
         for step in store.all_steps():
-            assert store.verify(step), "with checksums"
+            assert store.verify(step), "a checkpoint has no checksums"
         for name in ("results.json", "checkpoints/best.json"):
             if (self.out / name).exists():
                 json.loads((self.out / name).read_text())
 
     def compare(self, expected: Path) -> None:
-        """The run and the one that nothing happened to."""
-        self.nothing_is_half_written()
+        """Compare with the run without faults."""
+        self.check_files()
         assert not list(self.out.rglob(".*.tmp"))
         assert not list(self.out.rglob("*.damaged"))
         assert sorted(logged(self.out, "samples")) == list(range(1, STEPS + 1))
@@ -261,11 +261,11 @@ class Campaign:
 
 
 def disk_kinds(disk: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Faults of the disk; simulated ones where file systems cannot be mounted."""
+    """Disk faults; simulated if no file system can be mounted."""
     if os.path.ismount(disk):
         return list(DISKS)
     with capsys.disabled():
-        print("\nno file system can be mounted here: full and read-only disks are simulated")
+        print("\nno file system can be mounted: full and read-only disks are simulated")
     return ["disk full, simulated", "disk read-only, simulated", "run folder gone"]
 
 
@@ -279,9 +279,9 @@ def test_a_few_faults(
     campaign.run(kinds)
 
 
-def mixed(kinds: list[str], draw: random.Random) -> list[str]:
-    """In a random order; what needs checkpoints comes last."""
-    return sorted(draw.sample(kinds, len(kinds)), key=lambda kind: kind in DAMAGE + PLACES)
+def shuffled(kinds: list[str], draw: random.Random) -> list[str]:
+    """Shuffle kinds of faults. Those that need a checkpoint come last."""
+    return sorted(draw.sample(kinds, len(kinds)), key=lambda kind: kind in DAMAGE + MOVES)
 
 
 @pytest.mark.slow
@@ -291,13 +291,16 @@ def test_fifty_faults_and_more(
 ) -> None:
     tally, draw = Tally(), random.Random(7)
     always = [*ENDS_BY_KILL, *STOPS, *GOES_ON, *disk_kinds(disk, capsys), *DAMAGE]
-    plain = [*always, "kill -9 of a loader worker", *PLACES]
+    plain = [*always, "kill -9 of a loader worker", *MOVES]
     pairs = [*RANKS, *STOPS, "kill -9 in a step", "byte flipped"]
     campaigns = [
-        *((alignment(disk / f"plain-{seed}" / "run", pictures), 1, mixed(plain, draw)) for seed in range(2)),
-        *((tokens(disk / f"sharded-{seed}" / "run"), 1, mixed(always, draw)) for seed in range(2)),
-        (alignment(disk / "ranks" / "run", pictures), 2, mixed(pairs, draw)),
-        (tokens(disk / "sharded-ranks" / "run"), 2, mixed(pairs, draw)),
+        *(
+            (alignment(disk / f"plain-{seed}" / "run", pictures), 1, shuffled(plain, draw))
+            for seed in range(2)
+        ),
+        *((tokens(disk / f"sharded-{seed}" / "run"), 1, shuffled(always, draw)) for seed in range(2)),
+        (alignment(disk / "ranks" / "run", pictures), 2, shuffled(pairs, draw)),
+        (tokens(disk / "sharded-ranks" / "run"), 2, shuffled(pairs, draw)),
     ]
     for seed, (config, ranks, kinds) in enumerate(campaigns):
         Path(config.out).parent.mkdir()

@@ -1,4 +1,4 @@
-"""A long run takes no more memory at its end than at its beginning, and its files stay small."""
+"""A long run does not use more memory at the end than at the start, and its files stay small."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def test_memory_and_files_stay_small(
             print(f"\n{task}: {facts}")
     early, _, late = facts["MiB at step"].values()
     assert late - early < 8, facts
-    assert facts["bytes"]["log.jsonl"] < 400 * (steps / 10 + steps / 1000), "some hundred bytes a line"
-    assert len(facts["checkpoints"]) <= 4, "the newest two, the best, and its mark"
+    assert facts["bytes"]["log.jsonl"] < 400 * (steps / 10 + steps / 1000), "some hundred bytes per line"
+    assert len(facts["checkpoints"]) <= 4, "the two newest, the best, and its mark"

@@ -1,4 +1,4 @@
-"""What the fuzz tests share: how many examples, what counts as an answer, and values of any kind."""
+"""Shared by the fuzz tests: number of examples, valid reactions of readers, and strategies for values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from localign.errors import UserError
 T = TypeVar("T")
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
-"""Of each test. `make test-slow` asks for more, and for others each time."""
+"""Examples per test. `make test-slow` sets more, and then they differ each time."""
 
 bounded = settings(
     max_examples=EXAMPLES,
@@ -38,8 +38,8 @@ json_values = st.recursive(
 )
 
 
-def answer(call: Callable[[], T]) -> T | None:
-    """What a reader makes of its input; None where it refuses it, in one line. Anything else is a defect."""
+def result_or_refusal(call: Callable[[], T]) -> T | None:
+    """The result of a reader; None if it refuses its input with one line. Any other error is a defect."""
     try:
         return call()
     except UserError as error:
@@ -49,8 +49,8 @@ def answer(call: Callable[[], T]) -> T | None:
     return None
 
 
-def changed(content: bytes) -> st.SearchStrategy[bytes]:
-    """A file after an accident: bytes overwritten, cut off, put in or taken out."""
+def corrupted(content: bytes) -> st.SearchStrategy[bytes]:
+    """A damaged file: bytes are overwritten, cut off, inserted or removed."""
 
     def spoil(edits: list[tuple[str, int, bytes]]) -> bytes:
         spoilt = bytearray(content)
@@ -73,5 +73,5 @@ def changed(content: bytes) -> st.SearchStrategy[bytes]:
 
 
 def finite(value: Any) -> bool:
-    """Whether a number is one."""
-    return value == value and abs(value) != float("inf")
+    """Whether a number is neither NaN nor infinite."""
+    return bool(value == value and abs(value) != float("inf"))

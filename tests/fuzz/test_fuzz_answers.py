@@ -1,4 +1,4 @@
-"""Whatever a model answers, or stands in files of answers and annotations."""
+"""Arbitrary model answers, answer files and annotation files are read or refused in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzing import answer, bounded, changed, finite, json_values
+from fuzzing import bounded, corrupted, finite, json_values, result_or_refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,7 +53,7 @@ def test_any_answer_for_a_box_as_published(text: str) -> None:
 @bounded
 @given(st.text(max_size=30) | st.sampled_from(["original", "letterboxed", "padded-square/100", "0..1000"]))
 def test_any_frame(text: str) -> None:
-    frame = answer(lambda: BoxFrame.parse(text))
+    frame = result_or_refusal(lambda: BoxFrame.parse(text))
     assert frame is None or BoxFrame.parse(str(frame)) == frame
 
 
@@ -107,7 +107,7 @@ def test_any_file_of_answers(tmp_path: Path, content: list[str], end: bytes) -> 
 @given(st.binary(max_size=60) | st.text(max_size=40).map(str.encode))
 def test_any_json_lines(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
-    answer(lambda: read_json_lines(tmp_path / "a.jsonl"))
+    result_or_refusal(lambda: read_json_lines(tmp_path / "a.jsonl"))
 
 
 plain_values = st.recursive(
@@ -132,12 +132,12 @@ _MEMO = (b"r", b"j")
 
 
 @bounded
-@given(st.binary(max_size=60) | st.sampled_from(SOME).flatmap(changed))
+@given(st.binary(max_size=60) | st.sampled_from(SOME).flatmap(corrupted))
 def test_any_pickle(tmp_path: Path, content: bytes) -> None:
     if any(mark in content for mark in _MEMO):
         return
     (tmp_path / "refs.p").write_bytes(content)
-    answer(lambda: read_pickle(tmp_path / "refs.p"))
+    result_or_refusal(lambda: read_pickle(tmp_path / "refs.p"))
 
 
 class Calling:

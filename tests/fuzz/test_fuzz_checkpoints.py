@@ -1,4 +1,4 @@
-"""Whatever stands in the files of a run folder: it is read, or refused in one line."""
+"""Arbitrary files in a run folder are read or refused in one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzing import answer, bounded, changed, json_values
+from fuzzing import bounded, corrupted, json_values, result_or_refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -24,7 +24,7 @@ from localign.errors import UserError
 
 
 def write(folder: Path) -> Checkpoints:
-    """A store with a checkpoint of step 1."""
+    """Write a checkpoint of step 1."""
     module = nn.Linear(2, 3)
     optimizer = torch.optim.AdamW(module.parameters())
     module(torch.ones(1, 2)).sum().backward()
@@ -40,7 +40,7 @@ with tempfile.TemporaryDirectory() as _folder:
 
 
 def place(folder: Path, **others: bytes) -> Checkpoints:
-    """A store whose checkpoint has these files in place of its own, by their first names."""
+    """Write a checkpoint in which some files are replaced, given by name without suffix."""
     path = folder / "step-0000001"
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
@@ -53,8 +53,10 @@ names = st.sampled_from(sorted(CONTENTS))
 
 
 @bounded
-@given(names.flatmap(lambda name: st.tuples(st.just(name), changed(CONTENTS[name]) | st.binary(max_size=64))))
-def test_a_changed_checkpoint_is_noticed(tmp_path: Path, accident: tuple[str, bytes]) -> None:
+@given(
+    names.flatmap(lambda name: st.tuples(st.just(name), corrupted(CONTENTS[name]) | st.binary(max_size=64)))
+)
+def test_a_changed_checkpoint_is_detected(tmp_path: Path, accident: tuple[str, bytes]) -> None:
     name, content = accident
     store = place(tmp_path, **{name.partition(".")[0]: content})
     if content == CONTENTS[name]:
@@ -66,33 +68,33 @@ def test_a_changed_checkpoint_is_noticed(tmp_path: Path, accident: tuple[str, by
 
 
 @bounded
-@given(changed(CONTENTS[MODEL_FILE]) | st.binary(max_size=64))
+@given(corrupted(CONTENTS[MODEL_FILE]) | st.binary(max_size=64))
 def test_tensors_without_checksums(tmp_path: Path, content: bytes) -> None:
-    store = place(tmp_path, model=content, state=b'{"step": 1}')  # as an older localign left it
-    assert answer(lambda: store.verify(1)) is False
-    answer(lambda: store.load(1))
+    store = place(tmp_path, model=content, state=b'{"step": 1}')  # as older versions wrote it
+    assert result_or_refusal(lambda: store.verify(1)) is False
+    result_or_refusal(lambda: store.load(1))
 
 
 @bounded
 @given(json_values)
 def test_any_state(tmp_path: Path, content: Any) -> None:
     store = place(tmp_path, state=json.dumps(content).encode())
-    answer(lambda: store.state(1))
-    answer(lambda: store.verify(1))
+    result_or_refusal(lambda: store.state(1))
+    result_or_refusal(lambda: store.verify(1))
 
 
 @bounded
 @given(json_values | st.dictionaries(st.sampled_from(["a", "b"]), json_values), st.text(max_size=8))
 def test_any_offsets_of_parts(tmp_path: Path, offsets: Any, text: str) -> None:
-    told = text if text else json.dumps(offsets)
+    header = text if text else json.dumps(offsets)
     tensors = {"a": torch.ones(2, 2), "b": torch.ones(())}
-    save_file(tensors, tmp_path / "shard-00000.safetensors", metadata={OFFSETS_KEY: told})
+    save_file(tensors, tmp_path / "shard-00000.safetensors", metadata={OFFSETS_KEY: header})
 
     def read() -> None:
         with reading(tmp_path):
             _Reader(tmp_path).read_metadata()
 
-    answer(read)
+    result_or_refusal(read)
 
 
 @bounded
@@ -116,12 +118,12 @@ def test_any_small_file(tmp_path: Path, content: bytes) -> None:
     for name in (CONFIG_FILE, RESULTS_FILE, BEST_FILE):
         (tmp_path / name).write_bytes(content)
     for call in (lambda: read_config(tmp_path), lambda: read_results(tmp_path), Checkpoints(tmp_path).best):
-        found = answer(call)
+        found = result_or_refusal(call)
         assert found is None or isinstance(found, dict)
 
 
 @pytest.mark.parametrize("text", ["[" * 5000, "{a: " * 5000, "a: 2021-13-45", "a: !!python/name:os.system x"])
-def test_yaml_that_is_meant_ill(tmp_path: Path, text: str) -> None:
+def test_hostile_yaml_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / CONFIG_FILE).write_text(text)
     with pytest.raises(UserError):
         read_config(tmp_path)

@@ -1,4 +1,4 @@
-"""Whatever stands in files of conversations, lists of images, class tables and weights."""
+"""Arbitrary files of conversations, image lists, class tables and weights are read or refused in one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzing import answer, bounded, changed, json_values
+from fuzzing import bounded, corrupted, json_values, result_or_refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -44,7 +44,7 @@ SOME = json.dumps(
 files = (
     records.map(lambda r: json.dumps(r).encode())
     | records.map(lambda r: "\n".join(map(json.dumps, r)).encode())
-    | changed(SOME)
+    | corrupted(SOME)
     | st.binary(max_size=40)
 )
 
@@ -54,7 +54,7 @@ files = (
 def test_any_file_of_conversations(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "records.json"
     file.write_bytes(content)
-    spans = answer(lambda: list(scan(file)))
+    spans = result_or_refusal(lambda: list(scan(file)))
     for span in spans or ():
         assert json.loads(content[span.begin : span.end]) == span.value or span.value != span.value
         try:
@@ -65,9 +65,9 @@ def test_any_file_of_conversations(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100_000, b"[" + b"9" * 10_000 + b"]"])
-def test_conversations_that_are_meant_ill(tmp_path: Path, content: bytes) -> None:
+def test_hostile_conversations_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "records.json").write_bytes(content)
-    assert answer(lambda: list(scan(tmp_path / "records.json"))) is None
+    assert result_or_refusal(lambda: list(scan(tmp_path / "records.json"))) is None
 
 
 @bounded
@@ -77,7 +77,7 @@ def test_conversations_that_are_meant_ill(tmp_path: Path, content: bytes) -> Non
 def test_any_class_table(tmp_path: Path, content: Any) -> None:
     file = tmp_path / "classes.json"
     file.write_text(json.dumps(content))
-    table = answer(lambda: class_table(file))
+    table = result_or_refusal(lambda: class_table(file))
     assert table is None or len(table.names) >= 1
 
 
@@ -85,7 +85,7 @@ def test_any_class_table(tmp_path: Path, content: Any) -> None:
 @given(st.binary(max_size=40))
 def test_any_file_for_a_class_table(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "classes.json").write_bytes(content)
-    answer(lambda: class_table(tmp_path / "classes.json"))
+    result_or_refusal(lambda: class_table(tmp_path / "classes.json"))
 
 
 cells = st.sampled_from(["a.png", "b.png", "label", "path", "dog", "cat", "", '"', ",", "\t"]) | st.text(
@@ -104,10 +104,10 @@ def test_any_list_of_images(tmp_path: Path, content: bytes, suffix: str) -> None
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     file = tmp_path / f"images{suffix}"
     file.write_bytes(content)
-    source = answer(lambda: open_source(str(file)))
+    source = result_or_refusal(lambda: open_source(str(file)))
     if source is not None:
         assert len(source) > 0
-        answer(lambda: labels_of(source, str(file)))
+        result_or_refusal(lambda: labels_of(source, str(file)))
 
 
 def torch_file() -> bytes:
@@ -121,11 +121,11 @@ TENSORS, TORCH_FILE = save({"a": torch.ones(2), "b": torch.zeros(1, 2)}), torch_
 
 @bounded
 @given(
-    st.tuples(st.just(".safetensors"), changed(TENSORS) | st.binary(max_size=40))
-    | st.tuples(st.just(".pth"), changed(TORCH_FILE) | st.binary(max_size=40))
+    st.tuples(st.just(".safetensors"), corrupted(TENSORS) | st.binary(max_size=40))
+    | st.tuples(st.just(".pth"), corrupted(TORCH_FILE) | st.binary(max_size=40))
 )
 def test_any_weights(tmp_path: Path, file: tuple[str, bytes]) -> None:
     suffix, content = file
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
-    answer(lambda: read_state_dict(path))
+    result_or_refusal(lambda: read_state_dict(path))

@@ -1,4 +1,4 @@
-"""Whatever is typed after a command, or stands in a config file: a config, or one line that says what is wrong."""
+"""Arbitrary command lines and config files give a config or one error line."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ BOMB = "\n".join(["a: &a [x, x]", *(f"{b}: &{b} [*{a}, *{a}]" for a, b in pairwi
     ],
     ids=range(12),
 )
-def test_files_that_are_meant_ill(
+def test_hostile_files_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

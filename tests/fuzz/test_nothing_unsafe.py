@@ -14,7 +14,7 @@ from localign import plainyaml
 SOURCES = sorted(Path(localign.__file__).parent.rglob("*.py"))
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle"}
 MAY_NAME_PICKLE = {"backbones/weights.py", "vlm/scoring/readers.py"}
-"""The error of torch's own safe reader; a reader that knows no classes."""
+"""One names the error of torch's safe reader, the other reads pickles without classes."""
 RUNS_CODE = {"eval", "exec", "compile", "__import__"}
 MAY_CALL_YAML_LOAD = {"plainyaml.py"}
 """With its own subclass of yaml.SafeLoader."""
@@ -28,23 +28,22 @@ def name_of(node: ast.expr) -> str:
 
 
 def given(call: ast.Call, keyword: str) -> object:
-    """The constant that a keyword argument is, None without it."""
+    """The value of a keyword argument if it is a constant, else None."""
     found = [k.value for k in call.keywords if k.arg == keyword]
     return found[0].value if found and isinstance(found[0], ast.Constant) else None
 
 
 def problems(path: Path, tree: ast.Module) -> list[str]:
-    """Calls and imports that read what could run code."""
+    """Calls and imports that could run code from a file."""
     file = path.relative_to(Path(localign.__file__).parent).as_posix()
     found = []
     for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        if {n.split(".")[0] for n in names} & PICKLES and file not in MAY_NAME_PICKLE:
-            found.append(f"{file}:{node.lineno} imports {names}")
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = (
+                [node.module or ""] if isinstance(node, ast.ImportFrom) else [n.name for n in node.names]
+            )
+            if {m.split(".")[0] for m in modules} & PICKLES and file not in MAY_NAME_PICKLE:
+                found.append(f"{file}:{node.lineno} imports {modules}")
         if not isinstance(node, ast.Call):
             continue
         name = name_of(node.func)
@@ -81,7 +80,7 @@ def test_options_are_read_by_a_safe_loader() -> None:
         plainyaml.load_options("a: !!python/name:os.system x")
 
 
-def test_what_would_be_found() -> None:
+def test_unsafe_calls_are_found() -> None:
     bad = "import pickle\ntorch.load(f)\nnp.load(f)\nyaml.load(t, L)\neval('1')\nmodel(trust_remote_code=True)\n"
     assert len(problems(SOURCES[0], ast.parse(bad))) == 6
     good = (

@@ -198,7 +198,10 @@ def distributed_context(
     starts_group = (size > 1 or sharded) and not dist.is_initialized()
     if starts_group:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        single: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+        single: dict[str, Any] = {}
+        if size == 1:
+            store = dist.HashStore()  # type: ignore[attr-defined,unused-ignore]
+            single = {"store": store, "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **single)
     try:
         yield DistributedContext(rank, size, local_rank, chosen, local_size, timeout)

@@ -211,7 +211,7 @@ class Loop:
                 with self._autocast():
                     result = self.task.step(self.model, batch)
                 # The gradient of a sum; it is divided by the weight of all ranks and micro-batches below.
-                result.loss_sum.backward()
+                torch.autograd.backward(result.loss_sum)
             sums[:2] += torch.stack([result.loss_sum.detach(), result.weight.detach()]).to(sums)
             metrics.append(result.metrics)
         sums[2] = float(self.stop.made)

@@ -84,7 +84,7 @@ def read_run(folder: Path) -> Run:
         if not isinstance(results, dict):
             raise UserError(f"{folder / RESULTS_FILE} was not written by localign")
     elif (folder / CONFIG_FILE).is_file():
-        results = read_config(folder)
+        results = dict(read_config(folder))
         missing.append(f"{RESULTS_FILE}: the run has not finished, or it failed")
     else:
         raise UserError(f"{folder} is no run folder: it has neither {RESULTS_FILE} nor {CONFIG_FILE}")

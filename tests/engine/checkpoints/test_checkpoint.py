@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, whenever the process dies."""
+"""Checkpoints are complete or absent, even if the process dies while saving."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import run, run_until, same_bits, tiny
+from safetensors.torch import save_file
 from torch import nn
 
+from localign import files
 from localign.engine.checkpoints import replicated as checkpoints_module
 from localign.engine.checkpoints.replicated import (
     Checkpoints,
@@ -31,7 +33,7 @@ def small() -> tuple[nn.Module, torch.optim.AdamW]:
 
 
 class Killed(BaseException):
-    """Not an Exception, so that nothing handles it by mistake."""
+    """Not an Exception, so that no handler catches it."""
 
 
 @pytest.mark.parametrize("file", [1, 2, 3])
@@ -42,9 +44,8 @@ def test_a_death_while_saving_leaves_the_previous_checkpoint(
     store = Checkpoints(tmp_path)
     store.save(1, module, optimizer, {"x": 1}, ema=module)
     written: list[Path] = []
-    save_file = checkpoints_module.save_file
 
-    def dying(tensors: object, path: Path) -> None:
+    def dying(tensors: dict[str, torch.Tensor], path: Path) -> None:
         written.append(path)
         if len(written) == file:
             path.write_bytes(b"half")
@@ -69,15 +70,13 @@ def test_a_death_before_the_rename_leaves_the_previous_checkpoint(
     def dying(*_: object) -> None:
         raise Killed
 
-    monkeypatch.setattr(
-        *((os, "replace") if call == "replace" else (__import__("localign.files").files, call)), dying
-    )
+    monkeypatch.setattr(os if call == "replace" else files, call, dying)
     with pytest.raises(Killed):
         store.save(2, module, optimizer, {})
     assert store.steps() == [1]
 
 
-def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_only_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     module, optimizer = small()
     store = Checkpoints(tmp_path / "checkpoints")
     store.save(1, module, optimizer, {})
@@ -92,7 +91,7 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Pa
     assert store.load(1).step == 1
 
 
-def test_a_run_clears_leftovers_when_it_continues(tmp_path: Path, images: Path) -> None:
+def test_a_resumed_run_removes_leftovers(tmp_path: Path, images: Path) -> None:
     config = tiny(tmp_path, images)
     run_until(config, 3)
     half = tmp_path / "checkpoints" / ".step-0000004.4711.tmp"
@@ -118,22 +117,22 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 def test_a_step_is_not_written_twice(
     tmp_path: Path, images: Path, val: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # To replace a checkpoint means a moment without it; with one kept, that would be a moment without any.
+    # Replacing a checkpoint leaves a moment without it, and if only one is kept, a moment without any.
     saved: list[int] = []
     save = Checkpoints.save
 
-    def noting(self: Checkpoints, step: int, *args: object) -> Path:
+    def recording(self: Checkpoints, step: int, *args: object) -> Path:
         assert not self.path(step).exists()
         saved.append(step)
         return save(self, step, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Checkpoints, "save", noting)
+    monkeypatch.setattr(Checkpoints, "save", recording)
     run(tiny(tmp_path, images, steps=6, val=str(val), val_every=1, keep_checkpoints=1))
     assert len(saved) == len(set(saved))
     assert saved[-1] == 6
 
 
-def test_a_death_between_saving_and_marking_the_best_is_made_good(
+def test_a_death_between_saving_and_marking_the_best_is_repaired(
     tmp_path: Path, images: Path, val: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(tmp_path, images, steps=4, val=str(val), val_every=2)
@@ -152,7 +151,7 @@ def test_a_death_between_saving_and_marking_the_best_is_made_good(
     assert best["step"] == 2
 
 
-def test_optimizer_state_goes_by_name(tmp_path: Path) -> None:
+def test_optimizer_state_is_stored_by_parameter_name(tmp_path: Path) -> None:
     module, optimizer = small()
     tensors = optimizer_tensors(module, optimizer)
     assert {k for k in tensors if k.endswith("0.weight")} == {
@@ -175,13 +174,13 @@ def test_optimizer_state_goes_by_name(tmp_path: Path) -> None:
         load_optimizer_tensors(other, fresh, {**tensors, "exp_avg.7.weight": torch.ones(1)}, "x")
 
 
-def test_loading_gives_copies_of_the_file(tmp_path: Path) -> None:
+def test_loaded_tensors_are_copies_of_the_file(tmp_path: Path) -> None:
     module, optimizer = small()
     store = Checkpoints(tmp_path)
     store.save(1, module, optimizer, {})
     other, fresh = small()
-    loaded = store.load(1)
-    load_optimizer_tensors(other, fresh, loaded.optimizer, "x")
+    content = store.load(1)
+    load_optimizer_tensors(other, fresh, content.optimizer, "x")
     fresh.state[other[0].weight]["exp_avg"].fill_(7)  # type: ignore[index]
     assert same_bits(store.load(1).optimizer, optimizer_tensors(module, optimizer))
 

@@ -1,4 +1,4 @@
-"""A damaged checkpoint is named, set aside, and the one before is used."""
+"""A damaged checkpoint is reported and set aside, and the previous one is used."""
 
 from __future__ import annotations
 
@@ -36,13 +36,18 @@ def add(file: Path) -> None:
     (file.parent / "shard-00007.safetensors").write_bytes(b"")
 
 
-DAMAGE = {"flip": flip, "truncate": truncate, "remove": Path.unlink, "add": add}
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "flip": flip,
+    "truncate": truncate,
+    "remove": Path.unlink,
+    "add": add,
+}
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json")
 
 
 @pytest.fixture
 def stopped(tmp_path: Path, images: Path) -> AlignConfig:
-    """A run with checkpoints at 2, 4 and 6, as one finds it."""
+    """A run with checkpoints of steps 2, 4 and 6."""
     config = tiny(tmp_path / "run", images, keep_checkpoints=3, ema_decay=0.9)
     run_until(config, 7)
     return replace(config, resume="must")
@@ -54,11 +59,11 @@ def checkpoint(config: AlignConfig, step: int) -> Path:
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("how", DAMAGE)
-def test_the_one_before_is_used(
+def test_the_previous_checkpoint_is_used(
     stopped: AlignConfig, images: Path, capsys: pytest.CaptureFixture[str], file: str, how: str
 ) -> None:
     DAMAGE[how](checkpoint(stopped, 6) / file)
-    run_until(stopped, 5)  # had it begun at step 6, it would not be stopped before step 5
+    run_until(stopped, 5)  # a run resumed at step 6 would not stop before step 5
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert f"{checkpoint(stopped, 6)} is damaged: " in lines[0]
@@ -67,20 +72,20 @@ def test_the_one_before_is_used(
     assert lines[1] == "resuming from the previous checkpoint: step 4"
 
 
-def test_what_comes_out_is_the_run_that_was_never_damaged(stopped: AlignConfig, tmp_path: Path) -> None:
+def test_the_run_equals_an_undamaged_run(stopped: AlignConfig, tmp_path: Path) -> None:
     flip(checkpoint(stopped, 6) / "model.safetensors")
     truncate(checkpoint(stopped, 4) / "optimizer.safetensors")
     run(stopped)
-    run(replace(stopped, out=str(tmp_path / "whole"), resume="never"))
+    run(replace(stopped, out=str(tmp_path / "undamaged"), resume="never"))
     for file in ("model", "optimizer", "ema"):
-        assert same_bits(*(weights(tmp_path / p, STEPS, f"{file}.safetensors") for p in ("run", "whole")))
+        assert same_bits(*(weights(tmp_path / p, STEPS, f"{file}.safetensors") for p in ("run", "undamaged")))
     for field in ("samples", "loss"):
-        assert logged(tmp_path / "run", field) == logged(tmp_path / "whole", field)
+        assert logged(tmp_path / "run", field) == logged(tmp_path / "undamaged", field)
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == ["step-0000004", "step-0000006", "step-0000008"], "what was set aside goes in the end"
+    assert names == ["step-0000004", "step-0000006", "step-0000008"], "damaged ones are deleted later"
 
 
-def test_a_good_checkpoint_is_not_given_up_for_damaged_ones(stopped: AlignConfig) -> None:
+def test_an_intact_checkpoint_is_not_deleted_because_of_damaged_ones(stopped: AlignConfig) -> None:
     flip(checkpoint(stopped, 6) / "model.safetensors")
     flip(checkpoint(stopped, 4) / "model.safetensors")
     run_until(replace(stopped, keep_checkpoints=1, checkpoint_every=1), 4)
@@ -88,17 +93,17 @@ def test_a_good_checkpoint_is_not_given_up_for_damaged_ones(stopped: AlignConfig
 
 
 @pytest.mark.parametrize("resume", ["must", "auto"])
-def test_without_a_whole_one_nothing_is_begun_anew(stopped: AlignConfig, resume: Any) -> None:
+def test_a_run_does_not_start_again_if_all_checkpoints_are_damaged(stopped: AlignConfig, resume: Any) -> None:
     for step in (2, 4, 6):
         flip(checkpoint(stopped, step) / "model.safetensors")
     with pytest.raises(UserError, match=r"step-0000006 is damaged: .*; so are the 2 before it") as caught:
         run(replace(stopped, resume=resume))
     assert "\n" not in str(caught.value)
-    assert checkpoint(stopped, 6).is_dir(), "nothing was touched"
+    assert checkpoint(stopped, 6).is_dir(), "nothing was changed"
     assert last_step(Path(stopped.out)) == 7
 
 
-def test_checkpoints_of_before_there_were_checksums(
+def test_checkpoints_without_checksums_are_used(
     stopped: AlignConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = checkpoint(stopped, 6) / "state.json"
@@ -110,7 +115,7 @@ def test_checkpoints_of_before_there_were_checksums(
 
 
 @pytest.mark.parametrize("field", ["files", "checksum"])
-def test_one_of_the_two_is_not_enough(stopped: AlignConfig, field: str) -> None:
+def test_a_checkpoint_with_only_one_kind_of_checksum_is_damaged(stopped: AlignConfig, field: str) -> None:
     file = checkpoint(stopped, 6) / "state.json"
     state = json.loads(file.read_text())
     del state[field]
@@ -119,17 +124,19 @@ def test_one_of_the_two_is_not_enough(stopped: AlignConfig, field: str) -> None:
         Checkpoints(Path(stopped.out) / "checkpoints").verify(6)
 
 
-def test_a_state_that_lacks_something_is_refused(stopped: AlignConfig) -> None:
+def test_a_state_with_missing_fields_is_refused(stopped: AlignConfig) -> None:
     (checkpoint(stopped, 6) / "state.json").write_text('{"step": 6, "task": {}}')
     with pytest.raises(UserError, match="step-0000006 lacks: bad_images, best, digest"):
         run(stopped)
 
 
-def test_a_mark_of_the_best_that_is_damaged_goes(tmp_path: Path, images: Path, val: Path) -> None:
+def test_the_mark_of_a_damaged_best_checkpoint_is_deleted(tmp_path: Path, images: Path, val: Path) -> None:
     config = tiny(tmp_path, images, val=str(val), val_every=4, keep_checkpoints=3)
     run_until(config, 5)
     store = Checkpoints(tmp_path / "checkpoints")
-    assert (store.best() or {})["step"] == 4
+    best = store.best()
+    assert best is not None
+    assert best["step"] == 4
     flip(store.path(4) / "model.safetensors")
     run_until(replace(config, resume="must"), 3)
     assert store.best() is None
@@ -147,7 +154,7 @@ def raising(number: int) -> Callable[..., None]:
     ("owner", "name"),
     [(checkpoints, "save_file"), (JsonLines, "write"), (Path, "mkdir"), (os, "fsync")],
 )
-def test_what_cannot_be_written_ends_the_run_with_one_line(
+def test_write_errors_end_the_run_with_one_line(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int
 ) -> None:
     config = tiny(tmp_path / "run", images)
@@ -163,7 +170,7 @@ def test_what_cannot_be_written_ends_the_run_with_one_line(
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
-def test_the_line_says_how_to_go_on(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_says_how_to_resume(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(tmp_path / "run", images)
     run_until(config, 3)
     monkeypatch.setattr(checkpoints, "save_file", raising(errno.ENOSPC))
@@ -173,19 +180,18 @@ def test_the_line_says_how_to_go_on(tmp_path: Path, images: Path, monkeypatch: p
         run(replace(config, out=str(tmp_path / "other")))
 
 
-def test_a_folder_that_is_gone_does_not_come_back(tmp_path: Path, images: Path) -> None:
+def test_a_deleted_run_folder_is_not_created_again(tmp_path: Path, images: Path) -> None:
     config = tiny(tmp_path / "run", images)
-
     run_until(config, 3)
     write = JsonLines.write
 
-    def stealing(self: JsonLines, entry: dict[str, Any]) -> None:
+    def moving(self: JsonLines, entry: dict[str, Any]) -> None:
         write(self, entry)
         if entry["step"] == 5:
             (tmp_path / "run").rename(tmp_path / "elsewhere")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JsonLines, "write", stealing)
+        patch.setattr(JsonLines, "write", moving)
         with pytest.raises(RunFailure, match=r"cannot write .*run: the run folder is gone"):
             run(replace(config, resume="must"))
     assert not (tmp_path / "run").exists()
@@ -194,7 +200,7 @@ def test_a_folder_that_is_gone_does_not_come_back(tmp_path: Path, images: Path) 
     assert sorted(logged(tmp_path / "run", "samples")) == list(range(1, STEPS + 1))
 
 
-def test_an_out_that_cannot_be_made(tmp_path: Path, images: Path) -> None:
+def test_an_out_that_cannot_be_created_ends_the_run(tmp_path: Path, images: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFailure, match=r"cannot write .*Not a directory") as caught:
         run(tiny(tmp_path / "file" / "run", images))

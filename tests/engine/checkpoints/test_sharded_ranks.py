@@ -1,4 +1,4 @@
-"""What a sharded run computes depends neither on its ranks nor on when it is killed."""
+"""Results of a sharded run depend neither on its number of ranks nor on kills."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sharded_runs
 import torch
-from engine_runs import furthest, kill_all, last_step, logged, start
+from engine_runs import kill_all, last_step, logged, max_difference, start
 from safetensors.torch import load_file
 from sharded_runs import TokenModel, part, run, run_until, token
 from torch import Tensor
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 
 def run_ranks(ranks: int, *parts: dict[str, Any], fails: bool = False) -> str:
-    """Do runs in processes of their own, one after another; returns the output."""
+    """Do runs one after another in new processes. Returns the output."""
     process = start(ranks, sharded_runs.__file__, json.dumps(parts))
     try:
         output = process.communicate(timeout=400)[0].decode()
@@ -42,62 +42,62 @@ def exported(folder: Path) -> dict[str, Tensor]:
 
 
 def equal(a: Path, b: Path) -> None:
-    """Exports, losses and gradient norms agree within the tolerance, samples entirely."""
+    """Exports, losses and gradient norms agree within the tolerance, samples exactly."""
     assert logged(a, "samples") == logged(b, "samples")
     assert sorted(logged(a, "samples")) == list(range(1, STEPS + 1))
-    assert furthest(exported(a), exported(b)) < TOLERANCE
+    assert max_difference(exported(a), exported(b)) < TOLERANCE
     for field in ("loss", "grad_norm"):
         assert logged(a, field) == pytest.approx(logged(b, field), rel=1e-4), field
     assert logged(a, "val_loss")[STEPS] == pytest.approx(logged(b, "val_loss")[STEPS], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that is not sharded, on one rank, uninterrupted."""
+def unsharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted, unsharded run on one rank."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("whole") / "run"
+    out = tmp_path_factory.mktemp("unsharded") / "run"
     run(token(out, sharding="none"))
     torch.set_num_threads(before)
     return out
 
 
-def test_two_ranks_equal_one(tmp_path: Path, whole: Path) -> None:
-    # One launch for all, as starting processes takes longest.
+def test_two_ranks_equal_one(tmp_path: Path, unsharded: Path) -> None:
+    # One launch for all runs, because starting processes takes longest.
     sharded = token(tmp_path / "sharded")
     accumulated = token(tmp_path / "accumulated", micro_batch=1, val_every=3, grad_checkpointing=True)
-    lone = token(tmp_path / "lone", micro_batch=2)
-    halves = token(tmp_path / "halves", precision="bf16", reduce_dtype="bf16")
-    weightless = token(tmp_path / "weightless", weight_decay=0.5, ema_decay=None, lr=1e-2, steps=4)
+    halved = token(tmp_path / "halved", micro_batch=2)
+    in_bf16 = token(tmp_path / "in_bf16", precision="bf16", reduce_dtype="bf16")
+    zero_loss = token(tmp_path / "zero_loss", weight_decay=0.5, ema_decay=None, lr=1e-2, steps=4)
     undecayed = token(tmp_path / "undecayed", weight_decay=0.0)
     poisoned = token(tmp_path / "poisoned")
-    hollow = token(tmp_path / "hollow", val_every=3)
+    meta_device = token(tmp_path / "meta_device", val_every=3)
     run_ranks(
-        2, part(sharded), part(accumulated), part(lone), part(halves), part(weightless, weightless=True),
-        part(undecayed), part(poisoned, poison=3), part(hollow, hollow=True),
+        2, part(sharded), part(accumulated), part(halved), part(in_bf16), part(zero_loss, zero_loss=True),
+        part(undecayed), part(poisoned, poison=3), part(meta_device, meta_device=True),
     )  # fmt: skip
-    for name in ("sharded", "accumulated", "lone", "hollow"):
-        equal(tmp_path / name, whole)
+    for name in ("sharded", "accumulated", "halved", "meta_device"):
+        equal(tmp_path / name, unsharded)
 
-    # bfloat16 computes to about three digits; the weights that are trained stay float32.
-    assert logged(tmp_path / "halves", "loss") == pytest.approx(logged(whole, "loss"), rel=3e-2)
-    assert 1e-6 < furthest(exported(tmp_path / "halves"), exported(whole)) < 8e-2
-    assert all(t.dtype == torch.float32 for t in exported(tmp_path / "halves").values())
+    # bfloat16 has about three digits. Trained weights stay float32.
+    assert logged(tmp_path / "in_bf16", "loss") == pytest.approx(logged(unsharded, "loss"), rel=3e-2)
+    assert 1e-6 < max_difference(exported(tmp_path / "in_bf16"), exported(unsharded)) < 8e-2
+    assert all(t.dtype == torch.float32 for t in exported(tmp_path / "in_bf16").values())
 
-    # A loss of zero leaves AdamW nothing but its decay.
-    before = {n: t for n, t in sharded_runs.TokenTask(weightless).module.state_dict().items()}
-    rates = logged(tmp_path / "weightless", "lr").values()
-    left = torch.tensor([1 - rate * 0.5 for rate in rates]).prod()
-    for name, after in exported(tmp_path / "weightless").items():
+    # With a loss of zero, AdamW only decays weights.
+    before = {n: t for n, t in sharded_runs.TokenTask(zero_loss).module.state_dict().items()}
+    rates = logged(tmp_path / "zero_loss", "lr").values()
+    decay = torch.tensor([1 - rate * 0.5 for rate in rates]).prod()
+    for name, after in exported(tmp_path / "zero_loss").items():
         frozen = name.startswith(("tower.", "blocks.1."))
         decayed = before[name].ndim > 1 and not frozen
-        assert torch.allclose(after, before[name] * (left if decayed else 1), rtol=1e-6), name
-    assert left < 0.99
-    assert furthest(exported(tmp_path / "undecayed"), exported(whole)) > 100 * TOLERANCE
+        assert torch.allclose(after, before[name] * (decay if decayed else 1), rtol=1e-6), name
+    assert decay < 0.99
+    assert max_difference(exported(tmp_path / "undecayed"), exported(unsharded)) > 100 * TOLERANCE
 
     results = json.loads((tmp_path / "poisoned" / "results.json").read_text())
     assert results["skipped_steps"] == [4]
-    assert len(list((tmp_path / "poisoned" / "nonfinite").iterdir())) == 2, "both ranks keep their batches"
+    assert len(list((tmp_path / "poisoned" / "nonfinite").iterdir())) == 2, "both ranks save their batches"
 
     folder = Checkpoints(tmp_path / "sharded" / "checkpoints").path(STEPS)
     sizes = [sum(t.numel() for t in load_file(f).values()) for f in sorted(folder.glob("*.safetensors"))]
@@ -105,25 +105,25 @@ def test_two_ranks_equal_one(tmp_path: Path, whole: Path) -> None:
     assert max(sizes) < 0.6 * sum(sizes)
 
 
-def test_a_run_moves_from_two_ranks_to_one_and_back(tmp_path: Path, whole: Path) -> None:
+def test_a_run_moves_from_two_ranks_to_one_and_back(tmp_path: Path, unsharded: Path) -> None:
     config = token(tmp_path, keep_checkpoints=1)
     run_ranks(2, part(config, stop_before=3))
     assert Checkpoints(tmp_path / "checkpoints").steps() == [2]
     run_until(replace(config, resume="must"), 5)
     assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 4
-    run_ranks(2, part(replace(config, resume="must"), hollow=True))
-    equal(tmp_path, whole)
+    run_ranks(2, part(replace(config, resume="must"), meta_device=True))
+    equal(tmp_path, unsharded)
 
 
-def test_nodes_that_repeat_one_another(tmp_path: Path, whole: Path) -> None:
+def test_nodes_as_replicas(tmp_path: Path, unsharded: Path) -> None:
     config = token(tmp_path, sharding="hybrid", micro_batch=1)
     continued = replace(config, resume="must")
-    run_ranks(4, part(config, local_size=2, hollow=True, stop_before=5), part(continued, local_size=2))
-    equal(tmp_path, whole)
+    run_ranks(4, part(config, local_size=2, meta_device=True, stop_before=5), part(continued, local_size=2))
+    equal(tmp_path, unsharded)
     folder = Checkpoints(tmp_path / "checkpoints").path(STEPS)
     held = [load_file(f).keys() for f in sorted(folder.glob("*.safetensors"))]
     assert sum("model.embedding.weight" in names for names in held) == 2, (
-        "a part is written by one of its holders"
+        "only one of its holders writes a part"
     )
 
 
@@ -131,34 +131,34 @@ def test_nodes_that_repeat_one_another(tmp_path: Path, whole: Path) -> None:
     ("death", "ranks"),
     [({"die_writing": [4, 1]}, 2), ({"die_writing": [4, 0]}, 1), ({"die_publishing": 4}, 1)],
 )
-def test_a_death_within_a_checkpoint_leaves_the_one_before(
-    tmp_path: Path, whole: Path, death: dict[str, Any], ranks: int
+def test_a_death_during_a_checkpoint_leaves_the_previous_one(
+    tmp_path: Path, unsharded: Path, death: dict[str, Any], ranks: int
 ) -> None:
     config = token(tmp_path, keep_checkpoints=1)
     run_ranks(2, part(config, **death), fails=True)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [2]
-    assert list((tmp_path / "checkpoints").glob(".*.tmp")), "it was on its way"
+    assert list((tmp_path / "checkpoints").glob(".*.tmp")), "the checkpoint was being written"
     resumed = replace(config, resume="must")
     if ranks == 1:
         run(resumed)
     else:
         run_ranks(2, part(resumed))
     assert not list(tmp_path.rglob(".*.tmp"))
-    equal(tmp_path, whole)
+    equal(tmp_path, unsharded)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds a run's processes through /proc")
-def test_three_kills_at_any_instant(tmp_path: Path, whole: Path) -> None:
+def test_three_kills_at_random_times(tmp_path: Path, unsharded: Path) -> None:
     config = token(tmp_path, resume="auto", checkpoint_every=1)
     draw = random.Random(5)
     for ranks in (2, 1, 2):
         _kill_during(ranks, config, draw)
     run_ranks(2, part(config))
-    equal(tmp_path, whole)
+    equal(tmp_path, unsharded)
 
 
 def _kill_during(ranks: int, config: TrainConfig, draw: random.Random) -> None:
-    """Start or continue a run, and kill it at a random instant once it has taken a step."""
+    """Start or resume a run and kill it at a random time after it has taken a step."""
     out = Path(config.out)
     began = last_step(out)
     events = {"sleep": 0.3, "slow_writing": 0.2}
@@ -173,6 +173,6 @@ def _kill_during(ranks: int, config: TrainConfig, draw: random.Random) -> None:
     assert last_step(out) < STEPS
 
 
-def test_the_tests_have_parameters_that_do_not_divide() -> None:
+def test_the_model_has_parameters_that_do_not_divide() -> None:
     assert any(p.shape[0] % 2 for p in TokenModel().parameters())
     assert any(p.shape[0] < 2 for p in TokenModel().parameters())

@@ -1,8 +1,9 @@
-"""What the loop sets for a CPU holds while it runs, changes no result, and is undone afterwards."""
+"""CPU settings hold during a run, do not change results, and are undone afterwards."""
 
 from __future__ import annotations
 
 import ctypes
+import platform
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from localign.engine.hardware.cpu import fast_float32_matmul, keep_freed_memory
 
 CPU = torch.device("cpu")
 STEPS = 8
-glibc = pytest.mark.skipif(cpu._glibc() is None, reason="of the GNU C library")
+glibc = pytest.mark.skipif(cpu._glibc() is None, reason="needs glibc")
 
 
 def resident() -> int:
@@ -27,18 +28,18 @@ def resident() -> int:
 
 @glibc
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads memory from /proc")
-def test_a_freed_block_stays_until_the_end() -> None:
+def test_freed_memory_stays_with_the_process_until_the_end() -> None:
     size = 256 << 20
     with keep_freed_memory(CPU):
         block = torch.ones(size // 4)
-        taken = resident()
+        before = resident()
         del block
-        assert taken - resident() < size // 8
-    assert taken - resident() > size // 2
+        assert before - resident() < size // 8
+    assert before - resident() > size // 2
 
 
-class Recorded:
-    """Stands for the C library."""
+class FakeLibc:
+    """A C library that records calls."""
 
     def __init__(self, works: bool) -> None:
         self.works, self.calls = works, list[tuple[str, int]]()
@@ -52,8 +53,8 @@ class Recorded:
         return 1
 
 
-def test_only_a_cpu_with_glibc_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = Recorded(works=True)
+def test_only_a_cpu_with_glibc_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = FakeLibc(works=True)
     monkeypatch.setattr(cpu, "_glibc", lambda: library)
     with keep_freed_memory(torch.device("cuda")):
         assert library.calls == []
@@ -65,17 +66,17 @@ def test_only_a_cpu_with_glibc_is_touched(monkeypatch: pytest.MonkeyPatch) -> No
         pass
 
 
-def test_a_library_that_refuses_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = Recorded(works=False)
+def test_a_library_that_refuses_is_not_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = FakeLibc(works=False)
     monkeypatch.setattr(cpu, "_glibc", lambda: library)
     with keep_freed_memory(CPU):
         pass
     assert len(library.calls) == 1
 
 
-def test_other_c_libraries_are_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu.platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("opened"))
+def test_other_c_libraries_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("loaded"))
     assert cpu._glibc() is None
 
 
@@ -83,7 +84,7 @@ def test_other_c_libraries_are_not_opened(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def precision() -> str:
-    return torch.backends.mkldnn.matmul.fp32_precision
+    return str(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
 
 
 def gradients(scale: float) -> list[Tensor]:
@@ -94,7 +95,7 @@ def gradients(scale: float) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
 
 
-def test_products_are_as_exact_and_the_setting_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_exact_and_the_setting_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = precision()
     exact = gradients(1.0)
     monkeypatch.setattr(cpu, "_mkl_is_slow", lambda: True)
@@ -104,7 +105,7 @@ def test_products_are_as_exact_and_the_setting_is_undone(monkeypatch: pytest.Mon
     assert precision() == before
 
 
-def test_a_processor_that_rounds_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_that_rounds_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     before = precision()
     monkeypatch.setattr(cpu, "_mkl_is_slow", lambda: True)
     monkeypatch.setattr(cpu, "_rounds", lambda: True)
@@ -112,7 +113,7 @@ def test_a_processor_that_rounds_is_left_as_it_was(monkeypatch: pytest.MonkeyPat
         assert precision() == before
 
 
-def test_rounding_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cpu._rounds()
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: bmm(a.bfloat16(), b.bfloat16()).float())
@@ -120,13 +121,13 @@ def test_rounding_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "capability", "slow"),
+    ("vendor", "capability", "slow"),
     [("AuthenticAMD", "AVX512", True), ("GenuineIntel", "AVX512", False), ("AuthenticAMD", "AVX2", False)],
 )
-def test_the_choice_is_by_the_make(
-    make: str, capability: str, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_vendor_decides(
+    vendor: str, capability: str, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cpuinfo").write_text(f"vendor_id : {make}\n")
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : {vendor}\n")
     monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
@@ -136,7 +137,7 @@ def test_the_choice_is_by_the_make(
         assert precision() != "bf16"
 
 
-def test_a_run_is_the_same_without_either(
+def test_a_run_without_both_settings_is_the_same(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "_mkl_is_slow", lambda: True)

@@ -1,4 +1,4 @@
-"""`--micro-batch auto`: what is found fits, and changes nothing but how often a step goes forward and backward."""
+"""`--micro-batch auto`: the size that is found fits, and results do not depend on it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 from engine_runs import (
     TINY_VIT,
-    Meddled,
-    furthest,
+    DisturbedAlignment,
     launch,
     logged,
+    max_difference,
     run,
     run_ranks,
     run_until,
@@ -33,20 +33,20 @@ from localign.errors import UserError
 
 STEPS = 8
 EPS = 1e-5
-"""As in the tests of ranks: above what sums are rounded by."""
+"""Larger than the rounding of sums, as in test_ranks.py."""
 
 DROPPING = {**TINY_VIT, "proj_drop_rate": 0.1}
 
 pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="a CPU's memory is measured on Linux"
+    not Path("/proc/self/clear_refs").exists(), reason="main memory is measured on Linux only"
 )
 
 
-class Sized(Meddled):
-    """An alignment that writes down what it is given before the first step."""
+class SizeRecorder(DisturbedAlignment):
+    """An alignment that records the size of every micro-batch, also during the search."""
 
-    def __init__(self, config: AlignConfig, **meddling: Any) -> None:
-        super().__init__(config, **meddling)
+    def __init__(self, config: AlignConfig, **disturbances: Any) -> None:
+        super().__init__(config, **disturbances)
         self.sizes: list[int] = []
 
     def step(self, model: nn.Module, batch: Batch) -> StepResult:
@@ -54,8 +54,8 @@ class Sized(Meddled):
         return super().step(model, batch)
 
 
-def sizes_of(config: AlignConfig, **meddling: Any) -> list[int]:
-    task = Sized(config, **meddling)
+def sizes_of(config: AlignConfig, **disturbances: Any) -> list[int]:
+    task = SizeRecorder(config, **disturbances)
     train(task, config, "align")
     return task.sizes
 
@@ -64,7 +64,7 @@ def sizes_of(config: AlignConfig, **meddling: Any) -> list[int]:
     ("batch_size", "room", "found"),
     [(8, 8, 8), (8, 7, 4), (8, 3, 2), (8, 1, 1), (12, 5, 4), (12, 11, 6), (7, 6, 1)],
 )
-def test_the_largest_that_fits_and_divides(
+def test_the_largest_size_that_fits_and_divides_is_found(
     tmp_path: Path, images: Path, batch_size: int, room: int, found: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny(tmp_path, images, micro_batch="auto", batch_size=batch_size, steps=3)
@@ -76,7 +76,7 @@ def test_the_largest_that_fits_and_divides(
     assert f"micro-batch: {found} of the {batch_size} samples per rank and step" in capsys.readouterr().err
 
 
-def test_the_search_leaves_no_trace_in_the_run(tmp_path: Path, images: Path, val: Path) -> None:
+def test_the_search_does_not_change_the_run(tmp_path: Path, images: Path, val: Path) -> None:
     values: dict[str, Any] = {"val": str(val), "val_every": 3, "ema_decay": 0.9, "model_kwargs": DROPPING}
     run(tiny(tmp_path / "given", images, micro_batch=2, **values))
     run(tiny(tmp_path / "found", images, micro_batch="auto", **values), room=(2,))
@@ -87,8 +87,8 @@ def test_the_search_leaves_no_trace_in_the_run(tmp_path: Path, images: Path, val
         assert same_bits(a, b), file
 
 
-def test_a_continued_run_looks_again_and_comes_to_the_same(tmp_path: Path, images: Path) -> None:
-    run(tiny(tmp_path / "whole", images, eps=EPS))
+def test_a_resumed_run_searches_again_and_gets_the_same_weights(tmp_path: Path, images: Path) -> None:
+    run(tiny(tmp_path / "full", images, eps=EPS))
     config = tiny(tmp_path / "run", images, eps=EPS, micro_batch="auto")
     with pytest.raises(UserError, match="not even a micro-batch of 1 fits"):
         run(config, room=(0,))
@@ -96,21 +96,21 @@ def test_a_continued_run_looks_again_and_comes_to_the_same(tmp_path: Path, image
     run_until(resumed, 5, room=(4,))
     run(resumed, room=(2,))
     assert logged(tmp_path / "run", "micro_batch") == {0: 4, 4: 2}
-    assert logged(tmp_path / "run", "samples") == logged(tmp_path / "whole", "samples")
-    assert furthest(weights(tmp_path / "run", STEPS), weights(tmp_path / "whole", STEPS)) < 1e-5
+    assert logged(tmp_path / "run", "samples") == logged(tmp_path / "full", "samples")
+    assert max_difference(weights(tmp_path / "run", STEPS), weights(tmp_path / "full", STEPS)) < 1e-5
 
 
-def test_pairs_that_are_mixed_stay_together(tmp_path: Path, images: Path) -> None:
+def test_mixed_pairs_stay_in_one_micro_batch(tmp_path: Path, images: Path) -> None:
     config = tiny(tmp_path, images, micro_batch="auto", mixup=0.5, steps=3, batch_size=12)
     assert set(sizes_of(config, room=(5,))) == {2, 4, 6}
 
 
-class Growing:
-    """Stands for a meter: a rank's memory grows with samples, and there is so much of it."""
+class FakeMeter:
+    """A meter with 100 bytes of memory, of which use grows linearly with samples."""
 
     budget = 100
 
-    def __init__(self, task: Sized, least: int, growth: int) -> None:
+    def __init__(self, task: SizeRecorder, least: int, growth: int) -> None:
         self.task, self.least, self.growth = task, least, growth
 
     def restart(self) -> None: ...
@@ -123,12 +123,12 @@ class Growing:
     ("growth", "found", "tried"),
     [(1, 16, [1, 2, 4, 8, 16]), (7, 8, [1, 2, 4, 8]), (40, 1, [1, 2]), (70, 0, [1])],
 )
-def test_a_cpu_never_tries_what_will_not_fit(
+def test_a_cpu_never_tries_a_size_that_will_not_fit(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, growth: int, found: int, tried: list[int]
 ) -> None:
     config = tiny(tmp_path, images, micro_batch="auto", batch_size=16, steps=3)
-    task = Sized(config)
-    monkeypatch.setattr(microbatch, "meter", lambda here: Growing(task, 40, growth))
+    task = SizeRecorder(config)
+    monkeypatch.setattr(microbatch, "meter", lambda context: FakeMeter(task, 40, growth))
     if found:
         train(task, config, "align")
         assert read_results(tmp_path)["micro_batch"] == found
@@ -139,17 +139,17 @@ def test_a_cpu_never_tries_what_will_not_fit(
     assert sorted(set(in_search)) == tried
 
 
-def test_what_a_process_takes_is_measured() -> None:
-    gauge = memory.ProcessMeter(1)
-    assert 0 < gauge.budget - memory._status("VmRSS") <= available()
-    gauge.restart()
-    before = gauge.peak()
-    taken = torch.ones(32 << 18)  # 32 MiB
-    assert 30 << 20 < gauge.peak() - before < 40 << 20
-    del taken
-    gauge.restart()
-    assert gauge.peak() - before < 8 << 20
-    assert memory.ProcessMeter(4).budget < gauge.budget
+def test_resident_memory_is_measured() -> None:
+    memory_meter = memory.ProcessMeter(1)
+    assert 0 < memory_meter.budget - memory._status("VmRSS") <= available()
+    memory_meter.restart()
+    before = memory_meter.peak()
+    block = torch.ones(32 << 18)  # 32 MiB
+    assert 30 << 20 < memory_meter.peak() - before < 40 << 20
+    del block
+    memory_meter.restart()
+    assert memory_meter.peak() - before < 8 << 20
+    assert memory.ProcessMeter(4).budget < memory_meter.budget
 
 
 def test_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,17 +189,17 @@ def test_memory_that_cannot_be_measured_is_refused(
 
 
 @pytest.mark.slow
-def test_ranks_agree_on_what_fits_on_all(tmp_path: Path, images: Path, val: Path) -> None:
+def test_ranks_agree_on_a_size_that_fits_on_all(tmp_path: Path, images: Path, val: Path) -> None:
     values: dict[str, Any] = {"eps": EPS, "val": str(val), "ema_decay": 0.9, "batch_size": 16}
     run(tiny(tmp_path / "one", images, **values))
     run_ranks(2, asdict(tiny(tmp_path / "two", images, micro_batch="auto", **values)), room=(8, 3))
     assert read_results(tmp_path / "two")["micro_batch"] == 2
     assert logged(tmp_path / "one", "samples") == logged(tmp_path / "two", "samples")
-    assert furthest(weights(tmp_path / "one", STEPS), weights(tmp_path / "two", STEPS)) < 1e-5
+    assert max_difference(weights(tmp_path / "one", STEPS), weights(tmp_path / "two", STEPS)) < 1e-5
 
 
 @pytest.mark.slow
-def test_what_fits_on_no_rank_is_told_once(tmp_path: Path, images: Path) -> None:
+def test_the_error_is_printed_once_if_no_size_fits(tmp_path: Path, images: Path) -> None:
     process = launch(2, asdict(tiny(tmp_path, images, micro_batch="auto")), room=(8, 0))
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0

@@ -1,4 +1,4 @@
-"""Muon: the direction of torch's, whatever the matrices it is computed beside."""
+"""Our Muon has the updates of torch's, independent of the other matrices in the batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def matrices(seed: int = 0) -> list[nn.Parameter]:
 def stepped(
     parameters: Sequence[nn.Parameter], optimizer: Callable[..., torch.optim.Optimizer], steps: int = 3
 ) -> list[torch.Tensor]:
-    """What the parameters are after some steps, with gradients of very unequal singular values."""
+    """The parameters after some steps, with gradients of very unequal singular values."""
     made = optimizer([{"params": parameters, "weight_decay": DECAY}], lr=RATE)
     for step in range(steps):
         for number, parameter in enumerate(parameters):
@@ -35,29 +35,29 @@ def stepped(
     return [p.detach() for p in parameters]
 
 
-def like_torch(groups: Sequence[dict[str, object]], lr: float) -> torch.optim.Muon:
+def torch_muon(groups: Sequence[dict[str, object]], lr: float) -> torch.optim.Muon:
     return torch.optim.Muon(groups, lr=lr, adjust_lr_fn="match_rms_adamw")
 
 
-def test_torchs_muon_in_bfloat16_is_near() -> None:
+def test_updates_are_close_to_those_of_torchs_muon() -> None:
     start = [p.detach() for p in matrices()]
     ours = stepped(matrices(), Muon)
-    theirs = stepped(matrices(), like_torch)
-    for before, one, other in zip(start, ours, theirs, strict=True):
-        moved, expected = one - before, other - before
+    theirs = stepped(matrices(), torch_muon)
+    for before, our, their in zip(start, ours, theirs, strict=True):
+        moved, expected = our - before, their - before
         assert float((moved - expected).norm() / expected.norm()) < 0.02
 
 
-def test_matrices_are_as_if_each_were_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    together = stepped(matrices(), Muon)
+def test_updates_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batched = stepped(matrices(), Muon)
     alone = [stepped([p], Muon)[0] for p in matrices()[:1]]
-    assert torch.allclose(together[0], alone[0], atol=1e-6)
+    assert torch.allclose(batched[0], alone[0], atol=1e-6)
     monkeypatch.setattr(muon, "_MAX_BATCH", 1)
-    for one, other in zip(stepped(matrices(), Muon), together, strict=True):
-        assert torch.allclose(one, other, atol=1e-6)
+    for single, expected in zip(stepped(matrices(), Muon), batched, strict=True):
+        assert torch.allclose(single, expected, atol=1e-6)
 
 
-def test_a_parameter_without_gradient_stays() -> None:
+def test_a_parameter_without_gradient_is_not_changed() -> None:
     parameters = matrices()
     before = copy.deepcopy(parameters)
     made = Muon([{"params": parameters, "weight_decay": DECAY}], lr=RATE)
@@ -69,7 +69,7 @@ def test_a_parameter_without_gradient_stays() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 12, 12), (12, 40), (40, 12)], ids=str)
-def test_singular_vectors_stay_and_values_become_one(shape: tuple[int, ...]) -> None:
+def test_singular_vectors_stay_and_values_become_about_one(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     given = torch.randn(shape)
     result = orthogonalise(given)

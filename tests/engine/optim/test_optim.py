@@ -1,14 +1,15 @@
-"""What is decayed, how fast it learns, and how a batch is shared out."""
+"""Parameter groups, learning rates, warm-up, clipping, and the division of batches."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
-from engine_runs import Meddled, logged, run, tiny, weights
+from engine_runs import DisturbedAlignment, logged, run, tiny, weights
 from torch import nn
 
 from localign.engine.distributed import DistributedContext
@@ -20,7 +21,7 @@ from localign.options.train import TrainConfig
 
 
 def decayed(module: nn.Module) -> set[str]:
-    """Names in the group that weight decay applies to."""
+    """Names of the parameters with weight decay."""
     optimizer = build_optimizer(module, TrainConfig(weight_decay=0.1))
     names = {id(p): n for n, p in module.named_parameters()}
     groups = {g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups}
@@ -39,7 +40,7 @@ def decayed(module: nn.Module) -> set[str]:
         ("eva02_tiny_patch14_224", {}),
     ],
 )
-def test_only_matrices_decay(name: str, kwargs: dict[str, object]) -> None:
+def test_only_matrices_decay(name: str, kwargs: dict[str, Any]) -> None:
     module = timm.create_model(name, num_classes=0, embed_dim=24, depth=1, num_heads=2, **kwargs)
     names = decayed(module)
     assert any(n.endswith("qkv.weight") or n.endswith("q_proj.weight") for n in names)
@@ -49,8 +50,8 @@ def test_only_matrices_decay(name: str, kwargs: dict[str, object]) -> None:
             assert parameter not in names, parameter
 
 
-def test_matrices_for_muon_lie_in_blocks(tmp_path: Path, images: Path) -> None:
-    module = Meddled(tiny(tmp_path, images)).module
+def test_muon_gets_the_matrices_in_blocks(tmp_path: Path, images: Path) -> None:
+    module = DisturbedAlignment(tiny(tmp_path, images)).module
     shapes = {name: p.ndim for name, p in module.named_parameters()}
     names = hidden_matrices(module)
     assert {shapes[name] for name in names} == {2}
@@ -60,13 +61,13 @@ def test_matrices_for_muon_lie_in_blocks(tmp_path: Path, images: Path) -> None:
     assert hidden_matrices(module) == {n for n in blocks if n.startswith("decoder.")}
 
 
-def small_network(seed: int) -> nn.Module:
+def small_network(seed: int) -> nn.ModuleDict:
     torch.manual_seed(seed)
     return nn.ModuleDict({"layers": nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), "head": nn.Linear(4, 3)})
 
 
 def stepped(optimizer: str, factors: dict[str, float], rate: float = 0.01) -> dict[str, torch.Tensor]:
-    """What two steps change in each parameter."""
+    """The change of each parameter in two steps."""
     module = small_network(0)
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     chosen = build_optimizer(module, TrainConfig(optimizer=optimizer, weight_decay=0.1), rates=factors)  # type: ignore[arg-type]
@@ -80,7 +81,7 @@ def stepped(optimizer: str, factors: dict[str, float], rate: float = 0.01) -> di
     return {n: p.detach() - before[n] for n, p in module.named_parameters()}
 
 
-def test_muon_steps_go_in_many_directions_and_are_as_large_as_adamws_become() -> None:
+def test_muon_steps_have_full_rank_and_the_size_of_adamw_steps() -> None:
     rate = 0.01
     muon, adamw = stepped("muon", {}, rate), stepped("adamw", {}, rate)
     for name in ("layers.0.weight", "layers.1.weight"):
@@ -89,27 +90,27 @@ def test_muon_steps_go_in_many_directions_and_are_as_large_as_adamws_become() ->
         assert largest < 0.6
         assert of_adamw > 0.95
         assert 0.1 * rate < muon[name].square().mean().sqrt() < 0.5 * rate
-    for name in ("head.weight", "layers.0.bias"):  # AdamW's in both
+    for name in ("head.weight", "layers.0.bias"):  # AdamW in both runs
         assert 0.5 < muon[name].square().mean().sqrt() / adamw[name].square().mean().sqrt() < 2
     assert not any(step.any() for step in stepped("muon", {}, 0.0).values())
 
 
-def test_parts_keep_their_rates_under_muon() -> None:
-    whole, slowed = stepped("muon", {}), stepped("muon", {"layers.1": 0.0})
+def test_learning_rate_factors_work_with_muon() -> None:
+    full, slowed = stepped("muon", {}), stepped("muon", {"layers.1": 0.0})
     assert not slowed["layers.1.weight"].any()
     assert not slowed["layers.1.bias"].any()
     assert slowed["layers.0.weight"].any()
     assert slowed["head.weight"].any()
-    assert whole["layers.1.weight"].any()
+    assert full["layers.1.weight"].any()
 
 
-def test_muon_is_refused_where_matrices_are_in_parts() -> None:
+def test_muon_is_refused_in_sharded_runs() -> None:
     with pytest.raises(UserError, match="whole matrices"):
         TrainConfig(optimizer="muon", sharding="full")
 
 
-def test_the_students_groups(tmp_path: Path, images: Path) -> None:
-    names = decayed(Meddled(tiny(tmp_path, images)).module)
+def test_weight_decay_of_the_student(tmp_path: Path, images: Path) -> None:
+    names = decayed(DisturbedAlignment(tiny(tmp_path, images)).module)
     assert {
         "encoder.head.weight",
         "decoder.head.weight",
@@ -119,7 +120,7 @@ def test_the_students_groups(tmp_path: Path, images: Path) -> None:
 
 
 def test_frozen_parameters_are_in_no_group(tmp_path: Path, images: Path) -> None:
-    module = Meddled(tiny(tmp_path, images, train_blocks=1)).module
+    module = DisturbedAlignment(tiny(tmp_path, images, train_blocks=1)).module
     optimizer = build_optimizer(module, TrainConfig())
     held = {id(p) for g in optimizer.param_groups for p in g["params"]}
     assert held == {id(p) for p in module.parameters() if p.requires_grad}
@@ -134,17 +135,17 @@ def test_vectors_never_decay() -> None:
 def test_the_schedule() -> None:
     config = TrainConfig(steps=100, lr=2.0, warmup_steps=10, min_lr_ratio=0.25)
     rates = [learning_rate(s, 100, config) for s in range(101)]
-    assert rates[0] == pytest.approx(0.2), "warm-up begins at a tenth"
+    assert rates[0] == pytest.approx(0.2), "warm-up starts at a tenth"
     assert rates[5] == pytest.approx(2.0 * 0.55), "and is linear"
     assert rates[10] == pytest.approx(2.0), "the peak follows the last warm-up step"
     assert rates[55] == pytest.approx(2.0 * (0.25 + 0.75 / 2)), "the cosine's middle"
-    assert rates[100] == pytest.approx(0.5), "the share of the peak at the end"
+    assert rates[100] == pytest.approx(0.5), "the last rate is a quarter of the peak"
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[40] == pytest.approx(2.0 * (0.25 + 0.75 * (1 + math.cos(math.pi / 3)) / 2))
 
 
-def test_a_warm_up_from_nothing() -> None:
-    # The published language model recipe: 3 % of 10,396 steps, of which the first has rate 0.
+def test_a_warm_up_from_zero() -> None:
+    # The published language model recipe: 3 % of 10,396 steps, and rate 0 in the first step.
     config = TrainConfig(
         epochs=2, batch_size=128, lr=2e-5, warmup_ratio=0.03, warmup_init_ratio=0.0, min_lr_ratio=0.0
     )
@@ -165,7 +166,7 @@ def test_no_warm_up() -> None:
     assert learning_rate(0, 10, TrainConfig(steps=10, lr=1.0)) == 1.0
 
 
-def test_a_warm_up_in_epochs_is_one_in_steps(tmp_path: Path, images: Path) -> None:
+def test_a_warm_up_in_epochs_is_converted_to_steps(tmp_path: Path, images: Path) -> None:
     config = TrainConfig(epochs=4, batch_size=10, warmup_epochs=0.5)
     assert with_warmup_steps(config, 100).warmup_steps == 5
     assert with_warmup_steps(TrainConfig(warmup_steps=3), 100).warmup_steps == 3
@@ -177,21 +178,19 @@ def test_a_warm_up_in_epochs_is_one_in_steps(tmp_path: Path, images: Path) -> No
 
 
 @pytest.mark.parametrize("clip", [None, 1e-3, 1e3])
-def test_the_gradient_is_that_of_the_mean_and_is_clipped(
-    tmp_path: Path, images: Path, clip: float | None
-) -> None:
+def test_the_gradient_of_the_mean_is_clipped(tmp_path: Path, images: Path, clip: float | None) -> None:
     config = tiny(tmp_path, images, clip_grad=clip, checkpoint_every=1, keep_checkpoints=9, steps=3)
     run(config)
-    task = Meddled(config)
+    task = DisturbedAlignment(config)
     plan = BatchPlan(config.seed, 8, 8, 0, 1, 0, 0, 1, False)
     task.on_train_start(DistributedContext(0, 1, 0, torch.device("cpu")), plan)
     result = task.step(task.module.train(), next(iter(task.batches(plan))))
     mean = result.loss_sum / result.weight
-    mean.backward()
+    torch.autograd.backward(mean)
     norm = float(nn.utils.get_total_norm([p.grad for p in task.module.parameters() if p.grad is not None]))
     assert logged(tmp_path, "loss")[1] == pytest.approx(mean.item(), rel=1e-5)
     assert logged(tmp_path, "grad_norm")[1] == pytest.approx(norm, rel=1e-4)
-    # After one step the first moment is (1 - beta) times the gradient that AdamW was given.
+    # After one step the first moment is (1 - beta) times the gradient.
     moments = weights(tmp_path, 1, "optimizer.safetensors")
     given = nn.utils.get_total_norm([v for k, v in moments.items() if k.startswith("exp_avg.")]) / (
         1 - config.betas[0]
@@ -203,7 +202,7 @@ def test_the_gradient_is_that_of_the_mean_and_is_clipped(
     ("batch", "micro", "ranks", "shares"),
     [(8, None, 1, (8, 8)), (8, None, 2, (4, 4)), (8, 2, 2, (4, 2)), (6, 3, 1, (6, 3))],
 )
-def test_shares_of_a_batch(batch: int, micro: int | None, ranks: int, shares: tuple[int, int]) -> None:
+def test_division_of_a_batch(batch: int, micro: int | None, ranks: int, shares: tuple[int, int]) -> None:
     assert batch_shares(TrainConfig(batch_size=batch, micro_batch=micro), ranks) == shares
 
 

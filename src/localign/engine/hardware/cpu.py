@@ -46,9 +46,10 @@ def fast_float32_matmul(device: torch.device) -> Iterator[None]:
 
 def _mkl_is_slow() -> bool:
     """Whether this is an AMD processor with AVX-512 and torch has both libraries."""
-    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call,unused-ignore]
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call,unused-ignore]
     avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return both and avx512 and _CPUINFO.is_file() and "AuthenticAMD" in _CPUINFO.read_text()
+    return has_mkl and has_onednn and avx512 and _CPUINFO.is_file() and "AuthenticAMD" in _CPUINFO.read_text()
 
 
 def _rounds() -> bool:

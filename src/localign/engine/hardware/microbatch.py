@@ -30,8 +30,8 @@ class MicroBatchFinder:
     """Tries forward and backward passes of growing size. All ranks try the same sizes.
 
     Replicated models on GPUs are tried until one rank is out of memory. Two cases cannot recover from that: on a CPU
-    the kernel kills the process, and a sharded rank that stops leaves the others waiting. In those cases a size is tried
-    only if the peaks of the two previous sizes predict that it fits.
+    the kernel kills the process, and a sharded rank that stops leaves the others waiting. There, a size is tried only
+    if the peaks of the two previous sizes predict that it fits.
 
     Args:
         task: On its device, before its first step.
@@ -129,7 +129,7 @@ class MicroBatchFinder:
             with self.context.without_sync(self.model, skip=True):
                 with self.autocast():
                     result = self.task.step(self.model, batch)
-                result.loss_sum.backward()
+                torch.autograd.backward(result.loss_sum)
         del held
 
     def _clear(self) -> None:

@@ -24,7 +24,7 @@ _UNDECAYED = (
 )
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
+def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: not to vectors (norms, biases, LayerScale), position embeddings or tokens."""
     return parameter.ndim > 1 and not name.endswith(_UNDECAYED)
 
@@ -152,7 +152,7 @@ def scale_and_clip(module: nn.Module, scale: Tensor, max_norm: float | None) -> 
 
 def averaged(module: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of the module. It may be sharded later, together with the module."""
-    average = get_ema_multi_avg_fn(decay)
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call,unused-ignore]
 
     def update(copies: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
         # One foreach operation cannot mix sharded and unsharded tensors, and a module may have both.

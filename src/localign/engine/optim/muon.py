@@ -71,7 +71,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         The same shape; bfloat16 on CUDA, else float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x: Tensor = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # then no singular value is above 1
