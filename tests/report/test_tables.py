@@ -20,7 +20,7 @@ from localign.report.tables.rows import (
     to_terminal,
 )
 from localign.statistics.paired import PairedDifference as Difference
-from localign.statistics.paired import paired
+from localign.statistics.paired import paired_difference as paired
 
 
 def metrics(recall: float | None, per_class: list[float | None]) -> dict[str, Any]:

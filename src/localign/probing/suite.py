@@ -40,7 +40,7 @@ from localign.probing.features import (
 from localign.probing.heads import Geometry
 from localign.probing.segmentation import LabelledSource, attribute_table, labelled_batches
 from localign.probing.training import SeededHead, TrainedHeads, train_heads
-from localign.statistics.bootstrap import interval
+from localign.statistics.bootstrap import percentile_interval
 
 if TYPE_CHECKING:
     from localign.backbones.backbone import Backbone
@@ -190,7 +190,7 @@ def differences(name: str, ours: list[Probed], against: str, theirs: list[Probed
                 "task": spec.task,
                 "source": source,
                 "difference": float(np.mean(sides[0]) - np.mean(sides[1])) if defined else None,
-                "interval": interval(replicates[0] - replicates[1]),
+                "interval": percentile_interval(replicates[0] - replicates[1]),
             }
         )
     return found

@@ -1,4 +1,4 @@
-"""Intervals, paired differences, McNemar's test and z-scores."""
+"""Intervals of a benchmark's figures and of their differences."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from bench_files import likely, scored, words, write_pope, write_vqav2
 from test_bench_scores import VQA
 
 from localign.errors import UserError
-from localign.statistics.mcnemar import check_same, mcnemar
-from localign.statistics.paired import difference_over_seeds, interval_over_seeds
-from localign.statistics.z_scores import z_scores
+from localign.statistics import bootstrap as draws
+from localign.statistics.mcnemar import check_same_questions, mcnemar
 from localign.vlm.benchmarks.table import benchmark
 from localign.vlm.evaluation.compare.differences import Difference, Figures, differences
-from localign.vlm.scoring import intervals as module
 from localign.vlm.scoring.base import Sample
 from localign.vlm.scoring.intervals import bootstrap, intervals
 
@@ -48,7 +46,7 @@ def scores_of(found: Sequence[Sample]) -> dict[str, float]:
 
 
 def paired_differences(first: Sequence[Sample], second: Sequence[Sample]) -> dict[str, Difference]:
-    check_same(*([sample["id"] for sample in side] for side in (first, second)))
+    check_same_questions(*([sample["id"] for sample in side] for side in (first, second)))
     return differences(*(Figures(SUITE.aggregate(side), bootstrap(SUITE, side)) for side in (first, second)))
 
 
@@ -77,7 +75,7 @@ def test_the_order_of_samples_and_the_size_of_chunks_change_nothing(monkeypatch:
     shuffled = random.Random(0).sample(found, len(found))
     whole = bootstrap(SUITE, found)["accuracy"]
     torch.testing.assert_close(bootstrap(SUITE, shuffled)["accuracy"], whole)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 8 * 60 * 7)
+    monkeypatch.setattr(draws, "CHUNK_BYTES", 8 * 60 * 7)
     torch.testing.assert_close(bootstrap(SUITE, found)["accuracy"], whole)
 
 
@@ -110,7 +108,7 @@ def test_differences_are_paired() -> None:
 def test_models_that_answered_different_questions_are_not_compared(tmp_path: Path) -> None:
     data = SUITE.read(write_vqav2(tmp_path), allow_partial=True)
     found = scored(SUITE, data, words(VQA))
-    with pytest.raises(UserError, match="different questions: 1 were put to one of them alone, for example"):
+    with pytest.raises(UserError, match="different questions: 1 went to one model only, for example"):
         paired_differences(found, found[1:])
     with pytest.raises(UserError, match="different questions"):
         paired_differences(found, [*found[1:], found[1]])
@@ -121,7 +119,7 @@ def test_models_that_answered_different_questions_are_not_compared(tmp_path: Pat
 @pytest.mark.slow
 def test_the_interval_of_a_difference_covers_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,000 pairs of models whose true difference is 4 points, on 150 images of 1 to 4 questions that hang together."""
-    monkeypatch.setattr(module, "replicate_weights", functools.cache(module.replicate_weights))
+    monkeypatch.setattr(draws, "replicate_weights", functools.cache(draws.replicate_weights))
     draw = np.random.default_rng(7)
     covered = 0
     for _ in range(1000):
@@ -136,70 +134,3 @@ def test_the_interval_of_a_difference_covers_it(monkeypatch: pytest.MonkeyPatch)
         low, high = paired_differences(*pair)["accuracy"].interval or [math.nan, math.nan]
         covered += low <= 4 <= high
     assert 930 <= covered <= 970
-
-
-@pytest.mark.parametrize(
-    ("fewer", "more", "p_value"),
-    [
-        (0, 0, 1.0),
-        (0, 5, 2 / 32),
-        (1, 9, 2 * (1 + 10) / 1024),
-        (3, 7, 2 * (1 + 10 + 45 + 120) / 1024),
-        (5, 5, 1.0),
-    ],
-)
-def test_mcnemar_by_hand(fewer: int, more: int, p_value: float) -> None:
-    first = [1.0] * fewer + [0.0] * more + [1.0, 0.0] * 4
-    second = [0.0] * fewer + [1.0] * more + [1.0, 0.0] * 4
-    found = mcnemar(scores_of(samples(first)), scores_of(samples(second)[::-1]))
-    assert found[:2] == (fewer, more)
-    assert found.p_value == pytest.approx(p_value)
-
-
-def test_mcnemar_of_many_questions_is_that_of_the_normal_distribution() -> None:
-    fewer, more = 4_900, 5_100
-    first, second = (dict(enumerate([float(i)] * fewer + [float(1 - i)] * more)) for i in (1, 0))
-    found = mcnemar(*({str(name): score for name, score in side.items()} for side in (first, second)))
-    z = (more - fewer - 1) / math.sqrt(fewer + more)
-    assert found.p_value == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.01)
-
-
-def test_intervals_over_seeds() -> None:
-    # mean 70, deviation 2; t of 2 degrees of freedom is 4.3027
-    assert interval_over_seeds([68, 70, 72]) == pytest.approx(
-        [70 - 4.3027 * 2 / 3**0.5, 70 + 4.3027 * 2 / 3**0.5]
-    )
-    assert interval_over_seeds([70]) is None
-    wide = interval_over_seeds([0, 1] * 15) or [math.nan, math.nan]  # 29 degrees of freedom: 2.045
-    assert (wide[1] - wide[0]) / 2 == pytest.approx(2.0452 * np.std([0, 1] * 15, ddof=1) / 30**0.5, rel=1e-3)
-
-
-def test_differences_over_seeds_are_paired_where_there_are_as_many() -> None:
-    # differences 1, 2, 3: mean 2, deviation 1
-    half = 4.3027 / 3**0.5
-    assert difference_over_seeds([60, 70, 80], [61, 72, 83]) == pytest.approx([2 - half, 2 + half])
-    # Welch: variances 4/2 and 1/3 of the means, (7/3)^2 / (4 + 1/18) = 1.34 degrees of freedom, rounded down
-    half = 12.7062 * (4 / 2 + 1 / 3) ** 0.5
-    apart = difference_over_seeds([60 - 2**0.5, 60 + 2**0.5], [71, 72, 73])
-    assert apart == pytest.approx([12 - half, 12 + half])
-    assert difference_over_seeds([60], [61, 62]) is None
-    assert difference_over_seeds([60, 60], [61, 61, 61]) == [1, 1]
-
-
-def test_z_scores_by_hand() -> None:
-    found = z_scores(
-        {
-            "a": {"x": 60.0, "y": 10.0, "alone": 5.0, "same": 1.0},
-            "b": {"x": 70.0, "y": None, "same": 1.0},
-            "c": {"x": 80.0, "y": 30.0},
-            "d": {},
-        }
-    )
-    deviation = math.sqrt(200 / 3)
-    assert found.means == pytest.approx({"x": 70, "y": 20, "alone": 5, "same": 1})
-    assert found.deviations == pytest.approx({"x": deviation, "y": 10, "alone": 1, "same": 0})
-    assert found.scores["a"] == pytest.approx({"x": -10 / deviation, "y": -1, "alone": 0, "same": 0})
-    assert found.scores["b"] == pytest.approx({"x": 0, "same": 0})
-    assert found.averages == pytest.approx(
-        {"a": (-10 / deviation - 1) / 4, "b": 0, "c": (10 / deviation + 1) / 2, "d": None}
-    )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from localign.report.tables.rows import class_names, measured, metric, probe_runs
-from localign.statistics.paired import paired
+from localign.statistics.paired import paired_difference
 
 BASELINE_SUFFIX = "-baseline"
 """A backbone called like another one with this tail is that one before alignment."""
@@ -220,7 +220,7 @@ def change(results: Mapping[str, Any], before: str, after: str, what: Measured) 
         [metric(r, what.source, what.head, what.task, "macro_recall") for r in runs.get(name, ())]
         for name in (before, after)
     )
-    found = paired(*sides)
+    found = paired_difference(*sides)
     if found.difference is None:
         return None
     half = found.half_width
@@ -264,10 +264,10 @@ def class_gains(results: Mapping[str, Any], pair: BackbonePair, what: Measured) 
     gains = []
     for i, positives in enumerate(counts):
         sides = [[_entry(c.get("class_recall"), i) for c in side] for side in (before, after)]
-        mean = paired(*sides)
+        mean = paired_difference(*sides)
         if not positives or mean.difference is None or mean.baseline is None or mean.aligned is None:
             continue
-        seeds = [paired([b], [a]).difference for b, a in _pairs(*sides)]
+        seeds = [paired_difference([b], [a]).difference for b, a in _pairs(*sides)]
         gains.append(
             ClassGain(
                 i,

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from localign.statistics.paired import PairedDifference, paired
+from localign.statistics.paired import PairedDifference, paired_difference
 
 TASK_NAMES = {
     "local": "local (per patch)",
@@ -84,7 +84,7 @@ def before_after(results: Mapping[str, Any]) -> list[RecallRow]:
             name: [metric(r, source, head, task, "macro_recall") for r in runs.get(name, [])]
             for name in SIDES
         }
-        rows.append(RecallRow(source, task, head, paired(values["baseline"], values["aligned"])))
+        rows.append(RecallRow(source, task, head, paired_difference(values["baseline"], values["aligned"])))
     return rows
 
 
@@ -136,7 +136,7 @@ def per_class(results: Mapping[str, Any], row: RecallRow) -> list[ClassRow]:
         positives = positives or next((c["class_positives"] for c in cells if c.get("class_positives")), [])
     rows = []
     for i, name in enumerate(_padded(class_names(results), len(positives))):
-        recall = paired(*([v[i] if i < len(v) else None for v in columns[side]] for side in SIDES))
+        recall = paired_difference(*([v[i] if i < len(v) else None for v in columns[side]] for side in SIDES))
         if i < len(positives) and positives[i]:
             rows.append(ClassRow(name, int(positives[i]), recall))
     return rows

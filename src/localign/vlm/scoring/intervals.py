@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from localign.statistics.bootstrap import CHUNK_BYTES, REPLICATES, interval, replicate_weights
+from localign.statistics.bootstrap import REPLICATES, percentile_interval, weight_chunks
 from localign.vlm.scoring.base import Benchmark, Sample
 from localign.vlm.scoring.metrics import Draws
 
@@ -29,10 +29,9 @@ def bootstrap(
     statistics = benchmark.statistics(samples)
     places: dict[str, int] = {}
     unit = torch.tensor([places.setdefault(sample["image"], len(places)) for sample in samples])
-    step = max(1, CHUNK_BYTES // (8 * max(1, len(samples))))
     parts: dict[str, list[Tensor]] = {name: [] for name in statistics}
-    for begin in range(0, replicates, step):
-        draws = Draws(replicate_weights(len(places), begin, min(begin + step, replicates)), unit)
+    for weights in weight_chunks(len(places), replicates, row_bytes=8 * len(samples)):
+        draws = Draws(weights, unit)
         for name, statistic in statistics.items():
             parts[name].append(100 * statistic.replicates(draws))
     return {name: torch.cat(values) for name, values in parts.items()}
@@ -42,4 +41,7 @@ def intervals(
     benchmark: Benchmark, samples: Sequence[Sample], replicates: int = REPLICATES
 ) -> dict[str, list[float] | None]:
     """The 95 % percentile interval of every figure, ``[low, high]`` in percent; None where there is none."""
-    return {name: interval(values) for name, values in bootstrap(benchmark, samples, replicates).items()}
+    return {
+        name: percentile_interval(values)
+        for name, values in bootstrap(benchmark, samples, replicates).items()
+    }

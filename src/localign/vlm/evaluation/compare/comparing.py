@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from localign.errors import UserError
-from localign.statistics.bootstrap import interval
-from localign.statistics.mcnemar import check_same, mcnemar
-from localign.statistics.paired import difference_over_seeds, interval_over_seeds
+from localign.statistics.bootstrap import percentile_interval
+from localign.statistics.mcnemar import check_same_questions, mcnemar
+from localign.statistics.paired import difference_interval_over_seeds, interval_over_seeds
 from localign.statistics.z_scores import ZScores, z_scores
 from localign.vlm.evaluation.compare.differences import differences
 from localign.vlm.evaluation.compare.pool import ComparedModel
@@ -92,7 +92,7 @@ def _answers(name: str, pool: Sequence[ComparedModel]) -> dict[str, Answered]:
 
 def _check_same(what: str, first: Summary, second: Summary) -> None:
     try:
-        check_same(first.scores, second.scores)
+        check_same_questions(first.scores, second.scores)
     except UserError as error:
         raise UserError(f"{what}: {error}") from None
 
@@ -128,7 +128,7 @@ def _outcome(model: Answered) -> dict[str, Any]:
         seeds = model.known(figure)
         figures[figure] = {
             "value": value,
-            "interval": interval(model.figures.draws[figure]),
+            "interval": percentile_interval(model.figures.draws[figure]),
             "seeds": seeds,
             "interval_over_seeds": interval_over_seeds(seeds),
         }
@@ -139,7 +139,7 @@ def _outcome(model: Answered) -> dict[str, Any]:
 def _differences(base: Answered, other: Answered) -> dict[str, Any]:
     return {
         figure: difference._asdict()
-        | {"interval_over_seeds": difference_over_seeds(base.known(figure), other.known(figure))}
+        | {"interval_over_seeds": difference_interval_over_seeds(base.known(figure), other.known(figure))}
         for figure, difference in differences(base.figures, other.figures).items()
     }
 
@@ -194,7 +194,7 @@ def _average_interval(
     for figure in scores:
         if counts[figure] > 1 and scales.deviations[figure] > 0:
             total += (draws[figure] - scales.means[figure]) / scales.deviations[figure]
-    return interval(total / len(scores))
+    return percentile_interval(total / len(scores))
 
 
 def _notes(table: Table, pool: Sequence[ComparedModel]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from localign.statistics.bootstrap import interval
+from localign.statistics.bootstrap import percentile_interval
 
 
 class Difference(NamedTuple):
@@ -32,5 +32,5 @@ def differences(first: Figures, second: Figures) -> dict[str, Difference]:
     for name, draws in first.draws.items():
         before, after = first.values.get(name), second.values.get(name)
         value = None if before is None or after is None else after - before
-        found[name] = Difference(value, interval(second.draws[name] - draws))
+        found[name] = Difference(value, percentile_interval(second.draws[name] - draws))
     return found
