@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.table import Table
 
-from localign.report.tables.measures import Change, Estimate, Measured, change, comparisons, estimate
+from localign.report.tables.measures import Change, Estimate, change, comparisons, estimate
 from localign.report.tables.rows import measured
+from localign.results import ProbeResults
 
 
-def recall_table(results: Mapping[str, Any]) -> Table:
+def recall_table(results: ProbeResults) -> Table:
     """Macro recall of every backbone, head and task with its interval, and the difference to the reference backbone.
 
     Args:
@@ -29,9 +27,8 @@ def recall_table(results: Mapping[str, Any]) -> Table:
     ):
         table.add_column(column, justify="left" if i < 3 else "right", no_wrap=i > 0)
     for name, outcomes in results["probe"].items():
-        for source, task, head in measured({name: outcomes}):
-            key = Measured(source, head, task)
-            row = [name, head, task, _percent(estimate(outcomes, key))]
+        for key in measured({name: outcomes}):
+            row = [name, key.head, key.task, _percent(estimate(outcomes, key))]
             if name in references:
                 row.append(_percent(change(results, references[name], name, key), "+"))
             table.add_row(*row)
