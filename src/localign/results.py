@@ -1,8 +1,8 @@
-"""What the files of a run folder hold: ``results.json``, ``log.jsonl`` and ``pictures.npz``.
+"""The content of the files in a run folder: ``results.json``, ``log.jsonl`` and ``pictures.npz``.
 
-Whoever writes one of these files builds the types below, and whoever reads it annotates with them. All shares and
-recalls are fractions in 0..1. A key of a ``total=False`` type may be missing: not every command writes it, and some
-are younger than the files of earlier versions.
+Code that writes one of these files builds the types below, and code that reads it annotates with them. Shares and
+recalls are fractions in 0..1. A key of a ``total=False`` type may be missing: some commands do not write it, and files
+of earlier versions lack it.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class RunFolders(TypedDict):
 
     probing: str
     alignment: str | None
-    """None for a backbone that was probed as it is."""
+    """None for a backbone without alignment."""
 
 
 class ProbeResults(TypedDict, total=False):
@@ -123,7 +123,7 @@ class ProbeResults(TypedDict, total=False):
     """By backbone (demo: ``baseline`` and ``aligned``), one outcome per seed."""
     differences: list[RecallDifference]
     pairs: list[list[str]]
-    """``[label, before, after]`` for each backbone that was aligned, where names do not tell."""
+    """``[label, before, after]`` of each aligned backbone, if the names do not say so."""
     notes: list[str]
     seeds: list[int]
     world: dict[str, Any]

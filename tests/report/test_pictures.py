@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from localign.alignment.student import Student, build_student
-from localign.alignment.teacher import TargetName, Teacher
+from localign.alignment.teacher import Teacher
 from localign.backbones import Backbone
+from localign.options.names import TargetName
 from localign.pictures import fit_components, gather_pictures, gather_predictions
 from localign.report.classmarks import OTHER_FILL, class_marks
 from localign.report.curves import heads_figure, series, training_figure

@@ -13,6 +13,7 @@ from PIL import Image
 from localign.alignment import AlignConfig
 from localign.backbones import CATALOGUE
 from localign.errors import UserError
+from localign.probing import LabelledSource
 from localign.report.tables.published import TABLE1, TABLE4, TABLE5
 from localign.reproduce import TARGETS, ReproduceConfig, worlds
 from localign.reproduce.pieces import LabelledData
@@ -20,7 +21,7 @@ from localign.reproduce.plan import Planner, ReproductionPlan
 from localign.reproduce.worlds import open_world
 
 
-class NoImages:
+class NoImages(LabelledSource):
     """A labelled source for plans, which do not load images."""
 
     kind = "none"

@@ -12,12 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from localign.report.figures.drawing import WIDTH
 from localign.report.style import ALIGNED, BASELINE, CATEGORICAL, ERROR, MODELS, new_figure, styled
 from localign.results import CurvePoint, LogEntry
 
 Curve = Sequence[CurvePoint]
-_WIDTH = 10.6
-"""Width of a figure that fills the page, inches."""
 _MARK_BELOW = 25
 """Curves with fewer points than this mark each point."""
 
@@ -59,7 +58,7 @@ def training_figure(log: Sequence[LogEntry], soft_cap: float | None = None) -> F
         return None
     columns = min(2, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure = new_figure(_WIDTH / 2 * columns, 2.7 * rows)
+    figure = new_figure(WIDTH / 2 * columns, 2.7 * rows)
     axes = list(np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flat)
     for ax, (title, lines) in zip(axes, shown, strict=False):
         for name, label, colour in lines:
@@ -96,7 +95,7 @@ def heads_figure(curves: Mapping[str, Sequence[Curve]]) -> Figure | None:
         return None
     tasks = list(dict.fromkeys(task for task, _ in shown))
     heads = list(dict.fromkeys(head for _, head in shown))
-    figure = new_figure(_WIDTH if len(heads) > 1 else _WIDTH / 2, 0.5 + 2.6 * len(tasks))
+    figure = new_figure(WIDTH if len(heads) > 1 else WIDTH / 2, 0.5 + 2.6 * len(tasks))
     grid = figure.subplots(len(tasks), len(heads), squeeze=False)
     for row, task in enumerate(tasks):
         for column, head in enumerate(heads):

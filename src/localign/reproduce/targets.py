@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from localign.backbones import CATALOGUE
+from localign.report.tables.measures import BASELINE_SUFFIX
 
-BASELINE_SUFFIX = "-baseline"
-"""A backbone named ``X-baseline`` is the backbone ``X`` before alignment."""
 _CLIP, _IN1K, _CLIP_LARGE = "clip-vit-b", "in1k-vit-b", "clip-vit-l-336px"
 
 

@@ -223,6 +223,18 @@ def change(results: ProbeResults, before: str, after: str, key: MetricKey) -> Ch
     return Change(paired.difference, interval, "seeds" if interval else "")
 
 
+def percent_cell(number: Estimate | Change | None, digits: int = 1, missing: str = "–") -> str:
+    """A recall or a difference in percent, with its interval in brackets; differences have a sign."""
+    if number is None:
+        return missing
+    style = f"{'+' if isinstance(number, Change) else ''}.{digits}f"
+    text = f"{100 * number.value:{style}}"
+    if number.interval is not None:
+        low, high = number.interval
+        text += f" [{100 * low:{style}}, {100 * high:{style}}]"
+    return text.replace("-", "\u2212")
+
+
 def _finite(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
 

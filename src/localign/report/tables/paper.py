@@ -18,6 +18,7 @@ from localign.report.tables.measures import (
     estimate,
     main_head,
     main_source,
+    percent_cell,
 )
 from localign.report.tables.published import TABLE1, TABLE4, TABLE5, PaperRow, Recall
 from localign.report.tables.rows import HEAD_NAMES, Grid, MetricKey, probe_runs, to_markdown
@@ -151,8 +152,8 @@ def _method_table(name: str, results: ProbeResults) -> tuple[Grid, list[CsvLine]
             (
                 row.block if row.block != block else "",
                 row.label,
-                *(_recall_cell(recall) for recall, _ in ours),
-                *(_change_cell(difference) for _, difference in ours),
+                *(percent_cell(recall, 2) for recall, _ in ours),
+                *(percent_cell(difference, 2) for _, difference in ours),
                 *_published(row.recall, row.remark),
             )
         )
@@ -193,7 +194,7 @@ def _table5(results: ProbeResults) -> tuple[Grid, list[CsvLine]]:
         for i, task in enumerate(_TASKS):
             before, _ = _ours(results, baseline_key, baseline_key, task)
             after, difference = _ours(results, aligned_key, baseline_key, task)
-            ours += [_recall_cell(before), _recall_cell(after), _change_cell(difference)]
+            ours += [percent_cell(recall, 2) for recall in (before, after, difference)]
             published += (
                 _published_pair(paper.baseline[i], paper.aligned[i], paper.difference[i])
                 if paper
@@ -232,26 +233,6 @@ def _ours(results: ProbeResults, row: str, against: str, task: str) -> tuple[Est
     if recall is None or row == against or against not in runs:
         return recall, None
     return recall, change(results, against, row, key)
-
-
-def _recall_cell(recall: Estimate | None) -> str:
-    if recall is None:
-        return _NONE
-    text = f"{100 * recall.value:.2f}"
-    if recall.interval is None:
-        return text
-    low, high = recall.interval
-    return f"{text} [{100 * low:.2f}, {100 * high:.2f}]"
-
-
-def _change_cell(difference: Change | None) -> str:
-    if difference is None:
-        return _NONE
-    text = f"{100 * difference.value:+.2f}"
-    if difference.interval is not None:
-        low, high = difference.interval
-        text += f" [{100 * low:+.2f}, {100 * high:+.2f}]"
-    return text.replace("-", "\u2212")
 
 
 def _csv_line(

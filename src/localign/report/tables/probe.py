@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 from localign.report.tables.measures import (
     BackbonePair,
-    Change,
-    Estimate,
     change,
     comparisons,
     display_names,
     estimate,
     main_head,
     main_source,
+    percent_cell,
 )
 from localign.report.tables.published import TABLE5
 from localign.report.tables.rows import (
@@ -23,6 +22,7 @@ from localign.report.tables.rows import (
     MetricKey,
     class_names,
     measured,
+    percent,
     probe_runs,
 )
 from localign.results import ProbeResults
@@ -36,7 +36,7 @@ def recall_grid(results: ProbeResults) -> Grid:
     keys, names = _main_keys(results), display_names(results)
     body = []
     for name, outcomes in probe_runs(results).items():
-        body.append((names[name], *(_recall_cell(estimate(outcomes, key)) for key in keys)))
+        body.append((names[name], *(percent_cell(estimate(outcomes, key)) for key in keys)))
     header = ("backbone", *(f"{key.task}, {HEAD_NAMES.get(key.head, key.head)}" for key in keys))
     return Grid(header, tuple(body))
 
@@ -44,14 +44,6 @@ def recall_grid(results: ProbeResults) -> Grid:
 def _main_keys(results: ProbeResults) -> list[MetricKey]:
     source = main_source(results)
     return [key for key in measured(probe_runs(results)) if key.source == source]
-
-
-def _recall_cell(recall: Estimate | None) -> str:
-    if recall is None:
-        return "–"
-    interval = recall.interval
-    brackets = "" if interval is None else f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-    return f"{100 * recall.value:.1f}{brackets}"
 
 
 def recall_caption(results: ProbeResults) -> str:
@@ -86,8 +78,8 @@ def comparison_table(results: ProbeResults) -> tuple[str, Grid]:
         for key in keys:
             for name in (pair.before, pair.after):
                 recall = estimate(runs[name], key)
-                row.append("–" if recall is None else f"{100 * recall.value:.1f}")
-            row.append(_signed(change(results, pair.before, pair.after, key)))
+                row.append(percent(recall.value if recall else None))
+            row.append(percent_cell(change(results, pair.before, pair.after, key)))
         if any(known):
             row += [f"{paper.baseline[i]:.2f} → {paper.aligned[i]:.2f}" if paper else "–" for i in range(2)]
         body.append(tuple(row))
@@ -99,16 +91,6 @@ def comparison_table(results: ProbeResults) -> tuple[str, Grid]:
         f"{_intervals_sentence(results, pairs, keys)}."
     )
     return caption, Grid(tuple(header), tuple(body))
-
-
-def _signed(difference: Change | None) -> str:
-    if difference is None:
-        return "–"
-    text = f"{100 * difference.value:+.1f}"
-    if difference.interval is not None:
-        low, high = difference.interval
-        text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return text.replace("-", "\u2212")
 
 
 def _intervals_sentence(
