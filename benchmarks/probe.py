@@ -22,6 +22,7 @@ from localign.engine.log import say
 from localign.options.names import EMBEDDED, Cache
 from localign.probing import HeadSpec, LabelledSource, ProbeConfig, probe
 from localign.probing.datasets import labelled_scenes
+from localign.results import ProbeOutcome
 
 IMAGES, EPOCHS, REPEATS = 600, 5.0, 1
 NOISE_SEEDS = 3
@@ -121,7 +122,7 @@ def bench_probe(config: ProbingConfig) -> dict[str, Any]:
     }
 
 
-def _recall(outcome: dict[str, Any], spec: HeadSpec) -> float | None:
+def _recall(outcome: ProbeOutcome, spec: HeadSpec) -> float | None:
     return outcome["results"]["val"][spec.label][spec.task]["macro_recall"]
 
 

@@ -1,4 +1,4 @@
-"""The demo, the probe command and the pre-training, small: they run the real code path from end to end."""
+"""Small runs of the demo, the probe command and the pre-training, from end to end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import localign
-from localign.backbones import load_backbone, save_backbone
+from localign.backbones import Backbone, load_backbone, save_backbone
 from localign.cli import main
 from localign.data.cached_scenes import CachedScenes
 from localign.data.scenes import SceneConfig, SceneSource
@@ -34,8 +34,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_embedded_backbone_is_the_one_of_the_default_world() -> None:
+def embedded_backbone() -> Backbone:
     backbone = localign.load("scenes-vit")
+    assert isinstance(backbone, Backbone)
+    return backbone
+
+
+def test_the_embedded_backbone_fits_the_default_scenes() -> None:
+    backbone = embedded_backbone()
     size = SceneConfig().image_size
     assert backbone.image_size == (size, size)
     folder = Path(localign.__file__).parent / "assets" / "scenes-vit"
@@ -69,13 +75,13 @@ def test_a_demo_with_other_settings_is_refused(demo: Path, capsys: pytest.Captur
     assert "lr: 0.001 there, 0.5 now" in capsys.readouterr().err
 
 
-def test_scenes_drawn_once_are_the_scenes(tmp_path: Path) -> None:
-    drawn, source = CachedScenes(split="val", length=5), SceneSource(split="val", length=5)
+def test_cached_scenes_equal_drawn_scenes(tmp_path: Path) -> None:
+    cached, source = CachedScenes(split="val", length=5), SceneSource(split="val", length=5)
     for index in range(5):
-        assert np.array_equal(np.asarray(drawn.load(index)), np.asarray(source.load(index)))
-        assert np.array_equal(drawn.load_labelled(index)[1], source.load_labelled(index)[1])
-    assert drawn.fingerprint() == source.fingerprint()
-    assert drawn.pair_presence().sum() == sum(len(source.scene(i).objects) for i in range(5))
+        assert np.array_equal(np.asarray(cached.load(index)), np.asarray(source.load(index)))
+        assert np.array_equal(cached.load_labelled(index)[1], source.load_labelled(index)[1])
+    assert cached.fingerprint() == source.fingerprint()
+    assert cached.pair_presence().sum() == sum(len(source.scene(i).objects) for i in range(5))
 
 
 def test_pretraining_exports_a_backbone_that_aligns(tmp_path: Path) -> None:
@@ -112,15 +118,15 @@ def test_probing_needs_images_and_masks(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_features_of_a_photograph(tmp_path: Path) -> None:
     Image.fromarray(np.full((50, 60, 3), 90, np.uint8)).save(tmp_path / "a.jpg")
-    backbone = localign.load("scenes-vit")
+    backbone = embedded_backbone()
     image = Image.open(tmp_path / "a.jpg").resize(backbone.image_size[::-1])
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
     tokens = backbone.tokens(backbone.normalise(pixels))
     assert tokens.shape == (1, backbone.num_prefix_tokens + backbone.num_patches, backbone.width)
 
 
-def test_options_for_names_leave_exported_folders_alone(tmp_path: Path) -> None:
-    embedded = localign.load("scenes-vit")
+def test_options_for_names_do_not_apply_to_exported_folders(tmp_path: Path) -> None:
+    embedded = embedded_backbone()
     save_backbone(embedded, tmp_path / "kept")
     named = f"fresh=vit_tiny_patch16_224,kept={tmp_path / 'kept'}"
     small = {"img_size": 48, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}

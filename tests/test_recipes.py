@@ -1,4 +1,4 @@
-"""Recipes: every published run parses as a command line, builds, and has the published settings."""
+"""Every recipe parses as a command line, builds, and has the published settings."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ COMMON: dict[str, Any] = {
     "precision": "bf16", "crop": "published", "hflip": 0.5, "auto_augment": None, "mixup": None, "cutmix": None,
     "steps": None, "warmup_steps": 0, "weights": "pretrained", "decoder_depth": 2, "decoder_layer_scale": 1e-6,
 }  # fmt: skip
-"""What all published runs share."""
+"""Settings of all published runs."""
 
 METHOD: dict[str, Any] = {
     "objective": "maskembed", "target": "penultimate", "loss": "mse", "loss_tokens": "all", "mask": "uniform",
     "complement": True, "all_visible": True, "decoder": "transformer",
 }  # fmt: skip
-"""The method as it is run where a table does not vary it."""
+"""The method's settings where a table does not vary them."""
 
 ONE_MASK = {"complement": False, "all_visible": False}
 CROPS = {"objective": "clipself", "target": "cls", "loss": "cosine", "mask": None, "decoder": "none"}
@@ -80,7 +80,7 @@ TABLE1: dict[str, dict[str, Any]] = {
     "clipself-decoder": {**CROPS, "decoder": "transformer"},
     "additive": {"objective": "additive", "target": "cls", "decoder": "none"},
 }
-"""CLIP ViT-B/16, what differs from the main run."""
+"""CLIP ViT-B/16: differences from the main run."""
 
 TABLE4: dict[str, dict[str, Any]] = {
     "target-cls": {"target": "cls"},
@@ -99,11 +99,11 @@ TABLE4: dict[str, dict[str, Any]] = {
     "masks-uniform-complement-visible": {},
     "loss-cosine": {"loss": "cosine"},
 }
-"""IN1k ViT-B/16 for 25 epochs of IN1k, what differs from the default."""
+"""IN1k ViT-B/16 for 25 epochs of IN1k: differences from the default."""
 
 
 def expected(backbone: str, data: str, epochs: int, soft_cap: float | None, **method: Any) -> dict[str, Any]:
-    """Settings of a run; runs on IN1k warm up for an epoch where they are longer than two."""
+    """Settings of a run; a run on IN1k of more than two epochs warms up for one epoch."""
     warmup = 1.0 if data == IN1K and epochs > 2 else None
     lr = MAIN[backbone].lr
     run = {"backbone": backbone, "data": data, "epochs": epochs, "lr": lr, "warmup_epochs": warmup}
@@ -111,7 +111,7 @@ def expected(backbone: str, data: str, epochs: int, soft_cap: float | None, **me
 
 
 def expectations() -> dict[str, dict[str, Any]]:
-    """All alignment recipes that name their backbone, with the published settings."""
+    """The published settings of every alignment recipe that names its backbone."""
     runs = {f"align/{n}": expected(n, p.data, p.epochs, p.soft_cap) for n, p in MAIN.items()}
     runs |= {f"table1/{n}": expected("clip-vit-b", IN21K, 5, 30, **own) for n, own in TABLE1.items()}
     runs |= {f"table4/{n}": expected("in1k-vit-b", IN1K, 25, None, **own) for n, own in TABLE4.items()}
@@ -129,7 +129,7 @@ GENERAL = {"maskembed", "mim", "ablation"}
 
 
 def built(config: AlignConfig) -> tuple[Student, Teacher]:
-    """Student and teacher of a run without memory for their weights, which are not fetched."""
+    """Student and teacher of a run on the meta device: weights take no memory and are not downloaded."""
     with torch.device("meta"):
         backbone = starting_backbone(config, weights="none")
         assert config.target is not None
@@ -183,10 +183,10 @@ def test_the_probing_settings_are_the_published_ones(name: str) -> None:
     assert config.protocol == ("published" if name == "probe/coco-published" else "fixed")
 
 
-def test_recipes_say_what_they_are() -> None:
+def test_recipes_have_descriptions_of_their_own() -> None:
     abouts = [read_recipe(n).about for n in recipe_names()]
     assert all(abouts)
-    assert len(set(abouts)) == len(abouts), "a recipe's line is its own, not that of its base"
+    assert len(set(abouts)) == len(abouts), "a recipe does not inherit the description of its base"
 
 
 def test_options_of_the_command_line_win_over_a_recipe() -> None:
@@ -201,16 +201,16 @@ def test_a_users_file_builds_on_a_recipe_and_on_a_file_beside_it(tmp_path: Path)
     assert (config.backbone, config.data, config.epochs, config.lr) == ("clip-vit-l", "photographs", 2, 1e-3)
 
 
-def test_what_a_recipe_states_is_what_its_outermost_base_does_not() -> None:
+def test_a_recipe_states_the_options_that_its_outermost_base_lacks() -> None:
     assert read_recipe("maskembed").stated == frozenset()
     assert read_recipe("table1/clipself-decoder").stated == {
         "backbone", "objective", "target", "loss", "mask", "decoder",
     }  # fmt: skip
-    # The default is stated too: a world with another one keeps it.
+    # A stated default counts too: a world with another default keeps it.
     assert "target" in read_recipe("table4/target-penultimate").stated
 
 
-def test_the_order_of_recipes_counts() -> None:
+def test_recipes_are_in_numerical_order() -> None:
     names = [n for n in recipe_names() if n.startswith("table4/in1k-")]
     assert names == [f"table4/in1k-{n}" for n in (2, 10, 25, 50, 100)]
 
@@ -225,7 +225,7 @@ def test_the_order_of_recipes_counts() -> None:
         ("a: [", "is not readable YAML"),
     ],
 )
-def test_a_file_that_makes_no_config_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+def test_a_bad_config_file_gives_one_line(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError) as error:
         read_recipe(tmp_path / "mine.yaml", "align")
@@ -233,7 +233,7 @@ def test_a_file_that_makes_no_config_is_one_line(text: str, said: str, tmp_path:
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_recipe_names_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_recipe_names_similar_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["align", "--config", "table1/clipsel"]) == 2
     assert (
         "there is no file or recipe 'table1/clipsel'; did you mean 'table1/clipself'"

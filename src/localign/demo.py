@@ -1,15 +1,15 @@
-"""`localign demo`: align the embedded backbone on scenes, probe it before and after, and report.
+"""`localign demo`: align the embedded backbone on scenes, probe it before and after, and write a report.
 
-It runs the same code as `align` and `probe`. Heads are trained alike on both backbones, on scenes that the
-backbones were not trained on; the figures come from a third set that nothing was chosen with.
+It runs the same code as `align` and `probe`. Heads are trained in the same way on both backbones, on scenes that the
+backbones were not trained on. The reported recall is measured on a third set of scenes, on which nothing was chosen.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +27,29 @@ from localign.files import replace_text
 from localign.options.demo import DemoConfig
 from localign.options.names import EMBEDDED
 from localign.pictures import PICTURES, save_pictures
-from localign.probing import AttributeLabels, HeadSpec, LabelledSource, probe_heads, reduce_labels
+from localign.probing import (
+    AttributeLabels,
+    HeadSpec,
+    LabelledSource,
+    TrainedHeads,
+    probe_heads,
+    reduce_labels,
+)
 from localign.probing.datasets import labelled_scenes
-from localign.report import PICTURES_FILE, before_after, build_report, to_terminal
+from localign.report import before_after, build_report, to_terminal
+from localign.results import PICTURES_FILE, ProbeOutcome, Results
 
-SHOWN_HEAD = HeadSpec("transformer", "local")
+PICTURED_HEAD = HeadSpec("transformer", "local")
+"""The head whose predictions the report shows."""
 
 
-def run_demo(config: DemoConfig) -> dict[str, Any]:
-    """Everything from scenes to report; returns the content of ``results.json``."""
+def run_demo(config: DemoConfig) -> Results:
+    """Draw scenes, align, probe and write the report; returns the content of ``results.json``.
+
+    Raises:
+        UserError: The folder holds a demo with other options.
+        RunFailure: An alignment or a probing failed; the next call continues.
+    """
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / run_folder.CONFIG_FILE).is_file():
@@ -49,21 +63,23 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     test = labelled_scenes("test", config.test_scenes)
     timings = {"scenes": clock.elapsed}
     baseline = create_backbone(EMBEDDED).to(device)
-    probes: dict[str, list[dict[str, Any]]] = {"baseline": [], "aligned": []}
+    outcomes: dict[str, list[ProbeOutcome]] = {"baseline": [], "aligned": []}
     seeds = list(range(config.seed, config.seed + config.seeds))
     for seed in seeds:
         say(f"seed {seed}: aligning")
         student_folder = _aligned(config, seed)
         aligned = load_student(student_folder).encoder.backbone.to(device)
-        kept: dict[str, Any] = {}
+        heads: dict[str, TrainedHeads] = {}
         for name, backbone in (("baseline", baseline), ("aligned", aligned)):
             say(f"seed {seed}: probing the {name} backbone")
-            result, kept[name] = _probed(config, seed, name, backbone, heads_train, validation, test)
-            probes[name].append(result)
-        if seed == seeds[0] and all(kept.values()):
-            _save_pictures(folder, config, seed, baseline, kept, test)
+            outcome, trained = _probed(config, seed, name, backbone, heads_train, validation, test)
+            outcomes[name].append(outcome)
+            if trained is not None:
+                heads[name] = trained
+        if seed == seeds[0] and len(heads) == 2:
+            _save_pictures(folder, config, seed, baseline, heads, test)
     timings["total"] = clock.elapsed
-    results = {
+    results: Results = {
         "command": "demo",
         "config": asdict(config),
         "versions": run_folder.provenance(),
@@ -71,7 +87,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "seeds": seeds,
         "world": asdict(SceneConfig()),
         "classes": list(test.classes),
-        "probe": probes,
+        "probe": outcomes,
         "notes": _notes(config),
     }
     path = run_folder.write_results(folder, results)
@@ -82,17 +98,22 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
 
 def _check_same_demo(folder: Path, config: DemoConfig) -> None:
-    """A demo may be continued with more seeds, on another device; all else must stay."""
+    """Refuse to continue a demo with other options; seeds, device, workers and folder may change.
+
+    Raises:
+        UserError: Names the options that differ.
+    """
     saved = run_folder.read_config(folder)["config"]
     now = run_folder.to_dict(config)
-    free = ("seeds", "device", "workers", "out")
-    fields = [f for f in now if f not in free and saved.get(f) != now[f]]
-    if fields:
-        listed = "; ".join(f"{f}: {saved.get(f)!r} there, {now[f]!r} now" for f in fields)
-        raise UserError(f"{folder} holds a demo with another config: {listed}; give another --out")
+    may_change = ("seeds", "device", "workers", "out")
+    changed = [f for f in now if f not in may_change and saved.get(f) != now[f]]
+    if changed:
+        listed = "; ".join(f"{f}: {saved.get(f)!r} there, {now[f]!r} now" for f in changed)
+        raise UserError(f"{folder} holds a demo with other options: {listed}; choose another --out")
 
 
 def _aligned(config: DemoConfig, seed: int) -> Path:
+    """Align with one seed, unless that is done; returns the folder of the exported student."""
     align_config = config.align_config(seed)
     folder = Path(align_config.out)
     if not (folder / run_folder.RESULTS_FILE).is_file():
@@ -108,20 +129,20 @@ def _probed(
     heads_train: AttributeLabels,
     validation: AttributeLabels,
     test: AttributeLabels,
-) -> tuple[dict[str, Any], Any]:
-    """One backbone's result, and the heads; a result already on disk is taken as it is, without heads."""
+) -> tuple[ProbeOutcome, TrainedHeads | None]:
+    """The outcome of one backbone and its heads; None instead of heads if the outcome is read from the disk."""
     path = Path(config.out) / f"probe-seed{seed}-{name}.json"
-    first = seed == config.seed
-    if path.is_file() and not (first and not (Path(config.out) / PICTURES_FILE).is_file()):
+    needs_heads = seed == config.seed and not (Path(config.out) / PICTURES_FILE).is_file()
+    if path.is_file() and not needs_heads:
         return json.loads(path.read_text()), None
     sources: dict[str, LabelledSource] = {"val": validation, "test": test}
     context = DistributedContext(0, 1, 0, choose_device(config.device))
     with progress_bars() as progress:
-        ((result, trained, _),) = probe_heads(
+        ((outcome, trained, _),) = probe_heads(
             backbone, heads_train, sources, config.probe_config(seed), context=context, progress=progress
         )
-    replace_text(path, json.dumps(result))
-    return result, trained
+    replace_text(path, json.dumps(outcome))
+    return outcome, trained
 
 
 def _save_pictures(
@@ -129,11 +150,11 @@ def _save_pictures(
     config: DemoConfig,
     seed: int,
     baseline: Backbone,
-    kept: dict[str, Any],
+    heads: Mapping[str, TrainedHeads],
     test: AttributeLabels,
 ) -> None:
     align_config = config.align_config(seed)
-    # A copy: the baseline itself stays on its device for the seeds that follow.
+    # A copy, because the baseline stays on its device for the other seeds.
     task = AlignTask(align_config, baseline.copy().cpu())
     task.student = load_student(Path(align_config.out) / "export")
     task.load_state_dict(run_folder.read_results(align_config.out))
@@ -144,8 +165,8 @@ def _save_pictures(
         folder,
         task,
         torch.stack([to_tensor(image) for image in images]),
-        heads_before=kept["baseline"].heads[SHOWN_HEAD].cpu(),
-        heads_after=kept["aligned"].heads[SHOWN_HEAD].cpu(),
+        heads_before=heads["baseline"].heads[PICTURED_HEAD].cpu(),
+        heads_after=heads["aligned"].heads[PICTURED_HEAD].cpu(),
         truth=labels.patch,
         class_names=test.classes,
     )
@@ -153,9 +174,9 @@ def _save_pictures(
 
 def _notes(config: DemoConfig) -> list[str]:
     return [
-        "Scenes are drawn: the figures show that the method works end to end, not how well it does on photographs.",
-        f"Heads are trained on {config.train_scenes} scenes, alike for both backbones, for a fixed number of steps; "
-        f"the figures are of {config.test_scenes} test scenes, which nothing was chosen with.",
-        f"The alignment uses no labels. Its target ({config.target}), masks ({config.mask}) and LayerScale, and "
-        "the heads' learning rate, differ from the published defaults; they were chosen on validation scenes.",
+        "Scenes are drawn: the results show that the method works end to end, not how well it works on photographs.",
+        f"Heads are trained on {config.train_scenes} scenes, in the same way for both backbones and for a fixed number "
+        f"of steps. Results are on {config.test_scenes} test scenes, on which nothing was chosen.",
+        f"The alignment uses no labels. Its target ({config.target}), masks ({config.mask}) and LayerScale, and the "
+        "heads' learning rate, differ from the published defaults; they were chosen on validation scenes.",
     ]

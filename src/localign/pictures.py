@@ -1,7 +1,7 @@
-"""The pictures of a report: models run on a few images, kept as plain arrays in ``pictures.npz``.
+"""The arrays of a report's pictures: models run on a few images, and the results are stored in ``pictures.npz``.
 
-Features are reduced to three principal components here, so the file stays small, and the report is then built from
-the run folder alone.
+The report is built from this file without running a model. Features are stored as three principal components, which
+keeps the file small.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from localign.backbones import Backbone
 from localign.data.sources import UnreadableImage
 from localign.files import replacing
 from localign.probing import LabelledSource, Probed, reduce_labels
-from localign.probing.segmentation import labelled_batches
-from localign.report.gather import PICTURES_FILE
+from localign.probing.segmentation import attribute_table, labelled_batches
+from localign.results import PICTURES_FILE, Pictures
 
 PICTURES = 6
+"""Images of a report."""
 
 
 def example_images(task: AlignTask, count: int = PICTURES) -> Tensor:
-    """The first readable held-out images of a run (training images where there are none).
+    """The first readable held-out images of a run; training images if it has no held-out images.
 
     Returns:
-        uint8 ``(count, 3, H, W)``, as the backbone would see them; fewer where there are fewer.
+        uint8 ``(count, 3, H, W)``, transformed for evaluation; fewer if the source has fewer.
     """
     source = task.data.val_source or task.data.source
     images: list[Tensor] = []
@@ -60,22 +61,22 @@ def save_pictures(
     truth: Tensor | None = None,
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """Write ``pictures.npz``: feature maps, and masked views, reconstructions and predictions where there are any.
+    """Write ``pictures.npz`` of an alignment: feature maps and, where possible, reconstructions and predictions.
 
     Args:
         folder: The run folder.
         task: A finished alignment.
         images: uint8 ``(k, 3, H, W)``.
-        heads_before, heads_after: Local-task heads for the baseline's and the aligned tokens.
-        truth: bool ``(k, patches, classes)``.
-        class_names: Of the classes.
+        heads_before, heads_after: Local-task heads for the baseline's and the aligned tokens; see
+            :func:`gather_pictures`.
+        truth: bool ``(k, n, C)``, the classes of each patch.
+        class_names: C names.
     """
-    baseline = task.teacher.backbone
     keep = None  # only MaskEmbed reconstructs the teacher's tokens from embeddings of the whole image
     if isinstance(task.objective, MaskEmbed):
         keep = task.objective.draw(rng.key(task.seed, "pictures") >> 1, torch.arange(len(images)))
     arrays = gather_pictures(
-        baseline=baseline,
+        baseline=task.teacher.backbone,
         aligned_student=task.student,
         teacher=task.teacher,
         heads_before=heads_before,
@@ -85,8 +86,7 @@ def save_pictures(
         class_names=class_names,
         keep_masks=keep,
     )
-    with replacing(folder / PICTURES_FILE) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+    _write(folder / PICTURES_FILE, arrays)
 
 
 def save_predictions(
@@ -95,29 +95,41 @@ def save_predictions(
     probed: Mapping[str, list[Probed]],
     source: LabelledSource,
 ) -> None:
-    """Write ``pictures.npz``: what the first seed's local head makes of the first images; none without such a head."""
-    heads = {name: _shown_head(seeds[0]) for name, seeds in probed.items()}
+    """Write ``pictures.npz`` of a probing run: predictions of the first seed's local head on the first images.
+
+    An existing file is removed first. Without a local head, no file is written.
+
+    Args:
+        folder: The run folder.
+        backbones: By name; they are moved to the CPU.
+        probed: Results of each backbone, one per seed.
+        source: The images and labels.
+    """
+    heads = {name: _local_head(seeds[0]) for name, seeds in probed.items()}
     path = folder / PICTURES_FILE
     path.unlink(missing_ok=True)
     models = {name: (backbones[name].cpu(), head.cpu()) for name, head in heads.items() if head is not None}
     if not models:
         return
-    attributes = getattr(source, "attributes", None)
-    table = None if attributes is None else torch.from_numpy(np.ascontiguousarray(attributes))
+    table = attribute_table(source)
     images, truth, majority = {}, {}, {}
     for name, (backbone, _) in models.items():
         images[name], maps = next(labelled_batches(source, backbone.image_size, PICTURES))
         labels = reduce_labels(maps, backbone.patch_size, len(source.classes), table)
         truth[name], majority[name] = labels.patch, labels.majority
-    # Codes that say several things of a pixel have no class with the most of a patch.
+    # With several classes per pixel, no single class has the most pixels of a patch.
     arrays = gather_predictions(models, images, truth, source.classes, majority if table is None else None)
     arrays["patch_size"] = np.asarray(next(iter(models.values()))[0].patch_size)
+    _write(path, arrays)
+
+
+def _write(path: Path, arrays: Pictures) -> None:
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
-def _shown_head(probed: Probed) -> nn.Module | None:
-    """The local transformer, or else the first head with a local task."""
+def _local_head(probed: Probed) -> nn.Module | None:
+    """The local transformer head; if there is none, the first head with a local task."""
     local = {spec.label: head for spec, head in probed.trained.heads.items() if spec.task == "local"}
     return local.get("transformer", next(iter(local.values()), None))
 
@@ -129,9 +141,9 @@ class Components:
     mean: NDArray[np.float64]
     """``(width,)``."""
     basis: NDArray[np.float64]
-    """``(width, 3)``, orthonormal columns; of each, the entry largest in size is positive."""
+    """``(width, 3)``, orthonormal columns; the entry of largest magnitude in each column is positive."""
     share: NDArray[np.float64]
-    """``(3,)``, share of the total variance."""
+    """``(3,)``, share of the total variance of each component."""
 
     def __call__(self, tokens: Tensor) -> NDArray[np.float32]:
         """Scores ``(..., 3)`` of vectors ``(..., width)``."""
@@ -140,7 +152,7 @@ class Components:
 
 
 def fit_components(tokens: Tensor) -> Components:
-    """Principal components of vectors ``(..., width)``, all with the same weight; width at least 3."""
+    """The first three principal components of vectors ``(..., width)``; width is at least 3."""
     flat = tokens.double().cpu().numpy().reshape(-1, tokens.shape[-1])
     mean = flat.mean(0)
     centred = flat - mean
@@ -148,7 +160,7 @@ def fit_components(tokens: Tensor) -> Components:
     values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
     basis = vectors[:, :3]
     largest = basis[np.abs(basis).argmax(0), np.arange(3)]
-    # Eigenvectors have no sign of their own; without a rule, equal runs could differ in colour.
+    # The sign of an eigenvector is arbitrary; a fixed sign gives equal runs equal colours.
     basis = basis * np.where(largest < 0, -1.0, 1.0)
     return Components(mean, basis, values[:3] / max(values.sum(), 1e-30))
 
@@ -167,29 +179,26 @@ def gather_pictures(
 ) -> dict[str, NDArray[Any]]:
     """Predictions, feature maps and reconstructions of a few images.
 
-    Every model is used in eval mode on the device where it is, and left in the mode it was in.
+    Models run in eval mode on their own device, and return to their previous mode.
 
     Args:
         baseline: The backbone before alignment.
-        aligned_student: The trained student; its encoder's backbone is the aligned one.
-        teacher: What the student learned from.
+        aligned_student: The trained student; the backbone of its encoder is the aligned backbone.
+        teacher: The student's teacher.
         heads_before: A local-task head trained on the baseline's tokens: ``(k, P + n, d)`` to logits
-            ``(k, n, C)``. None leaves the predictions out, as it does for ``heads_after`` or ``truth``.
+            ``(k, n, C)``. If this, ``heads_after`` or ``truth`` is None, there are no predictions.
         heads_after: The same head trained on the aligned tokens.
         images: uint8 ``(k, 3, H, W)``.
         truth: bool ``(k, n, C)``, the classes of each patch.
-        class_names: C names.
-        keep_masks: bool ``(k, masks, n)``, True = visible, in the order mask, complement, all-visible. None,
-            for a student that reconstructs no masked views, leaves the reconstructions out.
+        class_names: C names; numbered classes by default.
+        keep_masks: bool ``(k, masks, n)``, True = visible, in the order mask, complement, all-visible. None (for a
+            student that does not reconstruct masked views) leaves the reconstructions out.
 
     Returns:
-        Arrays without object dtype. Always ``images``, ``grid``, ``patch_size``, ``mean_colour``,
-        ``pca_baseline`` and ``pca_aligned`` (float32 ``(k, n, 3)``, one PCA per backbone over all images) with
-        ``..._share``; ``keep_masks``, ``target`` and ``reconstruction`` (float32 ``(k, masks, n, 3)``, both
-        in the target's PCA with its ``target_share``; with target ``cls`` ``(k, masks, width)``, each channel in
-        standard deviations from its mean) and ``view_error`` (``(k, masks)``, squared error over the variance of
-        the targets); ``truth``, ``class_names``, ``probability_baseline`` and
-        ``probability_aligned`` (float16 ``(k, n, C)``).
+        The arrays of :data:`~localign.results.Pictures`, without object dtype. Always ``images``, ``grid``,
+        ``patch_size``, ``mean_colour`` and ``pca_*``, with one PCA per backbone over all images. With ``keep_masks``,
+        the reconstructions: target and reconstruction share the target's PCA, or for target ``cls`` hold each channel
+        in standard deviations from its mean. With heads and truth, the predictions.
     """
     arrays: dict[str, NDArray[Any]] = {
         "images": images.cpu().numpy(),
@@ -225,21 +234,21 @@ def gather_predictions(
     class_names: Sequence[str],
     majority: Mapping[str, Tensor] | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """What local-task heads make of the same few images, backbone by backbone.
+    """Predictions of local-task heads on the same few images, for several backbones.
 
     Args:
-        models: Name to backbone and head, ``(k, P + n, d)`` to logits ``(k, n, C)``; each is used in eval mode
-            on the device where it is.
-        images: Of each name, uint8 ``(k, 3, H, W)`` at its backbone's size; the first are kept to be shown.
-        truth: Of each name, bool ``(k, n, C)``.
+        models: Name to backbone and head, ``(k, P + n, d)`` to logits ``(k, n, C)``. Each runs in eval mode on its own
+            device.
+        images: Name to uint8 ``(k, 3, H, W)`` at the size of its backbone.
+        truth: Name to bool ``(k, n, C)``, the classes of each patch.
         class_names: C names.
-        majority: Of each name, int64 ``(k, n)``, the class with most pixels of each patch; None for label maps
-            that say several things of a pixel.
+        majority: Name to int64 ``(k, n)``, the class with most pixels of each patch; None for label maps with several
+            classes per pixel.
 
     Returns:
-        ``images``, ``grid``, ``truth``, ``class_names``, maybe ``majority``, of the first backbone, and
-        ``probability_<name>`` (float16 ``(k, n, C)``) of every one; of those with another grid, ``grid_<name>``,
-        ``truth_<name>`` and ``majority_<name>`` too.
+        The arrays of :data:`~localign.results.Pictures`: ``images``, ``grid``, ``truth``, ``class_names`` and, if
+        given, ``majority`` of the first backbone, and ``probability_<name>`` of every backbone. Backbones with another
+        grid than the first add ``grid_<name>``, ``truth_<name>`` and ``majority_<name>``.
     """
     first = next(iter(models))
     arrays: dict[str, NDArray[Any]] = {
@@ -250,11 +259,11 @@ def gather_predictions(
         arrays[f"probability_{name}"] = _probabilities(head, _tokens(backbone, images[name]))
         if name != first and tuple(backbone.grid) == tuple(models[first][0].grid):
             continue
-        tail = "" if name == first else f"_{name}"
-        arrays[f"grid{tail}"] = np.asarray(backbone.grid)
-        arrays[f"truth{tail}"] = truth[name].cpu().numpy()
+        suffix = "" if name == first else f"_{name}"
+        arrays[f"grid{suffix}"] = np.asarray(backbone.grid)
+        arrays[f"truth{suffix}"] = truth[name].cpu().numpy()
         if majority is not None:
-            arrays[f"majority{tail}"] = majority[name].cpu().numpy()
+            arrays[f"majority{suffix}"] = majority[name].cpu().numpy()
     return arrays
 
 
@@ -266,39 +275,39 @@ def _tokens(backbone: Backbone, images: Tensor) -> Tensor:
 def _probabilities(head: nn.Module, tokens: Tensor) -> NDArray[np.float16]:
     with _evaluating(head):
         logits = head(tokens.to(_device(head)))
-    return logits.float().sigmoid().cpu().numpy().astype(np.float16)
+    return np.asarray(logits.float().sigmoid().cpu().numpy(), dtype=np.float16)
 
 
 def _reconstructions(
     student: Student, teacher: Teacher, images: Tensor, keep_masks: Tensor
 ) -> dict[str, NDArray[Any]]:
-    """What the teacher gives of every view, patch tokens or one class token, and the student's attempt at it."""
+    """The teacher's tokens of every view (patch tokens or one class token), and the student's reconstruction."""
     count, masks, _ = keep_masks.shape
-    device, there = _device(student), _device(teacher.backbone)
+    device, teacher_device = _device(student), _device(teacher.backbone)
     with _evaluating(student):
         normalised = teacher.backbone.normalise(images.to(device))
         keep = keep_masks.to(device)
         predicted = student(normalised, keep).float()
-    wanted = teacher(normalised.to(there), keep.to(there)).float().to(device)
+    target = teacher(normalised.to(teacher_device), keep.to(teacher_device)).float().to(device)
     one_token = teacher.target == "cls"
     if one_token:
         predicted = predicted[:, 0]
     else:
-        predicted, wanted = (tokens[:, student.num_prefix_tokens :] for tokens in (predicted, wanted))
-    mean = wanted.flatten(0, -2).mean(dim=0)
-    variance = (wanted - mean).square().mean().clamp(min=1e-12)
-    error = (predicted - wanted).square().flatten(1).mean(dim=1) / variance
-    shown: dict[str, NDArray[Any]] = {"view_error": error.view(count, masks).cpu().numpy()}
+        predicted, target = (tokens[:, student.num_prefix_tokens :] for tokens in (predicted, target))
+    mean = target.flatten(0, -2).mean(dim=0)
+    variance = (target - mean).square().mean().clamp(min=1e-12)
+    error = (predicted - target).square().flatten(1).mean(dim=1) / variance
+    arrays: dict[str, NDArray[Any]] = {"view_error": error.view(count, masks).cpu().numpy()}
     if one_token:
-        # Too few vectors for a PCA of their own: the channels themselves, as deviations from the mean view.
-        spread = (wanted - mean).square().mean(dim=0).sqrt().clamp(min=1e-6)
-        for name, values in (("target", wanted), ("reconstruction", predicted)):
-            shown[name] = ((values - mean) / spread).view(count, masks, -1).cpu().numpy()
-        return shown
-    components = fit_components(wanted)
-    shape = (count, masks, wanted.shape[1], 3)
-    return shown | {
-        "target": components(wanted).reshape(shape),
+        # Too few vectors for a PCA: store the channels, in standard deviations from their mean over the views.
+        deviation = (target - mean).square().mean(dim=0).sqrt().clamp(min=1e-6)
+        for name, values in (("target", target), ("reconstruction", predicted)):
+            arrays[name] = ((values - mean) / deviation).view(count, masks, -1).cpu().numpy()
+        return arrays
+    components = fit_components(target)
+    shape = (count, masks, target.shape[1], 3)
+    return arrays | {
+        "target": components(target).reshape(shape),
         "reconstruction": components(predicted).reshape(shape),
         "target_share": components.share,
     }

@@ -1,4 +1,4 @@
-"""Made-up results of probing, in the shape that commands write."""
+"""Made-up results of probing, with the types that commands write."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from localign.results import Metrics, ProbeOutcome, Results
 
 HEADS = ("transformer", "mlp", "linear", "transformer-anonymous", "transformer-cls-only")
 COST = dict(zip(HEADS, (0.0, 0.1, 0.2, 0.05, 0.15), strict=True))
 
 
 def class_list(count: int) -> list[str]:
-    """``count`` names, every third of them long, one with letters that mean something to LaTeX and Markdown."""
+    """``count`` names; every third is long, and one has characters that LaTeX and Markdown treat specially."""
     names = [f"class {i}" + " of things with a rather long name" * (i % 3 == 0) for i in range(count)]
     return ["unlabeled", "50 % of_$ {a} & b | ^~#", *names[2:]]
 
 
-def cell(recall: float, classes: int, spread: Any, interval: bool = True) -> dict[str, Any]:
-    """Figures of one head on one task; the last class has no positives, the last bin is empty."""
+def metrics(recall: float, classes: int, spread: NDArray[np.float64], interval: bool = True) -> Metrics:
+    """Metrics of one head on one task; the last class has no positives, the last size bin is empty."""
     recalls = [float(v) for v in np.clip(recall + spread, 0.01, 0.99)]
     sizes = [float(np.clip(recall * (0.5 + 0.1 * b), 0, 1)) for b in range(9)]
-    found: dict[str, Any] = {
+    found: Metrics = {
         "macro_recall": recall,
         "macro_precision": 0.5,
         "macro_f1": 0.4,
@@ -33,7 +36,9 @@ def cell(recall: float, classes: int, spread: Any, interval: bool = True) -> dic
         "size_recall": [*sizes, None],
         "size_positives": [*(10 ** (6 - b // 2) for b in range(9)), 0],
     }
-    return {**found, "macro_recall_interval": [recall - 0.01, recall + 0.02]} if interval else found
+    if interval:
+        found["macro_recall_interval"] = [recall - 0.01, recall + 0.02]
+    return found
 
 
 def outcome(
@@ -45,12 +50,12 @@ def outcome(
     heads: Sequence[str] = HEADS,
     interval: bool = True,
     backbone: str = "tiny",
-) -> dict[str, Any]:
+) -> ProbeOutcome:
     """One backbone, one seed."""
     spread = np.random.default_rng([seed, round(1e6 * local)]).normal(0, 0.05, classes)
     results = {
         head: {
-            task: cell(recall - COST[head], classes, spread, interval)
+            task: metrics(recall - COST[head], classes, spread, interval)
             for task, recall in (("local", local), ("global", global_))
         }
         for head in heads
@@ -68,8 +73,8 @@ def results(
     classes: int = 10,
     kinds: bool = False,
     **options: Any,
-) -> dict[str, Any]:
-    """Of backbones with these local and global recalls; each further seed is a point worse."""
+) -> Results:
+    """Results of backbones with these local and global recalls; each further seed is a point worse."""
     probe = {
         name: [
             outcome(local - 0.01 * s, global_ - 0.01 * s, seed=s, classes=classes, **options)

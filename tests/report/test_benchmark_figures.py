@@ -1,4 +1,4 @@
-"""Radar charts and bars of benchmarks: readable with any number of models, gaps where nothing was answered."""
+"""Radar charts and bars of benchmarks are readable with any number of models, and have gaps for missing scores."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_missing_benchmark_opens_the_line_and_leaves_out_the_bar(tmp_path: Pat
     figure = radar_figure(axes, [panel], scale, style)
 
     def lines(name: str) -> list[int]:
-        """Numbers of points of a model's lines: two of each side, and all markers in one."""
+        """Sorted lengths of a model's lines: two points for each side, and all markers in one line."""
         found = [line for line in figure.get_axes()[0].lines if line.get_color() == style[name].colour]
         return sorted(len(np.atleast_1d(line.get_xdata())) for line in found)
 

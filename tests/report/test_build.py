@@ -1,4 +1,4 @@
-"""The page is whole by itself, holds the numbers of its run, and says what it lacks."""
+"""The page needs no other file, holds the numbers of its run, and names what it lacks."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_a_probing_run_has_its_recalls_figures_and_curves(tmp_path: Path) -> Non
     content, found = parsed(build_report(tmp_path))
     assert found.tags.count("img") == 4  # recall, heads, local against global, curves
     assert "43.2" in content
-    assert "gains by class: it takes two backbones" in content
+    assert "gains by class: it needs two backbones" in content
 
 
 def test_an_unfinished_run_is_shown_as_far_as_it_got(tmp_path: Path) -> None:
@@ -202,10 +202,10 @@ def test_a_single_seed_is_not_oversold(tmp_path: Path) -> None:
     results["probe"] = {side: runs[:1] for side, runs in results["probe"].items()}
     (tmp_path / "results.json").write_text(json.dumps(results))
     content, _ = parsed(build_report(tmp_path))
-    assert "chance is not ruled out" in content
+    assert "one seed, so it may be chance" in content
     assert "One seed: no interval can be given." in content
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         build_report(tmp_path)

@@ -1,4 +1,4 @@
-"""What figures and tables are made of: pairs, estimates, differences, gains, sizes and the trend."""
+"""The numbers behind figures and tables: pairs, estimates, differences, gains, sizes and the trend."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from probe_results import results, twenty_pairs
 from localign.report.figures.locality import measure_locality
 from localign.report.tables.measures import (
     BackbonePair,
-    Measured,
     change,
+    chart_lines,
     class_gains,
     comparisons,
     display_names,
     estimate,
     fit_trend,
     main_head,
-    models,
     size_bins,
 )
+from localign.report.tables.rows import MetricKey
+from localign.results import RecallDifference
 
-LOCAL = Measured("test", "transformer", "local")
+LOCAL = MetricKey("test", "transformer", "local")
 
 
 def test_names_tell_which_backbone_is_which_aligned() -> None:
@@ -34,11 +35,10 @@ def test_names_tell_which_backbone_is_which_aligned() -> None:
 
 
 def test_pairs_of_the_results_win_over_names() -> None:
-    told = results({"a": (0.4, 0.5), "b": (0.5, 0.5)}) | {
-        "pairs": [["A", "b", "a"], ["gone", "a", "nowhere"]]
-    }
-    assert comparisons(told) == [BackbonePair("A", "b", "a", True)]
-    assert display_names(told) == {"a": "A, after", "b": "A, before"}
+    listed = results({"a": (0.4, 0.5), "b": (0.5, 0.5)})
+    listed["pairs"] = [["A", "b", "a"], ["gone", "a", "nowhere"]]
+    assert comparisons(listed) == [BackbonePair("A", "b", "a", True)]
+    assert display_names(listed) == {"a": "A, after", "b": "A, before"}
 
 
 def test_plain_backbones_are_compared_with_the_first() -> None:
@@ -47,7 +47,7 @@ def test_plain_backbones_are_compared_with_the_first() -> None:
         ("a", "b", False),
         ("a", "c", False),
     ]
-    assert [(m.before, m.after) for m in models(found)] == [("a", None), (None, "b"), (None, "c")]
+    assert [(m.before, m.after) for m in chart_lines(found)] == [("a", None), (None, "b"), (None, "c")]
     assert comparisons(results({"a": (0.4, 0.5)})) == []
 
 
@@ -74,8 +74,15 @@ def test_a_bootstrap_of_the_results_wins_over_seeds() -> None:
     found = results({"a": (0.5, 0.6), "b": (0.6, 0.6)}, seeds=3)
     paired = change(found, "a", "b", LOCAL)
     assert paired is not None
-    assert (paired.over, paired.value) == ("seeds", pytest.approx(0.1))
-    entry = {"name": "b", "against": "a", "head": "transformer", "task": "local", "source": "test"}
+    assert paired.over == "seeds"
+    assert paired.value == pytest.approx(0.1)
+    entry: RecallDifference = {
+        "name": "b",
+        "against": "a",
+        "head": "transformer",
+        "task": "local",
+        "source": "test",
+    }
     found["differences"] = [
         {**entry, "task": "global", "difference": 9.0, "interval": [8.0, 10.0]},
         {**entry, "source": "val", "difference": 7.0, "interval": [6.0, 8.0]},
@@ -83,14 +90,19 @@ def test_a_bootstrap_of_the_results_wins_over_seeds() -> None:
     ]
     drawn = change(found, "a", "b", LOCAL)
     assert drawn is not None
-    assert (drawn.value, drawn.interval, drawn.over, drawn.certain) == (0.09, (-0.01, 0.2), "images", False)
+    assert (drawn.value, drawn.interval, drawn.over, drawn.significant) == (
+        0.09,
+        (-0.01, 0.2),
+        "images",
+        False,
+    )
 
 
 def test_one_seed_without_bootstrap_is_certain_of_nothing() -> None:
     found = change(results({"a": (0.5, 0.6), "b": (0.9, 0.6)}), "a", "b", LOCAL)
     assert found is not None
     assert found.interval is None
-    assert not found.certain
+    assert not found.significant
 
 
 def test_gains_are_of_classes_that_occur_the_largest_first() -> None:
@@ -103,9 +115,11 @@ def test_gains_are_of_classes_that_occur_the_largest_first() -> None:
     ] == []  # 3 was not measured before, 9 has no positives
     assert len(gains) == 8
     assert [g.gain for g in gains] == sorted((g.gain for g in gains), reverse=True)
+    kinds = found["class_kinds"] or []
     for g in gains:
-        assert g.gain == pytest.approx(after["class_recall"][g.index] - before["class_recall"][g.index])
-        assert g.kind == found["class_kinds"][g.index]
+        sides = [recalls["class_recall"][g.index] or math.nan for recalls in (before, after)]
+        assert g.gain == pytest.approx(sides[1] - sides[0])
+        assert g.kind == kinds[g.index]
         assert g.positives == 1000 - g.index
 
 
@@ -128,7 +142,7 @@ def test_residuals_from_the_trend_sum_to_zero() -> None:
 def test_a_line_is_found_again_and_its_points_are_on_it() -> None:
     trend = fit_trend([(0.1 + 0.5 * g, g) for g in (0.2, 0.4, 0.9)])
     assert trend is not None
-    assert (trend.slope, trend.intercept) == (pytest.approx(0.5), pytest.approx(0.1))
+    assert [trend.slope, trend.intercept] == pytest.approx([0.5, 0.1])
     assert trend.relative_locality(0.35, 0.4) == pytest.approx(0.05)
 
 
@@ -141,7 +155,7 @@ def test_two_backbones_or_equal_ones_have_no_trend() -> None:
 def test_one_backbone_may_be_the_before_of_several() -> None:
     found = results({"a": (0.4, 0.5), "b": (0.5, 0.5), "c": (0.6, 0.5)})
     found["pairs"] = [["B", "a", "b"], ["C", "a", "c"]]
-    assert [(m.label, m.before, m.after) for m in models(found)] == [("B", "a", "b"), ("C", "a", "c")]
+    assert [(m.label, m.before, m.after) for m in chart_lines(found)] == [("B", "a", "b"), ("C", "a", "c")]
     assert display_names(found) == {"a": "a", "b": "B, after", "c": "C, after"}
     located = measure_locality(found, "transformer")
     assert [p.backbone for p in located.points] == ["a", "b", "c"]

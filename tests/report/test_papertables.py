@@ -1,11 +1,10 @@
-"""Tables of the paper: our numbers as they are, the published ones beside them, and LaTeX that compiles."""
+"""Tables of the paper: our numbers as measured beside the published numbers, and LaTeX that compiles."""
 
 from __future__ import annotations
 
 import csv
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from probe_results import outcome
@@ -16,9 +15,10 @@ from localign.report import write_table
 from localign.report.tables.latex import escape, to_latex
 from localign.report.tables.published import TABLE1, TABLE4, TABLE5
 from localign.report.tables.rows import Grid
+from localign.results import ProbeOutcome, RecallDifference
 
 
-def rows(**recalls: float) -> dict[str, list[dict[str, Any]]]:
+def rows(**recalls: float) -> dict[str, list[ProbeOutcome]]:
     return {
         f"table1/{slug.replace('_', '-')}": [outcome(local + 0.01 * s, 0.5, seed=s) for s in (0, 1)]
         for slug, local in recalls.items()
@@ -26,7 +26,7 @@ def rows(**recalls: float) -> dict[str, list[dict[str, Any]]]:
 
 
 def cells(markdown: Path) -> dict[str, list[str]]:
-    """Of each row, by its name, the cells."""
+    """The cells of each row, by the row's name."""
     lines = [line for line in markdown.read_text().splitlines() if line.startswith("| ")]
     found = [[c.strip() for c in line.strip("|").split("|")] for line in lines[2:]]
     return {line[1]: line[2:] for line in found}
@@ -77,7 +77,7 @@ def test_unknown_rows_are_kept_and_rows_of_other_tables_refused(tmp_path: Path) 
 
 
 def test_bootstrap_differences_by_row_key(tmp_path: Path) -> None:
-    entry = {
+    entry: RecallDifference = {
         "name": "table1/clipself", "against": "table1/teacher", "head": "transformer", "task": "local",
         "source": "test", "difference": -0.0612, "interval": [-0.07, -0.05],
     }  # fmt: skip

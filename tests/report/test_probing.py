@@ -1,4 +1,4 @@
-"""A probing run's folder gets files that exist, parse and hold the numbers of its results."""
+"""The files of a probing run exist, parse, and hold the numbers of its results."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from probe_results import class_list, pictures, results, twenty_pairs
 from localign.errors import UserError
 from localign.report import build_report, write_figure, write_probe_report
 from localign.report.figures.locality import locality_grid, measure_locality
+from localign.report.figures.views import Views
 from localign.report.tables.probe import comparison_table, recall_grid
+from localign.results import Metrics, Results
 
 
-def write(folder: Path, content: dict[str, Any], arrays: dict[str, Any] | None = None) -> list[Path]:
+def write(folder: Path, content: Results, arrays: dict[str, Any] | None = None) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(content))
     if arrays:
@@ -33,13 +35,13 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[Path]]:
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results, list[Path]]:
     folder = tmp_path_factory.mktemp("two")
     content = results({"tiny": (0.4, 0.5), "run/export": (0.45, 0.52)}, seeds=2)
     return folder, content, write(folder, content, pictures(["tiny", "run/export"], class_list(10)))
 
 
-def test_every_file_exists_and_parses(two: tuple[Path, dict[str, Any], list[Path]]) -> None:
+def test_every_file_exists_and_parses(two: tuple[Path, Results, list[Path]]) -> None:
     folder, _, paths = two
     names = {str(p.relative_to(folder)) for p in paths}
     figures = ("before_after", "heads", "classes", "sizes", "locality", "interventions", "predictions")
@@ -50,15 +52,15 @@ def test_every_file_exists_and_parses(two: tuple[Path, dict[str, Any], list[Path
         assert path.stat().st_size > 50, path
         if path.suffix == ".png":
             with Image.open(path) as picture:
-                low, high = picture.convert("L").getextrema()
-                assert high - low > 100
+                grey = np.asarray(picture.convert("L"))
+                assert int(grey.max()) - int(grey.min()) > 100
         if path.suffix == ".csv":
             rows = table(path)
             assert rows, path
             assert all(None not in row and None not in row.values() for row in rows), path
 
 
-def test_csv_holds_every_number_in_full(two: tuple[Path, dict[str, Any], list[Path]]) -> None:
+def test_csv_holds_every_number_in_full(two: tuple[Path, Results, list[Path]]) -> None:
     folder, content, _ = two
     recalls = table(folder / "recalls.csv")
     assert len(recalls) == 2 * 2 * 5 * 2  # backbones, seeds, heads, tasks
@@ -75,7 +77,7 @@ def test_csv_holds_every_number_in_full(two: tuple[Path, dict[str, Any], list[Pa
     assert len(table(folder / "sizes.csv")) == len(recalls) * 10
 
 
-def test_figures_say_in_numbers_what_they_draw(two: tuple[Path, dict[str, Any], list[Path]]) -> None:
+def test_figures_say_in_numbers_what_they_draw(two: tuple[Path, Results, list[Path]]) -> None:
     folder, _, _ = two
     rows = table(folder / "figures" / "before_after.csv")
     local = {r["backbone"]: r for r in rows if r["panel"].startswith("local")}
@@ -155,7 +157,7 @@ def test_relative_locality_of_the_backbones_that_made_the_trend_sums_to_zero() -
     assert len(locality_grid(found).rows) == 20
 
 
-def test_the_page_has_the_figures_and_tables(two: tuple[Path, dict[str, Any], list[Path]]) -> None:
+def test_the_page_has_the_figures_and_tables(two: tuple[Path, Results, list[Path]]) -> None:
     folder, _, _ = two
     content = build_report(folder).read_text(encoding="utf-8")
     assert content.count("<img ") == 7
@@ -176,11 +178,9 @@ def test_figures_of_the_paper_by_name(tmp_path: Path) -> None:
     }.items():
         assert {p.name for p in write_figure(name, content, tmp_path)} == files
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 40, 40), dtype=np.uint8)
-    assert {p.name for p in write_figure("fig10", {}, tmp_path, images=images, grid=(10, 10))} == {
-        "fig10.png",
-        "fig10.csv",
-    }
-    with pytest.raises(UserError, match="hold nothing"):
+    views = Views(images, (10, 10), {"all": np.ones((2, 2, 100), dtype=bool)}, [[(0, 0, 4, 4)]] * 2)
+    assert {p.name for p in write_figure("fig10", {}, tmp_path, views=views)} == {"fig10.png", "fig10.csv"}
+    with pytest.raises(UserError, match="hold no data"):
         write_figure("fig3", content, tmp_path)
     np.savez(tmp_path / "pictures.npz", **pictures(["x-baseline", "x"], class_list(10)))
     assert {p.name for p in write_figure("fig3", content, tmp_path)} == {"fig3.png", "fig3.csv"}
@@ -190,7 +190,7 @@ def test_figures_of_the_paper_by_name(tmp_path: Path) -> None:
 
 def test_codes_of_a_majority_label_are_not_called_classes(tmp_path: Path) -> None:
     content = results({"a": (0.4, 0.5)}, heads=("linear",))
-    cell = {"macro_recall": 0.3, "class_recall": [0.1, None, 0.2], "class_positives": [5, 0, 6]}
+    cell: Metrics = {"macro_recall": 0.3, "class_recall": [0.1, None, 0.2], "class_positives": [5, 0, 6]}
     content["probe"]["a"][0]["results"]["test"]["linear"] = {"majority": cell}
     write(tmp_path, content)
     assert [r["class"] for r in table(tmp_path / "classes.csv")] == ["code 0", "code 1", "code 2"]

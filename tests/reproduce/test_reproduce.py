@@ -1,4 +1,4 @@
-"""`localign reproduce`: everything a table or figure takes is run once, continued where cut off, and reported."""
+"""`localign reproduce` runs everything that a table or figure needs once, continues interrupted runs, and reports."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
 from safetensors.torch import save_file
 
-from localign.backbones import CATALOGUE, create_backbone
+from localign.alignment import AlignTask
+from localign.backbones import create_backbone
 from localign.cli import main
 from localign.engine.log import read_log
-from localign.errors import UserError
 from localign.report.figures.locality import measure_locality
-from localign.report.tables.published import TABLE1, TABLE4, TABLE5
-from localign.reproduce import TARGETS, ReproduceConfig, pieces, run, targets
-from localign.reproduce.pieces import Alignment, Heads, Probing
-from localign.reproduce.plan import Planner, ReproductionPlan
+from localign.report.tables.published import TABLE1
+from localign.reproduce import TARGETS, run, targets
+from localign.reproduce.pieces import Alignment, Probing
 from localign.reproduce.worlds import DataScale, open_world
 
 TINY_ALIGN = {
@@ -53,7 +50,7 @@ def tiny_world(**changes: Any) -> DataScale:
 
 
 class Ran:
-    """What has been run."""
+    """The runs that a command made."""
 
     def __init__(self) -> None:
         self.alignments: list[str] = []
@@ -70,7 +67,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
-    """The runs of a test, by row."""
+    """The runs that a test makes, named by row."""
     seen = Ran()
     align, probe = Alignment.run, Probing.run
 
@@ -133,7 +130,9 @@ def test_the_table_is_written_with_its_notes(out: Path) -> None:
         (line,) = [line for line in text.splitlines() if f" {TABLE1[name].label} " in line]
         assert "[" in line, "every row was measured"
     assert "Alignments: 2 steps of 4 images, learning rate 0.001, 1 seed." in text
-    assert "Heads: 3 steps of 4 images, trained alike on 16 images for every row and judged on 16." in text
+    assert (
+        "Heads: 3 steps of 4 images, trained on the same 16 images for every row and evaluated on 16." in text
+    )
     for kind in ("tex", "csv"):
         assert (out / "scenes" / "table1" / f"table1.{kind}").stat().st_size > 0
 
@@ -227,198 +226,34 @@ def test_a_plan_alone_runs_and_writes_nothing(
     assert text.count("missing") == 3
 
 
-def test_an_alignment_that_was_cut_off_is_continued(
+def test_an_interrupted_alignment_is_continued(
     tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = tmp_path / "whole"
     assert reproduce(whole, "table5") == 0
-    step = pieces.AlignTask.step
+    step = AlignTask.step
 
-    def dies(task: Any, model: Any, batch: Any) -> Any:
+    def interrupted(task: Any, model: Any, batch: Any) -> Any:
         if int(batch.positions[0]) >= TINY_ALIGN["batch_size"]:  # the second step
             raise KeyboardInterrupt
         return step(task, model, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pieces.AlignTask, "step", dies)
-        assert reproduce(tmp_path / "cut", "table5") == 1
+        patch.setattr(AlignTask, "step", interrupted)
+        assert reproduce(tmp_path / "interrupted", "table5") == 1
     capsys.readouterr()
-    assert reproduce(tmp_path / "cut", "table5") == 0
+    assert reproduce(tmp_path / "interrupted", "table5") == 0
     assert "at step 1" in capsys.readouterr().out
-    (run_folder,) = (tmp_path / "cut" / "scenes" / "align").iterdir()
+    (run_folder,) = (tmp_path / "interrupted" / "scenes" / "align").iterdir()
     assert [e["step"] for e in read_log(run_folder) if "loss" in e] == [1, 2]
-    tables = [(f / "scenes" / "table5" / "table5.csv").read_text() for f in (whole, tmp_path / "cut")]
+    tables = [(f / "scenes" / "table5" / "table5.csv").read_text() for f in (whole, tmp_path / "interrupted")]
     assert tables[0] == tables[1]
-
-
-# -- plans -----------------------------------------------------------------------------------------------
-
-
-class NoImages:
-    """Stands for labelled data."""
-
-    kind, classes = "none", ("unlabeled", "thing")
-
-    def __len__(self) -> int:
-        return 64
-
-    def fingerprint(self) -> str:
-        return "none"
-
-
-def plan_of(**options: Any) -> ReproductionPlan:
-    config = ReproduceConfig(**options)
-    heads = Heads(NoImages(), {"test": NoImages()})  # type: ignore[arg-type, dict-item]
-    return Planner(config, open_world(config.world, quick=config.quick), heads).plan()
-
-
-def aligned(plan: ReproductionPlan) -> dict[str, Any]:
-    """Row -> config of its alignment, first seed."""
-    return {n: p[0].aligned.config for n, p in plan.probings.items() if p[0].aligned is not None}
-
-
-def test_the_rows_are_those_of_the_paper() -> None:
-    assert [r.name for r in TARGETS["table1"].rows if r.name not in TABLE1] == []
-    assert {r.name for r in TARGETS["table1"].rows} == TABLE1.keys()
-    assert {r.name for r in TARGETS["table4"].rows} == TABLE4.keys()
-    names = {r.name for r in TARGETS["table5"].rows}
-    assert names == {*TABLE5, *(f"{n}-baseline" for n in TABLE5)}
-    for table, paper in (("table1", TABLE1), ("table4", TABLE4)):
-        against = {r.name: r.against for r in TARGETS[table].rows if r.recipe}
-        assert against == {n: paper[n].teacher for n in against}
-
-
-def test_rows_of_table_1_on_scenes_differ_in_method_alone() -> None:
-    configs = aligned(plan_of(target="table1"))
-    shared = (
-        "backbone",
-        "data",
-        "steps",
-        "epochs",
-        "batch_size",
-        "lr",
-        "warmup_steps",
-        "soft_cap",
-        "seed",
-        "crop",
-    )
-    assert all(len({getattr(c, name) for c in configs.values()}) == 1 for name in shared)
-    assert {n: (c.objective, c.decoder, c.target, c.loss) for n, c in configs.items()} == {
-        "clipself": ("clipself", "none", "cls", "cosine"),
-        "clipself-decoder": ("clipself", "transformer", "cls", "cosine"),
-        "additive": ("additive", "none", "cls", "mse"),
-        "averaging-1": ("averaging", "none", "cls", "mse"),
-        "averaging-3": ("averaging", "none", "cls", "mse"),
-        "maskembed-1": ("maskembed", "transformer", "last", "mse"),
-        "maskembed-3": ("maskembed", "transformer", "last", "mse"),
-    }
-    assert {n: c.masks().masks_per_image for n, c in configs.items() if c.mask} == {
-        "additive": 3, "averaging-1": 1, "averaging-3": 3, "maskembed-1": 1, "maskembed-3": 3,
-    }  # fmt: skip
-
-
-def test_rows_of_table_4_on_scenes() -> None:
-    plan = plan_of(target="table4")
-    configs = aligned(plan)
-    targets = [configs[f"target-{n}"].target for n in ("cls", "last", "penultimate")]
-    assert targets == ["cls", "last", "penultimate"], "what a row states it keeps"
-    default = configs["in1k-25"]
-    assert configs["augment-crop"] == configs["target-last"] == default
-    one_block = replace(default, complement=False, all_visible=False)
-    for name, expected in (
-        ("masks-block", one_block),
-        ("masks-uniform-complement-visible", replace(default, mask="uniform")),
-    ):
-        assert replace(configs[name], out=expected.out) == expected
-    assert configs["in1k-50"].steps == 2 * default.steps
-    assert configs["in1k-2"].steps == round(0.08 * default.steps)
-    assert (configs["augment-mixup"].mixup, configs["augment-cutmix"].cutmix) == (0.5, 1.0)
-    assert {c.lr for c in configs.values()} == {default.lr}
-    missing = TABLE4.keys() - plan.probings.keys()
-    assert missing == {n for n in TABLE4 if n.startswith(("in21k", "clip"))}
-    said = " ".join(plan.notes)
-    assert all(name in said for name in missing), "what is left out is named"
-
-
-def test_equal_rows_share_their_runs() -> None:
-    plan = plan_of(target="table4", quick=True)
-    rows = len(plan.rows)
-    shared = len(plan.pieces())
-    assert shared < 2 * rows - 1
-    labels = [p.label for p in plan.pieces()]
-    assert len(set(zip(labels, map(type, plan.pieces()), strict=True))) == shared
-
-
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    """A labelled folder that is also good to align on."""
-    for part in ("images/train", "images/val", "masks/train", "masks/val", "imagenet-1k", "plain"):
-        folder = tmp_path / part
-        folder.mkdir(parents=True)
-        mode = "L" if part.startswith("masks") else "RGB"
-        for i in range(4):
-            Image.fromarray(np.full((32, 32), i % 2, np.uint8)).convert(mode).save(folder / f"{i}.png")
-    (tmp_path / "classes.json").write_text(json.dumps({"0": "unlabeled", "1": "thing"}))
-    return tmp_path
-
-
-def test_the_published_runs_are_the_recipes(photographs: Path) -> None:
-    options = {"world": "coco", "data": str(photographs), "train_data": str(photographs)}
-    plan = plan_of(target="table5", **options)
-    configs = aligned(plan)
-    assert configs.keys() == CATALOGUE.keys() - {"moco-vit-b"}
-    assert "moco-vit-b" in " ".join(plan.notes)
-    large = configs["clip-vit-l"]
-    assert (large.lr, large.batch_size, large.epochs, large.target) == (2e-4, 1024, 5, "penultimate")
-    assert large.data == str(photographs), "there is no folder imagenet-21k in it"
-    assert configs["mae-vit-b"].data == str(photographs / "imagenet-1k")
-    assert configs["mae-vit-b"].warmup_epochs == 1
-    assert all(len(p) == 1 for p in plan.probings.values())
-
-
-def test_weight_files_take_the_place_of_downloads(photographs: Path) -> None:
-    (photographs / "plain" / "moco-vit-b.pth.tar").touch()
-    options = {"world": "coco", "data": str(photographs), "train_data": str(photographs)}
-    plan = plan_of(target="table5", weights=str(photographs / "plain"), **options)
-    configs = aligned(plan)
-    assert configs["moco-vit-b"].weights == str(photographs / "plain" / "moco-vit-b.pth.tar")
-    assert configs["clip-vit-b"].weights == "pretrained"
-
-
-def test_a_quick_plan_of_published_runs_is_short(photographs: Path) -> None:
-    options = {"world": "ade20k", "data": str(photographs), "train_data": str(photographs / "plain")}
-    plan = plan_of(target="table1", quick=True, **options)
-    assert all(p.steps <= 500 for p in plan.pieces())
-    assert str(photographs / "plain") in " ".join(plan.notes)
-
-
-def test_other_images_make_another_run(photographs: Path) -> None:
-    options = {"world": "coco", "data": str(photographs), "train_data": str(photographs / "plain")}
-    before = plan_of(target="fig7", **options)
-    Image.new("RGB", (32, 32)).save(photographs / "plain" / "more.png")
-    after = plan_of(target="fig7", **options)
-    assert len({p.key for p in before.pieces()} & {p.key for p in after.pieces()}) == 1, "the probing before"
-
-
-@pytest.mark.parametrize("name", ["coco", "ade20k"])
-def test_published_runs_have_their_recipes_length_and_quick_ones_do_not(name: str) -> None:
-    whole, quick = open_world(name), open_world(name, quick=True)
-    assert not whole.align.keys() & {"steps", "epochs", "batch_size", "lr"}
-    assert quick.align["epochs"] is None
-    assert quick.align["steps"] <= 500
-
-
-def test_a_quick_world_keeps_all_else() -> None:
-    whole, quick = open_world("scenes"), open_world("scenes", quick=True)
-    assert quick.align["steps"] < whole.align["steps"]
-    assert quick.align.keys() == whole.align.keys()
-    assert quick.rows.keys() >= whole.rows.keys()
 
 
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("", "reproduce what? give one of table1, table4"),
+        ("", "no target given; choose one of table1, table4"),
         ("tabel1", "unknown target 'tabel1'; did you mean 'table1'"),
         ("table1 --world mars", "--world takes one of [scenes, coco, ade20k], not 'mars'"),
         ("table1 --world coco", "--world coco needs --data DIR"),
@@ -426,7 +261,7 @@ def test_a_quick_world_keeps_all_else() -> None:
         ("table1 --world coco --data {photos}/none", "there is no folder"),
         ("table1 --world coco --data {photos} --train-data {photos}/none", "there is no folder"),
         ("table1 --world coco --data {photos} --weights {photos}/none", "--weights: there is no folder"),
-        ("table1 --data {photos}", "--data goes with --world coco or ade20k"),
+        ("table1 --data {photos}", "--data needs --world coco or ade20k"),
         ("table1 --seeds 0", "--seeds must be at least 1"),
     ],
 )
@@ -438,13 +273,3 @@ def test_bad_use_is_one_line(
     assert len(lines) == 1
     assert said in lines[0]
     assert not (tmp_path / "out").exists()
-
-
-def test_a_misspelt_option_of_a_world_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from localign.reproduce import worlds
-
-    (tmp_path / "worlds").mkdir()
-    (tmp_path / "worlds" / "mine.yaml").write_text("align: {stepz: 3}\n")
-    monkeypatch.setattr(worlds, "FOLDER", tmp_path)
-    with pytest.raises(UserError, match="unknown options: stepz"):
-        open_world("mine")

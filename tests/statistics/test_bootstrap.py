@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from localign.statistics import bootstrap
-from localign.statistics.bootstrap import interval, macro_recalls, replicate_weights
+from localign.statistics.bootstrap import macro_recalls, percentile_interval, replicate_weights
 
 
 def counts(images: int, classes: int, recall: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def test_the_interval_of_one_class_is_that_of_a_proportion() -> None:
     draw = np.random.default_rng(0)
     hits = torch.from_numpy(draw.binomial(1, 0.7, (2000, 1)))
     (recalls,) = macro_recalls([(hits, torch.ones_like(hits))])
-    low, high = interval(recalls) or [math.nan, math.nan]
+    low, high = percentile_interval(recalls) or [math.nan, math.nan]
     share = float(hits.double().mean())
     half = 1.96 * math.sqrt(share * (1 - share) / 2000)
     assert (low, high) == pytest.approx((share - half, share + half), abs=0.004)
@@ -63,7 +63,9 @@ def test_differences_are_paired() -> None:
     first, second = macro_recalls([(hits, positives), (better, positives)])
     apart, _ = macro_recalls([(better, positives)])[0], None
     assert torch.equal(second, apart)  # alone or beside others: the draws are the same
-    widths = [high - low for low, high in filter(None, map(interval, (first, second, second - first)))]
+    widths = [
+        high - low for low, high in filter(None, map(percentile_interval, (first, second, second - first)))
+    ]
     assert widths[2] < 0.7 * min(widths[:2])
 
 
@@ -71,5 +73,5 @@ def test_no_positive_is_no_interval() -> None:
     nothing = torch.zeros(5, 2, dtype=torch.int32)
     (recalls,) = macro_recalls([(nothing, nothing)], replicates=8)
     assert recalls.isnan().all()
-    assert interval(recalls) is None
+    assert percentile_interval(recalls) is None
     assert macro_recalls([]) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from localign.statistics.student_t import half_width, half_width_apart, t_quantile
+from localign.statistics.student_t import half_width, t_quantile, welch_half_width
 
 
 def test_t_quantiles_join_where_the_table_ends() -> None:
@@ -20,8 +20,8 @@ def test_t_quantiles_join_where_the_table_ends() -> None:
 
 def test_a_single_value_has_no_interval() -> None:
     assert half_width([1.0]) is None
-    assert half_width_apart([1.0], [1.0, 2.0]) is None
-    assert half_width([1.0, 1.0]) == half_width_apart([1.0, 1.0], [2.0, 2.0]) == 0
+    assert welch_half_width([1.0], [1.0, 2.0]) is None
+    assert half_width([1.0, 1.0]) == welch_half_width([1.0, 1.0], [2.0, 2.0]) == 0
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
@@ -30,7 +30,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     first, second = draw.normal(0, 1, (4000, 3)), draw.normal(0, 2, (4000, 5))
     alone = [abs(row.mean()) <= (half_width(row.tolist()) or 0) for row in second]
     apart = [
-        abs(b.mean() - a.mean()) <= (half_width_apart(a.tolist(), b.tolist()) or 0)
+        abs(b.mean() - a.mean()) <= (welch_half_width(a.tolist(), b.tolist()) or 0)
         for a, b in zip(first, second, strict=True)
     ]
     assert 0.94 <= np.mean(alone) <= 0.96

@@ -6,6 +6,7 @@ import errno
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -286,7 +287,7 @@ def export_provenance(results: TrainingResults) -> dict[str, Any]:
     return {**run, **results["versions"]}
 
 
-def write_results(folder: Path, results: dict[str, Any]) -> Path:
+def write_results(folder: Path, results: Mapping[str, Any]) -> Path:
     """Write ``results.json``."""
     path = folder / RESULTS_FILE
     replace_text(path, json.dumps(results, indent=1, allow_nan=True) + "\n")

@@ -22,9 +22,9 @@ class DemoConfig:
     }
 
     out: str = "runs/demo"
-    """Folder of the demo; one that was cut off is continued."""
+    """Folder of the demo; an interrupted demo is continued."""
     seeds: int = 1
-    """Repetitions, each with another seed of alignment and heads; intervals need several."""
+    """Number of repetitions, each with its own seed for alignment and heads; intervals need at least two."""
     seed: int = 0
     """The first seed."""
     steps: int = 1000
@@ -34,23 +34,23 @@ class DemoConfig:
     lr: float = 1e-3
     """Peak learning rate of the alignment."""
     target: TargetName = "last"
-    """What the teacher gives; on a six-block ViT the last layer is what holds semantics."""
+    """The teacher's output; in a six-block ViT, the last layer holds the semantics."""
     mask: MaskKind = "block"
-    """How patches are hidden; on a grid of 6 x 6, single patches hold pieces of objects and blocks whole ones."""
+    """How patches are hidden; on a 6 x 6 grid, a single patch is a piece of an object and a block is a whole object."""
     decoder_layer_scale: float | None = 0.1
-    """Initial LayerScale of the decoder; the published 1e-6 is for runs a hundred times longer."""
+    """Initial LayerScale of the decoder; the published 1e-6 suits runs a hundred times longer."""
     probe_lr: float = 4e-3
-    """Peak learning rate of the heads; at the published 1e-3 they are far from converged in so few steps."""
+    """Peak learning rate of the heads; at the published 1e-3, they do not converge in so few steps."""
     probe_steps: int = 2000
-    """Steps of the heads."""
+    """Steps of the heads' training."""
     probe_batch: int = 32
     """Scenes per step of the heads."""
     train_scenes: int = 6000
     """Scenes to train heads on."""
     test_scenes: int = 4000
-    """Scenes to measure on."""
+    """Scenes to measure recall on."""
     workers: int = 1
-    """Loader processes of the alignment."""
+    """Image loading processes of the alignment."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
@@ -59,7 +59,7 @@ class DemoConfig:
             raise UserError(f"--seeds must be at least 1, not {self.seeds}")
 
     def align_config(self, seed: int) -> AlignConfig:
-        """The alignment of one repetition."""
+        """Options of the alignment of one repetition."""
         return AlignConfig(
             backbone=EMBEDDED,
             data="scenes:pretrain",
@@ -81,7 +81,7 @@ class DemoConfig:
         )
 
     def probe_config(self, seed: int) -> ProbeConfig:
-        """The heads of one repetition, the same for both backbones."""
+        """Options of the heads of one repetition, the same for both backbones."""
         return ProbeConfig(
             heads=("transformer", "linear"),
             tasks=("local", "global"),

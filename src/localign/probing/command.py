@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from localign.report import build_report
 from localign.report.probing import write_probe_report
 from localign.report.tables.measures import comparisons
 from localign.report.tables.recalls import recall_table
+from localign.results import ProbeOutcome, Results
 
 TRAIN_SCENES, TEST_SCENES = 6000, 4000
 
@@ -67,7 +67,7 @@ def run_probe(config: ProbeCommandConfig) -> None:
     print(f"report     {build_report(folder)}")
 
 
-def _probe_all(config: ProbeCommandConfig, context: DistributedContext) -> dict[str, Any]:
+def _probe_all(config: ProbeCommandConfig, context: DistributedContext) -> Results:
     """Probe, and write ``results.json`` and ``pictures.npz``. Returns the content of ``results.json``."""
     clock = Stopwatch()
     probe_config = config.probe_config()
@@ -102,7 +102,7 @@ def _probe_all(config: ProbeCommandConfig, context: DistributedContext) -> dict[
     timings["total"] = clock.elapsed
     outcomes = {name: [p.outcome for p in seeds] for name, seeds in probed.items()}
     first = next(iter(outcomes.values()))[0]
-    content = {
+    content: Results = {
         "command": "probe",
         "config": asdict(config),
         "versions": run_folder.provenance(),
@@ -126,7 +126,7 @@ def _probe_all(config: ProbeCommandConfig, context: DistributedContext) -> dict[
     return content
 
 
-def _notes(config: ProbeCommandConfig, outcome: Mapping[str, Any]) -> list[str]:
+def _notes(config: ProbeCommandConfig, outcome: ProbeOutcome) -> list[str]:
     images = outcome["sources"]
     steps = outcome["config"]["steps"]
     chosen = {

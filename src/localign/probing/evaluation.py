@@ -18,7 +18,7 @@ from localign.probing.features import Features
 from localign.probing.labels import PatchLabels
 from localign.probing.metrics import MajorityCounts, MultiLabelCounts
 from localign.probing.training import SeededHead, chunks
-from localign.statistics.bootstrap import interval, macro_recalls
+from localign.statistics.bootstrap import macro_recalls, percentile_interval
 
 
 @dataclass
@@ -138,6 +138,6 @@ def with_intervals(counts: Mapping[SeededHead, HeadCounts]) -> dict[SeededHead, 
     """Add bootstrap intervals over images; every head is evaluated on the same draws."""
     recalls = macro_recalls([(c.hits, c.positives) for c in counts.values()])
     return {
-        key: HeadMetrics({**c.metrics, "macro_recall_interval": interval(replicates)}, replicates)
+        key: HeadMetrics({**c.metrics, "macro_recall_interval": percentile_interval(replicates)}, replicates)
         for (key, c), replicates in zip(counts.items(), recalls, strict=True)
     }

@@ -40,7 +40,8 @@ from localign.probing.features import (
 from localign.probing.heads import Geometry
 from localign.probing.segmentation import LabelledSource, labelled_batches
 from localign.probing.training import SeededHead, TrainedHeads, train_heads
-from localign.statistics.bootstrap import interval
+from localign.results import ProbeOutcome, RecallDifference
+from localign.statistics.bootstrap import percentile_interval
 
 if TYPE_CHECKING:
     from localign.backbones.backbone import Backbone
@@ -55,7 +56,7 @@ SourceHead = tuple[str, HeadSpec]
 class Probed(NamedTuple):
     """The results of one seed on one backbone."""
 
-    outcome: dict[str, Any]
+    outcome: ProbeOutcome
     """Results for JSON, see :func:`probe_heads`."""
     trained: TrainedHeads
     """The heads; with the published protocol, as they were after the reported epochs."""
@@ -70,7 +71,7 @@ def probe(
     val_sources: LabelledSource | Mapping[str, LabelledSource],
     config: ProbeConfig | None = None,
     **options: Any,
-) -> list[dict[str, Any]]:
+) -> list[ProbeOutcome]:
     """Like :func:`probe_heads`, but returns only the outcomes, one per seed."""
     return [p.outcome for p in probe_heads(backbone, train_source, val_sources, config, **options)]
 
@@ -146,7 +147,7 @@ def probe_heads(
     metrics = {name: with_intervals(source_counts) for name, source_counts in counts.items()}
     clock.append(time.monotonic())
     steps, warmup = config.resolved(len(train_source))
-    shared = {
+    shared: ProbeOutcome = {
         "config": {**asdict(config), "steps": steps, "warmup_steps": warmup, "cache": mode},
         "protocol": config.protocol,
         "backbone": backbone.name,
@@ -162,7 +163,7 @@ def probe_heads(
     return [_probed(t, len(train_source), shared, metrics) for t in trained]
 
 
-def differences(name: str, ours: list[Probed], against: str, theirs: list[Probed]) -> list[dict[str, Any]]:
+def differences(name: str, ours: list[Probed], against: str, theirs: list[Probed]) -> list[RecallDifference]:
     """The gain of one backbone over another: means over seeds, with paired bootstrap intervals over images.
 
     Args:
@@ -172,9 +173,9 @@ def differences(name: str, ours: list[Probed], against: str, theirs: list[Probed
     Returns:
         One entry for each source, head and task.
     """
-    found = []
+    found: list[RecallDifference] = []
     for source, spec in ours[0].recalls:
-        sides = [
+        sides: list[list[Any]] = [
             [p.outcome["results"][source][spec.label][spec.task]["macro_recall"] for p in seeds]
             for seeds in (ours, theirs)
         ]
@@ -190,7 +191,7 @@ def differences(name: str, ours: list[Probed], against: str, theirs: list[Probed
                 "task": spec.task,
                 "source": source,
                 "difference": float(np.mean(sides[0]) - np.mean(sides[1])) if defined else None,
-                "interval": interval(replicates[0] - replicates[1]),
+                "interval": percentile_interval(replicates[0] - replicates[1]),
             }
         )
     return found
@@ -199,7 +200,7 @@ def differences(name: str, ours: list[Probed], against: str, theirs: list[Probed
 def _probed(
     trained: TrainedHeads,
     images: int,
-    shared: dict[str, Any],
+    shared: ProbeOutcome,
     metrics: Mapping[str, Mapping[SeededHead, HeadMetrics]],
 ) -> Probed:
     """The results of one seed."""
@@ -211,8 +212,13 @@ def _probed(
             if seed == trained.seed:
                 results[source].setdefault(spec.label, {})[spec.task] = head_metrics.metrics
                 recalls[source, spec] = head_metrics.recalls
-    train = {"images": images, "curve": trained.curve}
-    return Probed({"seed": trained.seed, **shared, "train": train, "results": results}, trained, recalls)
+    outcome: ProbeOutcome = {
+        "seed": trained.seed,
+        **shared,
+        "train": {"images": images, "curve": trained.curve},
+        "results": results,
+    }
+    return Probed(outcome, trained, recalls)
 
 
 def _extraction(

@@ -1,8 +1,7 @@
-"""Recipes: every published run by name, each a YAML file of a command's options.
+"""Recipes: every published run by name. A recipe is a YAML file with the options of a command.
 
-A recipe may name another with ``base:`` and then holds only what differs from it; ``command:`` says whose
-options they are and ``about:`` what the run is. Files of users are read the same way, so they may build on a
-recipe: ``base: align/clip-vit-b``.
+``base:`` names another recipe whose options it changes, ``command:`` names the command, and ``about:`` describes the
+run. A user's config file has the same format, so it may build on a recipe: ``base: align/clip-vit-b``.
 """
 
 from __future__ import annotations
@@ -23,40 +22,41 @@ _NO_RECIPES = "worlds"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A config file with its bases."""
+    """The content of a config file and its bases."""
 
     name: str
     """Name of the recipe, or path of the file."""
     values: dict[str, Any]
-    """Options, those of the bases included."""
+    """Options of the file and of its bases."""
     stated: frozenset[str]
-    """Options that the recipe states beyond its outermost base: what makes it another run than that."""
+    """Options in the file and its bases, except the outermost base: the options that distinguish it from that base."""
     command: str | None = None
-    """Whose options these are; None in a file that does not say."""
+    """The command that the options are for; None if no file names it."""
     about: str = ""
-    """The run in one line."""
+    """A description of the run in one line."""
 
 
 def recipe_names() -> list[str]:
-    """Names that :func:`read_recipe` knows, general ones first, and numbers in the order of their size."""
-    found = (path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.yaml"))
-    return sorted((p.as_posix() for p in found if p.parts[0] != _NO_RECIPES), key=_in_order)
+    """The names of all recipes: general recipes first, and numbers in numerical order."""
+    paths = (path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.yaml"))
+    return sorted((p.as_posix() for p in paths if p.parts[0] != _NO_RECIPES), key=_sort_key)
 
 
-def _in_order(name: str) -> tuple[int, list[tuple[int, str]]]:
+def _sort_key(name: str) -> tuple[int, list[tuple[int, str]]]:
     parts = name.replace("/", "-").split("-")
     return name.count("/"), [(int(p), "") if p.isdigit() else (-1, p) for p in parts]
 
 
 def read_recipe(name: str | Path, command: str | None = None) -> Recipe:
-    """A recipe by name, or any config file by path, with its bases.
+    """Read a recipe or a config file, with its bases.
 
     Args:
-        name: A path to a file, or one of :func:`recipe_names`.
-        command: The command whose options are wanted.
+        name: Path of a file, or one of :func:`recipe_names`.
+        command: The command that the options must be for; None accepts any.
 
     Raises:
-        UserError: Neither file nor recipe, not readable, a circle of bases, or of another command.
+        UserError: There is no such file or recipe, it is not readable, it is its own base, or it is for another
+            command.
     """
     recipe = _read(str(name), None, ())
     if command is not None and recipe.command not in (None, command):
@@ -84,12 +84,12 @@ def _read(name: str, beside: Path | None, seen: tuple[Path, ...]) -> Recipe:
 
 def _text(value: Any, key: str, path: Path) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{path}: {key} takes a text, not {value!r:.60}")
+        raise UserError(f"{path}: {key} must be text, not {value!r:.60}")
     return value
 
 
 def _find(name: str, beside: Path | None) -> Path:
-    # A name may be no path at all: too long, of a home that is none, with a zero in it.
+    # A name may be no valid path: too long, with a null character, or in the home of an unknown user.
     with suppress(OSError, ValueError, RuntimeError):
         path = Path(name).expanduser()
         for candidate in (beside / path if beside else path, FOLDER / f"{name}.yaml"):
@@ -99,10 +99,10 @@ def _find(name: str, beside: Path | None) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of options.
+    """Read a YAML file of options.
 
     Raises:
-        UserError: The file is not readable, or holds something else.
+        UserError: The file is not readable, or is not a mapping.
     """
     try:
         content = load_options(path.read_text(encoding="utf-8"))
@@ -111,5 +111,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no options; it needs lines like `lr: 3e-4`")
+        raise UserError(f"{path} holds no options; it needs lines such as `lr: 3e-4`")
     return content

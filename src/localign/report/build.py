@@ -1,14 +1,13 @@
-"""``report.html`` from a run folder, with whatever the folder holds."""
+"""``report.html`` of a run folder, from the files that the folder has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from localign.engine.log import LOG_FILE, read_log
 from localign.engine.run_folder import CONFIG_FILE, RESULTS_FILE, read_config, read_results
@@ -16,16 +15,18 @@ from localign.errors import UserError
 from localign.files import replace_text
 from localign.report import captions, html, probepage
 from localign.report.curves import heads_figure, training_figure
-from localign.report.gather import PICTURES_FILE, read_pictures
-from localign.report.pictures import features_figure, predictions_figure, reconstructions_figure
+from localign.report.figures.predictions import predictions_figure
+from localign.report.figures.tokens import features_figure, reconstructions_figure
+from localign.report.picture_file import read_pictures
 from localign.report.probing import probe_report
 from localign.report.style import data_uri, png, svg
 from localign.report.tables import rows as tables
+from localign.results import PICTURES_FILE, LogEntry, Pictures, Results
 
 REPORT_FILE = "report.html"
 _FOLD_ABOVE = 40
 """Tables with more classes than this start folded."""
-_TILES = 8
+_MAX_TILES = 8
 _FACTS = (
     "seeds", "world", "backbone", "soft_cap", "target_scale", "parameters", "trainable_parameters",
     "world_size", "final", "best", "skipped_steps", "samples_digest", "teacher_sha256",
@@ -38,36 +39,37 @@ _COMMON = ("images", "grid")
 
 @dataclass
 class Run:
-    """What a folder holds, and what it lacks."""
+    """The content of a run folder."""
 
     folder: Path
-    results: dict[str, Any]
-    log: list[dict[str, Any]]
-    alignment: dict[str, Any]
-    """Results of the alignment run whose log is shown: the run itself, or the first of a demo."""
+    results: Results
+    """``results.json``; the saved config of an unfinished run."""
+    log: list[LogEntry]
+    alignment: Results
+    """Results of the alignment whose log is shown: of the run itself, or of the first alignment of a demo."""
     alignment_name: str
-    arrays: dict[str, NDArray[Any]]
+    """Folder of that alignment in a demo; empty if it is the run itself."""
+    arrays: Pictures
     missing: list[str] = field(default_factory=list)
+    """What the report lacks and why, one line each."""
 
 
 def build_report(run_folder: str | Path) -> Path:
-    """Write ``report.html`` into a run folder.
-
-    Parts that the folder lacks are named on the page rather than being an error.
+    """Write ``report.html`` into a run folder. The page names the files that the folder lacks.
 
     Args:
-        run_folder: A folder of ``localign demo``, ``align`` or ``probe``: ``results.json``, ``log.jsonl``,
-            ``align-seed<k>/`` and ``pictures.npz``, any of them.
+        run_folder: A folder of ``localign demo``, ``align``, ``probe`` or ``reproduce``, with any of
+            ``results.json``, ``log.jsonl``, ``align-seed<k>/`` and ``pictures.npz``.
 
     Returns:
         The path of the report.
 
     Raises:
-        UserError: the folder holds no run, or its results are no JSON.
+        UserError: The folder holds no run, or its results are not JSON.
     """
     run = read_run(Path(run_folder))
-    shown = _probing(run) if _is_probe(run) else [_recall(run), _pictures(run), _training(run), _classes(run)]
-    body = [_head(run), *shown, _heads(run), _notes(run), _record(run)]
+    parts = _probing(run) if _is_probe(run) else [_recall(run), _pictures(run), _training(run), _classes(run)]
+    body = [_head(run), *parts, _heads(run), _notes(run), _record(run)]
     path = run.folder / REPORT_FILE
     replace_text(
         path, html.page(f"localign {run.results.get('command', 'run')}: {run.folder.resolve().name}", body)
@@ -78,27 +80,23 @@ def build_report(run_folder: str | Path) -> Path:
 def read_run(folder: Path) -> Run:
     """Read a run folder; see :func:`build_report`."""
     missing: list[str] = []
-    results: dict[str, Any] = {}
     if (folder / RESULTS_FILE).is_file():
-        results = read_results(folder)
-        if not isinstance(results, dict):
-            raise UserError(f"{folder / RESULTS_FILE} was not written by localign")
+        results = cast(Results, read_results(folder))
     elif (folder / CONFIG_FILE).is_file():
-        results = dict(read_config(folder))
+        results = cast(Results, read_config(folder))
         missing.append(f"{RESULTS_FILE}: the run has not finished, or it failed")
     else:
-        raise UserError(f"{folder} is no run folder: it has neither {RESULTS_FILE} nor {CONFIG_FILE}")
-    inner = folder if (folder / LOG_FILE).is_file() else _first_alignment(folder)
-    log = read_log(inner) if inner else []
+        raise UserError(f"{folder} is not a run folder: it has neither {RESULTS_FILE} nor {CONFIG_FILE}")
+    aligned = folder if (folder / LOG_FILE).is_file() else _first_alignment(folder)
+    log = cast("list[LogEntry]", read_log(aligned)) if aligned else []
     if not log and results.get("command") != "probe":
         missing.append(f"{LOG_FILE}: no curves of training")
-    alignment = results if inner == folder else {}
-    if inner and inner != folder and (inner / RESULTS_FILE).is_file():
-        alignment = read_results(inner)
+    alignment, name = (results, "") if aligned == folder else (Results(), aligned.name if aligned else "")
+    if aligned and name and (aligned / RESULTS_FILE).is_file():
+        alignment = cast(Results, read_results(aligned))
     arrays, reason = read_pictures(folder)
     if reason:
         missing.append(f"{reason}: no pictures")
-    name = "" if inner in (None, folder) else str(inner.name if inner else "")
     return Run(folder, results, log, alignment, name, arrays, missing)
 
 
@@ -124,12 +122,12 @@ def _head(run: Run) -> str:
     command = run.results.get("command", "run")
     title = f"<h1>localign {html.text(command)}: {html.text(run.folder.resolve().name)}</h1>"
     if _is_probe(run):
-        lead, entries = probepage.headline(run.results), probepage.tiles(run.results)
+        lead, tiles = probepage.headline(run.results), probepage.tiles(run.results)
     else:
         rows = tables.before_after(run.results)
         lead = headline(run.results, rows, run.log)
-        entries = [_tile(r) for r in _main_rows(rows)] if rows else _alignment_tiles(run)
-    return title + html.paragraph(lead, "lead") + html.tiles(entries[:_TILES])
+        tiles = [_tile(row) for row in _main_rows(rows)] if rows else _alignment_tiles(run)
+    return title + html.paragraph(lead, "lead") + html.tiles(tiles[:_MAX_TILES])
 
 
 def _probing(run: Run) -> list[str]:
@@ -138,14 +136,12 @@ def _probing(run: Run) -> list[str]:
     return probepage.sections(report)
 
 
-def headline(
-    results: Mapping[str, Any], rows: Sequence[tables.RecallRow], log: Sequence[Mapping[str, Any]] = ()
-) -> str:
-    """One or two sentences: what changed, by how much, and whether that is more than chance."""
-    shown = [r for r in _main_rows(rows) if r.head == rows[0].head] if rows else []
-    told = [_sentence(r) for r in shown]
-    if told:
-        return " ".join(told)
+def headline(results: Results, rows: Sequence[tables.RecallRow], log: Sequence[LogEntry] = ()) -> str:
+    """One or two sentences: what changed, by how much, and whether the change may be chance."""
+    if rows:
+        main = [row for row in _main_rows(rows) if row.key.head == rows[0].key.head]
+        if main:
+            return " ".join(_sentence(row) for row in main)
     losses = [e["loss"] for e in log if isinstance(e.get("loss"), (int, float))]
     final = (results.get("final") or {}).get("val_loss")
     parts = []
@@ -160,27 +156,28 @@ def headline(
 
 def _sentence(row: tables.RecallRow) -> str:
     recall = row.recall
-    where = f"{row.task} macro recall ({row.head} head)"
+    where = f"{row.key.task} macro recall ({row.key.head} head)"
     if recall.difference is None:
         return f"{where[0].upper()}{where[1:]} is {tables.percent(recall.baseline)}\u00a0%."
     points = f"{abs(100 * recall.difference):.1f} points"
     change = f"{'rose' if recall.difference >= 0 else 'fell'} by {points}"
     numbers = f"from {tables.percent(recall.baseline)}\u00a0% to {tables.percent(recall.aligned)}\u00a0%"
-    chance = "one seed, so chance is not ruled out"
+    chance = "one seed, so it may be chance"
     if recall.half_width is not None:
         chance = f"95\u00a0% interval ±\u00a0{100 * recall.half_width:.1f}, {recall.seeds} seeds"
         if abs(recall.difference) <= recall.half_width:
-            chance += ": it includes no change"
+            chance += ", which includes no change"
     return f"{where[0].upper()}{where[1:]} {change}, {numbers} ({chance})."
 
 
 def _main_rows(rows: Sequence[tables.RecallRow]) -> list[tables.RecallRow]:
     """Rows of the first source, for local and global recall."""
-    return [r for r in rows if r.source == rows[0].source and r.task in ("local", "global")]
+    source = rows[0].key.source
+    return [row for row in rows if row.key.source == source and row.key.task in ("local", "global")]
 
 
 def _tile(row: tables.RecallRow) -> html.Tile:
-    recall, title = row.recall, f"{row.task} recall, {row.head}"
+    recall, title = row.recall, f"{row.key.task} recall, {row.key.head}"
     if recall.difference is None:
         return html.Tile(title, f"{tables.percent(recall.baseline)} %", "macro recall")
     value = f"{tables.percent(recall.baseline)} → {tables.percent(recall.aligned)} %"
@@ -188,16 +185,17 @@ def _tile(row: tables.RecallRow) -> html.Tile:
 
 
 def _alignment_tiles(run: Run) -> list[html.Tile]:
-    known = (
-        ("steps", "steps", "{:,}", "optimizer steps"),
-        ("images", "images", "{:,}", "samples seen"),
-        ("images_per_second", "images per second", "{:,.0f}", "mean over training"),
-        ("seconds", "training time", "{:,.0f} s", "validation and saving left out"),
+    results = run.results
+    facts = (
+        (results.get("steps"), "steps", "{:,}", "optimizer steps"),
+        (results.get("images"), "images", "{:,}", "samples seen"),
+        (results.get("images_per_second"), "images per second", "{:,.0f}", "mean over training"),
+        (results.get("seconds"), "training time", "{:,.0f} s", "without validation and saving"),
     )
     return [
-        html.Tile(title, form.format(run.results[key]), remark)
-        for key, title, form, remark in known
-        if isinstance(run.results.get(key), (int, float))
+        html.Tile(title, form.format(value), remark)
+        for value, title, form, remark in facts
+        if isinstance(value, (int, float))
     ]
 
 
@@ -205,7 +203,7 @@ def _recall(run: Run) -> str:
     rows = tables.before_after(run.results)
     if not rows:
         return ""
-    both = any(r.recall.aligned is not None for r in rows)
+    both = any(row.recall.aligned is not None for row in rows)
     return html.section(
         "Before and after" if both else "Recall",
         tables.to_html(tables.recall_grid(rows)),
@@ -234,34 +232,37 @@ def _pictures(run: Run) -> str:
 
 def _picture(
     run: Run,
-    what: str,
+    subject: str,
     needed: Sequence[str],
-    draw: Callable[[Mapping[str, NDArray[Any]]], Figure],
+    draw: Callable[[Pictures], Figure],
     words: captions.Words,
 ) -> str:
-    lacking = [n for n in (*_COMMON, *needed) if n not in run.arrays]
+    lacking = [name for name in (*_COMMON, *needed) if name not in run.arrays]
     if lacking:
-        run.missing.append(f"{what}: {PICTURES_FILE} has no {', '.join(lacking)}")
+        run.missing.append(f"{subject}: {PICTURES_FILE} has no {', '.join(lacking)}")
         return ""
     return html.figure(data_uri(png(draw(run.arrays)), "image/png"), *words)
 
 
 def _training(run: Run) -> str:
     cap = run.alignment.get("soft_cap")
-    drawn = training_figure(run.log, float(cap) if isinstance(cap, (int, float)) else None)
-    if drawn is None:
+    figure = training_figure(run.log, float(cap) if isinstance(cap, (int, float)) else None)
+    if figure is None:
         return ""
-    uri = data_uri(svg(drawn), "image/svg+xml")
+    uri = data_uri(svg(figure), "image/svg+xml")
     return html.section("Alignment", html.figure(uri, *captions.training(run.alignment_name)))
 
 
 def _heads(run: Run) -> str:
     runs = tables.probe_runs(run.results)
-    curves = {name: [r.get("train", {}).get("curve") or [] for r in side] for name, side in runs.items()}
-    drawn = heads_figure(curves)
-    if drawn is None:
+    curves = {
+        name: [outcome.get("train", {}).get("curve") or [] for outcome in outcomes]
+        for name, outcomes in runs.items()
+    }
+    figure = heads_figure(curves)
+    if figure is None:
         return ""
-    uri = data_uri(svg(drawn), "image/svg+xml")
+    uri = data_uri(svg(figure), "image/svg+xml")
     return html.section("Did the heads converge?", html.figure(uri, *captions.HEADS))
 
 
@@ -269,10 +270,10 @@ def _classes(run: Run) -> str:
     rows = tables.before_after(run.results)
     parts = []
     for task, unit in (("local", "patches"), ("global", "images"), ("majority", "patches")):
-        row = next((r for r in rows if r.task == task), None)
+        row = next((row for row in rows if row.key.task == task), None)
         classes = tables.per_class(run.results, row) if row else []
         if row and classes:
-            title = f"{tables.TASK_NAMES[task]}, {row.head} head, {len(classes)} classes: recall in %"
+            title = f"{tables.TASK_NAMES[task]}, {row.key.head} head, {len(classes)} classes: recall in %"
             grid = tables.to_html(tables.class_grid(classes, unit))
             parts.append(html.folded(title, grid, is_open=task == "local" and len(classes) <= _FOLD_ABOVE))
     return html.section("Class by class", *parts)
@@ -286,11 +287,8 @@ def _notes(run: Run) -> str:
 
 def _record(run: Run) -> str:
     results = run.results
-    timings = {
-        k: f"{v:.1f} s" if isinstance(v, (int, float)) else v
-        for k, v in (results.get("timings") or {}).items()
-    }
-    facts = {k: results[k] for k in _FACTS if results.get(k) is not None}
+    timings = {name: f"{seconds:.1f} s" for name, seconds in (results.get("timings") or {}).items()}
+    facts = {name: results.get(name) for name in _FACTS if results.get(name) is not None}
     parts = (
         ("Timings", timings, True),
         ("Facts", facts, False),

@@ -1,9 +1,9 @@
-"""How classes look in a patch: a fill, a sign, or both.
+"""How classes are drawn in a patch: a fill, a sign, or both.
 
-Where every class but the first is made of words for colours and shapes, these decide: a colour's word gives
-the fill, a shape's word the sign, so that a patch that holds "red" and "circle" is a red cell with a disc.
-Otherwise classes get fills of the categorical palette, the most frequent first, and grey once it is used up.
-Class 0 is pale grey.
+If the names of all classes but the first consist of words for colours and shapes, these words decide: a colour is the
+fill and a shape is the sign, so a patch with "red" and "circle" is a red cell with a disc. Otherwise classes get the
+fills of the categorical palette, the most frequent class first, and grey once the palette is used up. Class 0 is pale
+grey.
 """
 
 from __future__ import annotations
@@ -54,27 +54,26 @@ def class_marks(names: Sequence[str], frequency: NDArray[np.floating]) -> list[C
 
     Args:
         names: C class names; the first is "ground" or "unlabeled".
-        frequency: ``(C,)``, how much of the pictures each class takes; classes at 0 stay out of the legend.
+        frequency: ``(C,)``, number of patches of each class in the pictures; classes at 0 stay out of the legend.
     """
     marks = [ClassMark(names[0], GROUND_FILL, None, bool(frequency[0] > 0))]
-    words = [_by_words(name) for name in names[1:]]
-    if all(found is not None for found in words):
-        looks = [found for found in words if found is not None]
+    if looks_from_names(names):
+        looks = [look for look in map(_look_from_name, names[1:]) if look is not None]
     else:
         palette = dict(zip(np.argsort(-frequency[1:], kind="stable").tolist(), CATEGORICAL, strict=False))
         looks = [(palette.get(i, OTHER_FILL), None) for i in range(len(names) - 1)]
-    for name, (fill, sign), often in zip(names[1:], looks, frequency[1:], strict=True):
-        marks.append(ClassMark(name, fill, sign, in_legend=bool(often > 0) and fill != OTHER_FILL))
+    for name, (fill, sign), patches in zip(names[1:], looks, frequency[1:], strict=True):
+        marks.append(ClassMark(name, fill, sign, in_legend=bool(patches > 0) and fill != OTHER_FILL))
     return marks
 
 
-def made_of_words(names: Sequence[str]) -> bool:
-    """Whether every class but the first says by its name how it looks."""
-    return len(names) > 1 and all(_by_words(name) is not None for name in names[1:])
+def looks_from_names(names: Sequence[str]) -> bool:
+    """Whether the names of all classes but the first consist of words for colours and shapes."""
+    return len(names) > 1 and all(_look_from_name(name) is not None for name in names[1:])
 
 
-def _by_words(name: str) -> tuple[str | None, str | Path | None] | None:
-    """Fill and sign of a name made of nothing but words for colours and shapes; else None."""
+def _look_from_name(name: str) -> tuple[str | None, str | Path | None] | None:
+    """Fill and sign of a name that consists of words for colours and shapes; None for other names."""
     words = name.lower().replace("-", " ").replace("_", " ").split()
     if not words or not all(w in NAMED_COLOURS or w in SIGNS for w in words):
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,33 +12,40 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from localign.report.figures.drawing import WIDTH
 from localign.report.style import ALIGNED, BASELINE, CATEGORICAL, ERROR, MODELS, new_figure, styled
+from localign.results import CurvePoint, LogEntry
 
-Log = Sequence[Mapping[str, Any]]
-_WIDTH = 10.6
-"""Of a figure as wide as the page, inches."""
+Curve = Sequence[CurvePoint]
 _MARK_BELOW = 25
-"""Curves with fewer points than this show them."""
+"""Curves with fewer points than this mark each point."""
 
 
-def series(log: Log, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and values of one logged quantity, entries without a finite value left out."""
-    pairs = [(e["step"], e[name]) for e in log if isinstance(e.get(name), (int, float)) and "step" in e]
-    pairs = [(s, v) for s, v in pairs if math.isfinite(v)]
-    steps, values = zip(*pairs, strict=True) if pairs else ((), ())
+def series(log: Sequence[LogEntry], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and values of one logged quantity; entries without a finite value are left out."""
+    return _finite_series((entry.get("step"), entry.get(name)) for entry in log)
+
+
+def _finite_series(pairs: Iterable[tuple[object, object]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    finite = [
+        (step, value)
+        for step, value in pairs
+        if isinstance(step, (int, float)) and isinstance(value, (int, float)) and math.isfinite(value)
+    ]
+    steps, values = zip(*finite, strict=True) if finite else ((), ())
     return np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
 
 
 @styled
-def training_figure(log: Log, soft_cap: float | None = None) -> Figure | None:
-    """Loss, gradient norm, learning rate and largest attention logit over the steps, as far as logged.
+def training_figure(log: Sequence[LogEntry], soft_cap: float | None = None) -> Figure | None:
+    """Loss, gradient norm, learning rate and largest attention logit over the steps, each if it was logged.
 
     Args:
         log: Entries of ``log.jsonl``.
-        soft_cap: Bound of the attention logits, drawn as a line; None for none.
+        soft_cap: Bound of the attention logits, drawn as a line; None for no bound.
 
     Returns:
-        None where there is nothing to draw.
+        None where nothing was logged.
     """
     panels = [
         ("reconstruction loss", (("loss", "training", BASELINE), ("val_loss", "validation", ALIGNED))),
@@ -51,7 +58,7 @@ def training_figure(log: Log, soft_cap: float | None = None) -> Figure | None:
         return None
     columns = min(2, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure = new_figure(_WIDTH / 2 * columns, 2.7 * rows)
+    figure = new_figure(WIDTH / 2 * columns, 2.7 * rows)
     axes = list(np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flat)
     for ax, (title, lines) in zip(axes, shown, strict=False):
         for name, label, colour in lines:
@@ -74,22 +81,21 @@ def training_figure(log: Log, soft_cap: float | None = None) -> Figure | None:
 
 
 @styled
-def heads_figure(curves: Mapping[str, Sequence[Log]]) -> Figure | None:
-    """Loss of every probing head over its training, all models in one panel.
+def heads_figure(curves: Mapping[str, Sequence[Curve]]) -> Figure | None:
+    """Loss of every probing head over its training: one panel per task and head, with all models.
 
     Args:
-        curves: Per model, one curve per seed: entries with ``step`` and
-            ``{head: {task: {"train": loss, "validation": loss}}}``.
+        curves: By model, one curve per seed.
 
     Returns:
-        One panel per task and head; lines are means over seeds, bands their range. None without curves.
+        Lines are means over seeds, bands the range of the validation loss. None without curves.
     """
     shown = _heads(curves)
     if not shown:
         return None
     tasks = list(dict.fromkeys(task for task, _ in shown))
     heads = list(dict.fromkeys(head for _, head in shown))
-    figure = new_figure(_WIDTH if len(heads) > 1 else _WIDTH / 2, 0.5 + 2.6 * len(tasks))
+    figure = new_figure(WIDTH if len(heads) > 1 else WIDTH / 2, 0.5 + 2.6 * len(tasks))
     grid = figure.subplots(len(tasks), len(heads), squeeze=False)
     for row, task in enumerate(tasks):
         for column, head in enumerate(heads):
@@ -97,9 +103,9 @@ def heads_figure(curves: Mapping[str, Sequence[Log]]) -> Figure | None:
             if (task, head) not in shown:
                 ax.set_axis_off()
                 continue
-            for i, (model, runs) in enumerate(curves.items()):
+            for i, (model, seeds) in enumerate(curves.items()):
                 colour = MODELS.get(model, CATEGORICAL[i % len(CATEGORICAL)])
-                _draw_head(ax, runs, head, task, model, colour)
+                _draw_head(ax, seeds, head, task, model, colour)
             _finish(ax, f"{task} task, {head} head", "step" if row == len(tasks) - 1 else "")
             if column == 0:
                 ax.set_ylabel("loss")
@@ -111,25 +117,34 @@ def heads_figure(curves: Mapping[str, Sequence[Log]]) -> Figure | None:
     return figure
 
 
-def _heads(curves: Mapping[str, Sequence[Log]]) -> list[tuple[str, str]]:
+def _heads(curves: Mapping[str, Sequence[Curve]]) -> list[tuple[str, str]]:
+    """(task, head) of all curves."""
     found: dict[tuple[str, str], None] = {}
-    for runs in curves.values():
-        for log in runs:
-            for entry in log:
-                for head, tasks in entry.items():
+    for seeds in curves.values():
+        for curve in seeds:
+            for point in curve:
+                for head, tasks in point.items():
                     if isinstance(tasks, Mapping):
                         found.update(dict.fromkeys((task, head) for task in tasks))
     order = {"local": 0, "global": 1}
     return sorted(found, key=lambda key: order.get(key[0], 2))
 
 
-def _draw_head(ax: Axes, runs: Sequence[Log], head: str, task: str, model: str, colour: str) -> None:
+def _head_series(
+    curve: Curve, head: str, task: str, split: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and losses of one head."""
+    pairs = []
+    for point in curve:
+        tasks = point.get(head)
+        if isinstance(tasks, Mapping) and task in tasks:
+            pairs.append((point.get("step"), tasks[task].get(split)))
+    return _finite_series(pairs)
+
+
+def _draw_head(ax: Axes, seeds: Sequence[Curve], head: str, task: str, model: str, colour: str) -> None:
     for split, dash in (("train", (0, (4, 2))), ("validation", "solid")):
-        flat = [
-            [{"step": e["step"], "loss": e.get(head, {}).get(task, {}).get(split)} for e in log]
-            for log in runs
-        ]
-        lines = [series(log, "loss") for log in flat]
+        lines = [_head_series(curve, head, task, split) for curve in seeds]
         lines = [line for line in lines if len(line[0])]
         if not lines:
             continue
@@ -143,7 +158,7 @@ def _draw_head(ax: Axes, runs: Sequence[Log], head: str, task: str, model: str, 
 
 
 def _draw_cap(ax: Axes, soft_cap: float) -> None:
-    """The bound as a line; where all logits stay far below, only words, as the curve would be flat."""
+    """Draw the bound as a line; if all logits stay far below it, only name it, or the curve would be flat."""
     if ax.get_ylim()[1] < soft_cap / 3:
         ax.plot([], [], " ", label=f"(soft-cap {soft_cap:g}, above this axis)")
         return

@@ -1,4 +1,4 @@
-"""The page: plain HTML and CSS with every picture inside, no script, no address outside of the file."""
+"""The parts of the page: plain HTML and CSS, pictures included, no scripts and no links to other files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ summary { cursor: pointer; font-weight: 600; }
 
 @dataclass(frozen=True)
 class Tile:
-    """One number that matters."""
+    """One number in large type."""
 
     title: str
     value: str
@@ -52,29 +52,29 @@ class Tile:
 
 
 def text(value: object) -> str:
-    """Anything as text that HTML shows as it is."""
+    """Escape a value's text for HTML."""
     return html.escape(str(value))
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading and what belongs to it; nothing where nothing does."""
+    """A heading and its parts; an empty string without parts."""
     content = "\n".join(p for p in parts if p)
     return f"<section>\n<h2>{text(title)}</h2>\n{content}\n</section>" if content else ""
 
 
 def paragraph(content: str, kind: str = "") -> str:
-    """A paragraph of plain text."""
+    """A paragraph of plain text; ``kind`` is a CSS class."""
     mark = f' class="{kind}"' if kind else ""
     return f"<p{mark}>{text(content)}</p>"
 
 
 def figure(uri: str, alt: str, caption: str) -> str:
-    """A picture, said in words for those who do not see it, and what it shows."""
+    """A picture with alternative text and a caption."""
     return f'<figure><img src="{uri}" alt="{text(alt)}">\n<figcaption>{text(caption)}</figcaption></figure>'
 
 
 def tiles(entries: Sequence[Tile]) -> str:
-    """Numbers side by side."""
+    """Tiles side by side."""
     cells = (
         f'<div class="tile"><small>{text(t.title)}</small><b>{text(t.value)}</b>'
         f"<small>{text(t.remark)}</small></div>"
@@ -84,20 +84,20 @@ def tiles(entries: Sequence[Tile]) -> str:
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """A list of plain lines."""
+    """A list of plain text lines."""
     items = "\n".join(f"<li>{text(line)}</li>" for line in lines)
     return f"<ul>\n{items}\n</ul>" if items else ""
 
 
 def folded(title: str, content: str, is_open: bool = False) -> str:
-    """Something to unfold."""
+    """A part that the reader can unfold; an empty string without content."""
     if not content:
         return ""
     return f"<details{' open' if is_open else ''}><summary>{text(title)}</summary>\n{content}\n</details>"
 
 
 def facts(values: Mapping[str, Any]) -> str:
-    """Names and values, nested ones as ``outer.inner``."""
+    """A table of names and values; nested names become ``outer.inner``."""
     lines = "\n".join(f"<tr><td>{text(k)}</td><td>{text(v)}</td></tr>" for k, v in _flat(values))
     return f'<div class="scroll"><table class="facts">\n{lines}\n</table></div>' if lines else ""
 
@@ -107,10 +107,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield (
-                f"{prefix}{key}",
-                value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str),
-            )
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            yield f"{prefix}{key}", shown
 
 
 def page(title: str, body: Iterable[str]) -> str:

@@ -1,13 +1,11 @@
-"""Everything that a probing run's folder is given: CSV files, figures, and tables with published numbers."""
+"""The files of a probing run: CSV files, figures, and tables with published numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
+from typing import cast
 
 from localign.engine.log import say
 from localign.engine.run_folder import read_results
@@ -24,56 +22,55 @@ from localign.report.figures.locality import (
     measure_locality,
     trend_sentence,
 )
-from localign.report.figures.patches import predictions_drawing
+from localign.report.figures.most_probable import predictions_drawing
 from localign.report.figures.sizes import sizes_drawing
-from localign.report.figures.views import views_drawing
-from localign.report.gather import PICTURES_FILE, read_pictures
+from localign.report.figures.views import Views, views_drawing
+from localign.report.picture_file import read_pictures
 from localign.report.tables.csvfiles import write_csv
 from localign.report.tables.latex import to_latex
 from localign.report.tables.measures import (
     BackbonePair,
-    Measured,
     comparisons,
     display_names,
     main_head,
     main_source,
 )
 from localign.report.tables.probe import comparison_table, recall_caption, recall_grid
-from localign.report.tables.rows import Grid, measured, probe_runs, to_markdown
+from localign.report.tables.rows import Grid, MetricKey, measured, probe_runs, to_markdown
+from localign.results import PICTURES_FILE, Pictures, ProbeResults, Results
 
-Results = Mapping[str, Any]
 FIGURES = ("fig3", "fig4", "fig6", "fig7", "fig8", "fig9", "fig10")
 MAX_DETAILED = 6
-"""Comparisons that get figures by class and by size; all are in the CSV files."""
+"""Comparisons that get figures by class and by size; the CSV files hold all."""
 
 
 @dataclass
 class ProbeReport:
-    """What results were drawn as, and what was left out."""
+    """The figures and tables of probing results."""
 
     drawings: list[Drawing] = field(default_factory=list)
     tables: dict[str, tuple[str, Grid]] = field(default_factory=dict)
     """Name to caption and table."""
     left_out: list[str] = field(default_factory=list)
-    """One line each: what, and why."""
+    """Figures and tables that could not be made, and why, one line each."""
 
 
 def write_probe_report(folder: Path) -> list[Path]:
-    """Write CSV files, figures and tables beside a probing run's results, and say what was left out.
+    """Write CSV files, figures and tables into the folder of a probing run, and print what was left out.
 
     Args:
-        folder: Holds ``results.json`` and maybe ``pictures.npz``.
+        folder: Folder with ``results.json`` and, optionally, ``pictures.npz``.
 
     Returns:
-        The files: ``recalls.csv``, ``classes.csv``, ``sizes.csv``, ``figures/*`` (PNG, SVG, and the data of each
-        as CSV) and ``tables/*`` (Markdown and LaTeX).
+        The paths of the files: ``recalls.csv``, ``classes.csv``, ``sizes.csv``, ``figures/*`` (PNG, SVG, and data as
+        CSV) and ``tables/*`` (Markdown and LaTeX).
 
     Raises:
-        UserError: no results, or none of probing.
+        UserError: There are no results, or no results of probing.
     """
     folder = Path(folder)
-    results = read_results(folder)
-    if not isinstance(results, dict) or not measured(probe_runs(results)):
+    results = cast(Results, read_results(folder))
+    if not measured(probe_runs(results)):
         raise UserError(f"{folder} holds no results of probing")
     arrays, reason = read_pictures(folder)
     report = probe_report(results, arrays)
@@ -89,20 +86,20 @@ def write_probe_report(folder: Path) -> list[Path]:
     return paths
 
 
-def probe_report(results: Results, arrays: Mapping[str, NDArray[Any]] | None = None) -> ProbeReport:
-    """Every figure and table that results of probing allow.
+def probe_report(results: ProbeResults, arrays: Pictures | None = None) -> ProbeReport:
+    """Every figure and table that can be made from results of probing.
 
     Args:
-        results: As in ``results.json``.
-        arrays: As in ``pictures.npz``; empty for none.
+        results: The content of ``results.json``.
+        arrays: The content of ``pictures.npz``; None leaves the predictions out.
     """
     head, source = main_head(results), main_source(results)
     report = ProbeReport()
-    for what, drawing, reason in _drawings(results, head, source, arrays or {}):
+    for subject, drawing, reason in _drawings(results, head, source, arrays or {}):
         if drawing is not None:
             report.drawings.append(drawing)
         elif reason:
-            report.left_out.append(f"{what}: {reason}")
+            report.left_out.append(f"{subject}: {reason}")
     report.tables["recall"] = (recall_caption(results), recall_grid(results))
     if comparisons(results):
         report.tables["comparison"] = comparison_table(results)
@@ -116,62 +113,61 @@ def probe_report(results: Results, arrays: Mapping[str, NDArray[Any]] | None = N
 
 
 def _drawings(
-    results: Results, head: str, source: str, arrays: Mapping[str, NDArray[Any]]
+    results: ProbeResults, head: str, source: str, arrays: Pictures
 ) -> Iterator[tuple[str, Drawing | None, str]]:
-    """What, the figure or None, and why there is none."""
+    """Subject, figure or None, and the reason for None."""
     yield "recall", tasks_drawing(results, head), "nothing was measured"
-    yield "recall by head", heads_drawing(results), "it takes local recall of at least two heads"
-    yield from _detailed(results, Measured(source, head, "local"))
-    yield "local against global", locality_drawing(results, head), "it takes local and global recall"
+    yield "recall by head", heads_drawing(results), "it needs local recall of at least two heads"
+    yield from _detailed(results, MetricKey(source, head, "local"))
+    yield "local against global", locality_drawing(results, head), "it needs local and global recall"
     yield (
         "interventions",
         interventions_drawing(results),
-        "it takes the heads transformer and transformer-anonymous or transformer-cls-only",
+        "it needs the heads transformer and transformer-anonymous or transformer-cls-only",
     )
     if arrays:
         yield (
             "predictions",
             predictions_drawing(arrays, display_names(results)),
-            f"{PICTURES_FILE} holds none",
+            f"{PICTURES_FILE} has none",
         )
 
 
-def _detailed(results: Results, what: Measured) -> Iterator[tuple[str, Drawing | None, str]]:
+def _detailed(results: ProbeResults, key: MetricKey) -> Iterator[tuple[str, Drawing | None, str]]:
     pairs = comparisons(results)
     if not pairs:
-        yield "gains by class", None, "it takes two backbones"
+        yield "gains by class", None, "it needs two backbones"
         name = next(iter(probe_runs(results)))
-        alone = BackbonePair(name, name, name, False)
-        yield "recall by size", sizes_drawing(results, alone, what), "object sizes were not told apart"
+        single = BackbonePair(name, name, name, False)
+        yield "recall by size", sizes_drawing(results, single, key), "object sizes were not measured"
         return
-    names = _file_names(pairs)
-    for pair, tail in list(zip(pairs, names, strict=True))[:MAX_DETAILED]:
+    for pair, suffix in list(zip(pairs, _file_suffixes(pairs), strict=True))[:MAX_DETAILED]:
         yield (
             f"gains by class, {pair.label}",
-            classes_drawing(results, pair, what, f"classes{tail}"),
+            classes_drawing(results, pair, key, f"classes{suffix}"),
             "no local recall by class on both sides",
         )
         yield (
             f"recall by size, {pair.label}",
-            sizes_drawing(results, pair, what, f"sizes{tail}"),
+            sizes_drawing(results, pair, key, f"sizes{suffix}"),
             "no local recall by size",
         )
     if len(pairs) > MAX_DETAILED:
-        rest = ", ".join(p.label for p in pairs[MAX_DETAILED:])
+        rest = ", ".join(pair.label for pair in pairs[MAX_DETAILED:])
         yield "gains by class and recall by size", None, f"drawn for the first {MAX_DETAILED}, not for {rest}"
 
 
-def _file_names(pairs: Sequence[BackbonePair]) -> list[str]:
-    """Tails of file names, different ones; none for a lone comparison."""
+def _file_suffixes(pairs: Sequence[BackbonePair]) -> list[str]:
+    """Different endings for the file names of the pairs; an empty one if there is a single pair."""
     if len(pairs) == 1:
         return [""]
-    tails: list[str] = []
+    suffixes: list[str] = []
     for pair in pairs:
-        tail = f"-{slug(pair.label)}"
-        while tail in tails:
-            tail += "-2"
-        tails.append(tail)
-    return tails
+        suffix = f"-{slug(pair.label)}"
+        while suffix in suffixes:
+            suffix += "-2"
+        suffixes.append(suffix)
+    return suffixes
 
 
 # -- figures of the paper --------------------------------------------------------------------------------
@@ -179,53 +175,49 @@ def _file_names(pairs: Sequence[BackbonePair]) -> list[str]:
 
 def write_figure(
     name: str,
-    results: Results,
+    results: ProbeResults,
     folder: Path,
     *,
-    arrays: Mapping[str, NDArray[Any]] | None = None,
-    images: Any = None,
-    grid: tuple[int, int] | None = None,
-    seed: int = 0,
+    arrays: Pictures | None = None,
+    views: Views | None = None,
 ) -> list[Path]:
     """Write one of the paper's figures.
 
     Args:
         name: fig3 (predictions), fig4 (recall), fig6 (heads), fig7 (classes), fig8 (sizes), fig9 (trend and
             interventions) or fig10 (masks and crops).
-        results: As in ``results.json``; fig10 needs none.
-        folder: Where ``<name>*.png`` and the rest go.
-        arrays: Of fig3, as in ``pictures.npz``; read from the folder where missing.
-        images: Of fig10, uint8 ``(k, 3, H, W)``.
-        grid: Of fig10, rows and columns of patches.
-        seed: Of fig10's masks and crops.
+        results: The content of ``results.json``; fig10 uses none of it.
+        folder: Folder of the files ``<name>*``.
+        arrays: For fig3, the content of ``pictures.npz``; None reads the file in ``folder``.
+        views: For fig10, images with masks and crops.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
-        UserError: unknown figure, or nothing to draw it from.
+        UserError: Unknown figure, or no data for it.
     """
     if name not in FIGURES:
         raise UserError(f"unknown figure {name!r}; known: {', '.join(FIGURES)}{did_you_mean(name, FIGURES)}")
     if name == "fig10":
-        if images is None or grid is None:
-            raise UserError("fig10 needs images and their grid of patches")
-        found: list[Drawing | None] = [views_drawing(images, grid, seed=seed, name=name)]
+        if views is None:
+            raise UserError("fig10 needs images with masks and crops")
+        candidates: list[Drawing | None] = [views_drawing(views, name)]
     else:
         if name == "fig3" and arrays is None:
             arrays, _ = read_pictures(Path(folder))
-        found = _figure(name, results, arrays or {})
-    drawings = [drawing for drawing in found if drawing is not None]
+        candidates = _figure(name, results, arrays or {})
+    drawings = [drawing for drawing in candidates if drawing is not None]
     if not drawings:
-        raise UserError(f"these results hold nothing that {name} could be drawn from")
+        raise UserError(f"the results hold no data for {name}")
     return [path for drawing in drawings for path in drawing.save(Path(folder))]
 
 
-def _figure(name: str, results: Results, arrays: Mapping[str, NDArray[Any]]) -> list[Drawing | None]:
+def _figure(name: str, results: ProbeResults, arrays: Pictures) -> list[Drawing | None]:
     head = main_head(results)
-    what = Measured(main_source(results), head, "local")
+    key = MetricKey(main_source(results), head, "local")
     pairs = comparisons(results)
-    tails = _file_names(pairs)
+    suffixes = _file_suffixes(pairs)
     if name == "fig3":
         return [predictions_drawing(arrays, display_names(results), name)]
     if name == "fig4":
@@ -238,7 +230,7 @@ def _figure(name: str, results: Results, arrays: Mapping[str, NDArray[Any]]) -> 
             interventions_drawing(results, "fig9-interventions"),
         ]
     draw = classes_drawing if name == "fig7" else sizes_drawing
-    return [draw(results, pair, what, name + tail) for pair, tail in zip(pairs, tails, strict=True)]
+    return [draw(results, pair, key, name + suffix) for pair, suffix in zip(pairs, suffixes, strict=True)]
 
 
 def _write_grid(folder: Path, name: str, caption: str, grid: Grid) -> list[Path]:

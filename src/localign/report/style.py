@@ -1,4 +1,4 @@
-"""One look for every figure, and figures as bytes."""
+"""The look that all figures share, and figures as bytes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 
 INK, MUTED, RULE, PAPER = "#1f2328", "#636c76", "#d8dce1", "#ffffff"
 BASELINE, ALIGNED = "#E69F00", "#0072B2"
-"""The two models, everywhere: orange before, blue after."""
+"""Colours of the two models in all figures: orange before alignment, blue after."""
 ERROR = "#c1002a"
 CATEGORICAL = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9",
     "#D55E00", "#F0E442", "#7F5AA8", "#8C6D46", "#4D4D4D",
 )  # fmt: skip
-"""The palette of Okabe and Ito, which colour-blind readers can tell apart, and three more."""
+"""The palette of Okabe and Ito, which is safe for colour-blind readers, and three more colours."""
 NAMED_COLOURS = {
     "red": "#D55E00",
     "green": "#009E73",
@@ -30,7 +30,7 @@ NAMED_COLOURS = {
     "cyan": "#56B4E9",
     "white": "#FFFFFF",
 }
-"""For classes that are colours: the palette's nearest, since a plain red and green look alike to some."""
+"""Fills of classes named after colours: the nearest of the palette, as some readers confuse plain red and green."""
 MODELS = {"baseline": BASELINE, "aligned": ALIGNED}
 
 _RC: dict[Any, Any] = {
@@ -58,7 +58,7 @@ _RC: dict[Any, Any] = {
     "grid.color": "#eceff2",
     "grid.linewidth": 0.8,
     "lines.linewidth": 1.6,
-    # Equal runs give equal bytes: no random element ids.
+    # Without a fixed salt, element ids are random and equal runs give different bytes.
     "svg.hashsalt": "localign",
 }
 
@@ -67,7 +67,7 @@ T = TypeVar("T")
 
 
 def styled(function: Callable[P, T]) -> Callable[P, T]:
-    """Run a function under the report's matplotlib settings, leaving the caller's as they were."""
+    """Decorate a function to run under the report's matplotlib settings; the caller's settings are restored."""
 
     @wraps(function)
     def inside(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -78,7 +78,12 @@ def styled(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches; it belongs to no window and to no global list."""
+    """An empty figure without a window, outside pyplot's list of figures.
+
+    Args:
+        width: Inches.
+        height: Inches.
+    """
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", h_pad=0.06, w_pad=0.05)
     return figure
@@ -94,12 +99,12 @@ def png(figure: Figure, dpi: int = 160) -> bytes:
 
 @styled
 def svg(figure: Figure) -> bytes:
-    """A figure as SVG, its letters drawn as outlines so that it looks the same everywhere."""
+    """A figure as SVG; text becomes outlines, so that it looks the same everywhere."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     return stream.getvalue()
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Bytes as a ``data:`` address; ``kind`` is a MIME type."""
+    """Bytes as a ``data:`` URI; ``kind`` is a MIME type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,78 +1,72 @@
-"""What a reader has to know of a reproduced table or figure."""
+"""Notes for the readers of a reproduced table or figure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from localign.options.reproduce import ReproduceConfig
-from localign.reproduce.pieces import Alignment, Heads, Probing
+from localign.reproduce.pieces import Alignment, LabelledData, Probing
 from localign.reproduce.worlds import NOTE, DataScale
 
 _PROTOCOLS = {
-    "fixed": "Heads are judged as their last step left them: nothing is chosen on the images that are reported. The "
-    "published protocol takes each head's best epoch on these very images, which gives somewhat higher figures.",
-    "published": "Of every head the best epoch on the reported images is reported, as published; such figures "
-    "flatter.",
+    "fixed": "Heads are evaluated after their last step; nothing is chosen on the reported images. The published "
+    "protocol takes each head's best epoch on these images, which gives somewhat higher recall.",
+    "published": "Each head's best epoch on the reported images is reported, as published, which overstates recall.",
 }
 
 
-def notes_of(
+def reader_notes(
     config: ReproduceConfig,
     world: DataScale,
-    heads: Heads,
+    data: LabelledData,
     probings: Mapping[str, Sequence[Probing]],
 ) -> list[str]:
-    """One line each.
+    """The notes, one line each.
 
     Args:
-        config: What was asked for.
-        world: Where.
-        heads: What heads are trained and judged on.
-        probings: By row.
+        config: The options.
+        world: The world of the runs.
+        data: The images that heads are trained and evaluated on.
+        probings: By row, one per seed.
     """
-    every = [p for row in probings.values() for p in row]
-    aligned = [p.aligned for p in every if p.aligned is not None]
+    every = [probing for seeds in probings.values() for probing in seeds]
+    alignments = [probing.alignment for probing in every if probing.alignment is not None]
     notes = list(world.notes)
     if config.quick:
-        notes.append("A quick run: with fewer steps and images, differences are smaller and less sure.")
-    if aligned:
-        notes.append(_alignments(aligned, config.seeds))
-    notes.append(_heads(every, heads))
+        notes.append("A quick run: with fewer steps and images, differences are smaller and less certain.")
+    if alignments:
+        notes.append(_alignments_note(alignments, config.seeds))
+    notes.append(
+        f"Heads: {every[0].steps:,} steps of {every[0].config.batch} images, trained on the same "
+        f"{len(data.train):,} images for every row and evaluated on {len(data.test):,}."
+    )
     notes.append(_PROTOCOLS[config.protocol])
-    notes += _of_rows(config, world, probings)
-    if aligned and all(a.config.data == config.train_data for a in aligned):
+    notes += _row_notes(config, world, probings)
+    if alignments and all(a.config.data == config.train_data for a in alignments):
         notes.append(
-            f"All alignments ran on the images of {config.train_data}, whatever data set a row names."
+            f"All alignments use the images of {config.train_data}, also where a row names a data set."
         )
     return notes
 
 
-def _alignments(aligned: Sequence[Alignment], seeds: int) -> str:
-    steps, batch = _span([a.steps for a in aligned]), _span([a.config.batch_size for a in aligned])
-    rate = _span([a.config.lr or 0.0 for a in aligned])
+def _alignments_note(alignments: Sequence[Alignment], seeds: int) -> str:
+    steps = _span([a.steps for a in alignments])
+    batch = _span([a.config.batch_size for a in alignments])
+    rate = _span([a.config.lr or 0.0 for a in alignments])
     return (
         f"Alignments: {steps} steps of {batch} images, learning rate {rate}, {seeds} seed{'s' * (seeds > 1)}."
     )
 
 
-def _heads(every: Sequence[Probing], heads: Heads) -> str:
-    (judged,) = heads.judged.values()
-    config = every[0].config
-    return (
-        f"Heads: {every[0].steps:,} steps of {config.batch} images, trained alike on {len(heads.train):,} images for "
-        f"every row and judged on {len(judged):,}."
-    )
-
-
-def _of_rows(
+def _row_notes(
     config: ReproduceConfig, world: DataScale, probings: Mapping[str, Sequence[Probing]]
 ) -> list[str]:
     rows = (row for row in world.rows_of(config.target) if row.name in probings)
-    found = (world.of_row(row, config.target).get(NOTE) for row in rows)
-    return list(dict.fromkeys(str(note) for note in found if note))
+    notes = (world.row_options(row, config.target).get(NOTE) for row in rows)
+    return list(dict.fromkeys(str(note) for note in notes if note))
 
 
 def _span(values: Sequence[float]) -> str:
-    """A value, or the smallest and the largest."""
+    """The smallest and the largest value; one value if they are equal."""
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -1,4 +1,4 @@
-"""The runs a target is made of: alignments and probings, each found again by a hash of all that decides it."""
+"""The runs of a target: alignments and probings, each in a folder named by a hash of everything it depends on."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ from localign.files import replace_text, replacing
 from localign.options.names import EMBEDDED
 from localign.pictures import save_predictions
 from localign.probing import HeadSpec, LabelledSource, ProbeConfig, Probed, TrainedHeads, probe_heads
-from localign.probing.suite import SourceHead
-from localign.report import PICTURES_FILE
+from localign.probing.suite import TEST_SOURCE, SourceHead
+from localign.results import PICTURES_FILE, ProbeOutcome
 
-_NO_DIFFERENCE = ("workers", "cache", "extract_batch")
-"""Options of heads that change neither the samples nor, beyond rounding, the mathematics."""
+_SAME_RESULT = ("workers", "cache", "extract_batch")
+"""Options of heads that do not change the result, except for rounding."""
 OUTCOME_FILE = "outcome.json"
 _RECALLS_FILE = "recalls.npz"
-_ANY = "backbone"
+_PLACEHOLDER = "backbone"
+"""Name of the backbone in a probing's own files, as rows of several targets share them."""
 
 
 def digest(content: Mapping[str, Any]) -> str:
-    """A short hash of JSON-able content."""
+    """A short hash of JSON-serialisable content."""
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def backbone_identity(name: str, weights: str) -> str:
-    """What a backbone's name stands for; of the embedded one, which may be made anew, its weights."""
+    """A text that changes with the backbone's weights: a hash for the embedded backbone, otherwise name and weights."""
     if name == EMBEDDED:
         return content_hash(create_backbone(name).vit.state_dict())
     return f"{name} {weights}"
@@ -52,10 +53,10 @@ def backbone_identity(name: str, weights: str) -> str:
 
 @dataclass(frozen=True)
 class Alignment:
-    """One run of `localign align`, in a folder named after what decides it."""
+    """One run of `localign align`."""
 
     label: str
-    """Of the first row that asks for it."""
+    """Row and seed of its first use."""
     config: AlignConfig
     steps: int
     key: str
@@ -65,15 +66,15 @@ class Alignment:
         """The run of a config.
 
         Args:
-            label: For the plan.
-            config: Its ``out`` is not looked at.
+            label: Shown in the plan.
+            config: The options; ``out`` is ignored.
             steps: Optimizer steps.
             data: Fingerprint of the training images.
-            backbone: Identity of the starting weights.
-            folder: Of all alignments.
+            backbone: Identity of the starting weights, see :func:`backbone_identity`.
+            folder: Parent folder of all alignments.
         """
-        decisive = {k: v for k, v in run_folder.to_dict(config).items() if k not in RESUMABLE}
-        key = digest({"config": with_old_names(decisive), "data": data, "backbone": backbone})
+        options = {k: v for k, v in run_folder.to_dict(config).items() if k not in RESUMABLE}
+        key = digest({"config": with_old_names(options), "data": data, "backbone": backbone})
         out = folder / f"{config.backbone}-{config.objective}-seed{config.seed}-{key}"
         return Alignment(label, replace(config, out=str(out), resume="auto"), steps, key)
 
@@ -83,19 +84,19 @@ class Alignment:
         return Path(self.config.out)
 
     def steps_done(self) -> int:
-        """Of a finished run all, of one that was cut off those before its last checkpoint."""
+        """All steps of a finished run; the steps up to the last checkpoint of an interrupted run."""
         if (self.folder / run_folder.RESULTS_FILE).is_file():
             return self.steps
         return max(Checkpoints(self.folder / "checkpoints").steps(), default=0)
 
     @property
     def backbone(self) -> str:
-        """What is aligned."""
+        """Name of the backbone before alignment."""
         return self.config.backbone
 
     @property
     def method(self) -> str:
-        """By what."""
+        """Name of the objective."""
         return self.config.objective
 
     def load(self) -> Backbone:
@@ -103,25 +104,25 @@ class Alignment:
         return load_backbone(self.folder / "export")
 
     def run(self) -> None:
-        """Align, from the start or from the last checkpoint."""
+        """Align, from the beginning or from the last checkpoint."""
         train(AlignTask(self.config), self.config, "align")
 
 
 @dataclass(frozen=True)
-class Heads:
-    """What heads are trained and judged on, shared by all probings of a target."""
+class LabelledData:
+    """The images that heads are trained and evaluated on, the same for all probings of a target."""
 
     train: LabelledSource
-    judged: dict[str, LabelledSource]
+    test: LabelledSource
 
-    def identity(self) -> dict[str, str]:
-        """Fingerprints of the sources."""
-        return {name: s.fingerprint() for name, s in {"train": self.train, **self.judged}.items()}
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of both sources."""
+        return {"train": self.train.fingerprint(), TEST_SOURCE: self.test.fingerprint()}
 
 
 @dataclass(frozen=True)
-class Start:
-    """A backbone as it is."""
+class UnalignedBackbone:
+    """A backbone to probe without alignment."""
 
     backbone: str
     weights: str
@@ -131,46 +132,53 @@ class Start:
     method = "baseline"
 
     def load(self) -> Backbone:
-        """With its weights."""
+        """The backbone with its weights."""
         return create_backbone(self.backbone, weights=self.weights)
 
 
 @dataclass(frozen=True)
 class Probing:
-    """Heads of one seed on one backbone, aligned or as it is."""
+    """Heads of one seed on one backbone."""
 
     label: str
-    """Of the first row that asks for it."""
-    source: Alignment | Start
+    """Row and seed of its first use."""
+    source: Alignment | UnalignedBackbone
+    """Where the backbone comes from."""
     config: ProbeConfig
     steps: int
     key: str
     folder: Path
 
     @staticmethod
-    def of(label: str, source: Alignment | Start, config: ProbeConfig, heads: Heads, folder: Path) -> Probing:
-        """The probing of a backbone; ``folder`` is that of all probings."""
-        decisive = {k: v for k, v in asdict(config).items() if k not in _NO_DIFFERENCE}
-        key = digest({"config": decisive, "data": heads.identity(), "backbone": source.key})
+    def of(
+        label: str,
+        source: Alignment | UnalignedBackbone,
+        config: ProbeConfig,
+        data: LabelledData,
+        folder: Path,
+    ) -> Probing:
+        """The probing of a backbone; ``folder`` is the parent folder of all probings."""
+        options = {k: v for k, v in asdict(config).items() if k not in _SAME_RESULT}
+        key = digest({"config": options, "data": data.fingerprints(), "backbone": source.key})
         own = folder / f"{source.backbone}-{source.method}-seed{config.seed}-{key}"
-        return Probing(label, source, config, config.resolved(len(heads.train))[0], key, own)
+        return Probing(label, source, config, config.resolved(len(data.train))[0], key, own)
 
     @property
-    def aligned(self) -> Alignment | None:
-        """The alignment that it waits for."""
+    def alignment(self) -> Alignment | None:
+        """The alignment that gives the backbone; None for a backbone without alignment."""
         return self.source if isinstance(self.source, Alignment) else None
 
     def steps_done(self) -> int:
-        """All or none."""
+        """All steps if the probing is finished, otherwise 0."""
         return self.steps if (self.folder / OUTCOME_FILE).is_file() else 0
 
-    def run(self, heads: Heads, context: DistributedContext) -> None:
-        """Train and judge the heads, and keep what came of it."""
+    def run(self, data: LabelledData, context: DistributedContext) -> None:
+        """Train and evaluate the heads, and write the outcome."""
         backbone = self.source.load().to(context.device)
         cache = self.folder / "cache"  # used where features do not fit into memory
         with progress_bars(shown=context.is_main) as progress:
             (probed,) = probe_heads(
-                backbone, heads.train, heads.judged, self.config,
+                backbone, data.train, {TEST_SOURCE: data.test}, self.config,
                 context=context, cache_folder=cache, progress=progress,
             )  # fmt: skip
         context.barrier()
@@ -178,31 +186,31 @@ class Probing:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(cache, ignore_errors=True)
-        (source,) = heads.judged.values()
-        save_predictions(self.folder, {_ANY: backbone}, {_ANY: [probed]}, source)
+        save_predictions(self.folder, {_PLACEHOLDER: backbone}, {_PLACEHOLDER: [probed]}, data.test)
         recalls = {"/".join((name, *astuple(spec))): v.numpy() for (name, spec), v in probed.recalls.items()}
         with replacing(self.folder / _RECALLS_FILE) as temporary, temporary.open("wb") as file:
             np.savez(file, **recalls)  # type: ignore[arg-type]
-        # The last, as it says that all is done.
+        # Written last: this file marks the probing as finished.
         replace_text(self.folder / OUTCOME_FILE, json.dumps(probed.outcome))
 
     def read(self) -> Probed:
-        """What came of it, without the heads."""
-        outcome = json.loads((self.folder / OUTCOME_FILE).read_text(encoding="utf-8"))
+        """The stored outcome, without the heads."""
+        outcome: ProbeOutcome = json.loads((self.folder / OUTCOME_FILE).read_text(encoding="utf-8"))
         recalls: dict[SourceHead, torch.Tensor] = {}
-        for place, values in _arrays(self.folder / _RECALLS_FILE).items():
-            source, *spec = place.split("/")
+        for name, values in _read_arrays(self.folder / _RECALLS_FILE).items():
+            source, *spec = name.split("/")
             recalls[source, HeadSpec(*spec)] = torch.from_numpy(values)
-        return Probed(
-            outcome, TrainedHeads(seed=outcome["seed"], heads={}, curve=outcome["train"]["curve"]), recalls
+        heads = TrainedHeads(
+            seed=outcome["seed"], heads={}, curve=[dict(point) for point in outcome["train"]["curve"]]
         )
+        return Probed(outcome, heads, recalls)
 
     def pictures(self, name: str) -> dict[str, NDArray[Any]]:
-        """A few images and what the local head makes of them, under the name that the backbone has in a figure."""
-        arrays = _arrays(self.folder / PICTURES_FILE)
-        return {k.replace(f"_{_ANY}", f"_{name}"): v for k, v in arrays.items()}
+        """The stored images and predictions, renamed to the backbone's name in a figure."""
+        arrays = _read_arrays(self.folder / PICTURES_FILE)
+        return {k.replace(f"_{_PLACEHOLDER}", f"_{name}"): v for k, v in arrays.items()}
 
 
-def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     with np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}

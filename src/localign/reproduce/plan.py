@@ -1,4 +1,4 @@
-"""From a target to the runs it takes."""
+"""From a target to the runs that it needs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from localign.engine.schedule import total_steps
 from localign.errors import UserError
 from localign.options.reproduce import ReproduceConfig
 from localign.probing import ProbeConfig
-from localign.reproduce.notes import notes_of
-from localign.reproduce.pieces import Alignment, Heads, Probing, Start, backbone_identity
+from localign.reproduce.notes import reader_notes
+from localign.reproduce.pieces import Alignment, LabelledData, Probing, UnalignedBackbone, backbone_identity
 from localign.reproduce.targets import TARGETS, Target, TargetRow
 from localign.reproduce.worlds import LEFT_OUT, DataScale
 
@@ -22,39 +22,39 @@ _WEIGHT_FILES = (".safetensors", ".pth.tar", ".pth", ".pt", ".bin")
 
 @dataclass
 class ReproductionPlan:
-    """What a target takes; rows that come to the same run share it."""
+    """The runs of a target. Rows with equal runs share them."""
 
     target: Target
     rows: list[TargetRow] = field(default_factory=list)
-    """Those that are run."""
+    """The rows that are run."""
     probings: dict[str, list[Probing]] = field(default_factory=dict)
     """By row, one per seed."""
     left_out: list[str] = field(default_factory=list)
-    """Which rows are not run, and why."""
+    """The rows that are not run, and why, one line per reason."""
     notes: list[str] = field(default_factory=list)
-    """For readers of the result, what is left out included."""
+    """Notes for readers of the result; they include ``left_out``."""
 
     def pieces(self) -> list[Alignment | Probing]:
-        """Every run once, in an order in which each finds what it needs."""
-        found: dict[str, Alignment | Probing] = {}
-        for probing in (p for row in self.probings.values() for p in row):
-            if probing.aligned is not None:
-                found.setdefault(probing.aligned.key, probing.aligned)
-            found.setdefault(probing.key, probing)
-        return list(found.values())
+        """Every run once, each after the runs that it needs."""
+        runs: dict[str, Alignment | Probing] = {}
+        for probing in (p for seeds in self.probings.values() for p in seeds):
+            if probing.alignment is not None:
+                runs.setdefault(probing.alignment.key, probing.alignment)
+            runs.setdefault(probing.key, probing)
+        return list(runs.values())
 
 
 class Planner:
-    """Makes the plan of a target in a world.
+    """Plans the runs of a target in a world.
 
     Args:
-        config: What is wanted.
-        world: At what scale.
-        heads: What heads are trained and judged on.
+        config: The options.
+        world: The world of the runs.
+        data: The images that heads are trained and evaluated on.
     """
 
-    def __init__(self, config: ReproduceConfig, world: DataScale, heads: Heads) -> None:
-        self.config, self.world, self.heads = config, world, heads
+    def __init__(self, config: ReproduceConfig, world: DataScale, data: LabelledData) -> None:
+        self.config, self.world, self.data = config, world, data
         self.target = TARGETS[config.target]
         self.folder = Path(config.out) / config.world
         self._sources: dict[tuple[str, str | None], tuple[str, int]] = {}
@@ -64,7 +64,7 @@ class Planner:
         """The rows, each with its alignments and probings.
 
         Raises:
-            UserError: There are no images to align on.
+            UserError: An alignment has no images.
         """
         plan = ReproductionPlan(self.target)
         left_out: dict[str, list[str]] = {}
@@ -75,22 +75,22 @@ class Planner:
             plan.rows.append(row)
             plan.probings[row.name] = [self._probing(row, seed) for seed in range(self.config.seeds)]
         plan.left_out = [f"Left out: {', '.join(names)} ({reason})." for reason, names in left_out.items()]
-        plan.notes = notes_of(self.config, self.world, self.heads, plan.probings) + plan.left_out
+        plan.notes = reader_notes(self.config, self.world, self.data, plan.probings) + plan.left_out
         return plan
 
     def _key(self, row: TargetRow) -> str:
         return f"{self.config.target}/{row.name}"
 
     def _left_out(self, row: TargetRow) -> str:
-        """Why a row is not run; empty where it is."""
-        reason = str(self.world.of_row(row, self.config.target).get(LEFT_OUT, ""))
+        """The reason why a row is not run; empty for a row that is run."""
+        reason = str(self.world.row_options(row, self.config.target).get(LEFT_OUT, ""))
         entry = CATALOGUE.get(row.backbone)
         if not reason and entry and entry.loader != "timm" and self._weights(row.backbone) == "pretrained":
-            return "its weights are the authors' own file: give a folder that holds it with --weights"
+            return "its weights are a file of the authors: pass the folder of that file with --weights"
         return reason
 
     def _weights(self, backbone: str) -> str:
-        """A backbone's weight file where the user's folder has one, else ``pretrained``."""
+        """The backbone's weight file in the folder of ``--weights``; ``pretrained`` if there is none."""
         if self.config.weights is not None:
             for suffix in _WEIGHT_FILES:
                 if (path := Path(self.config.weights) / f"{backbone}{suffix}").is_file():
@@ -112,16 +112,20 @@ class Planner:
             seed=seed,
             **{**self.world.probe, **workers},
         )
-        aligned = self._alignment(row, seed) if row.recipe else None
-        start = Start(row.backbone, self._weights(row.backbone), self._identity(row.backbone))
+        source: Alignment | UnalignedBackbone
+        if row.recipe:
+            source = self._alignment(row, seed)
+        else:
+            weights = self._weights(row.backbone)
+            source = UnalignedBackbone(row.backbone, weights, self._identity(row.backbone))
         label = f"{self._key(row)}, seed {seed}"
-        return Probing.of(label, aligned or start, config, self.heads, self.folder / "probe")
+        return Probing.of(label, source, config, self.data, self.folder / "probe")
 
     def _alignment(self, row: TargetRow, seed: int) -> Alignment:
         options = self.world.align_options(row, self.config.target)
         options["data"] = self._images(str(options["data"]))
-        free = {name: getattr(self.config, name) for name in ("device", "micro_batch", "workers")}
-        options |= {name: value for name, value in free.items() if value is not None}
+        given = {name: getattr(self.config, name) for name in ("device", "micro_batch", "workers")}
+        options |= {name: value for name, value in given.items() if value is not None}
         config = AlignConfig(**options, weights=self._weights(row.backbone), seed=seed)
         named = config.data, config.exclude
         if named not in self._sources:
@@ -138,10 +142,10 @@ class Planner:
         )
 
     def _images(self, name: str) -> str:
-        """Where the data set of a recipe lies; without a folder of its name, all images are it."""
+        """The folder of a recipe's data set: its own folder in ``--train-data``, or else all of ``--train-data``."""
         if self.config.world == "scenes":
             return name
         if self.config.train_data is None:
-            raise UserError(f"{self.config.target} needs --train-data DIR, the images to align on")
+            raise UserError(f"{self.config.target} needs --train-data DIR, images to align on")
         own = Path(self.config.train_data) / name
         return str(own if own.is_dir() else self.config.train_data)

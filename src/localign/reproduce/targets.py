@@ -1,13 +1,12 @@
-"""What each table and figure of the paper is made of."""
+"""The rows behind each table and figure of the paper."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from localign.backbones import CATALOGUE
+from localign.report.tables.measures import BASELINE_SUFFIX
 
-BASELINE_TAIL = "-baseline"
-"""A backbone before alignment is called like the aligned one, with this tail."""
 _CLIP, _IN1K, _CLIP_LARGE = "clip-vit-b", "in1k-vit-b", "clip-vit-l-336px"
 
 
@@ -16,12 +15,12 @@ class TargetRow:
     """One backbone of a target, aligned or not."""
 
     name: str
-    """Under which it is reported."""
+    """Name in the results."""
     backbone: str
     recipe: str | None = None
-    """Of its alignment; None leaves the backbone as it is."""
+    """Recipe of the alignment; None for a backbone without alignment."""
     against: str | None = None
-    """Name of the row that it is compared with."""
+    """Name of the row to compare with."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +32,23 @@ class Target:
     heads: tuple[str, ...] = ("transformer",)
     tasks: tuple[str, ...] = ("local", "global")
     pictures: bool = False
-    """Whether predictions on a few images are wanted."""
+    """Whether the target shows predictions on a few images."""
 
 
 def _table(backbone: str, recipes: dict[str, str], teacher: str = "teacher") -> tuple[TargetRow, ...]:
-    """The backbone as it is, then what recipes (row name -> recipe) make of it."""
+    """The backbone without alignment, then one row per recipe (row name -> recipe)."""
     aligned = (TargetRow(name, backbone, recipe, teacher) for name, recipe in recipes.items())
     return (TargetRow(teacher, backbone), *aligned)
 
 
 def pairs(*backbones: str) -> tuple[TargetRow, ...]:
-    """Each backbone before and after alignment by its own recipe."""
+    """Each backbone before and after alignment with its own recipe."""
     return tuple(
         row
         for name in backbones
         for row in (
-            TargetRow(name + BASELINE_TAIL, name),
-            TargetRow(name, name, f"align/{name}", name + BASELINE_TAIL),
+            TargetRow(name + BASELINE_SUFFIX, name),
+            TargetRow(name, name, f"align/{name}", name + BASELINE_SUFFIX),
         )
     )
 
@@ -106,17 +105,17 @@ TARGETS: dict[str, Target] = {
 
 
 def rows_of_one(target: str, backbone: str, recipe: str) -> tuple[TargetRow, ...]:
-    """A target's rows where a single backbone stands for all.
+    """A target's rows in a world with a single backbone.
 
     Args:
         target: A key of :data:`TARGETS`.
-        backbone: The one there is.
-        recipe: Of its alignment, in place of the backbones' own.
+        backbone: The backbone.
+        recipe: Recipe of its alignment, instead of a recipe per backbone.
     """
     if target in ("table1", "table4"):
         return tuple(replace(row, backbone=backbone) for row in TARGETS[target].rows)
     if target == "fig9":
-        # A trend takes several backbones: the one, and what the objectives of table 1 make of it.
+        # A trend needs several backbones: the backbone, and the same after alignment with each recipe of table 1.
         others = (TargetRow(r.name, backbone, r.recipe, backbone) for r in TARGETS["table1"].rows if r.recipe)
         return TargetRow(backbone, backbone), *others
     if not TARGETS[target].rows:

@@ -1,4 +1,4 @@
-"""Where a target is reproduced: what a recipe keeps of itself there, and at what scale things run."""
+"""Worlds: the data and the scale at which targets are reproduced, and which options of recipes hold there."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from localign.recipes import FOLDER, Recipe, read_recipe, read_yaml
 from localign.reproduce.targets import TARGETS, Target, TargetRow, rows_of_one
 
 LEFT_OUT, STEPS, NOTE = "left_out", "steps", "note"
-"""What a world says of a row beside options of its alignment: why it is not run, its share of steps, and what a
-reader has to know of it."""
+"""Keys of a world's rows beside options of the alignment: the reason for not running the row, the factor on its
+steps, and a note for readers."""
 
 
 @dataclass(frozen=True)
 class DataScale:
-    """A file of ``recipes/worlds``."""
+    """One world: the content of a file in ``recipes/worlds``."""
 
     backbone: str | None = None
-    """Stands for all backbones; None leaves each row its own."""
+    """The backbone of all rows; None leaves each row its own."""
     recipe: str | None = None
-    """Aligns that one where a row names no method of its own."""
+    """Recipe of that backbone's alignment, for rows that do not name a method."""
     align: dict[str, Any] = field(default_factory=dict)
-    """Options of every alignment, in place of the recipes' own."""
+    """Options of every alignment; they replace those of recipes."""
     keeps: tuple[str, ...] | None = None
-    """Options that a recipe keeps, where it states them; None keeps the whole recipe."""
+    """Options that a recipe keeps if it states them; None keeps all options of the recipe."""
     probe: dict[str, Any] = field(default_factory=dict)
-    """Options of the heads' training, in place of the published ones."""
+    """Options of the heads' training; they replace the published settings."""
     heads: tuple[str, ...] = ()
-    """Heads to train beside those that a target is about."""
+    """Heads to train in addition to those of the target."""
     scenes: dict[str, int] = field(default_factory=dict)
-    """Scenes to train heads on and to judge them on: train, test."""
+    """Number of scenes to train (train) and to evaluate (test) heads on."""
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Patterns of recipes, and what is different about rows made by them."""
+    """Pattern of recipes to options of the rows with a matching recipe."""
     notes: tuple[str, ...] = ()
-    """What a reader of the results has to know."""
+    """Notes for readers of the results."""
 
-    def of_row(self, row: TargetRow, target: str) -> dict[str, Any]:
-        """What is different about a row; one without a recipe goes by ``<target>/<name>``."""
+    def row_options(self, row: TargetRow, target: str) -> dict[str, Any]:
+        """The options of a row that differ from the rest; a row without a recipe matches as ``<target>/<name>``."""
         key = row.recipe or f"{target}/{row.name}"
-        found: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         for pattern, values in self.rows.items():
             if fnmatchcase(key, pattern):
-                found |= values
-        return found
+                options |= values
+        return options
 
     def rows_of(self, target: str) -> tuple[TargetRow, ...]:
-        """A target's rows here, those that are left out among them."""
+        """A target's rows in this world, including the rows that are left out."""
         if self.backbone is None:
             return TARGETS[target].rows
         assert self.recipe is not None
@@ -61,32 +61,41 @@ class DataScale:
         return tuple(dict.fromkeys((*target.heads, *self.heads)))
 
     def align_options(self, row: TargetRow, target: str) -> dict[str, Any]:
-        """The options of a row's alignment here; its data may still be a data set's name."""
+        """The options of a row's alignment in this world; ``data`` may be the name of a data set."""
         assert row.recipe is not None
         recipe = read_recipe(row.recipe, "align")
-        own = self.of_row(row, target)
-        share = own.pop(STEPS, 1)
+        own = self.row_options(row, target)
+        factor = own.pop(STEPS, 1)
         own.pop(NOTE, None)
-        options = {**_kept(recipe, self.keeps, self.align), **own, "backbone": row.backbone}
+        options = {**self._recipe_options(recipe), **own, "backbone": row.backbone}
         if options.get("decoder") == "none":
             options.pop("decoder_layer_scale", None)
-        if share != 1:
-            options["steps"] = max(1, round(share * options["steps"]))
+        if factor != 1:
+            options["steps"] = max(1, round(factor * options["steps"]))
         return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
 
-
-def _kept(recipe: Recipe, keeps: tuple[str, ...] | None, world: Mapping[str, Any]) -> dict[str, Any]:
-    if keeps is None:
-        return {**recipe.values, **world}
-    return {**world, **{k: v for k, v in recipe.values.items() if k in keeps and k in recipe.stated}}
+    def _recipe_options(self, recipe: Recipe) -> dict[str, Any]:
+        """The options of a recipe and of this world, see :attr:`keeps`."""
+        if self.keeps is None:
+            return {**recipe.values, **self.align}
+        kept = {k: v for k, v in recipe.values.items() if k in self.keeps and k in recipe.stated}
+        return {**self.align, **kept}
 
 
 def open_world(name: str, *, quick: bool = False) -> DataScale:
-    """A world by name, with its quick settings where asked for."""
+    """Read a world.
+
+    Args:
+        name: Name of a file in ``recipes/worlds``.
+        quick: Whether to apply its quick settings.
+
+    Raises:
+        UserError: The file names an option that alignments do not have.
+    """
     content = _content(name)
-    in_short = content.pop("quick", {})
+    quick_content = content.pop("quick", {})
     if quick:
-        content = _merged(content, in_short)
+        content = _merged(content, quick_content)
     for key in ("keeps", "heads", "notes"):
         if key in content:
             content[key] = tuple(content[key])
@@ -102,7 +111,7 @@ def _content(name: str) -> dict[str, Any]:
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings merged key by key; anything else is replaced."""
+    """Two mappings merged key by key, nested mappings too; other values of ``above`` replace those of ``below``."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)

@@ -1,4 +1,4 @@
-"""McNemar's exact test: do two models differ on the same questions?"""
+"""McNemar's exact test: are two models equally often right on the same questions?"""
 
 from __future__ import annotations
 
@@ -6,55 +6,65 @@ import math
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-import torch
-
 from localign.errors import UserError
 
 _ROUNDING = 1e-9
+"""Scores closer than this are equal: means over seeds may differ in their last bit."""
 
 
 class McNemar(NamedTuple):
-    """Questions on which two models differ."""
+    """The questions on which two models differ, and the p-value of that split."""
 
     first_better: int
+    """Questions on which the first model has the higher score."""
     second_better: int
+    """Questions on which the second model has the higher score."""
     p_value: float
-    """Of as uneven a division, or more, if either model were as likely to be the better one; two-sided, exact."""
+    """Two-sided and exact: the probability of a split at least as uneven if either model were as likely to win."""
 
 
 def mcnemar(first: Mapping[str, float], second: Mapping[str, float]) -> McNemar:
-    """McNemar's exact test on the scores of two models; of soft scores, the sign test, which it then is.
+    """McNemar's exact test on the scores of two models; for scores between 0 and 1 it is the sign test.
 
-    Other than :func:`paired_differences` it takes questions for independent, also where they share an image. Of models
-    trained with several seeds, give every question's mean score.
+    The test treats questions as independent, also those on the same image. Give the mean score of each question for
+    models trained with several seeds.
 
     Args:
-        first: Scores by question.
+        first: Score by question id.
         second: The other model's.
 
     Raises:
         UserError: The models did not answer the same questions.
     """
-    check_same(first, second)
+    check_same_questions(first, second)
     gains = [second[name] - score for name, score in first.items()]
-    # Means over seeds may differ in their last bit where they are the same.
-    fewer, more = sum(gain < -_ROUNDING for gain in gains), sum(gain > _ROUNDING for gain in gains)
-    return McNemar(fewer, more, _sign_test(fewer, more))
+    first_better = sum(gain < -_ROUNDING for gain in gains)
+    second_better = sum(gain > _ROUNDING for gain in gains)
+    return McNemar(first_better, second_better, _sign_test(first_better, second_better))
 
 
 def _sign_test(first: int, second: int) -> float:
-    """Twice the probability of at most the smaller number of heads in as many throws of a fair coin."""
-    throws, heads = first + second, torch.arange(min(first, second) + 1, dtype=torch.float64)
-    total = torch.tensor(float(throws), dtype=torch.float64)
-    log_ways = torch.lgamma(total + 1) - torch.lgamma(heads + 1) - torch.lgamma(total - heads + 1)
-    return min(1.0, 2 * math.exp(float(torch.logsumexp(log_ways, 0)) - throws * math.log(2)))
+    """Twice the probability of at most ``min(first, second)`` heads in ``first + second`` throws of a fair coin."""
+    throws = first + second
+    log_factorial = math.lgamma(throws + 1)
+    tail = sum(
+        math.exp(
+            log_factorial - math.lgamma(heads + 1) - math.lgamma(throws - heads + 1) - throws * math.log(2)
+        )
+        for heads in range(min(first, second) + 1)
+    )
+    return min(1.0, 2 * tail)
 
 
-def check_same(first: Collection[str], second: Collection[str]) -> None:
-    """Refuse to compare answers to different questions, told by their ids. Raises UserError."""
+def check_same_questions(first: Collection[str], second: Collection[str]) -> None:
+    """Check that two models answered the same questions, compared by id.
+
+    Raises:
+        UserError: They did not.
+    """
     if len(first) != len(second) or set(first) != set(second):
-        alone = sorted(set(first) ^ set(second))
-        example = f", for example {alone[0]}" if alone else ""
+        unshared = sorted(set(first) ^ set(second))
+        example = f", for example {unshared[0]}" if unshared else ""
         raise UserError(
-            f"the models answered different questions: {len(alone)} were put to one of them alone{example}"
+            f"the models answered different questions: {len(unshared)} went to one model only{example}"
         )

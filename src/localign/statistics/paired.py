@@ -1,4 +1,4 @@
-"""Paired differences over training seeds, by Student's t."""
+"""Means and differences over training seeds, with intervals by Student's t."""
 
 from __future__ import annotations
 
@@ -6,81 +6,98 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from localign.statistics.student_t import half_width, half_width_apart
+from localign.statistics.student_t import half_width, welch_half_width
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A figure before and after, over seeds; shares in 0..1. None where it was not measured."""
+    """A quantity before and after alignment, over seeds. None where it was not measured."""
 
     baseline: float | None
+    """Mean over seeds."""
     aligned: float | None
+    """Mean over seeds."""
     difference: float | None
     """Mean over seeds of aligned minus baseline."""
     half_width: float | None
-    """Half the 95 % t-interval of the difference, paired over seeds; None for fewer than two seeds."""
+    """Half the 95 % interval of the difference; None for fewer than two pairs."""
     seeds: int
-    """Pairs behind the difference."""
+    """Number of pairs behind the difference."""
 
 
-def paired(baseline: Sequence[float | None], aligned: Sequence[float | None]) -> PairedDifference:
-    """Means and the paired difference with its 95 % t-interval.
+def paired_difference(baseline: Sequence[float | None], aligned: Sequence[float | None]) -> PairedDifference:
+    """Means and the paired difference with its 95 % interval.
+
+    The interval is mean +- t * s / sqrt(n) with n - 1 degrees of freedom, where s is the standard deviation of the n
+    differences.
 
     Args:
-        baseline: One value per seed; a single one is held against every seed of the other side.
-        aligned: The same.
+        baseline: One value per seed, or a single value that is paired with every seed of ``aligned``. None and
+            values that are not finite count as not measured.
+        aligned: The same for the other side.
 
     Returns:
-        The difference is taken over seeds for which both values exist.
+        The difference and both means are over the pairs with both values. Without such a pair there is no
+        difference, and each mean is over the values of its side.
     """
-    count = max(len(baseline), len(aligned))
-    before, after = _repeated(baseline, count), _repeated(aligned, count)
-    pairs = [(b, a) for b, a in zip(before, after, strict=False) if _known(b) and _known(a)]
-    means = [_mean([v for v in values if _known(v)]) for values in (baseline, aligned)]
+    pairs = _measured_pairs(baseline, aligned)
     if not pairs:
-        return PairedDifference(means[0], means[1], None, None, 0)
-    differences = [float(a) - float(b) for b, a in pairs if a is not None and b is not None]
-    mean = sum(differences) / len(differences)
-    means = [_mean(side) for side in zip(*pairs, strict=True)]
-    return PairedDifference(means[0], means[1], mean, half_width(differences), len(differences))
+        return PairedDifference(_mean(_measured(baseline)), _mean(_measured(aligned)), None, None, 0)
+    differences = [after - before for before, after in pairs]
+    before, after = (_mean(side) for side in zip(*pairs, strict=True))
+    return PairedDifference(before, after, _mean(differences), half_width(differences), len(pairs))
 
 
-def _repeated(values: Sequence[float | None], count: int) -> list[float | None]:
-    return list(values) * count if len(values) == 1 else list(values)
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    numbers = [v for v in values if v is not None]
-    return sum(numbers) / len(numbers) if numbers else None
+def seed_differences(baseline: Sequence[float | None], aligned: Sequence[float | None]) -> list[float]:
+    """The differences behind :func:`paired_difference`, one per pair with both values."""
+    return [after - before for before, after in _measured_pairs(baseline, aligned)]
 
 
 def interval_over_seeds(values: Sequence[float]) -> list[float] | None:
-    """The 95 % interval of the mean over training runs that differ in their seed, by Student's t.
+    """The 95 % interval ``[low, high]`` of the mean over training seeds; None for fewer than two runs.
 
-    It says what other seeds would give on the same questions; :func:`intervals` says what other images would give to
-    the same models. None for a single run.
+    It covers other seeds on the same images, not other images.
     """
     half = half_width(values)
-    return None if half is None else _around(float(np.mean(values)), half)
+    return None if half is None else _around(sum(values) / len(values), half)
 
 
-def difference_over_seeds(first: Sequence[float], second: Sequence[float]) -> list[float] | None:
-    """The 95 % interval of the second model's mean over seeds minus the first's.
+def difference_interval_over_seeds(first: Sequence[float], second: Sequence[float]) -> list[float] | None:
+    """The 95 % interval ``[low, high]`` of the mean of ``second`` minus the mean of ``first``.
 
-    As many runs on either side are taken for pairs, by their position (Student); otherwise none are (Welch). None
-    where a side has a single run: nothing tells how far another run of it would lie.
+    Sides with equally many runs are paired by position; other sides are unpaired (Welch).
+
+    Returns:
+        None where either side has fewer than two runs: a single run does not show how far others would lie from it.
     """
     if min(len(first), len(second)) < 2:
         return None
-    found = paired(first, second)
-    half = found.half_width if len(first) == len(second) else half_width_apart(first, second)
-    return None if half is None else _around(float(np.mean(second) - np.mean(first)), half)
+    if len(first) == len(second):
+        half = half_width([after - before for before, after in zip(first, second, strict=True)])
+    else:
+        half = welch_half_width(first, second)
+    middle = sum(second) / len(second) - sum(first) / len(first)
+    return None if half is None else _around(middle, half)
+
+
+def _measured_pairs(
+    baseline: Sequence[float | None], aligned: Sequence[float | None]
+) -> list[tuple[float, float]]:
+    count = max(len(baseline), len(aligned))
+    sides = (list(side) * count if len(side) == 1 else side for side in (baseline, aligned))
+    return [
+        (float(before), float(after))
+        for before, after in zip(*sides, strict=False)
+        if before is not None and after is not None and math.isfinite(before) and math.isfinite(after)
+    ]
+
+
+def _measured(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _around(middle: float, half: float) -> list[float]:

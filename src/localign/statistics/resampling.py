@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from localign.statistics.bootstrap import CHUNK_BYTES, REPLICATES, interval, replicate_weights
+from localign.statistics.bootstrap import REPLICATES, percentile_interval, weight_chunks
 
 Rows = NDArray[np.int64]
 """Indices of the samples that a statistic is over."""
@@ -81,10 +81,9 @@ def bootstrap_replicates(
     """
     numbers: dict[Hashable, int] = {}
     cluster = torch.tensor([numbers.setdefault(name, len(numbers)) for name in clusters])
-    step = max(1, CHUNK_BYTES // (8 * max(1, len(clusters))))
     parts: dict[str, list[Tensor]] = {name: [] for name in statistics}
-    for begin in range(0, replicates, step):
-        resamples = Resamples(replicate_weights(len(numbers), begin, min(begin + step, replicates)), cluster)
+    for weights in weight_chunks(len(numbers), replicates, row_bytes=8 * len(clusters)):
+        resamples = Resamples(weights, cluster)
         for name, statistic in statistics.items():
             parts[name].append(statistic.replicates(resamples))
     return {name: torch.cat(chunks) for name, chunks in parts.items()}
@@ -130,5 +129,5 @@ def paired_differences(first: ResampledMetrics, second: ResampledMetrics) -> dic
     for name, replicates in first.replicates.items():
         before, after = first.values.get(name), second.values.get(name)
         value = None if before is None or after is None else after - before
-        found[name] = ResampledDifference(value, interval(second.replicates[name] - replicates))
+        found[name] = ResampledDifference(value, percentile_interval(second.replicates[name] - replicates))
     return found

@@ -1,4 +1,4 @@
-"""Figures on different scales, put on a common one."""
+"""z-scores: metrics with different scales, put on a common one."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ZScores:
-    """Figures of a pool of models on common scales; all belong to this pool only."""
+    """The metrics of a pool of models in standard deviations; they hold for this pool only."""
 
     means: dict[str, float]
-    """Of each figure, over the models that have it."""
+    """By metric, over the models that have it."""
     deviations: dict[str, float]
-    """Population standard deviation (divided by n); 1 where one model alone has the figure."""
+    """By metric: population standard deviation (divided by n); 1 for a metric of a single model."""
     scores: dict[str, dict[str, float]]
-    """By model and figure: the distance from the mean in standard deviations."""
+    """By model and metric: distance from the mean in standard deviations."""
     averages: dict[str, float | None]
-    """By model: the plain mean over its figures; None where it has none."""
+    """By model: mean over the metrics it has; None for a model without metrics."""
 
 
-def z_scores(figures: Mapping[str, Mapping[str, float | None]]) -> ZScores:
-    """Put the figures of several models on common scales.
+def z_scores(metrics: Mapping[str, Mapping[str, float | None]]) -> ZScores:
+    """Put the metrics of several models on common scales.
 
-    Where all models agree, every z-score is 0.
+    A metric on which all models agree gives every model the z-score 0.
 
     Args:
-        figures: By model and figure; what is None or left out counts nowhere.
+        metrics: By model and metric. A value that is None or missing counts nowhere.
     """
     columns: dict[str, list[float]] = {}
-    for row in figures.values():
+    for row in metrics.values():
         for name, value in row.items():
             if value is not None:
                 columns.setdefault(name, []).append(value)
@@ -45,7 +45,7 @@ def z_scores(figures: Mapping[str, Mapping[str, float | None]]) -> ZScores:
             for name, value in row.items()
             if value is not None
         }
-        for model, row in figures.items()
+        for model, row in metrics.items()
     }
     averages = {model: float(np.mean(list(row.values()))) if row else None for model, row in scores.items()}
     return ZScores(means, deviations, scores, averages)

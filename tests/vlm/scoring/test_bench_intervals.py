@@ -15,8 +15,8 @@ from bench_files import likely, scored, words, write_pope, write_vqav2
 from test_bench_scores import VQA
 
 from localign.errors import UserError
-from localign.statistics import resampling
-from localign.statistics.mcnemar import check_same
+from localign.statistics import bootstrap as bootstrap_module
+from localign.statistics.mcnemar import check_same_questions
 from localign.statistics.resampling import ResampledDifference, paired_differences
 from localign.vlm.benchmarks.table import benchmark
 from localign.vlm.scoring.intervals import bootstrap, intervals, resampled_metrics
@@ -44,7 +44,7 @@ SUITE = benchmark("vqav2")
 
 
 def differences(first: Sequence[Sample], second: Sequence[Sample]) -> dict[str, ResampledDifference]:
-    check_same(*([sample["id"] for sample in side] for side in (first, second)))
+    check_same_questions(*([sample["id"] for sample in side] for side in (first, second)))
     return paired_differences(*(resampled_metrics(SUITE, side) for side in (first, second)))
 
 
@@ -73,7 +73,7 @@ def test_the_order_of_samples_and_the_size_of_chunks_change_nothing(monkeypatch:
     shuffled = random.Random(0).sample(found, len(found))
     whole = bootstrap(SUITE, found)["accuracy"]
     torch.testing.assert_close(bootstrap(SUITE, shuffled)["accuracy"], whole)
-    monkeypatch.setattr(resampling, "CHUNK_BYTES", 8 * 60 * 7)
+    monkeypatch.setattr(bootstrap_module, "CHUNK_BYTES", 8 * 60 * 7)
     torch.testing.assert_close(bootstrap(SUITE, found)["accuracy"], whole)
 
 
@@ -106,7 +106,7 @@ def test_differences_are_paired() -> None:
 def test_models_that_answered_different_questions_are_not_compared(tmp_path: Path) -> None:
     data = SUITE.read(write_vqav2(tmp_path), allow_partial=True)
     found = scored(SUITE, data, words(VQA))
-    with pytest.raises(UserError, match="different questions: 1 were put to one of them alone, for example"):
+    with pytest.raises(UserError, match="different questions: 1 went to one model only, for example"):
         differences(found, found[1:])
     with pytest.raises(UserError, match="different questions"):
         differences(found, [*found[1:], found[1]])
@@ -115,7 +115,9 @@ def test_models_that_answered_different_questions_are_not_compared(tmp_path: Pat
 @pytest.mark.slow
 def test_the_interval_of_a_difference_covers_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,000 pairs of models whose true difference is 4 points, on 150 images of 1 to 4 questions that hang together."""
-    monkeypatch.setattr(resampling, "replicate_weights", functools.cache(resampling.replicate_weights))
+    monkeypatch.setattr(
+        bootstrap_module, "replicate_weights", functools.cache(bootstrap_module.replicate_weights)
+    )
     draw = np.random.default_rng(7)
     covered = 0
     for _ in range(1000):

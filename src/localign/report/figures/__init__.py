@@ -1,4 +1,4 @@
-"""The figures of the probing benchmark, one file per family. Measures in, drawings out."""
+"""The figures of the report, one file per family. Numbers or arrays in, drawings out."""
 
 from localign.report.figures.drawing import Drawing
 

@@ -1,8 +1,8 @@
-"""Per-class gains (fig. 7): all classes by gain, and those that gained most."""
+"""Gains by class (fig. 7): all classes in order of gain, and the classes that gained most by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,43 +24,44 @@ from localign.report.figures.drawing import (
     short_names,
 )
 from localign.report.style import CATEGORICAL, INK, MUTED, RULE, new_figure, styled
-from localign.report.tables.measures import KINDS, BackbonePair, ClassGain, Measured, class_gains
-from localign.report.tables.rows import HEAD_NAMES
+from localign.report.tables.measures import KINDS, BackbonePair, ClassGain, class_gains
+from localign.report.tables.rows import HEAD_NAMES, MetricKey
+from localign.results import ProbeResults
 
 TOP = 10
 _NAMED = 24
-"""Up to so many classes, each has its name and there is no choice of the most improved."""
+"""Up to this number of classes, all are shown by name."""
 _COLOURS = {"thing": CATEGORICAL[0], "stuff": CATEGORICAL[1], "other": CATEGORICAL[9]}
 _UNKNOWN = CATEGORICAL[0]
 HEADER = ("class_id", "class", "kind", "positives", "before", "after", "gain")
 
 
 def classes_drawing(
-    results: Mapping[str, Any], pair: BackbonePair, what: Measured, name: str = "classes"
+    results: ProbeResults, pair: BackbonePair, key: MetricKey, name: str = "classes"
 ) -> Drawing | None:
     """Gains of every class between two backbones; None where no class was measured on both."""
-    gains = class_gains(results, pair, what)
+    gains = class_gains(results, pair, key)
     if not gains:
         return None
-    unit = "images" if what.task == "global" else "patches"
+    unit = "images" if key.task == "global" else "patches"
     names = short_names([pair.before, pair.after], 40)
     between = short_names([pair.label], 40)[0] if pair.aligned else f"{names[1]} against {names[0]}"
-    title = f"Gain in {what.task} recall by class: {between}, {HEAD_NAMES.get(what.head, what.head)}"
+    title = f"Gain in {key.task} recall by class: {between}, {HEAD_NAMES.get(key.head, key.head)}"
     rows = tuple((g.index, g.name, g.kind, g.positives, g.before, g.after, g.gain) for g in gains)
     return Drawing(name, classes_figure(gains, title, unit), _words(gains), HEADER, rows)
 
 
 @styled
 def classes_figure(gains: Sequence[ClassGain], title: str, unit: str = "patches") -> Figure:
-    """All classes sorted by gain; below, the ten that gained most among things and among stuff.
+    """All classes in order of gain; below, the ten things and the ten stuff classes that gained most.
 
-    Where kinds are unknown, the ten that gained most and the ten that gained least; a few classes are all
+    Where kinds are unknown, the ten classes that gained most and the ten that gained least. Up to 24 classes are all
     shown by name instead.
 
     Args:
-        gains: Largest gain first.
-        title: Of the whole.
-        unit: What a class's positives are, patches or images.
+        gains: In order of gain, the largest first.
+        title: Title of the figure.
+        unit: Unit of a class's positives, patches or images.
     """
     lists = _lists(gains)
     longest = max(len(part) for _, part in lists)
@@ -146,7 +147,7 @@ def _draw_named(
 
 
 def _bounds(gains: Sequence[ClassGain]) -> tuple[float, float]:
-    """One scale for all lists, with room for the numbers."""
+    """Axis limits that hold for all lists, with room for the numbers."""
     values = [100 * v for g in gains for v in (g.gain, *g.seeds)]
     low, high = min(0.0, *values), max(0.0, *values)
     span = max(high - low, 1e-3)
@@ -154,7 +155,7 @@ def _bounds(gains: Sequence[ClassGain]) -> tuple[float, float]:
 
 
 def compact(number: int) -> str:
-    """A count in few letters: 9,876 or 12k or 3.4M."""
+    """A count in a few characters: 9,876 or 12k or 3.4M."""
     if number < 10_000:
         return f"{number:,}"
     return f"{number / 1e3:.0f}k" if number < 999_500 else f"{number / 1e6:.1f}M"
@@ -170,19 +171,23 @@ def _handles(gains: Sequence[ClassGain], unit: str) -> list[Any]:
     handles: list[Any] = [Patch(facecolor=_COLOURS[k], edgecolor=RULE, label=plural[k]) for k in kinds]
     if any(len(g.seeds) > 1 for g in gains):
         handles.append(seeds_handle())
-    words = f"in brackets: {unit} with the class"
+    label = f"in brackets: {unit} with the class"
     if not kinds and len(gains) > _NAMED:
-        words = f"things and stuff not told apart; {words}"
-    return [*handles, Patch(facecolor="none", edgecolor="none", label=words)]
+        label = f"kinds of classes unknown; {label}"
+    return [*handles, Patch(facecolor="none", edgecolor="none", label=label)]
 
 
 def _words(gains: Sequence[ClassGain]) -> Words:
     known = any(g.kind in KINDS for g in gains)
-    most = f"the {TOP} that gained most among things and among stuff" if known else "those that gained most"
+    most = (
+        f"the {TOP} things and {TOP} stuff classes that gained most"
+        if known
+        else "the classes that gained most"
+    )
     if len(gains) <= _NAMED:
         most = "each by its name"
     return (
         f"Bars of the gain in recall of {len(gains)} classes, sorted; {most}.",
-        f"Gain in recall class by class, in points; {most}. Classes without positives are left out. Single "
-        "classes have no interval here, and rare ones move by chance: the number of positives is in brackets.",
+        f"Gain in recall by class, in points; {most}. Classes without positives are left out. Single classes have no "
+        "interval here, and rare classes vary by chance: the number of positives is in brackets.",
     )

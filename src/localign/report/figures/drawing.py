@@ -1,4 +1,4 @@
-"""A figure with its words and its data, and what all figures share: short names, legends, text that fits."""
+"""A figure with its caption and data, and what all figures share: short names, legends, bare axes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerErrorbar
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
 from localign.files import replace_text, replacing
 from localign.report.captions import Words
-from localign.report.style import INK, PAPER, png, svg
+from localign.report.style import INK, MUTED, PAPER, png, svg
 
 WIDTH = 10.6
-"""Of a figure as wide as the page, inches."""
+"""Width of a figure that fills the page, inches."""
 NAME_LENGTH = 30
-"""Longer names are shortened in the middle, letters."""
+"""Characters of a name; longer names are shortened in the middle."""
 WHISKER: dict[str, Any] = {"ecolor": INK, "elinewidth": 1.0, "capsize": 2.0, "capthick": 1.0, "fmt": "none"}
 SEED_DOT: dict[str, Any] = {
     "linestyle": "none", "marker": "o", "markersize": 2.8, "markerfacecolor": PAPER,
@@ -36,17 +38,18 @@ class Drawing:
     """One figure of the report."""
 
     name: str
-    """Of its files."""
+    """Name of its files, without suffix."""
     figure: Figure
     words: Words
     header: tuple[str, ...]
+    """Columns of ``rows``."""
     rows: tuple[tuple[Any, ...], ...]
-    """What is drawn; recalls as fractions."""
+    """The data that is drawn; recalls as fractions."""
     vector: bool = True
-    """Whether it is lines and letters; photographs are left as pixels."""
+    """Whether to write SVG; figures with photographs are pixels only."""
 
     def save(self, folder: Path) -> list[Path]:
-        """Write ``<name>.png``, ``.svg`` where it is a drawing of lines, and ``.csv`` with its data."""
+        """Write ``<name>.png``, ``.svg`` (if :attr:`vector`) and ``.csv`` with the data; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{self.name}.png"]
         write_bytes(paths[0], png(self.figure))
@@ -60,13 +63,13 @@ class Drawing:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is whole or absent."""
+    """Write a file atomically."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def to_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Comma-separated text; None is an empty cell, numbers keep all their digits."""
+    """Comma-separated text; None becomes an empty cell, numbers keep all their digits."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(header)
@@ -78,20 +81,20 @@ def to_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def short_names(names: Sequence[str], limit: int = NAME_LENGTH) -> list[str]:
-    """Names of at most ``limit`` letters that stay different.
+    """Names of at most ``limit`` characters that stay different.
 
-    Long ones lose their middle; where that makes two alike, all long ones lose their beginning, or else their
-    end; where nothing helps, the alike are numbered.
+    Long names lose their middle. If that makes two equal, all long names lose their beginning instead, or their end;
+    if nothing helps, names are numbered.
     """
     tidy = [" ".join(name.split()) for name in names]
     for head, tail in ((limit // 2, limit - limit // 2 - 1), (0, limit - 1), (limit - 1, 0)):
-        shown = [_cut(name, head, tail) for name in tidy]
-        if len(set(shown)) == len(shown):
+        short = [_cut(name, head, tail) for name in tidy]
+        if len(set(short)) == len(short):
             break
     else:
-        shown = _numbered(tidy, limit)
-    # A dollar sign would begin mathematics.
-    return [name.replace("$", r"\$") for name in shown]
+        short = _numbered(tidy, limit)
+    # matplotlib would read a dollar sign as the start of a formula.
+    return [name.replace("$", r"\$") for name in short]
 
 
 def _cut(name: str, head: int, tail: int) -> str:
@@ -99,15 +102,15 @@ def _cut(name: str, head: int, tail: int) -> str:
 
 
 def _numbered(names: Sequence[str], limit: int) -> list[str]:
-    shown: list[str] = []
+    numbered: list[str] = []
     for i, name in enumerate(names, start=1):
         number = f" ({i})"
-        shown.append(_cut(name, limit - len(number) - 1, 0) + number)
-    return shown
+        numbered.append(_cut(name, limit - len(number) - 1, 0) + number)
+    return numbered
 
 
 def slug(name: str) -> str:
-    """A name as part of a file name: letters, digits, dots and single hyphens."""
+    """A name that is safe in a file name: letters, digits, dots and single hyphens."""
     letters = "".join(c if c.isascii() and (c.isalnum() or c == ".") else "-" for c in name)
     return "-".join(part for part in letters.split("-") if part.strip("."))[-80:] or "backbone"
 
@@ -116,23 +119,19 @@ def slug(name: str) -> str:
 
 
 def whisker_handle() -> Any:
-    """What stands for an interval in a legend."""
+    """The legend entry of intervals."""
     figure = Figure()
-    return figure.subplots().errorbar([0], [0], xerr=[1], label=interval_label(), **WHISKER)
-
-
-def interval_label() -> str:
-    """What whiskers are."""
-    return "95 % bootstrap interval over images"
+    label = "95 % bootstrap interval over images"
+    return figure.subplots().errorbar([0], [0], xerr=[1], label=label, **WHISKER)
 
 
 def seeds_handle() -> Line2D:
-    """What stands for single seeds in a legend."""
+    """The legend entry of single seeds."""
     return Line2D([], [], label="single seeds", **SEED_DOT)
 
 
 def legend_below(figure: Figure, handles: Sequence[Any]) -> None:
-    """The figure's legend, under everything."""
+    """Put a legend at the bottom of the figure."""
     if handles:
         figure.legend(
             handles=list(handles),
@@ -144,14 +143,14 @@ def legend_below(figure: Figure, handles: Sequence[Any]) -> None:
 
 
 def legend_height(handles: Sequence[Any], width: float = WIDTH) -> float:
-    """What :func:`legend_below` will take of a figure's height, inches."""
+    """Height that :func:`legend_below` takes, inches."""
     if not handles:
         return 0.0
     return 0.12 + 0.19 * math.ceil(len(handles) / _legend_columns(handles, width))
 
 
 def _legend_columns(handles: Sequence[Any], width: float) -> int:
-    """As many columns as fit, each as wide as its longest entry; entries run down the columns."""
+    """The largest number of columns that fits, each as wide as its longest entry; entries run down the columns."""
     labels = [len(str(h.get_label())) for h in handles]
     for count in range(len(labels), 1, -1):
         columns = np.array_split(np.asarray(labels), count)
@@ -160,15 +159,35 @@ def _legend_columns(handles: Sequence[Any], width: float) -> int:
     return 1
 
 
-# -- text ------------------------------------------------------------------------------------------------
+# -- text and axes ----------------------------------------------------------------------------------------
 
 
 def headline(figure: Figure, title: str) -> None:
-    """The title of the whole figure."""
+    """Give the figure its title."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
 
 
 def points(difference: float) -> str:
-    """A difference of shares in points, signed: ``+1.7``."""
+    """A difference of two shares in points, with its sign: ``+1.7``."""
     text = f"{100 * difference:+.1f}"
     return "0.0" if float(text) == 0 else text.replace("-", "\u2212")
+
+
+def show(ax: Axes, picture: NDArray[Any]) -> None:
+    """Draw an image without axes, its pixels as they are."""
+    ax.imshow(picture, interpolation="nearest")
+    bare(ax)
+
+
+def bare(ax: Axes, frame: bool = False) -> None:
+    """Remove grid, ticks and, by default, the frame."""
+    ax.grid(visible=False)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(frame)
+
+
+def below(ax: Axes, text: str) -> None:
+    """Write small text under a picture."""
+    ax.set_xlabel(text, fontsize=8, color=MUTED, labelpad=3)

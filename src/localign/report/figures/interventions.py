@@ -1,10 +1,11 @@
-"""What the transformer head loses where it may not see which patch is which (fig. 9, right)."""
+"""What the transformer head loses when it gets less of the tokens (fig. 9, right)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -20,27 +21,29 @@ from localign.report.figures.drawing import (
     whisker_handle,
 )
 from localign.report.style import CATEGORICAL, INK, PAPER, RULE, new_figure, styled
-from localign.report.tables.measures import Estimate, Measured, display_names, estimate, main_source
-from localign.report.tables.rows import probe_runs
+from localign.report.tables.measures import Estimate, display_names, estimate, main_source
+from localign.report.tables.rows import MetricKey, probe_runs
+from localign.results import ProbeResults
 
 LOOKS = {
     "transformer": ("all tokens", "o", CATEGORICAL[0]),
     "transformer-anonymous": ("anonymous tokens", "D", CATEGORICAL[1]),
     "transformer-cls-only": ("class token (or mean) only", "s", CATEGORICAL[2]),
 }
-"""Head label to its words, marker and colour."""
+"""Head to its label, marker and colour."""
 HEADER = ("backbone", "head", "macro_recall", "low", "high", "seeds")
-Line = Mapping[str, Estimate]
+HeadRecalls = Mapping[str, Estimate]
+"""Local recall of one backbone, by head."""
 
 
-def interventions_drawing(results: Mapping[str, Any], name: str = "interventions") -> Drawing | None:
-    """Local recall with and without interventions; None where no backbone has one of them beside the head."""
+def interventions_drawing(results: ProbeResults, name: str = "interventions") -> Drawing | None:
+    """Local recall with and without interventions; None where no backbone has two of the heads."""
     source = main_source(results)
     lines: dict[str, dict[str, Estimate]] = {}
-    shown = display_names(results)
-    for backbone, runs in probe_runs(results).items():
-        found = {head: estimate(runs, Measured(source, head, "local")) for head in LOOKS}
-        known = {head: value for head, value in found.items() if value is not None}
+    names = display_names(results)
+    for backbone, outcomes in probe_runs(results).items():
+        recalls = {head: estimate(outcomes, MetricKey(source, head, "local")) for head in LOOKS}
+        known = {head: recall for head, recall in recalls.items() if recall is not None}
         if len(known) > 1:
             lines[backbone] = known
     if not lines:
@@ -50,22 +53,22 @@ def interventions_drawing(results: Mapping[str, Any], name: str = "interventions
         for backbone, line in lines.items()
         for head, e in line.items()
     )
-    figure = interventions_figure({shown[n]: line for n, line in lines.items()})
+    figure = interventions_figure({names[n]: line for n, line in lines.items()})
     return Drawing(name, figure, _WORDS, HEADER, rows)
 
 
 @styled
-def interventions_figure(lines: Mapping[str, Line]) -> Figure:
-    """One line per backbone, one marker per intervention.
+def interventions_figure(lines: Mapping[str, HeadRecalls]) -> Figure:
+    """One line per backbone, one marker per head.
 
     Args:
-        lines: Backbone to head label to local recall.
+        lines: By the backbone's display name.
     """
     heads = [h for h in LOOKS if any(h in line for line in lines.values())]
     estimates = [e for line in lines.values() for e in line.values()]
     handles: list[Any] = [
-        Line2D([], [], linestyle="none", marker=marker, color=colour, markersize=6.5, label=words)
-        for words, marker, colour in (LOOKS[h] for h in heads)
+        Line2D([], [], linestyle="none", marker=marker, color=colour, markersize=6.5, label=label)
+        for label, marker, colour in (LOOKS[h] for h in heads)
     ]
     handles += [whisker_handle()] if any(e.interval for e in estimates) else []
     figure = new_figure(WIDTH * 0.78, 0.95 + 0.27 * len(lines) + legend_height(handles, WIDTH * 0.78))
@@ -87,12 +90,12 @@ def interventions_figure(lines: Mapping[str, Line]) -> Figure:
     return figure
 
 
-def _draw_markers(ax: Any, y: int, line: Line) -> None:
-    for head, found in line.items():
+def _draw_markers(ax: Axes, y: int, line: HeadRecalls) -> None:
+    for head, recall in line.items():
         _, marker, colour = LOOKS[head]
-        value = 100 * found.value
-        if found.interval is not None:
-            low, high = (100 * b for b in found.interval)
+        value = 100 * recall.value
+        if recall.interval is not None:
+            low, high = (100 * b for b in recall.interval)
             ax.errorbar(value, y, xerr=[[max(0, value - low)], [max(0, high - value)]], zorder=2, **WHISKER)
         ax.plot(
             value, y, marker=marker, color=colour, markersize=7, markeredgecolor=PAPER, markeredgewidth=0.8,
@@ -103,8 +106,8 @@ def _draw_markers(ax: Any, y: int, line: Line) -> None:
 _WORDS: Words = (
     "Local macro recall of every backbone with all tokens, with anonymous tokens, and with the class token "
     "alone.",
-    "What interventions on the transformer head cost. Anonymous: the head gets all tokens without being told "
-    "where they come from, and predicts through separate learned latent tokens, one per patch. Class token: "
-    "it gets nothing but that (the mean of all tokens where there is none). What is lost against all tokens "
-    "is what the patch embeddings say about their own place.",
+    "What interventions on the transformer head cost. Anonymous: the head gets all tokens without their positions, "
+    "and predicts through separate learned latent tokens, one per patch. Class token: the head gets the class token "
+    "only (the mean of all tokens in a backbone without one). The loss against all tokens measures how much the "
+    "patch embeddings say about their own place.",
 )

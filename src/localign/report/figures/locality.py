@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
 
 from localign.report.captions import Words
 from localign.report.figures.drawing import (
@@ -28,14 +29,14 @@ from localign.report.style import ALIGNED, BASELINE, INK, MUTED, PAPER, RULE, ne
 from localign.report.tables.measures import (
     MIN_TREND,
     Estimate,
-    Measured,
     Trend,
+    chart_lines,
     estimate,
     fit_trend,
     main_source,
-    models,
 )
-from localign.report.tables.rows import HEAD_NAMES, Grid, probe_runs
+from localign.report.tables.rows import HEAD_NAMES, Grid, MetricKey, probe_runs
+from localign.results import ProbeResults
 
 _SIDE = 4.6
 """Height of the scatter, inches."""
@@ -52,49 +53,50 @@ class Point:
     backbone: str
     label: str
     role: str
-    """before, after, or alone."""
+    """before, after, or alone (no backbone of the results is aligned)."""
     local: Estimate
     global_: Estimate
 
 
 @dataclass(frozen=True)
 class Locality:
-    """All backbones and the trend they are held against."""
+    """All backbones and their trend."""
 
     points: tuple[Point, ...]
     fitted: frozenset[str]
-    """Backbones that the trend was or would be fitted to: all but aligned ones."""
+    """Backbones that the trend is fitted to: all except aligned backbones."""
     trend: Trend | None
+    """None for too few backbones, see :func:`~localign.report.tables.measures.fit_trend`."""
 
     def relative(self, point: Point) -> float | None:
-        """Residual of a backbone from the trend, as a fraction; None without a trend."""
+        """Local recall above the trend, as a fraction; None without a trend."""
         if self.trend is None:
             return None
         return self.trend.relative_locality(point.local.value, point.global_.value)
 
 
-def measure_locality(results: Mapping[str, Any], head: str) -> Locality:
+def measure_locality(results: ProbeResults, head: str) -> Locality:
     """Local and global recall of every backbone that has both, and the trend."""
     runs, source = probe_runs(results), main_source(results)
+    lines = chart_lines(results)
+    paired = any(line.before and line.after for line in lines)
     found: dict[str, Point] = {}
-    paired = any(m.before and m.after for m in models(results))
-    for model in models(results):
-        for backbone, role in ((model.before, "before"), (model.after, "after")):
-            sides = [
-                estimate(runs[backbone], Measured(source, head, task)) if backbone else None
+    for line in lines:
+        for backbone, role in ((line.before, "before"), (line.after, "after")):
+            local, global_ = (
+                estimate(runs[backbone], MetricKey(source, head, task)) if backbone else None
                 for task in ("local", "global")
-            ]
-            # A backbone that several were made from is one point all the same.
-            if backbone and backbone not in found and sides[0] and sides[1]:
-                name = role if paired else "alone"
-                found[backbone] = Point(backbone, model.label, name, sides[0], sides[1])
+            )
+            # A backbone from which several were aligned is still one point.
+            if backbone and backbone not in found and local and global_:
+                found[backbone] = Point(backbone, line.label, role if paired else "alone", local, global_)
     fitted = [p for p in found.values() if p.role != "after"]
     trend = fit_trend([(p.local.value, p.global_.value) for p in fitted])
     return Locality(tuple(found.values()), frozenset(p.backbone for p in fitted), trend)
 
 
-def locality_drawing(results: Mapping[str, Any], head: str, name: str = "locality") -> Drawing | None:
-    """The scatter; without a trend where there are fewer than three backbones. None without any."""
+def locality_drawing(results: ProbeResults, head: str, name: str = "locality") -> Drawing | None:
+    """The scatter, with a trend for three or more backbones; None without backbones."""
     found = measure_locality(results, head)
     if not found.points:
         return None
@@ -111,27 +113,27 @@ def locality_drawing(results: Mapping[str, Any], head: str, name: str = "localit
 
 
 def locality_grid(found: Locality) -> Grid:
-    """Relative locality of every backbone, the largest first; recall in percent, locality in points."""
+    """The table of relative locality, the largest first; recall in percent, locality in points."""
     order = sorted(found.points, key=lambda p: -(found.relative(p) or 0.0))
     role = {"before": "before", "after": "after", "alone": ""}
     rows = []
     for p in order:
         relative = found.relative(p)
         label = f"{p.label}, {role[p.role]}" if role[p.role] else p.label
-        shown = "–" if relative is None else points(relative)
-        rows.append((label, f"{100 * p.local.value:.1f}", f"{100 * p.global_.value:.1f}", shown))
+        difference = "–" if relative is None else points(relative)
+        rows.append((label, f"{100 * p.local.value:.1f}", f"{100 * p.global_.value:.1f}", difference))
     header = ("backbone", "local recall, %", "global recall, %", "relative locality, points")
     return Grid(header, tuple(rows))
 
 
 def trend_sentence(found: Locality) -> str:
-    """What the trend is and what it was fitted to."""
+    """One sentence on the trend and the backbones it is fitted to, or on why there is none."""
     count = len(found.fitted)
     aligned = count < len(found.points)
     if found.trend is None:
         if count < MIN_TREND:
             return (
-                f"No trend: it takes at least {MIN_TREND} backbones{' before alignment' if aligned else ''}."
+                f"No trend: it needs at least {MIN_TREND} backbones{' before alignment' if aligned else ''}."
             )
         return "No trend: all backbones have the same global recall."
     return (
@@ -146,9 +148,9 @@ def trend_sentence(found: Locality) -> str:
 
 @styled
 def locality_figure(found: Locality, title: str) -> Figure:
-    """The scatter with numbered backbones; beside it, the relative locality of each by name.
+    """The scatter with numbered backbones; beside it, the relative locality of each backbone by name.
 
-    Without a trend there is the scatter alone, with names.
+    Without a trend, only the scatter, with names.
     """
     labels = list(dict.fromkeys(p.label for p in found.points))
     names = dict(zip(labels, short_names(labels), strict=True))
@@ -207,15 +209,15 @@ def _draw_points(ax: Axes, found: Locality) -> None:
     ax.set_axisbelow(True)
 
 
-def _error(found: Estimate) -> Any:
-    if found.interval is None:
+def _error(recall: Estimate) -> list[list[float]] | None:
+    if recall.interval is None:
         return None
-    low, high = found.interval
-    return [[100 * max(0, found.value - low)], [100 * max(0, high - found.value)]]
+    low, high = recall.interval
+    return [[100 * max(0, recall.value - low)], [100 * max(0, high - recall.value)]]
 
 
 def _draw_locality(ax: Axes, found: Locality, names: Mapping[str, str]) -> None:
-    """One line per backbone, the largest first; of pairs, both ends."""
+    """One line per backbone, the largest first; a pair shows both ends."""
     lines: dict[str, dict[str, float]] = {}
     for p in found.points:
         lines.setdefault(p.label, {})[p.role] = 100 * (found.relative(p) or 0.0)
@@ -247,18 +249,18 @@ def _draw_locality(ax: Axes, found: Locality, names: Mapping[str, str]) -> None:
 
 
 def _write_texts(ax: Axes, found: Locality, texts: Mapping[str, str]) -> None:
-    """Numbers or names beside their points, each where it covers neither a point nor another text."""
+    """Write numbers or names beside their points, where they cover neither a point nor another text."""
     scale = 72 / ax.figure.dpi
     places = {
         id(p): ax.transData.transform((100 * p.global_.value, 100 * p.local.value)) * scale
         for p in found.points
     }
     boxes = [(x - 4, y - 4, x + 4, y + 4) for x, y in places.values()]
-    once: set[str] = set()
+    written: set[str] = set()
     for p in found.points:
-        if p.label in once:  # the arrow tells that the second is the same backbone
+        if p.label in written:  # an arrow leads to the second point of the same backbone
             continue
-        once.add(p.label)
+        written.add(p.label)
         text = texts[p.label]
         size = (5.2 * len(text), 8.0)
         offset = free_offset(places[id(p)], size, boxes)
@@ -274,11 +276,21 @@ def _write_texts(ax: Axes, found: Locality, texts: Mapping[str, str]) -> None:
 
 
 def free_offset(
-    point: np.ndarray, size: tuple[float, float], boxes: Sequence[tuple[float, float, float, float]]
-) -> np.ndarray:
-    """Where a box of a size fits beside a point without touching others; all in the same unit.
+    point: NDArray[np.float64],
+    size: tuple[float, float],
+    boxes: Sequence[tuple[float, float, float, float]],
+) -> NDArray[np.float64]:
+    """The offset from a point at which a box touches no other box.
 
-    Rings of growing radius are searched, the first free place is taken, the first of all where none is free.
+    Searches rings of growing radius and returns the first free offset; if none is free, the first offset.
+
+    Args:
+        point: ``(2,)``.
+        size: Width and height of the box, in the unit of ``point``.
+        boxes: Left, bottom, right and top of the other boxes, in the same unit.
+
+    Returns:
+        ``(2,)``, from the point to the centre of the box.
     """
     width, height = size
     tried = []
@@ -286,8 +298,8 @@ def free_offset(
         for angle in np.deg2rad([45, 135, 315, 225, 90, 270, 0, 180, 22, 158, 338, 202]):
             offset = np.array([np.cos(angle), np.sin(angle)]) * radius
             x, y = point + offset
-            mine = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-            if not any(_touch(mine, box) for box in boxes):
+            candidate = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+            if not any(_touch(candidate, box) for box in boxes):
                 return offset
             tried.append(offset)
     return tried[0]
@@ -321,7 +333,7 @@ def _handles(found: Locality) -> list[Any]:
     if any(p.local.interval for p in found.points):
         handles.append(Line2D([], [], color=RULE, linewidth=1.4, label="95 % bootstrap interval over images"))
     if found.trend is not None:
-        handles.append(Patch(facecolor="none", edgecolor="none", label="numbers: as at the right"))
+        handles.append(Patch(facecolor="none", edgecolor="none", label="numbers: see the names at the right"))
     return handles
 
 
@@ -329,5 +341,5 @@ def _words(found: Locality) -> Words:
     return (
         "Scatter of local against global macro recall with a fitted line, and bars of relative locality.",
         f"Local against global recall of {len(found.points)} backbones. {trend_sentence(found)} Arrows lead "
-        "from a backbone before alignment to the same after it.",
+        "from a backbone before alignment to the same backbone after it.",
     )

@@ -1,4 +1,4 @@
-"""Models over benchmarks on common scales: a radar, each axis scaled by mean and deviation of the pool of models."""
+"""Radar charts of benchmarks: each axis is scaled by the mean and deviation of the models compared."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from numpy.typing import NDArray
 
 from localign.report.captions import Words
 from localign.report.figures.drawing import (
@@ -26,18 +27,18 @@ from localign.report.figures.drawing import (
 from localign.report.style import ALIGNED, BASELINE, MUTED, PAPER, RULE, new_figure, styled
 
 FEWEST = 3
-"""Axes that make a radar."""
+"""Axes that a radar needs."""
 INNERMOST = 0.1
-"""Radius of the smallest z-score that the rings hold; a model there is still seen apart from the centre."""
-_ONE = 7.6
-"""Width of a figure of one panel, inches."""
-_ACROSS, _ASPECT = 1.62, 0.76
-"""Half a panel's width where the outermost ring's radius is 1, for names beside it; and its height by its width."""
+"""Radius of the innermost ring; above 0, so that models there stay apart from the centre."""
+_ONE_PANEL_WIDTH = 7.6
+"""Width of a figure with one panel, inches."""
+_HALF_WIDTH, _ASPECT = 1.62, 0.76
+"""Half a panel's width in radii of the outermost ring, with room for names; and a panel's height over its width."""
 COLOURS = (BASELINE, ALIGNED, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F5AA8", "#8C6D46", "#4D4D4D")
 MARKERS = "osD^vPX*<"
-"""Colours can be told apart by colour-blind readers, markers by all."""
+"""Colour-blind readers can tell the colours apart; markers help everybody."""
 DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.2)))
-"""Once all colours are taken."""
+"""Line styles; the next one is used once all colours are."""
 HEADER = (
     "panel", "axis", "model", "value", "mean", "population_deviation", "models_on_axis", "z", "radius",
     "radius_at_mean", "radius_per_deviation",
@@ -46,15 +47,15 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Axis:
-    """One figure of a benchmark, and its spread within the pool of models."""
+    """One metric of a benchmark and its spread over the models compared."""
 
     label: str
     mean: float
     """Percent."""
     deviation: float
-    """Population standard deviation (divided by n), points of percent."""
+    """Population standard deviation (divided by n), percentage points."""
     models: int
-    """Of the pool, that have it."""
+    """Number of models that have the metric."""
 
 
 @dataclass(frozen=True)
@@ -63,32 +64,32 @@ class Score:
 
     value: float
     z: float
-    """Distance from the axis's mean in its deviations; 0 where all models agree."""
+    """Distance from the axis's mean in standard deviations; 0 where all models agree."""
     interval: tuple[float, float] | None = None
-    """95 %, over images."""
+    """95 % interval over images, percent."""
     seeds: tuple[float, ...] = ()
-    """Of single trainings."""
+    """The value of each training seed."""
     difference: float | None = None
-    """From the first model of its panel, in points."""
-    certain: bool = False
-    """Whether the difference's 95 % interval over images leaves out 0."""
+    """Difference to the first model of the panel, percentage points."""
+    significant: bool = False
+    """Whether the 95 % interval of the difference over images excludes 0."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Models that are held against each other."""
+    """Models to compare."""
 
     title: str
     models: Mapping[str, Sequence[Score | None]]
-    """Names to scores, one for each axis; None where the model did not answer the benchmark."""
+    """By name, one score per axis; None where the model did not answer the benchmark."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Where a z-score is drawn: ``radius = at_mean + per_deviation * z``, 1 at the outermost ring."""
+    """From z-score to radius: ``radius = at_mean + per_deviation * z``, which is 1 at the outermost ring."""
 
     reach: int
-    """The outermost ring's z-score; the innermost ring's is its negative."""
+    """z-score of the outermost ring; the innermost ring has its negative."""
 
     @property
     def per_deviation(self) -> float:
@@ -101,12 +102,12 @@ class Scale:
         return (1 + INNERMOST) / 2
 
     def radius(self, z: float) -> float:
-        """Of a z-score, 0..1."""
+        """Radius of a z-score, 0..1."""
         return self.at_mean + self.per_deviation * z
 
 
 def scale_of(scores: Sequence[float]) -> Scale:
-    """The smallest number of whole deviations, 2 at least, that holds all z-scores."""
+    """The scale whose rings hold all z-scores; they reach a whole number of deviations, at least 2."""
     return Scale(max(2, math.ceil(max((abs(z) for z in scores), default=0) - 1e-9)))
 
 
@@ -120,7 +121,7 @@ class LineLook:
 
 
 def looks(names: Sequence[str]) -> dict[str, LineLook]:
-    """One for each name; the first two are the report's before and after."""
+    """A look for each name; the first two have the report's colours of before and after."""
     count = len(COLOURS)
     return {
         name: LineLook(
@@ -139,14 +140,14 @@ def radar_drawing(
     style: Mapping[str, LineLook],
     name: str = "radar",
 ) -> Drawing:
-    """All panels in one figure, with the scaling in its data.
+    """All panels in one figure; its data hold the scaling of every axis.
 
     Args:
         axes: At least three.
-        panels: With scores on these axes.
-        scale: Of all panels, so that they can be compared.
+        panels: Models with one score per axis.
+        scale: The scale of all panels, which makes them comparable.
         style: Looks by model.
-        name: Of the files.
+        name: Name of the files.
     """
     figure = radar_figure(axes, panels, scale, style)
     rows = tuple(
@@ -166,7 +167,7 @@ def radar_drawing(
 def radar_figure(
     axes: Sequence[Axis], panels: Sequence[Panel], scale: Scale, style: Mapping[str, LineLook]
 ) -> Figure:
-    """Panels side by side, two in a row."""
+    """Panels side by side, two in a row; see :func:`radar_drawing`."""
     models = list(dict.fromkeys(model for panel in panels for model in panel.models))
     handles: list[Any] = [
         Line2D([], [], label=name, **_line(style[model]))
@@ -175,7 +176,7 @@ def radar_figure(
     handles.append(Patch(facecolor="none", edgecolor="none", label="under names: mean ± deviation, %"))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    width = WIDTH if columns > 1 else _ONE
+    width = WIDTH if columns > 1 else _ONE_PANEL_WIDTH
     titles = 0.3 if any(panel.title for panel in panels) else 0
     figure = new_figure(
         width, (_ASPECT * width / columns + titles) * rows + 0.4 + legend_height(handles, width)
@@ -201,7 +202,7 @@ def _line(look: LineLook) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _directions(count: int) -> np.ndarray[Any, Any]:
+def _directions(count: int) -> NDArray[np.float64]:
     """Unit vectors ``(count, 2)``, clockwise from the top."""
     angles = math.pi / 2 - 2 * math.pi * np.arange(count) / count
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -213,7 +214,7 @@ def _draw_web(ax: Axes, axes: Sequence[Axis], scale: Scale) -> None:
     for z in range(-scale.reach, scale.reach + 1):
         heavy = {"color": MUTED, "linewidth": 1.0} if z == 0 else {"color": RULE, "linewidth": 0.8}
         ax.plot(*(scale.radius(z) * ring).T, zorder=1, **heavy)  # type: ignore[arg-type]
-        # Beside the first axis, halfway to the second: no model's marker is there.
+        # Halfway between the first axis and the second there is no marker.
         x, y = scale.radius(z) * (directions[0] + directions[1]) / 2
         ax.text(x, y, "mean" if z == 0 else f"{z:+d}".replace("-", "\u2212"), fontsize=6.5, color=MUTED,
                 ha="center", va="center", zorder=4,
@@ -227,14 +228,14 @@ def _draw_web(ax: Axes, axes: Sequence[Axis], scale: Scale) -> None:
             f"{axis.mean:.1f} ± {axis.deviation:.1f}" if axis.deviation > 0 else f"{axis.mean:.1f}, all alike"
         )
         ax.text(1.07 * x, 1.07 * y, f"{label}\n{spread}", ha=across, va=up, fontsize=7.5, linespacing=1.15)
-    ax.set_xlim(-_ACROSS, _ACROSS)
-    ax.set_ylim(-_ASPECT * _ACROSS, _ASPECT * _ACROSS)
+    ax.set_xlim(-_HALF_WIDTH, _HALF_WIDTH)
+    ax.set_ylim(-_ASPECT * _HALF_WIDTH, _ASPECT * _HALF_WIDTH)
     ax.set_aspect("equal")
     ax.set_axis_off()
 
 
 def _draw_model(ax: Axes, scores: Sequence[Score | None], scale: Scale, look: LineLook) -> None:
-    """A line from axis to axis, open where a benchmark is missing."""
+    """A line from axis to axis, with a gap where a benchmark is missing."""
     directions = _directions(len(scores))
     points = [
         None if score is None else scale.radius(score.z) * direction
@@ -250,8 +251,8 @@ def _draw_model(ax: Axes, scores: Sequence[Score | None], scale: Scale, look: Li
 
 _WORDS: Words = (
     "Radar charts of benchmarks, one line per model, each axis in standard deviations from the pool's mean.",
-    "Every axis is scaled by the mean and the population standard deviation over the models compared, which stand "
-    "under its name in percent; rings are deviations from the mean. So equal distances are not equal gains, and with "
-    "other models the picture is another one: the bars show the same figures in percent, with intervals. A gap is a "
+    "Every axis is scaled by the mean and the population standard deviation over the models compared, both in percent "
+    "under its name; rings are standard deviations from the mean. So equal distances are not equal gains, and the "
+    "picture changes with the models compared: the bars show the same metrics in percent, with intervals. A gap is a "
     "benchmark that a model did not answer.",
 )

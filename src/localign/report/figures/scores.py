@@ -1,4 +1,4 @@
-"""Models over benchmarks in percent, as bars from zero with intervals: what a radar shows, without its scales."""
+"""Bars of benchmarks in percent, with intervals: the metrics of a radar chart without its scaling."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from localign.report.figures.radar import DASHES, Axis, LineLook, Panel, Score
 from localign.report.style import INK, MUTED, PAPER, new_figure, styled
 
 _BAR, _GAP, _FRAME = 0.17, 0.16, 1.05
-"""Heights of a bar, between benchmarks, and of titles and axis, inches."""
+"""Heights in inches: of a bar, between benchmarks, of titles and axis together."""
 _HATCHES = dict(zip(map(str, DASHES), ("", "////", "xxxx"), strict=True))
-"""Once all colours are taken, as lines are dashed in a radar."""
+"""By line style of the radar: bars are hatched where its lines are dashed."""
 HEADER = (
     "panel", "axis", "model", "value", "low", "high", "seeds", "difference", "certain",
 )  # fmt: skip
@@ -38,18 +38,18 @@ HEADER = (
 def scores_drawing(
     axes: Sequence[Axis], panel: Panel, style: Mapping[str, LineLook], name: str = "bars"
 ) -> Drawing:
-    """One panel's models on every benchmark.
+    """The models of one panel on every benchmark.
 
     Args:
-        axes: Benchmarks' figures.
-        panel: Models and their scores.
+        axes: Metrics of the benchmarks.
+        panel: Models with one score per axis.
         style: Looks by model.
-        name: Of the files.
+        name: Name of the files.
     """
     rows = tuple(
         (
             panel.title, axis.label, model, score.value, *(score.interval or (None, None)), len(score.seeds),
-            score.difference, "" if score.difference is None else score.certain,
+            score.difference, "" if score.difference is None else score.significant,
         )
         for axis, column in zip(axes, zip(*panel.models.values(), strict=True), strict=True)
         for model, score in zip(panel.models, column, strict=True)
@@ -60,7 +60,7 @@ def scores_drawing(
 
 @styled
 def scores_figure(axes: Sequence[Axis], panel: Panel, style: Mapping[str, LineLook]) -> Figure:
-    """Groups of horizontal bars, a group for each benchmark, in two columns where there are many."""
+    """Horizontal bars, one group per benchmark, in two columns if there are many."""
     models = list(panel.models)
     group = _BAR * len(models) + _GAP
     columns = 2 if len(axes) > 1 and group * len(axes) > 2.4 else 1
@@ -112,7 +112,7 @@ def _draw_bar(ax: Axes, y: float, score: Score | None, look: LineLook) -> None:
     if score.difference is not None:
         ax.text(
             0.995, y, points(score.difference / 100), transform=ax.get_yaxis_transform(), ha="right",
-            va="center", fontsize=7, fontweight="bold" if score.certain else "normal",
+            va="center", fontsize=7, fontweight="bold" if score.significant else "normal",
         )  # fmt: skip
 
 
@@ -137,17 +137,18 @@ def _handles(panel: Panel, style: Mapping[str, LineLook]) -> list[Any]:
     if any(len(score.seeds) > 1 for score in scores):
         handles.append(seeds_handle())
     if any(score.difference is not None for score in scores):
-        words = [f"difference: to {labels[0]}"]
-        words += ["bold: 95 % interval over images leaves out 0"] if any(s.certain for s in scores) else []
-        handles += [Patch(facecolor="none", edgecolor="none", label=word) for word in words]
+        remarks = [f"difference: to {labels[0]}"]
+        if any(score.significant for score in scores):
+            remarks.append("bold: 95 % interval over images excludes 0")
+        handles += [Patch(facecolor="none", edgecolor="none", label=remark) for remark in remarks]
     return handles
 
 
 def _words(several: bool) -> Words:
     caption = "Bars are means over training seeds, whiskers 95 % bootstrap intervals over images, dots single seeds."
     if several:
-        caption += " Differences are to the first model, in points, bold where their interval over images leaves out 0."
+        caption += " Differences are to the first model, in points, bold where their interval over images excludes 0."
     return (
-        "Bars of every benchmark's figures in percent, one group per benchmark, one bar per model.",
+        "Bars of every benchmark's metrics in percent, one group per benchmark, one bar per model.",
         caption,
     )

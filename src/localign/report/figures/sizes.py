@@ -23,19 +23,20 @@ from localign.report.figures.drawing import (
     short_names,
 )
 from localign.report.style import ALIGNED, BASELINE, INK, MUTED, new_figure, styled
-from localign.report.tables.measures import BackbonePair, Measured, SizeBin, size_bins
-from localign.report.tables.rows import HEAD_NAMES, probe_runs
+from localign.report.tables.measures import BackbonePair, SizeBin, size_bins
+from localign.report.tables.rows import HEAD_NAMES, MetricKey, probe_runs
+from localign.results import ProbeResults
 
 Bins = Sequence[SizeBin]
 HEADER = ("backbone", "share_low", "share_high", "positives", "recall", "seeds")
 
 
 def sizes_drawing(
-    results: Mapping[str, Any], pair: BackbonePair, what: Measured, name: str = "sizes"
+    results: ProbeResults, pair: BackbonePair, key: MetricKey, name: str = "sizes"
 ) -> Drawing | None:
-    """Recall per object size of two backbones, or of one compared with itself; None without sizes."""
+    """Recall by object size of two backbones, or of one if both sides are the same; None without sizes."""
     runs = probe_runs(results)
-    sides = {n: size_bins(runs.get(n, ()), what) for n in dict.fromkeys((pair.before, pair.after))}
+    sides = {n: size_bins(runs.get(n, ()), key) for n in dict.fromkeys((pair.before, pair.after))}
     sides = {n: bins for n, bins in sides.items() if any(b.seeds for b in bins)}
     if not sides:
         return None
@@ -43,10 +44,8 @@ def sizes_drawing(
     if len(sides) == 2 and not pair.aligned:
         between = " and ".join(short_names(list(sides), 34))
     roles = {pair.before: "before alignment", pair.after: "after alignment"} if pair.aligned else {}
-    title = (
-        f"{what.task.capitalize()} recall by object size: {between}, {HEAD_NAMES.get(what.head, what.head)}"
-    )
-    figure = sizes_figure({roles.get(n, n): bins for n, bins in sides.items()}, title, what.task)
+    title = f"{key.task.capitalize()} recall by object size: {between}, {HEAD_NAMES.get(key.head, key.head)}"
+    figure = sizes_figure({roles.get(n, n): bins for n, bins in sides.items()}, title, key.task)
     rows = tuple(
         (n, b.low, b.high, b.positives, _mean(b), len(b.seeds)) for n, bins in sides.items() for b in bins
     )
@@ -55,12 +54,12 @@ def sizes_drawing(
 
 @styled
 def sizes_figure(sides: Mapping[str, Bins], title: str, task: str = "local") -> Figure:
-    """Bars per object size, the difference above them and the number of positives below.
+    """Bars by object size, with the difference above and the number of positives below.
 
     Args:
-        sides: One or two backbones' bins.
-        title: Of the whole.
-        task: What was predicted, local or global: what a positive is.
+        sides: Bins of one or two backbones, by display name.
+        title: Title of the figure.
+        task: local or global: whether positives are patches or images.
     """
     colours = (BASELINE, ALIGNED) if len(sides) == 2 else (ALIGNED,)
     names = short_names(list(sides), 40)
@@ -73,14 +72,14 @@ def sizes_figure(sides: Mapping[str, Bins], title: str, task: str = "local") -> 
     ax = figure.subplots()
     width = 0.8 / len(sides)
     for k, (bins, colour) in enumerate(zip(sides.values(), colours, strict=True)):
-        for x, found in enumerate(bins):
-            mean = _mean(found)
+        for x, size in enumerate(bins):
+            mean = _mean(size)
             if mean is None:
                 continue
             at = x + (k - (len(sides) - 1) / 2) * width
             ax.bar(at, 100 * mean, width=width * 0.94, color=colour)
-            if len(found.seeds) > 1:
-                ax.plot([at] * len(found.seeds), [100 * v for v in found.seeds], **SEED_DOT)
+            if len(size.seeds) > 1:
+                ax.plot([at] * len(size.seeds), [100 * v for v in size.seeds], **SEED_DOT)
     columns = list(zip(*sides.values(), strict=True))
     for x, column in enumerate(columns):
         means = [_mean(b) for b in column]
@@ -97,7 +96,7 @@ def sizes_figure(sides: Mapping[str, Bins], title: str, task: str = "local") -> 
     ticks = [f"{100 * b.low:.0f}–{100 * b.high:.0f} %\n{compact(b.positives)}" for b, *_ in columns]
     ax.set_xticks(range(len(columns)), ticks)
     ax.tick_params(axis="x", length=0)
-    ax.set_xlabel(f"share of the image's patches that the class covers; below it, positives ({unit})")
+    ax.set_xlabel(f"share of the image's patches that the class covers; below, positives ({unit})")
     ax.set_ylabel("recall, %")
     ax.set_axisbelow(True)
     ax.grid(visible=False, axis="x")
@@ -113,14 +112,14 @@ def sizes_figure(sides: Mapping[str, Bins], title: str, task: str = "local") -> 
     return figure
 
 
-def _mean(found: SizeBin) -> float | None:
-    return sum(found.seeds) / len(found.seeds) if found.seeds else None
+def _mean(size: SizeBin) -> float | None:
+    return sum(size.seeds) / len(size.seeds) if size.seeds else None
 
 
 def _words(names: Sequence[str]) -> Words:
     return (
         f"Recall by object size of {' and '.join(names)}.",
-        "Recall of all pairs of image and class together, by the share of the image's patches that the class "
-        "covers: bins hold shares above their lower and up to their upper bound. Unlike macro recall, "
-        "frequent classes weigh more here. An empty bin has no bar.",
+        "Recall over all pairs of image and class together, by the share of the image's patches that the class "
+        "covers; a bin includes its upper bound and not its lower bound. Unlike in macro recall, frequent classes "
+        "weigh more. An empty bin has no bar.",
     )

@@ -1,8 +1,9 @@
-"""Masks and crops (fig. 10): what a teacher gets to see under MaskEmbed and under CLIPSelf."""
+"""Masks and crops (fig. 10): what a teacher sees under MaskEmbed and under CLIPSelf."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,107 +12,56 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.nn import functional
 
-from localign import rng
-from localign.alignment.masks import MaskSampler
-from localign.options.names import MaskKind
 from localign.report.captions import Words
-from localign.report.figures.drawing import Drawing
-from localign.report.pictures import below, show
+from localign.report.figures.drawing import Drawing, below, show
 from localign.report.style import ALIGNED, BASELINE, new_figure, styled
 
-MAX_IMAGES = 4
-CROPS = 2
-"""Crops of each image."""
-SMALLEST_CROP = 3
-"""Patches a side."""
 Window = tuple[int, int, int, int]
 """top, left, height, width, in patches."""
 HEADER = ("image", "view", "visible_share", "top", "left", "height", "width")
-_KINDS: dict[str, MaskKind] = {
-    "uniform mask": "uniform",
-    "Bernoulli mask (50 %)": "bernoulli",
-    "block mask": "block",
-}
 _SIDES = ("mask", "complement")
 _OUTLINES = (ALIGNED, BASELINE)
 
 
-def draw_masks(count: int, grid: tuple[int, int], seed: int = 0) -> dict[str, NDArray[np.bool_]]:
-    """One mask of each kind per image, with its complement: bool ``(count, 2, n)``, True = visible."""
-    positions = torch.arange(count)
-    smallest = max(1, min(16, grid[0] * grid[1] // 8))
-    masks = {}
-    for k, (title, kind) in enumerate(_KINDS.items()):
-        sampler = MaskSampler(kind=kind, all_visible=False, block_min_patches=smallest)
-        masks[title] = sampler(rng.key(seed, "views", k) >> 1, positions, grid).numpy()
-    return masks
+@dataclass(frozen=True)
+class Views:
+    """A few images and the masks and crops to show of them."""
+
+    images: NDArray[np.uint8]
+    """``(k, 3, H, W)``."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+    masks: Mapping[str, NDArray[np.bool_]]
+    """Title to ``(k, 2, n)``: a mask and its complement per image, True = visible."""
+    windows: Sequence[Sequence[Window]]
+    """The crops of each image, equally many for all images."""
 
 
-def draw_windows(count: int, grid: tuple[int, int], seed: int = 0) -> list[list[Window]]:
-    """Grid-aligned windows per image: sides uniform from three patches to all, then uniformly placed."""
-    windows: list[list[Window]] = []
-    for i in range(count):
-        draw = rng.generator(seed, "crop-view", i)
-        mine = []
-        for _ in range(CROPS):
-            height, width = (int(draw.integers(min(SMALLEST_CROP, side), side + 1)) for side in grid)
-            top, left = int(draw.integers(grid[0] - height + 1)), int(draw.integers(grid[1] - width + 1))
-            mine.append((top, left, height, width))
-        windows.append(mine)
-    return windows
-
-
-def views_drawing(
-    images: Tensor | NDArray[np.uint8],
-    grid: tuple[int, int],
-    *,
-    masks: Mapping[str, NDArray[np.bool_]] | None = None,
-    windows: Sequence[Sequence[Window]] | None = None,
-    seed: int = 0,
-    name: str = "masks_and_crops",
-) -> Drawing:
-    """Uniform, Bernoulli and block masks with their complements, and crops, of a few images.
+def views_drawing(views: Views, name: str = "masks_and_crops") -> Drawing:
+    """Masks with their complements, and crops, of a few images.
 
     Args:
-        images: uint8 ``(k, 3, H, W)``.
-        grid: Rows and columns of patches.
-        masks: Title to bool ``(k, 2, n)``; drawn from the seed where missing.
-        windows: Of each image, the same number of crops; drawn from the seed where missing.
-        seed: Of what is drawn.
-        name: Of the files.
+        views: What to draw.
+        name: Name of the files.
     """
-    pixels = np.asarray(images)[:MAX_IMAGES]
-    count = len(pixels)
-    masks = masks or draw_masks(count, grid, seed)
-    windows = windows or draw_windows(count, grid, seed)
     rows: list[tuple[Any, ...]] = []
-    for i in range(count):
-        seen = [(f"{t}, {s}", k) for t, pair in masks.items() for s, k in zip(_SIDES, pair[i], strict=True)]
-        rows += [(i, view, float(keep.mean()), "", "", "", "") for view, keep in seen]
-        rows += [(i, "crop", w[2] * w[3] / (grid[0] * grid[1]), *w) for w in windows[i]]
-    return Drawing(
-        name, views_figure(pixels, grid, masks, windows), _WORDS, HEADER, tuple(rows), vector=False
-    )
+    patches = views.grid[0] * views.grid[1]
+    for i, windows in enumerate(views.windows):
+        for title, pairs in views.masks.items():
+            rows += [
+                (i, f"{title}, {side}", float(keep.mean()), "", "", "", "")
+                for side, keep in zip(_SIDES, pairs[i], strict=True)
+            ]
+        rows += [(i, "crop", window[2] * window[3] / patches, *window) for window in windows]
+    return Drawing(name, views_figure(views), _WORDS, HEADER, tuple(rows), vector=False)
 
 
 @styled
-def views_figure(
-    images: NDArray[np.uint8],
-    grid: tuple[int, int],
-    masks: Mapping[str, NDArray[np.bool_]],
-    windows: Sequence[Sequence[Window]],
-) -> Figure:
-    """One line per image: the image, each mask and its complement, the windows, and each crop resized.
-
-    Args:
-        images: uint8 ``(k, 3, H, W)``.
-        grid: Rows and columns of patches.
-        masks: Title to bool ``(k, 2, n)``.
-        windows: Of each image, its crops.
-    """
+def views_figure(views: Views) -> Figure:
+    """One line per image: the image, each mask and its complement, the windows, and each crop at full size."""
+    images, grid, masks, windows = views.images, views.grid, views.masks, views.windows
     crops = len(windows[0])
     side = 1.22
     groups = [1, *(2 for _ in masks), 1 + crops]
@@ -144,20 +94,20 @@ def views_figure(
 
 
 def _edges(pixels: int, patches: int) -> NDArray[np.int64]:
-    """Where patches begin; pixels beyond the last whole one belong to none."""
+    """Pixel positions of the patch borders; pixels after the last whole patch belong to none."""
     return np.arange(patches + 1) * (pixels // patches)
 
 
 def masked(picture: NDArray[np.uint8], keep: NDArray[np.bool_], grid: tuple[int, int]) -> NDArray[np.uint8]:
-    """``(H, W, 3)`` with hidden patches, and pixels of no patch, in mid-grey."""
-    shown = np.zeros(picture.shape[:2], dtype=bool)
+    """A picture ``(H, W, 3)`` with hidden patches, and pixels that belong to no patch, in mid-grey."""
+    visible = np.zeros(picture.shape[:2], dtype=bool)
     ys, xs = _edges(picture.shape[0], grid[0]), _edges(picture.shape[1], grid[1])
-    shown[: ys[-1], : xs[-1]] = keep.reshape(grid).repeat(ys[1], 0).repeat(xs[1], 1)
-    return np.where(shown[..., None], picture, np.uint8(128))
+    visible[: ys[-1], : xs[-1]] = keep.reshape(grid).repeat(ys[1], 0).repeat(xs[1], 1)
+    return np.where(visible[..., None], picture, np.uint8(128))
 
 
 def crop(picture: NDArray[np.uint8], window: Window, grid: tuple[int, int]) -> NDArray[np.uint8]:
-    """The window of ``(H, W, 3)``, scaled bilinearly to the whole size."""
+    """The window of a picture ``(H, W, 3)``, scaled bilinearly to the size of the picture."""
     top, left, height, width = window
     ys, xs = _edges(picture.shape[0], grid[0]), _edges(picture.shape[1], grid[1])
     part = picture[ys[top] : ys[top + height], xs[left] : xs[left + width]]
@@ -184,6 +134,6 @@ def _draw_windows(
 
 _WORDS: Words = (
     "Images under uniform, Bernoulli and block masks with their complements, and grid-aligned crops of them.",
-    "What the teacher gets to see. MaskEmbed hides patches (grey here; the mean colour in training) and also "
-    "uses the complement; CLIPSelf cuts out a window aligned with the grid of patches and scales it up.",
+    "What the teacher sees. MaskEmbed hides patches (grey here, the mean colour in training) and also uses the "
+    "complement; CLIPSelf cuts out a window aligned with the grid of patches and enlarges it.",
 )

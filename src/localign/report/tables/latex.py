@@ -30,17 +30,17 @@ _ESCAPES = {
 
 
 def escape(text: str) -> str:
-    """Text that LaTeX sets as it is; a line break becomes a space."""
+    """Escape the characters that LaTeX treats specially; a line break becomes a space."""
     return "".join(_ESCAPES.get(letter, letter) for letter in " ".join(text.split("\n")))
 
 
 def to_latex(grid: Grid, caption: str = "", label: str = "") -> str:
-    """A floating table in the manner of booktabs; a rule goes before each of the grid's groups.
+    """A floating ``booktabs`` table with a rule above each of the grid's groups.
 
     Args:
         grid: The table.
         caption: Plain text.
-        label: For ``\\ref``; kept as it is.
+        label: The label for ``\\ref``, not escaped.
     """
     columns = "l" * grid.texts + "r" * (len(grid.header) - grid.texts)
     lines = ["% \\usepackage{booktabs}", "\\begin{table}", "\\centering", "\\small"]

@@ -1,75 +1,74 @@
-"""What the probing figures and tables are made of: recall, differences, gains, and the trend, from results."""
+"""The numbers behind the probing figures and tables: recall, differences, gains, and the trend over backbones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 
-from localign.report.tables.rows import class_names, measured, metric, probe_runs
-from localign.statistics.paired import paired
+from localign.report.tables.rows import (
+    MetricKey,
+    class_names,
+    macro_recalls,
+    measured,
+    metrics_of,
+    probe_runs,
+)
+from localign.results import ProbeOutcome, ProbeResults
+from localign.statistics.paired import paired_difference, seed_differences
 
 BASELINE_SUFFIX = "-baseline"
-"""A backbone called like another one with this tail is that one before alignment."""
+"""A backbone named ``X-baseline`` is the backbone ``X`` before alignment."""
 MIN_TREND = 3
+"""Backbones that a trend needs."""
 KINDS = ("thing", "stuff")
-
-Runs = Mapping[str, Sequence[Mapping[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a head was asked: the figures of one source, head and task."""
-
-    source: str
-    head: str
-    task: str
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A recall over seeds, as fractions."""
+    """Macro recall over seeds, as fractions."""
 
     value: float
     """Mean over seeds."""
     interval: tuple[float, float] | None
-    """95 % bootstrap interval over images, its bounds averaged over seeds; None where there is none."""
+    """95 % bootstrap interval over images, its bounds averaged over seeds; None where results have none."""
     seeds: tuple[float, ...]
-    """The values behind the mean."""
+    """The recall of each seed."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A difference of two recalls, as fractions."""
+    """The difference of two recalls, as fractions."""
 
     value: float
     interval: tuple[float, float] | None = None
+    """95 % interval."""
     over: str = ""
     """What the interval is over: "images" (paired bootstrap) or "seeds" (paired t)."""
 
     @property
-    def certain(self) -> bool:
-        """Whether the interval leaves out zero."""
+    def significant(self) -> bool:
+        """Whether the interval excludes zero."""
         return self.interval is not None and self.interval[0] * self.interval[1] > 0
 
 
 @dataclass(frozen=True)
 class BackbonePair:
-    """Two backbones that are held against each other."""
+    """Two backbones to compare."""
 
     label: str
     before: str
     after: str
     aligned: bool
-    """Whether ``after`` is known to be ``before`` aligned; else they are just two backbones."""
+    """Whether ``after`` is ``before`` after alignment; otherwise they are unrelated backbones."""
 
 
 @dataclass(frozen=True)
-class Model:
-    """One line of a chart: a backbone alone, or before and after alignment."""
+class ChartLine:
+    """One line of a chart: a single backbone, or a backbone before and after alignment."""
 
     label: str
     before: str | None
@@ -78,7 +77,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ClassGain:
-    """What one class gained, as fractions."""
+    """The gain in recall of one class, as fractions."""
 
     index: int
     name: str
@@ -98,7 +97,7 @@ class SizeBin:
 
     low: float
     high: float
-    """Bounds of the share of an image's patches, 0..1."""
+    """Bounds of the share of an image's patches that the object covers, 0..1."""
     positives: int
     seeds: tuple[float, ...]
     """Recall of each seed; empty for an empty bin."""
@@ -112,162 +111,162 @@ class Trend:
     intercept: float
 
     def relative_locality(self, local: float, global_: float) -> float:
-        """How far local recall lies above what the trend expects of this global recall."""
+        """Local recall minus the local recall that the trend predicts from global recall."""
         return local - (self.intercept + self.slope * global_)
 
 
-# -- which backbones -------------------------------------------------------------------------------------
+# -- backbones -------------------------------------------------------------------------------------------
 
 
-def comparisons(results: Mapping[str, Any]) -> list[BackbonePair]:
-    """Pairs of backbones: those that ``results["pairs"]`` lists, or that names tell; else all against the first.
+def comparisons(results: ProbeResults) -> list[BackbonePair]:
+    """The pairs of backbones to compare.
 
-    ``pairs`` holds ``[label, before, after]``; the names that tell are ``X-baseline`` beside ``X``, and
-    ``baseline`` beside ``aligned``.
+    The pairs in ``results["pairs"]``, as ``[label, before, after]``; without any, the pairs that names give:
+    ``X-baseline`` with ``X``, and ``baseline`` with ``aligned``. Without those either, the first backbone with each
+    of the others.
     """
     runs = probe_runs(results)
-    told = [BackbonePair(str(n), str(b), str(a), True) for n, b, a in results.get("pairs") or ()]
-    told = [c for c in told if c.before in runs and c.after in runs]
-    if not told:
-        found = [(n, n + BASELINE_SUFFIX, n) for n in runs if n + BASELINE_SUFFIX in runs]
+    pairs = [BackbonePair(str(n), str(b), str(a), True) for n, b, a in results.get("pairs") or ()]
+    pairs = [pair for pair in pairs if pair.before in runs and pair.after in runs]
+    if not pairs:
+        named = [(n, n + BASELINE_SUFFIX, n) for n in runs if n + BASELINE_SUFFIX in runs]
         if {"baseline", "aligned"} <= set(runs):
-            found.append((_backbone(runs["baseline"]), "baseline", "aligned"))
-        told = [BackbonePair(*names, True) for names in found]
-    if told:
-        return told
+            named.append((_backbone_name(runs["baseline"]), "baseline", "aligned"))
+        pairs = [BackbonePair(*names, True) for names in named]
+    if pairs:
+        return pairs
     first, *others = runs or [""]
     return [BackbonePair(name, first, name, False) for name in others]
 
 
-def _backbone(runs: Sequence[Mapping[str, Any]]) -> str:
-    return next((str(r["backbone"]) for r in runs if r.get("backbone")), "backbone")
+def _backbone_name(outcomes: Sequence[ProbeOutcome]) -> str:
+    return next((str(o["backbone"]) for o in outcomes if o.get("backbone")), "backbone")
 
 
-def models(results: Mapping[str, Any]) -> list[Model]:
-    """The lines of a chart, in the order of the results: each pair has one, the rest stand alone."""
+def chart_lines(results: ProbeResults) -> list[ChartLine]:
+    """The lines of a chart, in the order of the results: one per aligned pair and one per remaining backbone."""
     runs = list(probe_runs(results))
-    pairs = [c for c in comparisons(results) if c.aligned]
+    pairs = [pair for pair in comparisons(results) if pair.aligned]
     lines = []
     for i, name in enumerate(runs):
-        mine = [Model(c.label, name, c.after) for c in pairs if c.before == name]
-        lines += mine
-        if not mine and not any(c.after == name for c in pairs):
-            # Alone, the first is what the others are compared with; among pairs, the name has to tell.
+        own = [ChartLine(pair.label, name, pair.after) for pair in pairs if pair.before == name]
+        lines += own
+        if not own and not any(pair.after == name for pair in pairs):
+            # Without pairs, the first backbone is the reference of the others; beside pairs, the name decides.
             before = name.endswith(BASELINE_SUFFIX) if pairs else i == 0
-            lines.append(Model(name, name, None) if before else Model(name, None, name))
+            lines.append(ChartLine(name, name, None) if before else ChartLine(name, None, name))
     return lines
 
 
-def display_names(results: Mapping[str, Any]) -> dict[str, str]:
-    """Every backbone's name as a reader should see it: of pairs, the label with "before" or "after"."""
-    shown = {name: name for name in probe_runs(results)}
-    pairs = [c for c in comparisons(results) if c.aligned]
+def display_names(results: ProbeResults) -> dict[str, str]:
+    """Every backbone's name for readers: in pairs, the label with "before" or "after"."""
+    names = {name: name for name in probe_runs(results)}
+    pairs = [pair for pair in comparisons(results) if pair.aligned]
     for pair in pairs:
-        shown[pair.after] = f"{pair.label}, after"
-        if sum(c.before == pair.before for c in pairs) == 1:
-            shown[pair.before] = f"{pair.label}, before"
-    return shown
+        names[pair.after] = f"{pair.label}, after"
+        if sum(other.before == pair.before for other in pairs) == 1:
+            names[pair.before] = f"{pair.label}, before"
+    return names
 
 
-# -- numbers ---------------------------------------------------------------------------------------------
+# -- recall ----------------------------------------------------------------------------------------------
 
 
-def main_source(results: Mapping[str, Any]) -> str:
-    """The source that is reported: test where there is one, else the first; empty without results."""
-    found = measured(probe_runs(results))
-    return found[0][0] if found else ""
+def main_source(results: ProbeResults) -> str:
+    """The source to report: test if there is one, otherwise the first; empty without results."""
+    keys = measured(probe_runs(results))
+    return keys[0].source if keys else ""
 
 
-def heads_of(results: Mapping[str, Any], task: str) -> list[str]:
+def heads_of(results: ProbeResults, task: str) -> list[str]:
     """Heads measured on a task of the main source, the transformer first."""
     source = main_source(results)
-    return [h for s, t, h in measured(probe_runs(results)) if (s, t) == (source, task)]
+    return [k.head for k in measured(probe_runs(results)) if (k.source, k.task) == (source, task)]
 
 
-def main_head(results: Mapping[str, Any]) -> str:
-    """The head that figures of one head show: the transformer where it was trained, else the first."""
-    heads = [h for task in ("local", "global", "majority") for h in heads_of(results, task)]
+def main_head(results: ProbeResults) -> str:
+    """The head of figures that show one head: the transformer if it was trained, otherwise the first."""
+    heads = [head for task in ("local", "global", "majority") for head in heads_of(results, task)]
     return heads[0] if heads else ""
 
 
-def estimate(runs: Sequence[Mapping[str, Any]], what: Measured) -> Estimate | None:
-    """Macro recall of one backbone; None where no seed has a finite one."""
-    cells = [_cell(run, what) for run in runs]
-    values = [float(c["macro_recall"]) for c in cells if _finite(c.get("macro_recall"))]
+def estimate(outcomes: Sequence[ProbeOutcome], key: MetricKey) -> Estimate | None:
+    """Macro recall of one backbone; None where no seed has a finite recall."""
+    values = [value for value in macro_recalls(outcomes, key) if _finite(value)]
     if not values:
         return None
-    bounds = [c["macro_recall_interval"] for c in cells if _interval(c.get("macro_recall_interval"))]
+    stored = [metrics_of(outcome, key).get("macro_recall_interval") for outcome in outcomes]
+    bounds = [pair for pair in stored if _is_interval(pair)]
     interval = None
     if bounds:
         low, high = np.mean(np.asarray(bounds, dtype=np.float64), axis=0)
         interval = (float(low), float(high))
-    return Estimate(sum(values) / len(values), interval, tuple(values))
+    return Estimate(sum(values) / len(values), interval, tuple(float(v) for v in values))
 
 
-def change(results: Mapping[str, Any], before: str, after: str, what: Measured) -> Change | None:
-    """The difference of two backbones: the paired bootstrap of the results, else paired over seeds."""
+def change(results: ProbeResults, before: str, after: str, key: MetricKey) -> Change | None:
+    """The difference of two backbones: the results' paired bootstrap if there is one, otherwise paired over seeds."""
     for entry in results.get("differences") or ():
         named = (entry.get("name"), entry.get("against"), entry.get("head"), entry.get("task"))
-        same = (
-            named == (after, before, what.head, what.task) and entry.get("source", what.source) == what.source
-        )
-        if same and _finite(entry.get("difference")):
+        wanted = (after, before, key.head, key.task)
+        value = entry.get("difference")
+        if named == wanted and entry.get("source", key.source) == key.source and _finite(value):
             bounds = entry.get("interval")
-            interval = (float(bounds[0]), float(bounds[1])) if _interval(bounds) else None
-            return Change(float(entry["difference"]), interval, "images" if interval else "")
+            interval = (float(bounds[0]), float(bounds[1])) if _is_interval(bounds) else None
+            return Change(float(value), interval, "images" if interval else "")
     runs = probe_runs(results)
-    sides = (
-        [metric(r, what.source, what.head, what.task, "macro_recall") for r in runs.get(name, ())]
-        for name in (before, after)
-    )
-    found = paired(*sides)
-    if found.difference is None:
+    paired = paired_difference(*(macro_recalls(runs.get(name, ()), key) for name in (before, after)))
+    if paired.difference is None:
         return None
-    half = found.half_width
-    interval = None if half is None else (found.difference - half, found.difference + half)
-    return Change(found.difference, interval, "seeds" if interval else "")
+    half = paired.half_width
+    interval = None if half is None else (paired.difference - half, paired.difference + half)
+    return Change(paired.difference, interval, "seeds" if interval else "")
 
 
-def _cell(run: Mapping[str, Any], what: Measured) -> Mapping[str, Any]:
-    found = run.get("results", {}).get(what.source, {}).get(what.head, {}).get(what.task)
-    return found if isinstance(found, Mapping) else {}
+def percent_cell(number: Estimate | Change | None, digits: int = 1, missing: str = "–") -> str:
+    """A recall or a difference in percent, with its interval in brackets; differences have a sign."""
+    if number is None:
+        return missing
+    style = f"{'+' if isinstance(number, Change) else ''}.{digits}f"
+    text = f"{100 * number.value:{style}}"
+    if number.interval is not None:
+        low, high = number.interval
+        text += f" [{100 * low:{style}}, {100 * high:{style}}]"
+    return text.replace("-", "\u2212")
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _interval(value: Any) -> bool:
+def _is_interval(value: object) -> TypeGuard[Sequence[float]]:
     return isinstance(value, Sequence) and len(value) == 2 and all(_finite(v) for v in value)
 
 
 # -- classes and sizes -----------------------------------------------------------------------------------
 
 
-def class_kinds(results: Mapping[str, Any]) -> list[str]:
-    """thing, stuff or other of every class; empty where unknown."""
-    runs = [r for side in probe_runs(results).values() for r in side]
-    found: list[Any] = results.get("class_kinds") or next(
-        (r["class_kinds"] for r in runs if r.get("class_kinds")), []
+def class_kinds(results: ProbeResults) -> list[str]:
+    """thing, stuff or other by class id; empty where unknown."""
+    outcomes = [outcome for seeds in probe_runs(results).values() for outcome in seeds]
+    kinds = results.get("class_kinds") or next(
+        (o["class_kinds"] for o in outcomes if o.get("class_kinds")), None
     )
-    return [str(kind) for kind in found]
+    return [str(kind) for kind in kinds or ()]
 
 
-def class_gains(results: Mapping[str, Any], pair: BackbonePair, what: Measured) -> list[ClassGain]:
-    """Gain of every class that was measured on both sides, the largest first."""
+def class_gains(results: ProbeResults, pair: BackbonePair, key: MetricKey) -> list[ClassGain]:
+    """The gain of every class with positives that was measured on both sides, the largest first."""
     runs = probe_runs(results)
-    before, after = ([_cell(r, what) for r in runs.get(n, ())] for n in (pair.before, pair.after))
+    before, after = ([metrics_of(o, key) for o in runs.get(n, ())] for n in (pair.before, pair.after))
     names, kinds = class_names(results), class_kinds(results)
-    counts: list[int] = next(
-        (c["class_positives"] for c in (*before, *after) if c.get("class_positives")), []
-    )
+    counts = next((m["class_positives"] for m in (*before, *after) if m.get("class_positives")), [])
     gains = []
     for i, positives in enumerate(counts):
-        sides = [[_entry(c.get("class_recall"), i) for c in side] for side in (before, after)]
-        mean = paired(*sides)
+        sides = [[_entry(m.get("class_recall"), i) for m in side] for side in (before, after)]
+        mean = paired_difference(*sides)
         if not positives or mean.difference is None or mean.baseline is None or mean.aligned is None:
             continue
-        seeds = [paired([b], [a]).difference for b, a in _pairs(*sides)]
         gains.append(
             ClassGain(
                 i,
@@ -277,15 +276,15 @@ def class_gains(results: Mapping[str, Any], pair: BackbonePair, what: Measured) 
                 mean.baseline,
                 mean.aligned,
                 mean.difference,
-                tuple(g for g in seeds if g is not None),
+                tuple(seed_differences(*sides)),
             )
         )
-    return sorted(gains, key=lambda g: -g.gain)
+    return sorted(gains, key=lambda gain: -gain.gain)
 
 
-def size_bins(runs: Sequence[Mapping[str, Any]], what: Measured) -> list[SizeBin]:
-    """Recall per object size of one backbone; empty where sizes were not told apart."""
-    cells = [c for c in (_cell(r, what) for r in runs) if c.get("size_recall")]
+def size_bins(outcomes: Sequence[ProbeOutcome], key: MetricKey) -> list[SizeBin]:
+    """Recall by object size of one backbone; empty where results have no sizes."""
+    cells = [m for m in (metrics_of(outcome, key) for outcome in outcomes) if m.get("size_recall")]
     if not cells:
         return []
     count = len(cells[0]["size_recall"])
@@ -295,7 +294,7 @@ def size_bins(runs: Sequence[Mapping[str, Any]], what: Measured) -> list[SizeBin
             b / count,
             (b + 1) / count,
             int(positives[b]),
-            tuple(float(v) for v in (_entry(c["size_recall"], b) for c in cells) if v is not None),
+            tuple(float(v) for v in (_entry(m["size_recall"], b) for m in cells) if v is not None),
         )
         for b in range(count)
     ]
@@ -304,12 +303,6 @@ def size_bins(runs: Sequence[Mapping[str, Any]], what: Measured) -> list[SizeBin
 def _entry(values: Sequence[float | None] | None, index: int) -> float | None:
     value = values[index] if values is not None and index < len(values) else None
     return value if _finite(value) else None
-
-
-def _pairs(before: list[float | None], after: list[float | None]) -> list[tuple[float | None, float | None]]:
-    count = max(len(before), len(after))
-    before, after = (side * count if len(side) == 1 else side for side in (before, after))
-    return list(zip(before, after, strict=False))
 
 
 # -- trend -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Tables 1, 4 and 5 of the paper: our rows with intervals, the published numbers in columns of their own."""
+"""Tables 1, 4 and 5 of the paper: our rows with intervals, and the published numbers in columns of their own."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from localign.report.tables.measures import (
     BASELINE_SUFFIX,
     Change,
     Estimate,
-    Measured,
     change,
     estimate,
     main_head,
     main_source,
+    percent_cell,
 )
 from localign.report.tables.published import TABLE1, TABLE4, TABLE5, PaperRow, Recall
-from localign.report.tables.rows import HEAD_NAMES, Grid, to_markdown
+from localign.report.tables.rows import HEAD_NAMES, Grid, MetricKey, probe_runs, to_markdown
+from localign.results import ProbeOutcome, ProbeResults, RecallDifference
 
-Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+CsvLine = tuple[Any, ...]
 TABLES = ("table1", "table4", "table5")
 _TITLES = {
     "table1": "MaskEmbed and CLIPSelf",
@@ -40,39 +41,41 @@ _CSV = (
 
 def write_table(
     name: str,
-    rows: Rows,
+    rows: Mapping[str, Sequence[ProbeOutcome]],
     folder: Path,
     *,
     data: str = "coco",
-    differences: Sequence[Mapping[str, Any]] = (),
+    differences: Sequence[RecallDifference] = (),
     note: str = "",
 ) -> list[Path]:
     """Write one of the paper's tables as Markdown, LaTeX and CSV.
 
     Args:
         name: table1, table4 or table5.
-        rows: Row key (``table1/clipself``) to probe outcomes, one per seed. Rows of the paper that are missing
-            show their published numbers alone; rows unknown to the paper are appended.
-        folder: Where ``<name>.md``, ``.tex`` and ``.csv`` go.
-        data: What the rows were probed on; the caption says that published numbers are of COCO.
-        differences: Paired bootstrap differences as in ``results.json``, with row keys as names; where there
-            are none, differences are paired over seeds.
-        note: What else a reader should know; ends the caption.
+        rows: Row key (``table1/clipself``) to probe outcomes, one per seed. Rows of the paper that are missing here
+            show their published numbers only; rows that are not in the paper are added.
+        folder: Folder of ``<name>.md``, ``.tex`` and ``.csv``.
+        data: Name of the data the rows were probed on; the caption says that published numbers are on COCO.
+        differences: Paired bootstrap differences as in ``results.json``, with row keys as names. Other differences
+            are paired over seeds.
+        note: A sentence to end the caption with.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
-        UserError: unknown table, or a row of another table.
+        UserError: Unknown table, or a row of another table.
     """
     if name not in TABLES:
         raise UserError(f"unknown table {name!r}; known: {', '.join(TABLES)}{did_you_mean(name, TABLES)}")
     for key in rows:
         if not key.startswith(f"{name}/"):
-            raise UserError(f"{key!r} is no row of {name}; its rows are called {name}/...")
-    results = {"probe": dict(rows), "differences": list(differences)}
-    make = _table5 if name == "table5" else _method_table
-    grid, lines = make(name, results)
+            raise UserError(f"{key!r} is no row of {name}; rows of {name} are named {name}/...")
+    results: ProbeResults = {
+        "probe": {key: list(outcomes) for key, outcomes in rows.items()},
+        "differences": list(differences),
+    }
+    grid, lines = _table5(results) if name == "table5" else _method_table(name, results)
     text = caption(name, results, data, note)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{kind}" for kind in ("md", "tex", "csv")]
@@ -82,8 +85,8 @@ def write_table(
     return paths
 
 
-def caption(name: str, results: Mapping[str, Any], data: str, note: str = "") -> str:
-    """What the numbers of a table are."""
+def caption(name: str, results: ProbeResults, data: str, note: str = "") -> str:
+    """The caption of a table: title, unit, data, seeds, intervals, and the source of the published numbers."""
     head = main_head(results) or "transformer"
     source = main_source(results)
     split = f" ({source} split)" if source else ""
@@ -99,31 +102,26 @@ def caption(name: str, results: Mapping[str, Any], data: str, note: str = "") ->
     sampled = {c.over for c in changes}
     kinds = {"images": "of the paired bootstrap over images", "seeds": "of the paired t over seeds"}
     if sampled:
-        ours += f"those of differences (points) are {' or '.join(kinds[o] for o in sorted(sampled))}. "
+        ours += f"intervals of differences (points) are {' or '.join(kinds[o] for o in sorted(sampled))}. "
     else:
         ours += "differences are in points. "
     published = "Published: COCO-Stuff, 183 classes, one run each, without intervals"
     if data != "coco":
         published += (
-            "; those are other data than ours, so only signs and orders compare, and rows are named after the "
+            "; our data differ from COCO-Stuff, so only signs and orders compare, and rows are named after the "
             "paper's settings"
         )
     return f"{ours}{published}.{' ' + note if note else ''}"
 
 
-def _changes(name: str, results: Mapping[str, Any]) -> list[Change]:
-    source, head = main_source(results), main_head(results)
-    found = []
-    for key in results["probe"]:
-        against = _against(name, key)
-        for task in _TASKS:
-            one = change(results, against, key, Measured(source, head, task)) if against != key else None
-            found += [one] if one else []
-    return found
+def _changes(name: str, results: ProbeResults) -> list[Change]:
+    """All differences of the table."""
+    cells = (_ours(results, key, _against(name, key), task) for key in results["probe"] for task in _TASKS)
+    return [difference for _, difference in cells if difference is not None]
 
 
 def _against(name: str, key: str) -> str:
-    """The row that a row's difference is taken to."""
+    """The row to which a row's difference is taken; a row of table 5 before alignment gives itself."""
     slug = key.split("/", 1)[1]
     if name == "table5":
         return key if slug.endswith(BASELINE_SUFFIX) else key + BASELINE_SUFFIX
@@ -134,37 +132,36 @@ def _against(name: str, key: str) -> str:
 # -- tables 1 and 4 --------------------------------------------------------------------------------------
 
 
-def _method_table(name: str, results: Mapping[str, Any]) -> tuple[Grid, list[tuple[Any, ...]]]:
+def _method_table(name: str, results: ProbeResults) -> tuple[Grid, list[CsvLine]]:
     paper = {"table1": TABLE1, "table4": TABLE4}[name]
     runs = results["probe"]
     slugs = [s for s, row in paper.items() if f"{name}/{s}" in runs or not row.optional]
     slugs += [key.split("/", 1)[1] for key in runs if key.split("/", 1)[1] not in paper]
     body: list[tuple[str, ...]] = []
-    lines: list[tuple[Any, ...]] = []
+    lines: list[CsvLine] = []
     groups: list[int] = []
     block: str | None = None
     for slug in slugs:
         row = paper.get(slug, PaperRow(slug, "not in the paper"))
         key = f"{name}/{slug}"
-        ours = [_ours(results, key, _against(name, key), task) for task in _TASKS]
+        against = _against(name, key)
+        ours = [_ours(results, key, against, task) for task in _TASKS]
         if row.block != block:
             groups.append(len(body))
         body.append(
             (
                 row.block if row.block != block else "",
                 row.label,
-                *(_estimate(e) for e, _ in ours),
-                *(_change(c) for _, c in ours),
+                *(percent_cell(recall, 2) for recall, _ in ours),
+                *(percent_cell(difference, 2) for _, difference in ours),
                 *_published(row.recall, row.remark),
             )
         )
         block = row.block
-        for i, (task, (found, moved)) in enumerate(zip(_TASKS, ours, strict=True)):
+        for i, (task, (recall, difference)) in enumerate(zip(_TASKS, ours, strict=True)):
+            start = (slug, row.label, row.block, task)
             number = row.recall[i] if row.recall else None
-            against = _against(name, key) if moved else None
-            lines.append(
-                _csv_line((slug, row.label, row.block, task), found, against, moved, number, row.remark)
-            )
+            lines.append(_csv_line(start, recall, against, difference, number, row.remark))
     header = (
         {"table1": "views", "table4": "ablated"}[name], "row",
         "local", "global", "local, to teacher", "global, to teacher", "published local", "published global",
@@ -181,37 +178,37 @@ def _published(recall: Recall | None, remark: str) -> tuple[str, str]:
 # -- table 5 ---------------------------------------------------------------------------------------------
 
 
-def _table5(name: str, results: Mapping[str, Any]) -> tuple[Grid, list[tuple[Any, ...]]]:
-    runs = results["probe"]
-    named = [key.split("/", 1)[1].removesuffix(BASELINE_SUFFIX) for key in runs]
+def _table5(results: ProbeResults) -> tuple[Grid, list[CsvLine]]:
+    named = [key.split("/", 1)[1].removesuffix(BASELINE_SUFFIX) for key in results["probe"]]
     slugs = [*(s for s in dict.fromkeys(named) if s not in TABLE5), *TABLE5]
     body: list[tuple[str, ...]] = []
-    lines: list[tuple[Any, ...]] = []
+    lines: list[CsvLine] = []
     groups: list[int] = []
     block: str | None = None
     for slug in slugs:
         paper = TABLE5.get(slug)
         label, supervision = (paper.label, paper.supervision) if paper else (slug, "not in the paper")
-        keys = (f"{name}/{slug}{BASELINE_SUFFIX}", f"{name}/{slug}")
-        cells: list[str] = []
-        theirs: list[str] = []
+        baseline_key, aligned_key = f"table5/{slug}{BASELINE_SUFFIX}", f"table5/{slug}"
+        ours: list[str] = []
+        published: list[str] = []
         for i, task in enumerate(_TASKS):
-            before, _ = _ours(results, keys[0], keys[0], task)
-            after, moved = _ours(results, keys[1], keys[0], task)
-            cells += [_estimate(before), _estimate(after), _change(moved)]
-            theirs += (
-                _pair(paper.baseline[i], paper.aligned[i], paper.difference[i]) if paper else [_NONE] * 2
+            before, _ = _ours(results, baseline_key, baseline_key, task)
+            after, difference = _ours(results, aligned_key, baseline_key, task)
+            ours += [percent_cell(recall, 2) for recall in (before, after, difference)]
+            published += (
+                _published_pair(paper.baseline[i], paper.aligned[i], paper.difference[i])
+                if paper
+                else [_NONE] * 2
             )
-            for key, found, step, number in (
-                (keys[0], before, None, paper.baseline[i] if paper else None),
-                (keys[1], after, moved, paper.aligned[i] if paper else None),
+            for row, recall, to_baseline, number in (
+                (slug + BASELINE_SUFFIX, before, None, paper.baseline[i] if paper else None),
+                (slug, after, difference, paper.aligned[i] if paper else None),
             ):
-                against = keys[0] if step else None
-                start = (key.split("/", 1)[1], label, supervision, task)
-                lines.append(_csv_line(start, found, against, step, number, ""))
+                start = (row, label, supervision, task)
+                lines.append(_csv_line(start, recall, baseline_key, to_baseline, number, ""))
         if supervision != block:
             groups.append(len(body))
-        body.append((supervision if supervision != block else "", label, *cells, *theirs))
+        body.append((supervision if supervision != block else "", label, *ours, *published))
         block = supervision
     header = (
         "supervision", "backbone",
@@ -221,53 +218,35 @@ def _table5(name: str, results: Mapping[str, Any]) -> tuple[Grid, list[tuple[Any
     return Grid(header, tuple(body), texts=2, groups=tuple(groups)), lines
 
 
-def _pair(before: float, after: float, difference: float) -> list[str]:
+def _published_pair(before: float, after: float, difference: float) -> list[str]:
     return [f"{before:.2f} → {after:.2f}", f"{difference:+.2f}".replace("-", "\u2212")]
 
 
 # -- cells -----------------------------------------------------------------------------------------------
 
 
-def _ours(
-    results: Mapping[str, Any], key: str, against: str, task: str
-) -> tuple[Estimate | None, Change | None]:
-    what = Measured(main_source(results), main_head(results), task)
-    runs = results["probe"]
-    found = estimate(runs.get(key, ()), what)
-    moved = change(results, against, key, what) if found and key != against and runs.get(against) else None
-    return found, moved
-
-
-def _estimate(found: Estimate | None) -> str:
-    if found is None:
-        return _NONE
-    text = f"{100 * found.value:.2f}"
-    if found.interval is None:
-        return text
-    low, high = found.interval
-    return f"{text} [{100 * low:.2f}, {100 * high:.2f}]"
-
-
-def _change(found: Change | None) -> str:
-    if found is None:
-        return _NONE
-    text = f"{100 * found.value:+.2f}"
-    if found.interval is not None:
-        low, high = found.interval
-        text += f" [{100 * low:+.2f}, {100 * high:+.2f}]"
-    return text.replace("-", "\u2212")
+def _ours(results: ProbeResults, row: str, against: str, task: str) -> tuple[Estimate | None, Change | None]:
+    """Recall of a row and its difference to another row; None where a row was not run."""
+    key = MetricKey(main_source(results), main_head(results), task)
+    runs = probe_runs(results)
+    recall = estimate(runs.get(row, ()), key)
+    if recall is None or row == against or against not in runs:
+        return recall, None
+    return recall, change(results, against, row, key)
 
 
 def _csv_line(
     start: tuple[str, str, str, str],
-    found: Estimate | None,
-    against: str | None,
-    moved: Change | None,
+    recall: Estimate | None,
+    against: str,
+    difference: Change | None,
     number: float | None,
     remark: str,
-) -> tuple[Any, ...]:
-    low, high = (found.interval if found else None) or (None, None)
-    ours = (len(found.seeds), found.value, low, high) if found else (0, None, None, None)
-    bounds = (moved.interval if moved else None) or (None, None)
-    step = (moved.value, *bounds, moved.over) if moved else (None, None, None, None)
-    return (*start, *ours, against, *step, number, remark)
+) -> CsvLine:
+    ours: CsvLine = (0, None, None, None)
+    if recall is not None:
+        ours = (len(recall.seeds), recall.value, *(recall.interval or (None, None)))
+    gain: CsvLine = (None, None, None, None, None)
+    if difference is not None:
+        gain = (against, difference.value, *(difference.interval or (None, None)), difference.over)
+    return (*start, *ours, *gain, number, remark)

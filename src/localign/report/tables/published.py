@@ -1,8 +1,8 @@
-"""Numbers of the paper's probing tables, and the rows that make those tables.
+"""The numbers and rows of the paper's probing tables.
 
-Recall is macro recall in percent on COCO-Stuff (183 classes), transformer head, as the paper prints it. Row
-keys are ``<table>/<slug>``; the recipes that make a row carry the same name. Of tables 1 and 4, the numbers
-that are also in table 5 are here (a teacher, and the method with its published settings); the others are None.
+Recall is macro recall in percent on COCO-Stuff (183 classes) with the transformer head, as printed in the paper. Row
+keys are ``<table>/<slug>``, the name of the row's recipe. Tables 1 and 4 have a number only where table 5 has it too
+(the teachers, and the method with its published settings); their other numbers are None.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ class Recall(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Aligned:
-    """One row of table 5."""
+class PublishedPair:
+    """One row of table 5: a backbone before and after alignment."""
 
     label: str
     supervision: str
-    """What the backbone was pre-trained with: image-level or dense."""
+    """Supervision of the pre-training: image-level or dense."""
     baseline: Recall
     aligned: Recall
     difference: Recall
-    """As printed; it may differ from the two numbers' difference in the last digit."""
+    """As printed; its last digit may differ from the difference of the printed numbers."""
 
 
 @dataclass(frozen=True)
@@ -39,45 +39,43 @@ class PaperRow:
     block: str
     recall: Recall | None = None
     remark: str = ""
-    """What the text says of the row where its numbers are not at hand."""
+    """The paper's words on the row, where its numbers are not available."""
     teacher: str = "teacher"
-    """Slug of the row that differences are taken to."""
+    """Slug of the row to which differences are taken."""
     optional: bool = False
-    """Whether the row is beyond the paper's table, and left out where it was not run."""
+    """Whether the row is not in the paper; it is left out where it was not run."""
 
 
 _IMAGE, _DENSE = "image-level", "dense"
 
 
-def _aligned(label: str, supervision: str, *numbers: float) -> Aligned:
-    pairs = [Recall(*numbers[i : i + 2]) for i in (0, 2, 4)]
-    return Aligned(label, supervision, *pairs)
+def _pair(label: str, supervision: str, *numbers: float) -> PublishedPair:
+    baseline, aligned, difference = (Recall(*numbers[i : i + 2]) for i in (0, 2, 4))
+    return PublishedPair(label, supervision, baseline, aligned, difference)
 
 
-TABLE5: dict[str, Aligned] = {
-    "in1k-vit-t": _aligned("IN1k ViT-T", _IMAGE, 30.13, 41.26, 30.28, 40.89, 0.15, -0.36),
-    "in1k-vit-s": _aligned("IN1k ViT-S", _IMAGE, 37.35, 46.37, 41.46, 46.20, 4.10, -0.17),
-    "in1k-vit-b": _aligned("IN1k ViT-B", _IMAGE, 43.50, 51.04, 45.96, 51.84, 2.46, 0.80),
-    "in1k-vit-l": _aligned("IN1k ViT-L", _IMAGE, 46.00, 52.97, 48.03, 53.30, 2.03, 0.33),
-    "moco-vit-b": _aligned("MoCo ViT-B", _IMAGE, 37.50, 44.60, 40.38, 45.29, 2.88, 0.69),
-    "clip-vit-b": _aligned("CLIP ViT-B", _IMAGE, 44.63, 52.61, 46.32, 54.55, 1.68, 1.94),
-    "clip-vit-l": _aligned("CLIP ViT-L", _IMAGE, 46.40, 54.51, 51.38, 57.54, 4.99, 3.03),
-    "clip-vit-l-336px": _aligned("CLIP ViT-L @ 336px", _IMAGE, 46.05, 55.13, 52.71, 57.75, 6.66, 2.62),
-    "siglip-vit-b": _aligned("SigLIP ViT-B", _IMAGE, 44.48, 54.53, 46.54, 54.39, 2.06, -0.14),
-    "siglip-vit-so400m": _aligned("SigLIP SO400M", _IMAGE, 48.15, 58.25, 51.54, 58.98, 3.38, 0.73),
-    "siglip-vit-so400m-384px": _aligned(
-        "SigLIP SO400M @ 384px", _IMAGE, 50.25, 60.53, 53.00, 60.62, 2.75, 0.09
-    ),
-    "openclip-vit-b": _aligned("OpenCLIP ViT-B", _IMAGE, 44.25, 52.20, 45.17, 52.62, 0.92, 0.42),
-    "eva02-vit-b": _aligned("EVA02 ViT-B", _IMAGE, 44.91, 52.93, 49.21, 51.47, 4.30, -1.46),
-    "dfn-vit-b": _aligned("DFN ViT-B", _IMAGE, 44.36, 52.36, 45.67, 53.72, 1.31, 1.36),
-    "mae-vit-b": _aligned("MAE ViT-B", _DENSE, 39.46, 43.53, 37.80, 42.33, -1.66, -1.20),
-    "beit-vit-b": _aligned("BEiT ViT-B", _DENSE, 41.01, 49.56, 43.13, 49.90, 2.13, 0.35),
-    "beitv2-vit-b": _aligned("BEiTv2 ViT-B", _DENSE, 42.98, 49.44, 46.60, 53.58, 3.62, 4.14),
-    "dino-vit-b": _aligned("DINO ViT-B", _DENSE, 40.84, 46.35, 40.18, 46.32, -0.67, -0.03),
-    "dinov2-vit-b": _aligned("DINOv2 ViT-B", _DENSE, 50.18, 56.95, 50.79, 55.64, 0.61, -1.31),
+TABLE5: dict[str, PublishedPair] = {
+    "in1k-vit-t": _pair("IN1k ViT-T", _IMAGE, 30.13, 41.26, 30.28, 40.89, 0.15, -0.36),
+    "in1k-vit-s": _pair("IN1k ViT-S", _IMAGE, 37.35, 46.37, 41.46, 46.20, 4.10, -0.17),
+    "in1k-vit-b": _pair("IN1k ViT-B", _IMAGE, 43.50, 51.04, 45.96, 51.84, 2.46, 0.80),
+    "in1k-vit-l": _pair("IN1k ViT-L", _IMAGE, 46.00, 52.97, 48.03, 53.30, 2.03, 0.33),
+    "moco-vit-b": _pair("MoCo ViT-B", _IMAGE, 37.50, 44.60, 40.38, 45.29, 2.88, 0.69),
+    "clip-vit-b": _pair("CLIP ViT-B", _IMAGE, 44.63, 52.61, 46.32, 54.55, 1.68, 1.94),
+    "clip-vit-l": _pair("CLIP ViT-L", _IMAGE, 46.40, 54.51, 51.38, 57.54, 4.99, 3.03),
+    "clip-vit-l-336px": _pair("CLIP ViT-L @ 336px", _IMAGE, 46.05, 55.13, 52.71, 57.75, 6.66, 2.62),
+    "siglip-vit-b": _pair("SigLIP ViT-B", _IMAGE, 44.48, 54.53, 46.54, 54.39, 2.06, -0.14),
+    "siglip-vit-so400m": _pair("SigLIP SO400M", _IMAGE, 48.15, 58.25, 51.54, 58.98, 3.38, 0.73),
+    "siglip-vit-so400m-384px": _pair("SigLIP SO400M @ 384px", _IMAGE, 50.25, 60.53, 53.00, 60.62, 2.75, 0.09),
+    "openclip-vit-b": _pair("OpenCLIP ViT-B", _IMAGE, 44.25, 52.20, 45.17, 52.62, 0.92, 0.42),
+    "eva02-vit-b": _pair("EVA02 ViT-B", _IMAGE, 44.91, 52.93, 49.21, 51.47, 4.30, -1.46),
+    "dfn-vit-b": _pair("DFN ViT-B", _IMAGE, 44.36, 52.36, 45.67, 53.72, 1.31, 1.36),
+    "mae-vit-b": _pair("MAE ViT-B", _DENSE, 39.46, 43.53, 37.80, 42.33, -1.66, -1.20),
+    "beit-vit-b": _pair("BEiT ViT-B", _DENSE, 41.01, 49.56, 43.13, 49.90, 2.13, 0.35),
+    "beitv2-vit-b": _pair("BEiTv2 ViT-B", _DENSE, 42.98, 49.44, 46.60, 53.58, 3.62, 4.14),
+    "dino-vit-b": _pair("DINO ViT-B", _DENSE, 40.84, 46.35, 40.18, 46.32, -0.67, -0.03),
+    "dinov2-vit-b": _pair("DINOv2 ViT-B", _DENSE, 50.18, 56.95, 50.79, 55.64, 0.61, -1.31),
 }
-"""By the catalogue's names, in the paper's order."""
+"""By the catalogue's name of the backbone, in the order of the paper."""
 
 _CLIP, _IN1K = TABLE5["clip-vit-b"], TABLE5["in1k-vit-b"]
 _BELOW = "below the teacher"
@@ -96,7 +94,7 @@ TABLE1: dict[str, PaperRow] = {
 
 
 def _epochs(prefix: str, block: str, teacher: str, in21k_5: Recall) -> dict[str, PaperRow]:
-    """The rows on training data and duration of one backbone; IN21k for 5 epochs is the row of table 5."""
+    """The rows on training data and duration of one backbone; IN21k for 5 epochs is the setting of table 5."""
     runs = [("IN1k", n) for n in (2, 10, 25, 50, 100)] + [("IN21k", n) for n in (1, 5, 10)]
     return {
         f"{prefix}{data.lower()}-{n}": PaperRow(
@@ -132,4 +130,4 @@ TABLE4: dict[str, PaperRow] = {
     "clip-teacher": PaperRow("teacher, not aligned", "CLIP ViT-B", _CLIP.baseline, teacher="clip-teacher"),
     **_epochs("clip-", "data: CLIP ViT-B", "clip-teacher", _CLIP.aligned),
 }
-"""Ablations (appendix B.1); IN1k for 25 epochs where the row says nothing of data."""
+"""Ablations (appendix B.1); IN1k for 25 epochs unless the row names other data."""

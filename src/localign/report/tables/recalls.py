@@ -1,17 +1,15 @@
-"""The recall table of a probing, for the terminal."""
+"""The recall table of a probing run, for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.table import Table
 
-from localign.report.tables.measures import Change, Estimate, Measured, change, comparisons, estimate
+from localign.report.tables.measures import change, comparisons, estimate, percent_cell
 from localign.report.tables.rows import measured
+from localign.results import ProbeResults
 
 
-def recall_table(results: Mapping[str, Any]) -> Table:
+def recall_table(results: ProbeResults) -> Table:
     """Macro recall of every backbone, head and task with its interval, and the difference to the reference backbone.
 
     Args:
@@ -29,21 +27,10 @@ def recall_table(results: Mapping[str, Any]) -> Table:
     ):
         table.add_column(column, justify="left" if i < 3 else "right", no_wrap=i > 0)
     for name, outcomes in results["probe"].items():
-        for source, task, head in measured({name: outcomes}):
-            key = Measured(source, head, task)
-            row = [name, head, task, _percent(estimate(outcomes, key))]
+        for key in measured({name: outcomes}):
+            row = [name, key.head, key.task, percent_cell(estimate(outcomes, key), missing="undefined")]
             if name in references:
-                row.append(_percent(change(results, references[name], name, key), "+"))
+                row.append(percent_cell(change(results, references[name], name, key), missing="undefined"))
             table.add_row(*row)
         table.add_section()
     return table
-
-
-def _percent(recall: Estimate | Change | None, sign: str = "") -> str:
-    if recall is None:
-        return "undefined"
-    value = f"{100 * recall.value:{sign}.1f}"
-    if recall.interval is None:
-        return value
-    low, high = recall.interval
-    return f"{value} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"

@@ -6,11 +6,11 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.table import Table
 
-from localign.statistics.paired import PairedDifference, paired
+from localign.results import Metrics, ProbeOutcome, ProbeResults
+from localign.statistics.paired import PairedDifference, paired_difference
 
 TASK_NAMES = {
     "local": "local (per patch)",
@@ -24,23 +24,32 @@ HEAD_NAMES = {
     "transformer-anonymous": "transformer head, anonymous tokens",
     "transformer-cls-only": "transformer head, class token only",
 }
+BEFORE_AFTER = ("baseline", "aligned")
+"""Names of the two backbones of a demo."""
 _TASK_ORDER = ("local", "global", "majority")
 _HEAD_ORDER = ("transformer", "mlp", "linear", "transformer-anonymous", "transformer-cls-only")
 
 
 @dataclass(frozen=True)
-class RecallRow:
-    """Macro recall of one head on one task."""
+class MetricKey:
+    """Which metrics of a probing run: those of one head on one task of one source."""
 
     source: str
-    task: str
     head: str
+    task: str
+
+
+@dataclass(frozen=True)
+class RecallRow:
+    """Macro recall of one head on one task, before and after alignment."""
+
+    key: MetricKey
     recall: PairedDifference
 
 
 @dataclass(frozen=True)
 class ClassRow:
-    """Recall of one class."""
+    """Recall of one class, before and after alignment."""
 
     name: str
     positives: int
@@ -55,54 +64,50 @@ class Grid:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     texts: int = 1
-    """How many columns are words, left-aligned; the rest are numbers."""
+    """Number of leading columns that hold words, left-aligned; the others hold numbers."""
     groups: tuple[int, ...] = ()
-    """Rows that begin a group of rows; LaTeX draws a rule before them."""
+    """Indices of rows that begin a group; LaTeX draws a rule above them."""
 
 
 # -- rows ------------------------------------------------------------------------------------------------
 
 
-def probe_runs(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The probing results of each backbone, one per seed; of a demo, ``baseline`` and ``aligned``."""
+def probe_runs(results: ProbeResults) -> dict[str, list[ProbeOutcome]]:
+    """Outcomes by backbone, one per seed; empty where nothing was probed."""
     runs = results.get("probe")
     if not isinstance(runs, Mapping):
         return {}
-    return {name: [r for r in side if isinstance(r, dict)] for name, side in runs.items() if side}
+    return {name: [run for run in seeds if isinstance(run, dict)] for name, seeds in runs.items() if seeds}
 
 
-def before_after(results: Mapping[str, Any]) -> list[RecallRow]:
-    """Macro recall of every source, task and head, before and after alignment, paired over seeds.
-
-    The interval is mean +- t * s / sqrt(n) with n - 1 degrees of freedom, s the standard deviation of the
-    per-seed differences; t comes from :func:`~localign.statistics.student_t.t_quantile`.
-    """
-    runs = {name: side for name, side in probe_runs(results).items() if name in SIDES}
-    rows = []
-    for source, task, head in measured(runs):
-        values = {
-            name: [metric(r, source, head, task, "macro_recall") for r in runs.get(name, [])]
-            for name in SIDES
-        }
-        rows.append(RecallRow(source, task, head, paired(values["baseline"], values["aligned"])))
-    return rows
+def metrics_of(outcome: ProbeOutcome, key: MetricKey) -> Metrics:
+    """The metrics under a key; empty where the outcome has none."""
+    metrics = outcome.get("results", {}).get(key.source, {}).get(key.head, {}).get(key.task)
+    return metrics if isinstance(metrics, dict) else {}
 
 
-SIDES = ("baseline", "aligned")
+def macro_recalls(outcomes: Sequence[ProbeOutcome], key: MetricKey) -> list[float | None]:
+    """Macro recall of every seed; None for a seed without it."""
+    return [metrics_of(outcome, key).get("macro_recall") for outcome in outcomes]
 
 
-def measured(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, str]]:
-    """(source, task, head) of everything measured: test, local and transformer first."""
-    found: dict[tuple[str, str, str], None] = {}
-    for side in runs.values():
-        for run in side:
-            for source, heads in run.get("results", {}).items():
+def measured(runs: Mapping[str, Sequence[ProbeOutcome]]) -> list[MetricKey]:
+    """The key of everything that was measured; test, local and transformer come first."""
+    keys: dict[MetricKey, None] = {}
+    for outcomes in runs.values():
+        for outcome in outcomes:
+            for source, heads in outcome.get("results", {}).items():
                 for head, tasks in heads.items():
-                    found.update(dict.fromkeys((source, task, head) for task in tasks))
-    # What is reported comes first; a validation set, with which settings may have been chosen, after it.
-    sources = sorted(dict.fromkeys(s for s, _, _ in found), key=lambda s: s != "test")
+                    keys.update(dict.fromkeys(MetricKey(source, head, task) for task in tasks))
+    # The reported source comes first; a validation set, on which settings may have been chosen, comes after it.
+    sources = sorted(dict.fromkeys(key.source for key in keys), key=lambda source: source != "test")
     return sorted(
-        found, key=lambda k: (sources.index(k[0]), _rank(k[1], _TASK_ORDER), _rank(k[2], _HEAD_ORDER))
+        keys,
+        key=lambda key: (
+            sources.index(key.source),
+            _rank(key.task, _TASK_ORDER),
+            _rank(key.head, _HEAD_ORDER),
+        ),
     )
 
 
@@ -110,56 +115,57 @@ def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
     return (order.index(name) if name in order else len(order), name)
 
 
-def metric(run: Mapping[str, Any], source: str, head: str, task: str, name: str) -> Any:
-    """One figure of one outcome; None where it was not measured."""
-    return run.get("results", {}).get(source, {}).get(head, {}).get(task, {}).get(name)
+def before_after(results: ProbeResults) -> list[RecallRow]:
+    """Macro recall of every source, task and head, before and after alignment, paired over seeds.
+
+    The interval is Student's, see :func:`~localign.statistics.paired.paired_difference`.
+    """
+    runs = {name: outcomes for name, outcomes in probe_runs(results).items() if name in BEFORE_AFTER}
+    return [
+        RecallRow(key, paired_difference(*(macro_recalls(runs.get(name, []), key) for name in BEFORE_AFTER)))
+        for key in measured(runs)
+    ]
 
 
-def class_names(results: Mapping[str, Any]) -> list[str]:
-    """Names by class id."""
-    runs = [r for side in probe_runs(results).values() for r in side]
-    found: list[Any] = results.get("classes") or next((r["classes"] for r in runs if r.get("classes")), [])
-    return [str(name) for name in found]
+def class_names(results: ProbeResults) -> list[str]:
+    """Class names by class id."""
+    outcomes = [outcome for seeds in probe_runs(results).values() for outcome in seeds]
+    names = results.get("classes") or next((o["classes"] for o in outcomes if o.get("classes")), [])
+    return [str(name) for name in names]
 
 
-def per_class(results: Mapping[str, Any], row: RecallRow) -> list[ClassRow]:
-    """Recall per class behind one row; classes without positives are left out."""
+def per_class(results: ProbeResults, row: RecallRow) -> list[ClassRow]:
+    """Recall by class behind one row; classes without positives are left out."""
     runs = probe_runs(results)
-    columns: dict[str, list[list[float | None]]] = {}
+    recalls: list[list[list[float | None]]] = []
     positives: list[int] = []
-    for name in SIDES:
-        cells = [
-            r.get("results", {}).get(row.source, {}).get(row.head, {}).get(row.task, {})
-            for r in runs.get(name, [])
-        ]
-        columns[name] = [c.get("class_recall") or [] for c in cells]
-        positives = positives or next((c["class_positives"] for c in cells if c.get("class_positives")), [])
-    rows = []
-    for i, name in enumerate(_padded(class_names(results), len(positives))):
-        recall = paired(*([v[i] if i < len(v) else None for v in columns[side]] for side in SIDES))
-        if i < len(positives) and positives[i]:
-            rows.append(ClassRow(name, int(positives[i]), recall))
-    return rows
-
-
-def _padded(names: list[str], count: int) -> list[str]:
-    return names[:count] + [f"class {i}" for i in range(len(names), count)]
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+    for name in BEFORE_AFTER:
+        metrics = [metrics_of(outcome, row.key) for outcome in runs.get(name, [])]
+        recalls.append([m.get("class_recall") or [] for m in metrics])
+        positives = positives or next((m["class_positives"] for m in metrics if m.get("class_positives")), [])
+    names = class_names(results)
+    names += [f"class {i}" for i in range(len(names), len(positives))]
+    return [
+        ClassRow(
+            names[i],
+            int(count),
+            paired_difference(*([seed[i] if i < len(seed) else None for seed in side] for side in recalls)),
+        )
+        for i, count in enumerate(positives)
+        if count
+    ]
 
 
 # -- text ------------------------------------------------------------------------------------------------
 
 
 def percent(value: float | None) -> str:
-    """A share as percent with one decimal, or a dash."""
-    return f"{100 * value:.1f}" if _known(value) and value is not None else "–"
+    """A share as percent with one decimal; a dash for None and NaN."""
+    return f"{100 * value:.1f}" if value is not None and math.isfinite(value) else "–"
 
 
 def signed(difference: PairedDifference) -> str:
-    """``+3.2 ± 1.1`` in points, without the interval where there is none."""
+    """``+3.2 ± 1.1`` in points; without the interval where there is none."""
     if difference.difference is None or not math.isfinite(difference.difference):
         return "–"
     text = f"{100 * difference.difference:+.1f}".replace("-", "\u2212")
@@ -167,36 +173,33 @@ def signed(difference: PairedDifference) -> str:
 
 
 def recall_grid(rows: Sequence[RecallRow]) -> Grid:
-    """The before/after table; recall in percent, differences in points."""
-    several = len({r.source for r in rows}) > 1
-    both = any(r.recall.aligned is not None for r in rows)
+    """The table of recall before and after alignment, in percent; differences in points."""
+    several = len({row.key.source for row in rows}) > 1
+    both = any(row.recall.aligned is not None for row in rows)
     header = ["macro recall, %", "head", *(["baseline", "aligned", "difference"] if both else ["recall"])]
     body = []
     for row in rows:
-        task = TASK_NAMES.get(row.task, row.task) + (f", {row.source}" if several else "")
-        numbers = [percent(row.recall.baseline)]
-        if both:
-            numbers += [percent(row.recall.aligned), signed(row.recall)]
-        body.append((task, row.head, *numbers))
+        task = TASK_NAMES.get(row.key.task, row.key.task) + (f", {row.key.source}" if several else "")
+        body.append((task, row.key.head, *_recall_cells(row.recall, both)))
     return Grid(tuple(header), tuple(body), texts=2)
 
 
 def class_grid(rows: Sequence[ClassRow], unit: str) -> Grid:
-    """The per-class table; ``unit`` is what positives count, "patches" or "images"."""
-    both = any(r.recall.aligned is not None for r in rows)
+    """The table of recall by class; ``unit`` names the column of positives, "patches" or "images"."""
+    both = any(row.recall.aligned is not None for row in rows)
     header = ("class", unit, *(("baseline", "aligned", "difference") if both else ("recall",)))
-    body = []
-    for row in rows:
-        numbers = [percent(row.recall.baseline)]
-        if both:
-            numbers += [percent(row.recall.aligned), signed(row.recall)]
-        body.append((row.name, f"{row.positives:,}", *numbers))
+    body = [(row.name, f"{row.positives:,}", *_recall_cells(row.recall, both)) for row in rows]
     return Grid(header, tuple(body))
 
 
+def _recall_cells(recall: PairedDifference, both: bool) -> list[str]:
+    cells = [percent(recall.baseline)]
+    return [*cells, percent(recall.aligned), signed(recall)] if both else cells
+
+
 def interval_sentence(rows: Sequence[RecallRow]) -> str:
-    """What the numbers behind the plus-minus sign are."""
-    counts = {r.recall.seeds for r in rows if r.recall.difference is not None}
+    """One sentence on the numbers behind the plus-minus sign."""
+    counts = {row.recall.seeds for row in rows if row.recall.difference is not None}
     if not counts:
         return "One model only: there is nothing to compare."
     if max(counts) < 2:
@@ -233,7 +236,7 @@ def to_html(grid: Grid) -> str:
 
 
 def to_terminal(rows: Sequence[RecallRow], title: str = "Probing") -> Table:
-    """The before/after table for `rich`."""
+    """The table of recall before and after alignment for `rich`."""
     grid = recall_grid(rows)
     table = Table(title=title, caption=interval_sentence(rows))
     for i, name in enumerate(grid.header):

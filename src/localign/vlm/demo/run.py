@@ -24,7 +24,7 @@ from localign.errors import UserError
 from localign.options.demo import DemoConfig
 from localign.options.vlm.demo import MODELS, VLMDemoConfig
 from localign.options.vlm.train import VLMConfig
-from localign.statistics.paired import paired
+from localign.statistics.paired import paired_difference
 from localign.vlm.benchmarks.scenes import Scenes, guessing
 from localign.vlm.data.scene_dataset import write_dataset
 from localign.vlm.demo.side_by_side import Job, cores, run_side_by_side
@@ -191,7 +191,7 @@ def _table(results: dict[str, Any]) -> Table:
         }
         cells = [_interval(models[first], kind)]
         for name in others:
-            change = paired(values[first], values[name])
+            change = paired_difference(values[first], values[name])
             tail = "" if change.half_width is None else f" ± {change.half_width:.1f}"
             cells.append(f"{_interval(models[name], kind)}  ({change.difference:+.1f}{tail})")
         table.add_row(kind, f"{100 * max(guess.values()):.1f}", *cells)

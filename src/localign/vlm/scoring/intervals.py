@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from localign.statistics.bootstrap import REPLICATES, interval
+from localign.statistics.bootstrap import REPLICATES, percentile_interval
 from localign.statistics.resampling import ResampledMetrics, bootstrap_replicates
 from localign.vlm.scoring.base import Benchmark
 from localign.vlm.scoring.questions import Sample
@@ -37,4 +37,7 @@ def intervals(
     benchmark: Benchmark, samples: Sequence[Sample], replicates: int = REPLICATES
 ) -> dict[str, list[float] | None]:
     """The 95 % interval ``[low, high]`` of every metric, in percent; None where no replicate defines the metric."""
-    return {name: interval(values) for name, values in bootstrap(benchmark, samples, replicates).items()}
+    return {
+        name: percentile_interval(values)
+        for name, values in bootstrap(benchmark, samples, replicates).items()
+    }

@@ -15,9 +15,9 @@ from typing import TypedDict
 from torch import Tensor
 
 from localign.errors import UserError
-from localign.statistics.bootstrap import interval
-from localign.statistics.mcnemar import check_same, mcnemar
-from localign.statistics.paired import difference_over_seeds, interval_over_seeds
+from localign.statistics.bootstrap import percentile_interval
+from localign.statistics.mcnemar import check_same_questions, mcnemar
+from localign.statistics.paired import difference_interval_over_seeds, interval_over_seeds
 from localign.statistics.resampling import paired_differences
 from localign.statistics.z_scores import average_replicates, model_counts, z_scores
 from localign.vlm.evaluation.compare.panels import ComparedModel
@@ -158,7 +158,7 @@ def _summaries(name: str, pool: Sequence[ComparedModel]) -> dict[str, ModelSumma
 
 def _check_same_questions(where: str, first: RunSummary, second: RunSummary) -> None:
     try:
-        check_same(first.scores, second.scores)
+        check_same_questions(first.scores, second.scores)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -201,7 +201,7 @@ def _outcome(model: ModelSummary) -> ComparedOutcome:
         seeds = model.seed_values(metric)
         figures[metric] = {
             "value": value,
-            "interval": interval(model.metrics.replicates[metric]),
+            "interval": percentile_interval(model.metrics.replicates[metric]),
             "seeds": seeds,
             "interval_over_seeds": interval_over_seeds(seeds),
         }
@@ -214,7 +214,7 @@ def _differences(first: ModelSummary, second: ModelSummary) -> dict[str, Compare
         metric: {
             "value": difference.value,
             "interval": difference.interval,
-            "interval_over_seeds": difference_over_seeds(
+            "interval_over_seeds": difference_interval_over_seeds(
                 first.seed_values(metric), second.seed_values(metric)
             ),
         }
@@ -245,7 +245,7 @@ def _scales(summaries: Summaries, pool: Sequence[ComparedModel]) -> PoolScales:
         resampled = average_replicates(scales, label, replicates[label])
         averages[label] = {
             "value": scales.averages[label],
-            "interval": None if resampled is None else interval(resampled),
+            "interval": None if resampled is None else percentile_interval(resampled),
         }
     labels = {model.entry.label: first_label[model.entry.folders] for model in pool}
     return {

@@ -1,19 +1,17 @@
-"""The arrays that the report's pictures are drawn from; `localign.pictures` writes them."""
+"""Reading the arrays of ``pictures.npz``, from which the report draws its pictures."""
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-PICTURES_FILE = "pictures.npz"
+from localign.results import PICTURES_FILE, Pictures
 
 
-def read_pictures(folder: Path) -> tuple[dict[str, NDArray[Any]], str]:
-    """The arrays of a run folder's ``pictures.npz``; where there are none, nothing and the reason."""
+def read_pictures(folder: Path) -> tuple[Pictures, str]:
+    """The arrays of a run folder's ``pictures.npz``, and an empty string; no arrays and the reason if that fails."""
     path = folder / PICTURES_FILE
     if not path.is_file():
         return {}, f"{PICTURES_FILE} is missing"

@@ -17,28 +17,33 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from localign.report.captions import Words, predictions
-from localign.report.classmarks import GROUND_FILL, OTHER_FILL, made_of_words
-from localign.report.figures.drawing import Drawing, legend_below, legend_height, short_names
-from localign.report.pictures import (
-    MAX_IMAGES,
-    Arrays,
-    Predicted,
+from localign.report.classmarks import GROUND_FILL, OTHER_FILL, looks_from_names
+from localign.report.figures.drawing import (
+    Drawing,
     bare,
     below,
+    legend_below,
+    legend_height,
+    short_names,
+    show,
+)
+from localign.report.figures.predictions import (
+    MAX_IMAGES,
+    Predicted,
     predicted_by,
     predicted_names,
     predictions_figure,
-    show,
 )
 from localign.report.style import CATEGORICAL, ERROR, INK, PAPER, RULE, new_figure, styled
+from localign.results import Pictures
 
 MAX_BACKBONES = 4
 _HATCHES = ("", "////")
-"""Each fill comes plain, then striped: twenty classes can be told apart."""
+"""Each colour comes plain and striped, which gives twenty different looks."""
 _SIDE = 2.3
-"""Of one picture, inches."""
+"""Side of one picture, inches."""
 _REGION = 4
-"""Patches from which on a region carries its class's number."""
+"""Regions of at least this many patches carry the number of their class."""
 HEADER = ("image", "backbone", "patches", "right")
 
 
@@ -49,27 +54,27 @@ class ClassLook:
     fill: str
     hatch: str
     number: int
-    """In the legend and in the pictures; 0 for classes that share the grey of the rest."""
+    """Number in the legend and in the pictures; 0 for classes that share the grey of "other classes"."""
 
 
 def predictions_drawing(
-    arrays: Arrays, shown: Mapping[str, str] | None = None, name: str = "predictions"
+    arrays: Pictures, labels: Mapping[str, str] | None = None, name: str = "predictions"
 ) -> Drawing | None:
     """Image, truth, and predictions of up to four backbones; None where the arrays hold none.
 
-    Classes that say by their names how they look (colours and shapes) may share a patch, and all above 0.5 are
-    drawn; of any others, the most probable one is.
+    If all class names are colours and shapes, every class above 0.5 is drawn, and classes may share a patch.
+    Otherwise the most probable class of each patch is drawn.
 
     Args:
-        arrays: ``images``, ``class_names`` and, of every backbone, what
-            :func:`localign.report.pictures.predicted_by` needs.
-        shown: What to call the backbones, in the order to show them; those without arrays are left out.
-        name: Of the files.
+        arrays: ``images``, ``class_names`` and, for every backbone, the arrays of
+            :func:`~localign.report.figures.predictions.predicted_by`.
+        labels: Backbones to their display names, in the order to show them; backbones without arrays are left out.
+        name: Name of the files.
     """
     stored = predicted_names(arrays)
     if not stored or not {"images", "class_names", "truth", "grid"} <= set(arrays):
         return None
-    names = {n: label for n, label in (shown or {}).items() if n in stored} or {n: n for n in stored}
+    names = {n: label for n, label in (labels or {}).items() if n in stored} or {n: n for n in stored}
     names = dict(list(names.items())[:MAX_BACKBONES])
     names = dict(zip(names, short_names(list(names.values()), 26), strict=True))
     classes = [str(c) for c in arrays["class_names"]]
@@ -80,7 +85,7 @@ def predictions_drawing(
         for i in range(count)
         for n, side in sides.items()
     )
-    if made_of_words(classes):
+    if looks_from_names(classes):
         return Drawing(
             name, predictions_figure(arrays, names), predictions(classes), HEADER, rows, vector=False
         )
@@ -103,8 +108,8 @@ def most_probable_figure(
     """Image, truth, and the most probable class of every patch, backbone by backbone.
 
     Args:
-        images: ``(k, 3, H, W)``.
-        sides: What to call each backbone, and its predictions.
+        images: uint8 ``(k, 3, H, W)``.
+        sides: Predictions of each backbone, by display name.
         class_names: C names; the first is "unlabeled".
     """
     first = next(iter(sides.values()))
@@ -122,41 +127,41 @@ def most_probable_figure(
         _draw(axes[i, 1], _true_classes(first, i), looks, first.grid)
         for ax, side in zip(axes[i, 2:], sides.values(), strict=True):
             best = side.probability[i].argmax(-1)
-            sure = side.probability[i].max(-1)
+            highest = side.probability[i].max(-1)
             right = _right(side)[i]
-            _draw(
-                ax, [[(int(c), float(p))] for c, p in zip(best, sure, strict=True)], looks, side.grid, ~right
-            )
+            predicted = [[(int(c), float(p))] for c, p in zip(best, highest, strict=True)]
+            _draw(ax, predicted, looks, side.grid, ~right)
             below(ax, f"{int(right.sum())} of {len(right)} patches right")
     legend_below(figure, handles)
     return figure
 
 
 def _true_classes(side: Predicted, image: int) -> list[list[tuple[int, float]]]:
-    """Per patch, its majority class; where that is unknown, all its classes."""
+    """Classes and probabilities per patch: its majority class; where that is unknown, all its classes."""
     if side.majority is not None:
         return [[(int(c), 1.0)] for c in side.majority[image]]
     return [[(int(c), 1.0) for c in np.flatnonzero(patch)] for patch in side.truth[image]]
 
 
 def _looks(first: Predicted, sides: Sequence[Predicted]) -> dict[int, ClassLook]:
-    """A look for every class that is drawn somewhere; the most frequent twenty get one of their own."""
+    """A look for every class that is drawn; the twenty most frequent classes get one of their own."""
     classes = first.truth.shape[-1]
-    often = np.zeros(classes)
+    frequency = np.zeros(classes)
     for image in range(len(first.truth)):
         for patch in _true_classes(first, image):
             for c, _ in patch:
-                often[c] += 1
+                frequency[c] += 1
     for side in sides:
-        often += np.bincount(side.probability.argmax(-1).ravel(), minlength=classes)
-    order = [int(c) for c in np.argsort(-often, kind="stable") if often[c] > 0]
+        frequency += np.bincount(side.probability.argmax(-1).ravel(), minlength=classes)
+    order = [int(c) for c in np.argsort(-frequency, kind="stable") if frequency[c] > 0]
     looks: dict[int, ClassLook] = {}
     styles = [(fill, hatch) for hatch in _HATCHES for fill in CATEGORICAL]
     for c in order:
+        number = sum(look.number > 0 for look in looks.values()) + 1
         if c == 0:
-            looks[c] = ClassLook(GROUND_FILL, "", len([1 for look in looks.values() if look.number]) + 1)
+            looks[c] = ClassLook(GROUND_FILL, "", number)
         elif styles:
-            looks[c] = ClassLook(*styles.pop(0), len([1 for look in looks.values() if look.number]) + 1)
+            looks[c] = ClassLook(*styles.pop(0), number)
         else:
             looks[c] = ClassLook(OTHER_FILL, "", 0)
     return looks
@@ -169,20 +174,21 @@ def _draw(
     grid: tuple[int, int],
     wrong: NDArray[np.bool_] | None = None,
 ) -> None:
-    """Stripes of each patch's classes, paler where less sure, with the numbers of the larger regions."""
+    """Stripes of each patch's classes, paler for lower probabilities, with the numbers of the larger regions."""
     rows, columns = grid
     boxes: dict[int, list[tuple[Rectangle, float]]] = {}
     for place, classes in enumerate(patches):
         y, x = divmod(place, columns)
-        for k, (c, sure) in enumerate(classes):
+        for k, (c, probability) in enumerate(classes):
             width = 1 / len(classes)
-            boxes.setdefault(c, []).append((Rectangle((x - 0.5 + k * width, y - 0.5), width, 1), sure))
+            box = Rectangle((x - 0.5 + k * width, y - 0.5), width, 1)
+            boxes.setdefault(c, []).append((box, probability))
     for c, parts in boxes.items():
         look = looks[c]
         ax.add_collection(
             PatchCollection(
                 [box for box, _ in parts],
-                facecolors=[to_rgba(look.fill, 0.3 + 0.7 * sure) for _, sure in parts],
+                facecolors=[to_rgba(look.fill, 0.3 + 0.7 * probability) for _, probability in parts],
                 edgecolors=to_rgba(PAPER, 0.75),
                 linewidths=0.0,
                 hatch=look.hatch or None,
@@ -196,8 +202,8 @@ def _draw(
             places % columns, places // columns, linestyle="none", marker="o", markersize=size, color=ERROR,
             markeredgecolor=PAPER, markeredgewidth=0.3,
         )  # fmt: skip
-    one = np.asarray([classes[0][0] if classes else -1 for classes in patches]).reshape(rows, columns)
-    for c, (y, x) in region_centres(one, _REGION):
+    first_class = np.asarray([classes[0][0] if classes else -1 for classes in patches])
+    for c, (y, x) in region_centres(first_class.reshape(rows, columns), _REGION):
         if c in looks and looks[c].number:
             ax.text(
                 x, y, str(looks[c].number), ha="center", va="center", fontsize=7, color=INK, fontweight="bold",
@@ -210,14 +216,14 @@ def _draw(
 
 
 def region_centres(classes: NDArray[np.integer], smallest: int) -> list[tuple[int, tuple[int, int]]]:
-    """Connected regions of one class, and of each the patch of its own that is nearest to its centre.
+    """The central patch of every connected region of one class: the patch of the region nearest to its mean.
 
     Args:
         classes: ``(rows, columns)``.
         smallest: Regions with fewer patches are left out.
 
     Returns:
-        ``(class, (row, column))`` of each region, in row order.
+        ``(class, (row, column))`` per region, in row order.
     """
     rows, columns = classes.shape
     seen = np.zeros(classes.shape, dtype=bool)
@@ -229,12 +235,12 @@ def region_centres(classes: NDArray[np.integer], smallest: int) -> list[tuple[in
         region, edge = [start], [start]
         while edge:
             y, x = edge.pop()
-            for near in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                inside = 0 <= near[0] < rows and 0 <= near[1] < columns
-                if inside and not seen[near] and classes[near] == classes[start]:
-                    seen[near] = True
-                    region.append(near)
-                    edge.append(near)
+            for neighbour in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                inside = 0 <= neighbour[0] < rows and 0 <= neighbour[1] < columns
+                if inside and not seen[neighbour] and classes[neighbour] == classes[start]:
+                    seen[neighbour] = True
+                    region.append(neighbour)
+                    edge.append(neighbour)
         if len(region) >= smallest:
             cells: NDArray[np.float64] = np.asarray(region, dtype=np.float64)
             nearest = cells[((cells - cells.mean(0)) ** 2).sum(1).argmin()]
@@ -263,8 +269,8 @@ def _handles(looks: Mapping[int, ClassLook], class_names: Sequence[str]) -> list
 
 
 _WORDS: Words = (
-    "Images, the true class of every patch, and the most probable class that a head reads from each backbone.",
-    "What a local-task head reads from each patch: its most probable class, paler the less sure. Numbers name "
-    "the larger regions; a dot marks patches of whose classes the predicted one is none. The truth is the class "
-    "with most of the patch's pixels; where that was not stored, all its classes in stripes.",
+    "Images, the true class of every patch, and the class that a head predicts from each backbone.",
+    "The most probable class of each patch according to a local-task head, paler for lower probabilities. Numbers "
+    "name the larger regions; a dot marks a patch that does not contain the predicted class. The truth is the class "
+    "with most of the patch's pixels; where that was not stored, all classes of the patch in stripes.",
 )
