@@ -21,60 +21,59 @@ class TrainConfig:
     }
 
     out: str = "runs/run"
-    """Run folder: config, log, results, checkpoints, export."""
+    """Run folder, for config, log, results, checkpoints and export."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random draws."""
     steps: int | None = None
     """Optimizer steps; give this or epochs."""
     epochs: float | None = None
     """Passes over the training images; give this or steps."""
     batch_size: int = 0
-    """Images per optimizer step, over all ranks and micro-batches; 0: 1024, on a CPU alone 8 (for trying)."""
+    """Images per optimizer step, over all ranks and micro-batches. 0: 1024 on a GPU, 8 (a trial run) on a CPU."""
     micro_batch: int | Literal["auto"] | None = None
-    """Images per rank and forward pass; default is the rank's whole share. Gradients accumulate. auto: the most that
-    memory has room for, looked for before training and at every continuation; it changes results by rounding alone."""
+    """Images per rank and forward pass; default all images of the rank. Gradients accumulate. auto: the largest number
+    that fits in memory, re-measured at start and on resume. Results differ by rounding only."""
     lr: float | None = None
-    """Peak learning rate; default is the backbone's published one, else 3e-4."""
+    """Peak learning rate; default the published one of the backbone, else 3e-4."""
     min_lr_ratio: float = 0.1
-    """Learning rate at the end of the cosine, as a share of the peak."""
+    """Learning rate of the last step, as a share of the peak."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     warmup_epochs: float | None = None
-    """The warm-up in epochs, in place of warmup_steps."""
+    """Warm-up in epochs, instead of warmup_steps."""
     warmup_ratio: float | None = None
-    """The warm-up as a share of all steps (rounded down), in place of warmup_steps."""
+    """Warm-up as a share of all steps (rounded down), instead of warmup_steps."""
     warmup_init_ratio: float = 0.1
-    """Learning rate of the warm-up's first step, as a share of the peak."""
+    """Learning rate of the first warm-up step, as a share of the peak."""
     weight_decay: float = 0.01
-    """AdamW's, on matrices only: not on norms, biases, position embeddings or tokens."""
+    """Weight decay of matrices. Norms, biases, position embeddings and tokens are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's moment decay rates."""
+    """Decay rates of AdamW's moments."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon: Muon for the matrices of linear layers in blocks, AdamW at the same rate for all else. Fewer
-    steps, of more compute each: it matters for small models trained from scratch."""
+    """muon: Muon for the weights of linear layers in blocks, AdamW with the same learning rate for other parameters. It
+    needs fewer but costlier steps, which pays off for small models trained from scratch."""
     clip_grad: float | None = 1.0
-    """Largest gradient norm; null for no clipping."""
+    """Largest gradient norm; null: no clipping."""
     precision: Precision = "auto"
     """auto: bf16 autocast on CUDA, fp32 elsewhere."""
     sharding: ShardingMode = "none"
-    """What a rank holds of parameters, gradients and moments. none: all; full (FSDP2): its share among all ranks;
-    hybrid: its share among the ranks of its node, the nodes repeating one another."""
+    """Which parameters, gradients and moments a rank holds. none: all. full: a part, over all ranks (FSDP2). hybrid: a
+    part, over the ranks of its node; nodes are replicas."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which a sharded run sums gradients over ranks."""
     reshard_after_forward: bool = True
-    """Of a sharded run: let each block's gathered weights go after its forward pass and gather them again for the
-    backward pass; false keeps them in between: a third fewer bytes over the network, more memory."""
+    """In a sharded run, free each block's gathered weights after its forward pass and gather them again for the
+    backward pass. false keeps them: a third less network traffic, more memory."""
     ddp_bucket_mb: float | None = None
-    """Of a run that is not sharded: MiB of gradients that ranks exchange at once, while the backward pass goes on;
-    default torch's (25)."""
+    """In an unsharded run, MiB of gradients that ranks exchange at once during the backward pass; default 25."""
     compile: bool = False
     """Compile the model with torch.compile."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     ema_decay: float | None = None
-    """Decay per step of an exponential moving average of the weights, which is then what is exported."""
+    """Decay per step of an exponential moving average of the weights; the average is exported. Default: no average."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     workers: int = 2
@@ -82,16 +81,16 @@ class TrainConfig:
     log_every: int = 10
     """Steps between log lines."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; one more is written at the end."""
+    """Steps between checkpoints. The last step always gets one."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep; the best is kept besides."""
+    """Number of newest checkpoints to keep, besides the best one."""
     val_every: int | None = None
-    """Steps between validations; default only at the end."""
+    """Steps between validations; default: only at the end."""
     timeout: float = 1800.0
-    """Seconds that the ranks of a run wait for one of them that no longer answers, before they end it."""
+    """Seconds that ranks wait for a rank that does not answer before the run fails."""
     resume: Resume = "never"
-    """must (or --resume alone): continue the run in --out; auto: continue it if there is one; never: refuse
-    to write into one."""
+    """must (or --resume alone): resume the run in --out. auto: resume it if there is one, else start. never: refuse if
+    there is one."""
     tensorboard: bool = False
     """Also log to TensorBoard (needs the extra localign[tensorboard])."""
     wandb: str | None = None
@@ -123,15 +122,15 @@ class TrainConfig:
         if self.warmup_ratio is not None and self.warmup_ratio >= 1:
             raise UserError(f"--warmup-ratio must lie below 1, not {self.warmup_ratio}")
         if self.sharding == "none" and self.reduce_dtype != "fp32":
-            raise UserError(f"--reduce-dtype {self.reduce_dtype} is of sharded runs; give --sharding too")
-        if self.sharding == "none" and not self.reshard_after_forward:
-            raise UserError("--reshard-after-forward is of sharded runs; give --sharding too")
-        if self.sharding != "none" and self.ddp_bucket_mb is not None:
             raise UserError(
-                "--ddp-bucket-mb is of runs whose ranks hold whole models; leave --sharding at none"
+                f"--reduce-dtype {self.reduce_dtype} applies to sharded runs only; give --sharding too"
             )
+        if self.sharding == "none" and not self.reshard_after_forward:
+            raise UserError("--reshard-after-forward applies to sharded runs only; give --sharding too")
+        if self.sharding != "none" and self.ddp_bucket_mb is not None:
+            raise UserError("--ddp-bucket-mb applies to unsharded runs only; leave --sharding at none")
         if self.sharding != "none" and self.optimizer == "muon":
-            raise UserError("--optimizer muon needs whole matrices on every rank; leave --sharding at none")
+            raise UserError("--optimizer muon needs full matrices on every rank; leave --sharding at none")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"--ema-decay must lie between 0 and 1, not {self.ema_decay}")
         if self.steps is not None and self.warmup_steps >= self.steps:

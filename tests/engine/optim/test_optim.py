@@ -105,7 +105,7 @@ def test_learning_rate_factors_work_with_muon() -> None:
 
 
 def test_muon_is_refused_in_sharded_runs() -> None:
-    with pytest.raises(UserError, match="whole matrices"):
+    with pytest.raises(UserError, match="full matrices"):
         TrainConfig(optimizer="muon", sharding="full")
 
 
@@ -237,11 +237,11 @@ def test_the_length_of_a_run() -> None:
         ({"warmup_ratio": 1.0}, "--warmup-ratio must lie below 1"),
         ({"warmup_ratio": 0.0}, "--warmup-ratio must be above 0"),
         ({"warmup_init_ratio": -0.1}, "--warmup-init-ratio must lie in"),
-        ({"reduce_dtype": "bf16"}, "--reduce-dtype bf16 is of sharded runs"),
-        ({"reshard_after_forward": False}, "--reshard-after-forward is of sharded runs"),
+        ({"reduce_dtype": "bf16"}, "--reduce-dtype bf16 applies to sharded runs only"),
+        ({"reshard_after_forward": False}, "--reshard-after-forward applies to sharded runs only"),
         (
             {"sharding": "full", "ddp_bucket_mb": 50.0},
-            "--ddp-bucket-mb is of runs whose ranks hold whole models",
+            "--ddp-bucket-mb applies to unsharded runs only",
         ),
         ({"ddp_bucket_mb": 0.0}, "--ddp-bucket-mb must be above 0"),
         ({"micro_batch": 0}, "--micro-batch must be above 0"),

@@ -34,7 +34,7 @@ class MicroBatchFinder:
     if the peaks of the two previous sizes predict that it fits.
 
     Args:
-        task: On its device, before its first step.
+        task: On its device, between steps.
         model: The task's module, replicated or sharded, without gradients.
         context: This rank.
         per_rank: Samples per rank and step.
