@@ -10,17 +10,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from localign.data.loader import (
     REPLACEMENT_ATTEMPTS,
     BadImages,
+    StreamReader,
     check_batches,
-    data_loader,
-    replacement,
-    served,
+    served_batches,
 )
 from localign.data.sources import UnreadableImage
+from localign.data.workers import data_loader
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
 from localign.vlm.data.examples import ConversationTokenizer, Example, NothingToLearn
@@ -111,23 +110,9 @@ def planned_batches(
     dealer = _Dealer(
         data, encoder, plan, record_stream(data, plan, grouped=grouped, shuffle=shuffle), packed, grouped
     )
-    reader = _Reader(data, encoder, transform, plan.seed, packed)
+    reader = _RecordReader(data, encoder, transform, plan.seed, packed)
     loader = data_loader(reader, dealer.micro_batches, plan.workers, plan.pin_memory, None)
-    bad = BadImages(len(data), max_bad_share)
-
-    def batches() -> Iterator[VLMBatch]:
-        for fetched in served(loader):
-            bad.add(tuple(fetched.bad))
-            if fetched.lost:
-                raise UserError(
-                    f"no usable record for position {fetched.lost[0]} in {REPLACEMENT_ATTEMPTS} draws; "
-                    f"{len(bad)} of {len(data)} records are known to be of no use"
-                )
-            assert fetched.batch is not None
-            # Pinning makes lists of tuples.
-            yield fetched.batch._replace(bad=tuple((name, reason) for name, reason in fetched.bad))
-
-    return batches()
+    return served_batches(loader, BadImages(len(data), max_bad_share), "record")
 
 
 def longest_batch(
@@ -149,7 +134,7 @@ def longest_batch(
     """
     longest = np.argsort(-estimated_lengths(data, encoder), kind="stable")
     chosen = np.resize(longest[:samples], samples).tolist()
-    fetched = _Reader(data, encoder, transform, 0, packed)[list(enumerate(chosen))]
+    fetched = _RecordReader(data, encoder, transform, 0, packed)[list(enumerate(chosen))]
     if fetched.batch is None:
         raise UserError(f"no usable record in {REPLACEMENT_ATTEMPTS} draws")
     return fetched.batch
@@ -198,15 +183,7 @@ class _Dealer:
         return deal_evenly(len(indices), bins)
 
 
-class _Fetched(NamedTuple):
-    batch: VLMBatch | None
-    bad: list[tuple[str, str]]
-    lost: list[int]
-
-
-class _Reader(Dataset[_Fetched]):
-    """Makes whole micro-batches in a worker; its items are lists of (position, index)."""
-
+class _RecordReader(StreamReader):
     def __init__(
         self,
         data: Conversations,
@@ -215,52 +192,28 @@ class _Reader(Dataset[_Fetched]):
         seed: int,
         packed: bool,
     ) -> None:
-        self.data, self.encoder, self.transform, self.seed, self.packed = (
-            data,
-            encoder,
-            transform,
-            seed,
-            packed,
-        )
+        super().__init__(seed, len(data))
+        self.data, self.encoder, self.transform, self.packed = data, encoder, transform, packed
 
-    def __getitem__(self, samples: list[tuple[int, int]]) -> _Fetched:
-        bad: dict[str, str] = {}
-        examples, images, indices = [], [], []
-        for position, index in samples:
-            read = self._read(position, index, bad)
-            if read is None:
-                return _Fetched(None, list(bad.items()), [position])
-            example, image, used = read
-            examples.append(example)
-            indices.append(used)
-            if image is not None:
-                images.append(image)
-        positions = torch.tensor([position for position, _ in samples], dtype=torch.int64)
+    def read(self, index: int, position: int) -> tuple[Example, Tensor | None]:
+        record = self.data.record(index)
+        try:
+            example = self.encoder(record)
+        except NothingToLearn as error:
+            raise UnreadableImage(self.data.name(index), str(error)) from None
+        if record.image is None:
+            return example, None
+        return example, self.transform(self.data.load_image(index, record.image))
+
+    def collate(
+        self, samples: list[tuple[Example, Tensor | None]], positions: Tensor, indices: Tensor
+    ) -> VLMBatch:
+        examples = [example for example, _ in samples]
+        images = [image for _, image in samples if image is not None]
         pixels = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-        rows = packed_row(examples) if self.packed else padded_rows(examples, self._padding())
-        batch = VLMBatch(*rows, pixels, positions, torch.tensor(indices, dtype=torch.int64), ())
-        return _Fetched(batch, list(bad.items()), [])
-
-    def _padding(self) -> int:
-        return int(self.encoder.tokenizer.pad_token_id)
-
-    def _read(
-        self, position: int, index: int, bad: dict[str, str]
-    ) -> tuple[Example, Tensor | None, int] | None:
-        for attempt in range(REPLACEMENT_ATTEMPTS + 1):
-            if attempt:
-                index = replacement(self.seed, position, attempt, len(self.data))
-            record = self.data.record(index)
-            try:
-                example = self.encoder(record)
-                if record.image is None:
-                    return example, None, index
-                return example, self.transform(self.data.load_image(index, record.image)), index
-            except UnreadableImage as error:
-                bad[error.name] = error.reason
-            except NothingToLearn as error:
-                bad[self.data.name(index)] = str(error)
-        return None
+        padding = self.encoder.tokenizer.pad_token_id
+        rows = packed_row(examples) if self.packed else padded_rows(examples, int(padding))
+        return VLMBatch(*rows, pixels, positions, indices, ())
 
 
 class _Rows(NamedTuple):
