@@ -21,7 +21,7 @@ from localign.vlm.data.examples import ConversationTokenizer
 from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format
 from localign.vlm.data.records import Conversations
 from localign.vlm.model.attention import check_independent_turns
-from localign.vlm.model.build import build_vlm, merged, save_vlm
+from localign.vlm.model.build import build_vlm, merge_lora, save_vlm
 from localign.vlm.model.losses import check_liger
 from localign.vlm.model.modeling import LocalignVLM, VLMOutput
 from localign.vlm.model.processing import LocalignVLMProcessor
@@ -198,7 +198,7 @@ class VLMTask(Task):
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
         assert isinstance(module, LocalignVLM)
-        module = merged(module)
+        module = merge_lora(module)
         module.config.localign = provenance
         save_vlm(module, self.processor, folder)
 

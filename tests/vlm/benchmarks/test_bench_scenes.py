@@ -15,7 +15,7 @@ from localign.data.scenes import SceneConfig, SceneSource
 from localign.errors import UserError
 from localign.vlm.benchmarks.scenes import Scenes, guessing
 from localign.vlm.data.scene_dataset import write_dataset
-from localign.vlm.data.scene_questions import KINDS, questions_of
+from localign.vlm.data.scene_questions import KINDS, make_questions
 from localign.vlm.evaluation.run import evaluate
 from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame, Size
 from localign.vlm.scoring.intervals import intervals
@@ -47,7 +47,7 @@ def test_what_was_written_is_asked(tmp_path: Path) -> None:
         f"test-{index:06d}-{turn}": question
         for index in range(12)
         for turn, question in enumerate(
-            questions_of(
+            make_questions(
                 world, source.scene(index), seed=0, split="test", index=index, kinds=KINDS, count=len(KINDS)
             )
         )

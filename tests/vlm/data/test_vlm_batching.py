@@ -21,10 +21,10 @@ from localign.vlm.data.prompts import IGNORE_INDEX
 from localign.vlm.data.records import Conversations
 from localign.vlm.data.sampling import (
     GroupedRecords,
-    deal_evenly,
-    deal_grouped,
-    deal_packed,
     estimated_lengths,
+    split_balanced,
+    split_evenly,
+    split_grouped,
 )
 
 ENCODER = tiny_encoder()
@@ -176,15 +176,15 @@ def test_packed_and_padded_rows_of_two_sequences(data: Conversations) -> None:
 
 
 def test_bins_are_balanced() -> None:
-    assert [bin.tolist() for bin in deal_packed([9, 1, 5, 4, 1], 2)] == [[0, 1], [2, 3, 4]]
+    assert [bin.tolist() for bin in split_balanced([9, 1, 5, 4, 1], 2)] == [[0, 1], [2, 3, 4]]
     lengths = np.random.default_rng(0).integers(20, 2000, 128)
-    bins = deal_packed(lengths, 16)
+    bins = split_balanced(lengths, 16)
     assert sorted(np.concatenate(bins).tolist()) == list(range(128))
     sums = [int(lengths[bin].sum()) for bin in bins]
     assert max(sums) <= 1.02 * lengths.sum() / 16
-    unbalanced = [int(lengths[bin].sum()) for bin in deal_evenly(128, 16)]
+    unbalanced = [int(lengths[bin].sum()) for bin in split_evenly(128, 16)]
     assert max(unbalanced) > 1.2 * lengths.sum() / 16
-    assert [len(bin) for bin in deal_packed([5000, 1, 1, 1], 4)] == [1, 1, 1, 1]
+    assert [len(bin) for bin in split_balanced([5000, 1, 1, 1], 4)] == [1, 1, 1, 1]
 
 
 def test_lengths_are_estimated_well(tmp_path: Path) -> None:
@@ -202,11 +202,11 @@ def test_lengths_are_estimated_well(tmp_path: Path) -> None:
 
 
 def test_the_published_dealing_by_hand() -> None:
-    dealt = deal_grouped([9, 7, 5, 5, 4, 3, 2, 1], ranks=2, bins_per_rank=1)
+    dealt = split_grouped([9, 7, 5, 5, 4, 3, 2, 1], ranks=2, bins_per_rank=1)
     # 9 | 7, then 5 to the second (7 < 9), 5 to the first (9 < 12), 4 to the second (12 < 14), 3 to the first
     # (14 < 16), 2 to the second (16 < 17), which is full; what is left goes to the first.
     assert [bin.tolist() for bin in dealt] == [[0, 3, 5, 7], [1, 2, 4, 6]]
-    cut = deal_grouped([9, 7, 5, 5, 4, 3, 2, 1], ranks=2, bins_per_rank=2)
+    cut = split_grouped([9, 7, 5, 5, 4, 3, 2, 1], ranks=2, bins_per_rank=2)
     assert [bin.tolist() for bin in cut] == [[0, 3], [5, 7], [1, 2], [4, 6]]
 
 

@@ -19,7 +19,7 @@ from localign.errors import UserError
 from localign.vlm.data import scene_dataset
 from localign.vlm.data.records import parse_record
 from localign.vlm.data.scene_dataset import read_questions, write_dataset
-from localign.vlm.data.scene_questions import KINDS, SceneQuestion, questions_of
+from localign.vlm.data.scene_questions import KINDS, SceneQuestion, make_questions
 
 WORLD = SceneConfig()
 SOURCE = SceneSource(WORLD, "test", 500)
@@ -28,7 +28,7 @@ NUMBERS = re.compile(r"\d\.\d\d")
 
 def ask(index: int, kinds: Sequence[str] = KINDS, count: int = len(KINDS)) -> list[SceneQuestion]:
     scene = SOURCE.scene(index)
-    return questions_of(WORLD, scene, seed=0, split="test", index=index, kinds=kinds, count=count)
+    return make_questions(WORLD, scene, seed=0, split="test", index=index, kinds=kinds, count=count)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_questions_are_a_function_of_seed_split_and_scene() -> None:
     scene = SOURCE.scene(3)
     settings = {"seed": 0, "split": "test", "index": 3, "kinds": KINDS, "count": 8}
     for other in ({"seed": 1}, {"split": "train"}, {"index": 4}):
-        assert questions_of(WORLD, scene, **{**settings, **other}) != ask(3)  # type: ignore[arg-type]
+        assert make_questions(WORLD, scene, **{**settings, **other}) != ask(3)  # type: ignore[arg-type]
 
 
 def test_fewer_questions_are_the_first_of_many() -> None:
@@ -189,7 +189,7 @@ def test_other_worlds_have_questions_too() -> None:
     found = [
         q
         for i in range(40)
-        for q in questions_of(world, source.scene(i), seed=0, split="test", index=i, kinds=KINDS, count=8)
+        for q in make_questions(world, source.scene(i), seed=0, split="test", index=i, kinds=KINDS, count=8)
     ]
     assert {question.kind for question in found} == set(KINDS)
     assert any("an orange" in question.message for question in found)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from localign.engine.log import read_log
 from localign.errors import RunFailure, RunStopped
-from localign.vlm.demo.side_by_side import Job, cores, run_side_by_side
+from localign.vlm.demo.side_by_side import Job, available_cores, run_side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_runs_are_those_that_they_would_be_alone(images: Path, tmp_path: Path) -
     jobs = [job(tmp_path / f"seed{seed}", images, seed=seed) for seed in range(3)]
     run_side_by_side(jobs, 2)
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, cores() // 2))
+    torch.set_num_threads(max(1, available_cores() // 2))
     for seed, one in enumerate(jobs):
         run(tiny(tmp_path / f"alone{seed}", images, seed=seed))
         ours, theirs = weights(one.folder), weights(tmp_path / f"alone{seed}")

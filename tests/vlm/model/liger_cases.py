@@ -18,7 +18,8 @@ from vlm_models import mixed_records, packed, tiny_vlm
 
 from localign.engine.sharding import shard
 from localign.options.names import CrossEntropy
-from localign.vlm.model.losses import IGNORE_INDEX, LMHead, next_token_loss
+from localign.vlm.data.prompts import IGNORE_INDEX
+from localign.vlm.model.losses import LMHead, next_token_loss
 
 WIDTH, VOCABULARY = 12, 70
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

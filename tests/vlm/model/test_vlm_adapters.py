@@ -20,7 +20,7 @@ from localign.backbones import Backbone, create_backbone
 from localign.backbones.create import build_vit
 from localign.errors import UserError
 from localign.vlm.model.adapters import Adapter, AdapterConfig, build_adapter, fresh_adapter
-from localign.vlm.model.presets import VisionSource, tower_for, vision_side
+from localign.vlm.model.presets import VisionSource, build_tower, build_vision
 from localign.vlm.model.pretrained_adapters import (
     adapter_from_backbone,
     adapter_from_student,
@@ -105,7 +105,7 @@ def test_parameters_and_tokens_are_those_of_the_paper(kind: Any, aligned: bool, 
     if kind == "fused-mlp":
         sources.insert(0, known["dino"])
     with torch.device("meta"):
-        tower, adapter = vision_side(kind, sources, 4096)
+        tower, adapter = build_vision(kind, sources, 4096)
     assert size(adapter) == PUBLISHED_SIZES[kind, aligned][index]
     prefix = 1 if index == 0 and (aligned or kind in ("transformer", "truncated")) else 0
     assert tower.num_tokens == (576, 729)[index] + prefix
@@ -116,7 +116,7 @@ def test_parameters_and_tokens_are_those_of_the_paper(kind: Any, aligned: bool, 
 def test_the_published_truncated_baseline_lacks_the_norm_and_the_last_block(index: int) -> None:
     source = published_sources(index)["baseline"]
     with torch.device("meta"):
-        tower, adapter = vision_side("truncated", [source], 4096, published_quirks=True)
+        tower, adapter = build_vision("truncated", [source], 4096, published_quirks=True)
     assert size(adapter) == (29_390_848, 35_201_696)[index]
     assert tower.configs[0].layer == source.backbone.depth - 4
 
@@ -167,7 +167,7 @@ def test_tiny_adapters_have_the_published_sizes(variant: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_the_start_is_zero_exactly_where_the_output_layer_is(kind: Any) -> None:
-    tower, adapter = vision_side(kind, sides(kind), WIDTH)
+    tower, adapter = build_vision(kind, sides(kind), WIDTH)
     embeddings = adapter(tower(pixels()))
     assert embeddings.shape == (2, tower.num_tokens, WIDTH)
     assert embeddings.any() == (kind in ("mlp", "fused-mlp", "transformer", "fused-decoder"))
@@ -175,7 +175,7 @@ def test_the_start_is_zero_exactly_where_the_output_layer_is(kind: Any) -> None:
 
 def test_a_transformer_from_scratch_starts_as_the_paper_says() -> None:
     adapter: Any = fresh_adapter(
-        "transformer", tower_for("transformer", [VisionSource(tiny_backbone())]), WIDTH
+        "transformer", build_tower("transformer", [VisionSource(tiny_backbone())]), WIDTH
     )
     assert len(adapter.decoder.blocks) == 2
     for block in adapter.decoder.blocks:
@@ -191,7 +191,7 @@ def test_a_transformer_from_scratch_starts_as_the_paper_says() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_built_again_from_its_config_and_weights(kind: Any) -> None:
-    tower, adapter = vision_side(kind, sides(kind), WIDTH, seed=4)
+    tower, adapter = build_vision(kind, sides(kind), WIDTH, seed=4)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter))
@@ -212,18 +212,18 @@ def test_the_start_depends_on_the_seed_alone(kind: Any) -> None:
     sources = sides(kind)
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    _, first = vision_side(kind, sources, WIDTH, seed=3)
+    _, first = build_vision(kind, sources, WIDTH, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    _, again = vision_side(kind, sources, WIDTH, seed=3)
-    _, other = vision_side(kind, sources, WIDTH, seed=4)
+    _, again = build_vision(kind, sources, WIDTH, seed=3)
+    _, other = build_vision(kind, sources, WIDTH, seed=4)
     assert torch.equal(starts(first), starts(again))
     assert not torch.equal(starts(first), starts(other))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_built_without_memory_gets_the_same_start_later(kind: Any) -> None:
-    _, adapter = vision_side(kind, sides(kind), WIDTH)
+    _, adapter = build_vision(kind, sides(kind), WIDTH)
     with torch.device("meta"):
         empty = build_adapter(adapter.config)
     assert all(parameter.is_meta for parameter in empty.parameters())
@@ -239,7 +239,7 @@ def test_the_decoder_adapter_is_the_students_decoder_on_embeddings_with_hidden_p
     student = tiny_student()
     adapter: Any = adapter_from_student(student, 16).eval()
     adapter.decoder.head.load_state_dict(student.decoder.head.state_dict())
-    tower = tower_for("decoder", [VisionSource(student.encoder.backbone, aligned=True, student=student)])
+    tower = build_tower("decoder", [VisionSource(student.encoder.backbone, aligned=True, student=student)])
     tokens = tower(pixels())
     images = student.encoder.backbone.normalise(pixels())
     expected = student(images, torch.ones(2, 1, 4, dtype=torch.bool))
@@ -253,7 +253,7 @@ def test_the_decoder_adapter_is_the_students_decoder_on_embeddings_with_hidden_p
 def test_a_truncated_adapter_continues_the_vit_to_its_end(aligned: bool) -> None:
     source = aligned_source() if aligned else VisionSource(tiny_backbone())
     whole = source.backbone
-    tower, adapter = vision_side("truncated", [source], whole.width)
+    tower, adapter = build_vision("truncated", [source], whole.width)
     nn.init.eye_(adapter.head.weight)
     assert torch.allclose(adapter(tower(pixels())), whole(whole.normalise(pixels())), atol=1e-5)
     whole.requires_grad_(True)
@@ -265,12 +265,12 @@ def test_the_published_truncated_baseline_ends_one_block_early_without_norm() ->
     kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
     vit = build_vit("vit_tiny_patch16_224", kwargs, pretrained=False)
     whole = Backbone(vit, name="four", architecture="vit_tiny_patch16_224", model_kwargs=kwargs).eval()
-    tower, adapter = vision_side("truncated", [VisionSource(whole)], 16, published_quirks=True)
+    tower, adapter = build_vision("truncated", [VisionSource(whole)], 16, published_quirks=True)
     nn.init.eye_(adapter.head.weight)
     expected = whole.tokens(whole.normalise(pixels()), layer=-2, norm=False)
     assert torch.allclose(adapter(tower(pixels())), expected, atol=1e-5)
     aligned = VisionSource(whole, aligned=True)  # the published code has no such defect there
-    _, adapter = vision_side("truncated", [aligned], 16, published_quirks=True)
+    _, adapter = build_vision("truncated", [aligned], 16, published_quirks=True)
     assert isinstance(adapter.norm, nn.LayerNorm)
 
 
@@ -280,11 +280,11 @@ def test_a_fused_decoder_concatenates_the_decoders_patches_with_the_other_tokens
     aligned = aligned_source()
     alone: Any = adapter_from_student(aligned.student, 16)
     alone.decoder.head = nn.Identity()
-    tokens = tower_for("decoder", [aligned])(pixels())
+    tokens = build_tower("decoder", [aligned])(pixels())
     decoded = alone(tokens)[:, 1:]
-    plain = tower_for("mlp", [other])(pixels())
+    plain = build_tower("mlp", [other])(pixels())
     for sources, expected in (([other, aligned], [plain, decoded]), ([aligned, other], [decoded, plain])):
-        tower, adapter = vision_side("fused-decoder", sources, WIDTH)
+        tower, adapter = build_vision("fused-decoder", sources, WIDTH)
         assert adapter(tower(pixels())).shape == (2, 4, WIDTH)
         adapter.mlp = nn.Identity()
         assert torch.allclose(adapter(tower(pixels())), torch.cat(expected, dim=-1), atol=1e-5)
@@ -299,7 +299,7 @@ def test_a_decoder_keeps_the_activation_it_was_trained_with_unless_asked() -> No
     source = aligned_source(clip)
     outputs = []
     for quirks in (False, True):
-        tower, adapter = vision_side("decoder", [source], 16, published_quirks=quirks)
+        tower, adapter = build_vision("decoder", [source], 16, published_quirks=quirks)
         assert (type(adapter.decoder.blocks[0].mlp.act) is nn.GELU) == quirks
         adapter.decoder.head.load_state_dict(source.student.decoder.head.state_dict())
         outputs.append(adapter(tower(pixels())))
@@ -312,7 +312,7 @@ def test_a_decoder_keeps_the_activation_it_was_trained_with_unless_asked() -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_the_adapter_alone(kind: Any) -> None:
     sources = sides(kind)
-    tower, adapter = vision_side(kind, sources, WIDTH)
+    tower, adapter = build_vision(kind, sources, WIDTH)
     with torch.no_grad():  # a zero output layer lets no gradient past itself on the first step
         for parameter in adapter.parameters():
             parameter.add_(0.01)
@@ -325,7 +325,7 @@ def test_gradients_reach_the_adapter_alone(kind: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_bfloat16_is_near_float32(kind: Any) -> None:
-    tower, adapter = vision_side(kind, sides(kind), WIDTH)
+    tower, adapter = build_vision(kind, sides(kind), WIDTH)
     for parameter in adapter.parameters():
         parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
     exact = adapter(tower(pixels()))
@@ -341,7 +341,7 @@ def test_the_source_models_are_not_touched() -> None:
     for kind in ("decoder", "truncated"):
         source = aligned_source()
         before = {k: v.clone() for k, v in source.student.state_dict().items()}
-        _, adapter = vision_side(kind, [source], WIDTH)
+        _, adapter = build_vision(kind, [source], WIDTH)
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.fill_(9)
@@ -356,7 +356,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name() -> None:
 
     def refused(kind: Any, sources: list[VisionSource], reason: str) -> None:
         with pytest.raises(UserError, match=reason):
-            vision_side(kind, sources, WIDTH)
+            build_vision(kind, sources, WIDTH)
 
     for kind in ("truncated", "decoder", "transformer"):
         refused(kind, [aligned, other], rf"the {kind} adapter takes one backbone, not tiny \+ wide")
@@ -369,7 +369,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name() -> None:
     )
     refused("fused-decoder", [other, VisionSource(tiny_backbone())], r"given: wide \+ tiny")
     refused("fused-decoder", [aligned], "at least one other, not tiny")
-    tower = tower_for("fused-decoder", [other, aligned])
+    tower = build_tower("fused-decoder", [other, aligned])
     with pytest.raises(
         UserError, match=r"trained with narrow \(5 tokens of 8 .* does not fit tiny \(5 tokens of 16"
     ):
@@ -389,14 +389,14 @@ def test_truncated_needs_a_plain_vit_with_blocks_to_spare() -> None:
         model_kwargs={"depth": 3, "embed_dim": 48, "num_heads": 3},
     )
     with pytest.raises(UserError, match="not eva02_tiny_patch14_224, which is a Eva"):
-        vision_side("truncated", [VisionSource(eva)], WIDTH)
+        build_vision("truncated", [VisionSource(eva)], WIDTH)
     with pytest.raises(UserError, match="leaves nothing of tiny, which has 3 blocks"):
         adapter_from_backbone(tiny_backbone(), WIDTH, published_quirks=True)
 
 
 def test_the_fit_of_a_given_adapter_and_tower_is_checked() -> None:
-    tower = tower_for("mlp", [VisionSource(tiny_backbone())])
-    wide = tower_for("mlp", [VisionSource(tiny_backbone("wide", width=24))])
+    tower = build_tower("mlp", [VisionSource(tiny_backbone())])
+    wide = build_tower("mlp", [VisionSource(tiny_backbone("wide", width=24))])
     adapter = fresh_adapter("mlp", tower, WIDTH)
     adapter.config.check_fits(tower)
     with pytest.raises(
@@ -404,7 +404,7 @@ def test_the_fit_of_a_given_adapter_and_tower_is_checked() -> None:
     ):
         adapter.config.check_fits(wide)
     truncated = adapter_from_backbone(tiny_backbone(), WIDTH)
-    aligned = tower_for("truncated", [aligned_source()])
+    aligned = build_tower("truncated", [aligned_source()])
     with pytest.raises(UserError, match="holds the end of tiny; it does not fit tiny"):
         truncated.config.check_fits(aligned)
     with pytest.raises(UserError, match="the decoder adapter does not start from scratch"):

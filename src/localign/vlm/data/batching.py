@@ -30,10 +30,10 @@ from localign.vlm.data.sampling import (
     Integers,
     RecordStream,
     ShuffledRecords,
-    deal_evenly,
-    deal_grouped,
-    deal_packed,
     estimated_lengths,
+    split_balanced,
+    split_evenly,
+    split_grouped,
 )
 
 ImageToTensor = Callable[[Image.Image], Tensor]
@@ -107,7 +107,7 @@ def planned_batches(
         raise UserError("padded batches need a tokenizer with a padding token")
     if plan.workers:  # else the library warns of every fork, for it has tokenised in this process
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    dealer = _Dealer(
+    dealer = _MicroBatchSplitter(
         data, encoder, plan, record_stream(data, plan, grouped=grouped, shuffle=shuffle), packed, grouped
     )
     reader = _RecordReader(data, encoder, transform, plan.seed, packed)
@@ -149,7 +149,7 @@ def record_stream(
     return ShuffledRecords(plan.seed, len(data), plan.global_batch, shuffle)
 
 
-class _Dealer:
+class _MicroBatchSplitter:
     """The (position, index) pairs of this rank's micro-batches."""
 
     def __init__(
@@ -171,16 +171,16 @@ class _Dealer:
         for step in range(self.plan.start_step, self.plan.end_step):
             indices = self.stream.indices(step)
             first = step * self.plan.global_batch
-            for places in self._deal(indices, per_rank)[mine]:
+            for places in self._split(indices, per_rank)[mine]:
                 yield [(first + int(place), int(indices[place])) for place in places]
 
-    def _deal(self, indices: Integers, per_rank: int) -> list[Integers]:
+    def _split(self, indices: Integers, per_rank: int) -> list[Integers]:
         bins = self.plan.world_size * per_rank
         if self.lengths is not None:
-            return deal_packed(self.lengths[indices], bins)
+            return split_balanced(self.lengths[indices], bins)
         if self.grouped:
-            return deal_grouped(self.words[indices], self.plan.world_size, per_rank)
-        return deal_evenly(len(indices), bins)
+            return split_grouped(self.words[indices], self.plan.world_size, per_rank)
+        return split_evenly(len(indices), bins)
 
 
 class _RecordReader(StreamReader):

@@ -39,14 +39,14 @@ _JPEG = (".jpg", ".jpeg")
 _QUALITY = 95
 
 
-class Written(NamedTuple):
+class WrittenMixture(NamedTuple):
     """A data set that was written."""
 
     file: Path
     records: int
 
 
-class Prepared(NamedTuple):
+class PreparedImages(NamedTuple):
     """What :func:`prepare_ocr_vqa` did."""
 
     written: int
@@ -55,14 +55,16 @@ class Prepared(NamedTuple):
     unreadable: tuple[UnreadableImage, ...]
 
 
-def merge_lvis_instruct(base: StrPath, lvis: StrPath, images: Sequence[StrPath], out: StrPath) -> Written:
+def merge_lvis_instruct(
+    base: StrPath, lvis: StrPath, images: Sequence[StrPath], out: StrPath
+) -> WrittenMixture:
     """LLaVA-1.5 with LVIS-Instruct-4V.
 
     Args:
         base: ``llava_v1_5_mix665k.json``.
         lvis: ``lvis_instruct4v_220k.json``, of LLaVA's format already.
         images: Image roots; every image of LVIS-Instruct-4V must be there.
-        out: Written whole or not at all.
+        out: File to write; an interrupted call leaves none.
 
     Raises:
         UserError: A file is not there or malformed, or an image is missing.
@@ -73,7 +75,7 @@ def merge_lvis_instruct(base: StrPath, lvis: StrPath, images: Sequence[StrPath],
 
 def merge_lrv_instruct(
     base: StrPath, lrv: StrPath, images: Sequence[StrPath], out: StrPath, *, before: StrPath | None = None
-) -> Written:
+) -> WrittenMixture:
     """LLaVA-1.5, or its mixture with LVIS-Instruct-4V, with LRV-Instruct.
 
     The published script makes both mixtures in one go, and the second is shuffled with the generator as the first
@@ -83,7 +85,7 @@ def merge_lrv_instruct(
         base: What LRV-Instruct is added to.
         lrv: Folder with ``filter_cap1.json``, ``filter_cap_more1.json`` and ``chart_release_update.json``.
         images: Image roots; every image of LRV-Instruct must be there, in ``lrv/lrv-vg`` and ``lrv/lrv-chart``.
-        out: Written whole or not at all.
+        out: File to write; an interrupted call leaves none.
         before: Where ``base`` holds LVIS-Instruct-4V: LLaVA-1.5 by itself, whose mixture came before.
 
     Raises:
@@ -97,7 +99,7 @@ def merge_lrv_instruct(
     return _shuffle_and_write(Path(out), (_FileRecords(base), added), generator)
 
 
-def strip_text_only(base: StrPath, out: StrPath) -> Written:
+def strip_text_only(base: StrPath, out: StrPath) -> WrittenMixture:
     """A data set without its records that have no image, in order.
 
     Raises:
@@ -203,7 +205,7 @@ def _refuse_missing(missing: Sequence[str], data: StrPath) -> None:
         raise UserError(f"{len(missing)} images of {data} are missing; the first is {missing[0]}")
 
 
-def _shuffle_and_write(out: Path, parts: Sequence[_Part], generator: random.Random) -> Written:
+def _shuffle_and_write(out: Path, parts: Sequence[_Part], generator: random.Random) -> WrittenMixture:
     return _write(out, parts, _shuffled(sum(map(len, parts)), generator))
 
 
@@ -215,7 +217,7 @@ def _shuffled(length: int, generator: random.Random) -> list[int]:
     return order
 
 
-def _write(out: Path, parts: Sequence[_Part], order: Sequence[int]) -> Written:
+def _write(out: Path, parts: Sequence[_Part], order: Sequence[int]) -> WrittenMixture:
     """The records of all parts, counted through, in the given order, as a JSON list of one record a line."""
     first = len(parts[0])
     with replacing(out) as temporary, open(temporary, "wb") as file:
@@ -223,10 +225,10 @@ def _write(out: Path, parts: Sequence[_Part], order: Sequence[int]) -> Written:
             raw = parts[0].raw(index) if index < first else parts[1].raw(index - first)
             file.write((b",\n" if place else b"[") + raw)
         file.write(b"]\n")
-    return Written(out, len(order))
+    return WrittenMixture(out, len(order))
 
 
-def prepare_ocr_vqa(folder: StrPath) -> Prepared:
+def prepare_ocr_vqa(folder: StrPath) -> PreparedImages:
     """Save every GIF (its first frame) and PNG of OCR-VQA's images as a JPEG too, as the records name them.
 
     Args:
@@ -256,4 +258,4 @@ def prepare_ocr_vqa(folder: StrPath) -> Prepared:
             image.save(temporary, format="JPEG", quality=_QUALITY)
         names.add(f"{path.stem}.jpg")
         written += 1
-    return Prepared(written, present, tuple(unreadable))
+    return PreparedImages(written, present, tuple(unreadable))

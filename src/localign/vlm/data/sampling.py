@@ -109,12 +109,12 @@ class GroupedRecords:
         return np.take_along_axis(steps, by_length, axis=1)
 
 
-def deal_evenly(records: int, bins: int) -> list[Integers]:
+def split_evenly(records: int, bins: int) -> list[Integers]:
     """Consecutive places of a step, equally many for each bin."""
     return list(np.arange(records).reshape(bins, -1))
 
 
-def deal_packed(lengths: Sequence[int] | NDArray[np.integer], bins: int) -> list[Integers]:
+def split_balanced(lengths: Sequence[int] | NDArray[np.integer], bins: int) -> list[Integers]:
     """The places of a step for bins of like summed length: the longest first, each into the emptiest bin.
 
     Args:
@@ -132,7 +132,7 @@ def deal_packed(lengths: Sequence[int] | NDArray[np.integer], bins: int) -> list
     return [np.array(sorted(places), dtype=np.int64) for places in dealt]
 
 
-def deal_grouped(
+def split_grouped(
     words: Sequence[int] | NDArray[np.integer], ranks: int, bins_per_rank: int
 ) -> list[Integers]:
     """The published dealing of a step whose longest records come first.

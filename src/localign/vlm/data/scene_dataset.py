@@ -22,7 +22,7 @@ from localign.data.parallel import in_processes, parts
 from localign.data.scenes import Scene, SceneConfig, SceneSource
 from localign.errors import UserError, did_you_mean
 from localign.files import fsync_path, replace_text
-from localign.vlm.data.scene_questions import KINDS, SceneQuestion, questions_of
+from localign.vlm.data.scene_questions import KINDS, SceneQuestion, make_questions
 
 QUESTIONS_FILE, SETTINGS_FILE, IMAGES = "questions.json", "settings.json", "images"
 _FLUSHED_AT_ONCE = 16
@@ -32,7 +32,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class AskedQuestion:
+class DatasetQuestion:
     """A question of a data set on disk, to be asked by itself."""
 
     id: str
@@ -62,7 +62,7 @@ def write_dataset(
         split: One of the scenes' splits.
         scenes: How many. Those that none of the kinds suits have no record.
         questions_per_scene: Turns of a conversation, at most.
-        kinds: See :func:`questions_of`.
+        kinds: See :func:`make_questions`.
         seed: Of the questions; the scenes are those of the world's seed 0, as elsewhere.
         world: The default world where none is given.
         processes: That draw; 0 draws in this one. The files do not depend on it.
@@ -103,7 +103,7 @@ def write_dataset(
     return path
 
 
-def read_questions(path: str | Path) -> list[AskedQuestion]:
+def read_questions(path: str | Path) -> list[DatasetQuestion]:
     """The questions of :func:`write_dataset`, one by one, whatever conversations they were put into.
 
     Raises:
@@ -113,7 +113,7 @@ def read_questions(path: str | Path) -> list[AskedQuestion]:
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
         return [
-            AskedQuestion(f"{record['id']}-{turn}", path.parent / record["image"], question)
+            DatasetQuestion(f"{record['id']}-{turn}", path.parent / record["image"], question)
             for record in records
             for turn, question in enumerate(_questions_in(record))
         ]
@@ -168,7 +168,7 @@ def _write_scenes(
     records = []
     for index in range(*span):
         scene = source.scene(index)
-        asked = questions_of(
+        asked = make_questions(
             source.config, scene, seed=seed, split=source.split, index=index, kinds=kinds, count=count
         )
         if not asked:

@@ -48,10 +48,10 @@ class SceneQuestion:
     """Of a referring question: where the object is."""
 
 
-Asking = Callable[[SceneConfig, Scene, np.random.Generator], Iterator[SceneQuestion]]
+QuestionGenerator = Callable[[SceneConfig, Scene, np.random.Generator], Iterator[SceneQuestion]]
 
 
-def questions_of(
+def make_questions(
     world: SceneConfig, scene: Scene, *, seed: int, split: str, index: int, kinds: Sequence[str], count: int
 ) -> list[SceneQuestion]:
     """The questions of one scene; none is asked twice.
@@ -71,7 +71,7 @@ def questions_of(
     order = random.permutation(len(kinds))
     scene = replace(scene, objects=tuple(_shuffled(scene.objects, random)))
     streams = {
-        kind: _ASKING[kind](world, scene, rng.generator(seed, f"questions/{split}/{kind}", index))
+        kind: _GENERATORS[kind](world, scene, rng.generator(seed, f"questions/{split}/{kind}", index))
         for kind in kinds
     }
     turns = (streams[kinds[order[number % len(kinds)]]] for number in range(count))
@@ -170,7 +170,7 @@ def _caption(world: SceneConfig, scene: Scene, random: np.random.Generator) -> I
     yield SceneQuestion("caption", CAPTION, f"{scene.caption[0].upper()}{scene.caption[1:]}.")
 
 
-_ASKING: dict[str, Asking] = {
+_GENERATORS: dict[str, QuestionGenerator] = {
     "referring": _referring,
     "position": _position,
     "count": _count,

@@ -27,7 +27,7 @@ from localign.options.vlm.train import VLMConfig
 from localign.statistics.paired import paired
 from localign.vlm.benchmarks.scenes import Scenes, guessing
 from localign.vlm.data.scene_dataset import write_dataset
-from localign.vlm.demo.side_by_side import Job, cores, run_side_by_side
+from localign.vlm.demo.side_by_side import Job, available_cores, run_side_by_side
 from localign.vlm.demo.tinylm import TinyLMConfig, train_tiny_lm
 from localign.vlm.evaluation.models import fingerprint_of, open_model
 from localign.vlm.evaluation.run import evaluate
@@ -41,7 +41,7 @@ _TOGETHER = 128
 """Questions that are asked at a time."""
 
 
-def fastest(device: str) -> dict[str, Any]:
+def fast_options(device: str) -> dict[str, Any]:
     """Options of training a small model on short conversations that are faster on this machine than the defaults.
 
     On CPUs a packed row costs its whole mask. With bf16 instructions products are four to five times as fast, but
@@ -68,7 +68,7 @@ def run_vlm_demo(config: VLMDemoConfig) -> dict[str, Any]:
     _prepare(config, folder, train_file)
     seeds = range(config.seed, config.seed + config.seeds)
     _train_models(
-        [config.vlm_config(name, seed, **fastest(config.device)) for seed in seeds for name in config.models],
+        [config.vlm_config(name, seed, **fast_options(config.device)) for seed in seeds for name in config.models],
         config,
     )
     say("asking")
@@ -94,7 +94,7 @@ def run_vlm_demo(config: VLMDemoConfig) -> dict[str, Any]:
 
 def _written(config: VLMDemoConfig, split: str, scenes: int) -> Path:
     """Questions on a split's scenes."""
-    processes = cores() if cores() > 1 else 0
+    processes = available_cores() if available_cores() > 1 else 0
     folder = Path(config.out) / split
     return write_dataset(folder, split, scenes, config.questions, config.kinds, processes=processes)
 
@@ -141,7 +141,7 @@ def _train_models(configs: Sequence[VLMConfig], demo: VLMDemoConfig) -> None:
     """Train those that are not yet."""
     left = [vlm for vlm in configs if not (Path(vlm.out) / run_folder.RESULTS_FILE).is_file()]
     on_cpu = choose_device(demo.device).type == "cpu"
-    at_once = min(len(left), demo.at_once or (cores() if on_cpu else 1))
+    at_once = min(len(left), demo.at_once or (available_cores() if on_cpu else 1))
     if at_once > 1:
         run_side_by_side([Job("vlm train", vlm) for vlm in left], at_once)
         return

@@ -45,7 +45,7 @@ class Job:
         return self.folder.with_name(self.folder.name + OUTPUT_SUFFIX)
 
 
-def cores() -> int:
+def available_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -60,7 +60,7 @@ def run_side_by_side(jobs: Sequence[Job], at_once: int) -> None:
         RunStopped: SIGTERM or SIGUSR1 came.
     """
     waiting, running = list(jobs), list[tuple[Job, subprocess.Popen[bytes]]]()
-    threads = max(1, cores() // at_once)
+    threads = max(1, available_cores() // at_once)
     with stop_requests() as stop:
         try:
             while waiting or running:

@@ -29,7 +29,7 @@ from localign.files import replacing_folder
 from localign.options.vlm.train import VLMConfig
 from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.modeling import LocalignVLM
-from localign.vlm.model.presets import VisionSource, vision_side
+from localign.vlm.model.presets import VisionSource, build_vision
 from localign.vlm.model.processing import LocalignVLMProcessor
 
 transformers_logging.disable_progress_bar()  # localign has its own, and none where there is no terminal
@@ -49,8 +49,8 @@ def build_vlm(config: VLMConfig) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
     if config.init is not None:
         model, tokenizer = (_empty_vlm if empty else load_vlm)(config.init)
     else:
-        llm, tokenizer = language_model(config, empty=empty)
-        tower, adapter = vision_side(
+        llm, tokenizer = load_language_model(config, empty=empty)
+        tower, adapter = build_vision(
             config.adapter,
             vision_sources(config),
             llm.config.get_text_config().hidden_size,
@@ -142,7 +142,7 @@ def export_folder(name: str) -> Path | None:
     return None
 
 
-def language_model(
+def load_language_model(
     config: VLMConfig, *, empty: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model in float32, and its tokenizer, from the Hub, its cache or a folder.
@@ -154,7 +154,7 @@ def language_model(
     Raises:
         UserError: It cannot be had, or is no causal language model.
     """
-    tokenizer = tokenizer_of(config.llm)
+    tokenizer = load_tokenizer(config.llm)
     try:
         if empty or config.llm_weights == "none":
             device = torch.device("meta" if empty else "cpu")
@@ -173,7 +173,7 @@ def language_model(
     return llm, tokenizer
 
 
-def tokenizer_of(llm: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(llm: str) -> PreTrainedTokenizerBase:
     """A language model's tokenizer. Raises UserError if it cannot be had."""
     try:
         return AutoTokenizer.from_pretrained(llm)
@@ -209,7 +209,7 @@ def _with_lora(llm: nn.Module, config: VLMConfig) -> nn.Module:
         return get_peft_model(llm, lora)
 
 
-def merged(model: LocalignVLM) -> LocalignVLM:
+def merge_lora(model: LocalignVLM) -> LocalignVLM:
     """The model as it is exported: low-rank updates added into the weights they belong to, in place."""
     llm: Any = model.language_model
     if hasattr(llm, "merge_and_unload"):

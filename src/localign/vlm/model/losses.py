@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from localign.errors import UserError
 from localign.options.names import CrossEntropy
+from localign.vlm.data.prompts import IGNORE_INDEX
 
-IGNORE_INDEX = -100
-"""The label of a token that is not learned."""
 CHUNK_LOGITS = 1 << 26
 """Logits that are held at once: 256 MiB in float32."""
 

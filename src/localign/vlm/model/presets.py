@@ -48,7 +48,7 @@ class VisionSource:
     """The alignment it comes from, where the adapter takes its decoder."""
 
 
-def tower_for(
+def build_tower(
     kind: AdapterName, sources: Sequence[VisionSource], *, published_quirks: bool = False
 ) -> VisionTower:
     """The vision tower that feeds an adapter, with the sources' weights.
@@ -87,7 +87,7 @@ def _check(kind: AdapterName, sources: Sequence[VisionSource]) -> None:
         check_decoder_fits(aligned[0].student, aligned[0].backbone)
 
 
-def vision_side(
+def build_vision(
     kind: AdapterName,
     sources: Sequence[VisionSource],
     output_width: int,
@@ -108,7 +108,7 @@ def vision_side(
     Raises:
         UserError: The adapter does not go with these backbones; both are named.
     """
-    tower = tower_for(kind, sources, published_quirks=published_quirks)
+    tower = build_tower(kind, sources, published_quirks=published_quirks)
     aligned = next((source for source in sources if source.aligned), None)
     if kind == "truncated":
         quirks = published_quirks and aligned is None
