@@ -78,13 +78,13 @@ def test_a_limit_is_of_every_kind(tmp_path: Path) -> None:
     ("changes", "line"),
     [
         ({"kinds": ["colour"]}, "question test-000000-0: unknown kind of question 'colour'"),
-        ({"kinds": ["referring", "count"]}, "no file of questions on scenes"),
+        ({"kinds": ["referring", "count"]}, "no file of questions about scenes"),
         ({"boxes": [None]}, "question test-000000-0: the field 'boxes' is None, not four numbers"),
         ({"boxes": [[0.1, 0.2, 0.3]]}, "not four numbers"),
         ({"boxes": [[0.5, 0.2, 0.5, 0.4]]}, r"the box \[.*\] does not fit in an image of"),
         ({"boxes": [[0.5, 0.2, 1.5, 0.4]]}, r"the box \[.*\] does not fit in an image of"),
         ({"kinds": ["caption"], "boxes": [None]}, "names no object"),
-        ({"conversations": None}, "no file of questions on scenes"),
+        ({"conversations": None}, "no file of questions about scenes"),
     ],
 )
 def test_bad_records_are_named(changes: dict[str, Any], line: str, tmp_path: Path) -> None:

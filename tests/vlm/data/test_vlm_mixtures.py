@@ -123,7 +123,7 @@ def test_nothing_is_written_where_something_is_wrong(
     ):
         merge_lrv_instruct(base, lrv, [tmp_path], out)
     write_json(lrv / "filter_cap1.json", [{"image_id": "1", "question": "q"}])
-    with pytest.raises(UserError, match=r"filter_cap1.json, record 1: it has no text 'answer'"):
+    with pytest.raises(UserError, match=r"filter_cap1.json, record 1: 'answer' is missing or not a string"):
         merge_lrv_instruct(base, lrv, [tmp_path], out)
     assert out.read_text() == "as before"
     assert not list(tmp_path.glob(".*"))
@@ -156,5 +156,5 @@ def test_ocr_vqa_images_become_jpegs(tmp_path: Path) -> None:
     assert not (tmp_path / "d.jpg").exists()
     assert prepare_ocr_vqa(tmp_path).present == 3
     (tmp_path / "e.txt").touch()
-    with pytest.raises(UserError, match=r"e.txt is no GIF, PNG or JPEG"):
+    with pytest.raises(UserError, match=r"e.txt is not a GIF, PNG or JPEG file"):
         prepare_ocr_vqa(tmp_path)

@@ -310,10 +310,10 @@ def test_files_that_hold_no_questions_are_named(tmp_path: Path) -> None:
         read_questions(tmp_path / "absent.json")
     plain = tmp_path / "llava.json"
     plain.write_text('[{"id": "1", "image": "a.png", "conversations": []}]')
-    with pytest.raises(UserError, match=r"llava\.json is no file of questions on scenes"):
+    with pytest.raises(UserError, match=r"llava\.json is no file of questions about scenes"):
         read_questions(plain)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "questions.json").write_text("[]")
-    with pytest.raises(UserError, match="not written here"):
+    with pytest.raises(UserError, match=r"questions but no settings\.json"):
         write_dataset(foreign, "test", 3, 2)

@@ -74,8 +74,8 @@ GOOD = [turn("human", "a"), turn("gpt", "b")]
         ({"conversations": GOOD}, "record 2: it has no id"),
         ({"id": [1], "conversations": GOOD}, r"record 2 \(id \[1\]\): its id is neither"),
         ({"id": "x"}, r"record 2 \(id 'x'\): it has no list of conversations"),
-        ({"id": "x", "conversations": []}, "no question of its conversation is answered"),
-        ({"id": "x", "conversations": GOOD[:1]}, "no question of its conversation is answered"),
+        ({"id": "x", "conversations": []}, "its conversation has no answered question"),
+        ({"id": "x", "conversations": GOOD[:1]}, "its conversation has no answered question"),
         ({"id": "x", "conversations": GOOD[::-1]}, "turn 1 of its conversation is by 'gpt', not 'human' or 'user'"),
         ({"id": "x", "conversations": [turn("system", "s"), *GOOD]}, "turn 1 of its conversation is by 'system'"),
         ({"id": "x", "conversations": [*GOOD, *GOOD[1:]]}, "turn 3 of its conversation is by 'gpt'"),
@@ -103,8 +103,8 @@ def test_malformed_records(tmp_path: Path, entry: Any, reason: str) -> None:
         ("id,image\n", "neither a JSON list"),
         ("[]", "no conversations"),
         ('[{"id": 1} {"id": 2}]', "record 1.*no list of conversations"),
-        ("[%s %s]", "record 1: a comma or the list's end is missing"),
-        ("[%s, %s", "record 2: a comma or the list's end is missing"),
+        ("[%s %s]", "record 1: a comma or the end of the list is missing"),
+        ("[%s, %s", "record 2: a comma or the end of the list is missing"),
         ("[%s,]", r"record 2: not valid JSON: Expecting value \(byte \d+\)"),
         ("[%s] x", "record 1: something follows"),
         ('{"id": "a\n"}', "record 1: not valid JSON: Invalid control character"),
@@ -128,7 +128,7 @@ def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
     (tmp_path / "latin.json").write_bytes('[{"id": "é"}]'.encode("latin-1"))
     with pytest.raises(UserError, match="record 1: not UTF-8 text"):
         Conversations.open([tmp_path / "latin.json"])
-    with pytest.raises(UserError, match="which conversations"):
+    with pytest.raises(UserError, match="no conversations: give at least one"):
         Conversations.open([])
 
 
@@ -184,7 +184,7 @@ def test_missing_images(tmp_path: Path) -> None:
     assert "record 4 (id 'r3')" in data.name(1)
     write_image(tmp_path / "gone.png")
     assert Conversations.open([path]).fingerprint() != data.fingerprint()
-    with pytest.raises(UserError, match=r"none of the 1 images of .* is there; the first is 0.png"):
+    with pytest.raises(UserError, match=r"all 1 images of .* are missing; the first is 0.png"):
         Conversations.open([write_json(tmp_path / "else" / "d.json", entries[:1])], skip_missing=True)
 
 
@@ -201,7 +201,7 @@ def test_survives_pickling_and_notices_changes(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(data))
     assert again.record(5) == data.record(5)
     write_json(tmp_path / "data.json", [record(0)])
-    with pytest.raises(RunFailure, match="was changed while it was in use"):
+    with pytest.raises(RunFailure, match="changed while it was in use"):
         data.record(5)
 
 

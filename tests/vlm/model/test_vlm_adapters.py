@@ -365,7 +365,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name() -> None:
         reason = rf"the decoder trained with tiny \(5 tokens of 16 .* does not fit {foreign.name} \("
         refused("decoder", [mixed], reason)
     refused(
-        "decoder", [VisionSource(tiny_backbone())], "takes one aligned backbone with its decoder; given: tiny"
+        "decoder", [VisionSource(tiny_backbone())], "takes one aligned backbone with its decoder, not tiny"
     )
     refused("fused-decoder", [other, VisionSource(tiny_backbone())], r"given: wide \+ tiny")
     refused("fused-decoder", [aligned], "at least one other, not tiny")
@@ -390,7 +390,7 @@ def test_truncated_needs_a_plain_vit_with_blocks_to_spare() -> None:
     )
     with pytest.raises(UserError, match="not eva02_tiny_patch14_224, which is a Eva"):
         build_vision("truncated", [VisionSource(eva)], WIDTH)
-    with pytest.raises(UserError, match="leaves nothing of tiny, which has 3 blocks"):
+    with pytest.raises(UserError, match="leaves no block for the tower: tiny has 3 blocks"):
         adapter_from_backbone(tiny_backbone(), WIDTH, published_quirks=True)
 
 
@@ -405,7 +405,7 @@ def test_the_fit_of_a_given_adapter_and_tower_is_checked() -> None:
         adapter.config.check_fits(wide)
     truncated = adapter_from_backbone(tiny_backbone(), WIDTH)
     aligned = build_tower("truncated", [aligned_source()])
-    with pytest.raises(UserError, match="holds the end of tiny; it does not fit tiny"):
+    with pytest.raises(UserError, match="holds the last blocks of tiny; it does not fit tiny"):
         truncated.config.check_fits(aligned)
     with pytest.raises(UserError, match="the decoder adapter does not start from scratch"):
         fresh_adapter("decoder", tower, WIDTH)

@@ -58,5 +58,5 @@ def test_an_output_layer_with_low_rank_updates_is_refused() -> None:
     model, tokenizer = tiny_vlm()
     lora = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
     model.language_model = peft.get_peft_model(model.language_model, lora)
-    with pytest.raises(UserError, match=r"takes torch's linear layer to the vocabulary, not peft\..*Linear$"):
+    with pytest.raises(UserError, match=r"needs a torch.nn.Linear output layer, not peft\..*Linear$"):
         model(**packed(mixed_records(model, tokenizer)), cross_entropy="liger")

@@ -284,9 +284,9 @@ def test_images_and_image_tokens_must_agree() -> None:
     model, _ = tiny_vlm()
     image = model.config.image_token_id
     pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="1 images are 4 tokens, but the text has 3"):
+    with pytest.raises(ValueError, match="1 images need 4 image tokens, but the text has 3"):
         model(input_ids=torch.tensor([[0, image, image, image]]), pixel_values=pixels)
-    with pytest.raises(ValueError, match="0 images are 0 tokens, but the text has 1"):
+    with pytest.raises(ValueError, match="0 images need 0 image tokens, but the text has 1"):
         model(input_ids=torch.tensor([[0, image]]))
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()

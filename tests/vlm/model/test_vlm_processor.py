@@ -150,18 +150,21 @@ def test_images_are_rgb_and_upright() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p(text=["a", "b"], images=[picture(1)]), "2 questions and 1 images"),
+        (lambda p: p(text=["a", "b"], images=[picture(1)]), "2 questions but 1 images"),
         (
             lambda p: p(text="a", images=[[picture(1), picture(2)]]),
-            "conversation 0 has 2 images; one at most",
+            "conversation 0 has 2 images; at most one is allowed",
         ),
         (lambda p: p(images=picture(1)), "needs a question"),
         (lambda p: p(text="a", images="nowhere.jpg"), "cannot read an image: nowhere.jpg: no such file"),
         (lambda p: p(text="a", images=7), "cannot read an image"),
         (lambda p: p(text="a", return_tensors="np"), "return_tensors"),
-        (lambda p: p.apply_chat_template([{"role": "system", "content": "a"}]), "found 'system', not 'user'"),
-        (lambda p: p.apply_chat_template(conversation()[1:]), "found 'assistant', not 'user'"),
-        (lambda p: p.apply_chat_template(conversation()), "up to a question"),
+        (
+            lambda p: p.apply_chat_template([{"role": "system", "content": "a"}]),
+            "expected 'user', found 'system'",
+        ),
+        (lambda p: p.apply_chat_template(conversation()[1:]), "expected 'user', found 'assistant'"),
+        (lambda p: p.apply_chat_template(conversation()), "ends with a question"),
         (
             lambda p: p.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}]),
             "text and images, not 'video'",
