@@ -1,4 +1,4 @@
-"""Records are read as LLaVA's format says; whatever is wrong is said in one line that names the record."""
+"""Reading records in LLaVA's format; an error is one line that names the record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from localign.vlm.data.records import Conversations, Record
 def test_reads_lists_and_lines_alike(tmp_path: Path) -> None:
     write_image(tmp_path / "a" / "x.png")
     entries = [
-        {"id": 3, "image": "a/x.png", "model": "other keys mean nothing",
+        {"id": 3, "image": "a/x.png", "model": "other keys are ignored",
          "conversations": [turn("human", "<image>\nWhat?"), turn("gpt", "A kité\u2028.")]},
         {"id": "t", "image": None,
          "conversations": [turn("user", "a"), turn("assistant", ""), turn("user", "b"), turn("assistant", "c")]},
@@ -38,7 +38,10 @@ def test_reads_lists_and_lines_alike(tmp_path: Path) -> None:
         data = Conversations.open([tmp_path / name])
         assert [data.record(i) for i in range(len(data))] == expected, name
         assert data.has_image.tolist() == [True, False]
-        assert data.words.tolist() == [5, 3]  # "<image>" is one, as published; a line separator parts words
+        assert data.words.tolist() == [
+            5,
+            3,
+        ]  # "<image>" is a word, as published; a line separator ends a word
         assert data.turns.tolist() == [1, 2]
     both = Conversations.open([tmp_path / "list.json", tmp_path / "lines.jsonl"])
     assert len(both) == 4
@@ -47,7 +50,7 @@ def test_reads_lists_and_lines_alike(tmp_path: Path) -> None:
 
 
 def test_records_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever blocks of the file end, also within a number, an escape or a letter of several bytes."""
+    """Blocks may end anywhere, even within a number, an escape or a multi-byte character."""
     entries = [
         {"id": i, "n": 12345, "t": True, "conversations": [turn("human", 'é"\\\n' * i), turn("gpt", "ü")]}
         for i in range(4)
@@ -106,7 +109,7 @@ def test_malformed_records(tmp_path: Path, entry: Any, reason: str) -> None:
         ("[%s %s]", "record 1: a comma or the end of the list is missing"),
         ("[%s, %s", "record 2: a comma or the end of the list is missing"),
         ("[%s,]", r"record 2: not valid JSON: Expecting value \(byte \d+\)"),
-        ("[%s] x", "record 1: something follows"),
+        ("[%s] x", "record 1: there is text after the end of the list"),
         ('{"id": "a\n"}', "record 1: not valid JSON: Invalid control character"),
         ('{"id": "a', "record 1: not valid JSON: Unterminated string"),
         ("[" * 100000, "record 1: not valid JSON"),
@@ -119,7 +122,7 @@ def test_broken_files(tmp_path: Path, text: str, reason: str) -> None:
         Conversations.open([path])
 
 
-def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
+def test_missing_files_and_files_that_are_not_text(tmp_path: Path) -> None:
     write_json(tmp_path / "mix665k.json", [record(0)])
     with pytest.raises(UserError, match=r"there is no file .*mix655k.json; did you mean 'mix665k.json'"):
         Conversations.open([tmp_path / "mix655k.json"])
@@ -229,7 +232,9 @@ def test_check_counts_everything(tmp_path: Path) -> None:
     assert found.over_long.count == 2
     assert found.nothing_to_learn == Finding(1, (f"{path}, record 6 (id 'mute')",))
     assert found.lengths is not None
-    assert found.lengths[0] == LengthBin(0, 3)  # with an image's tokens: 2 turns of 18 + 6 bytes and a little
+    assert found.lengths[0] == LengthBin(
+        0, 3
+    )  # below 64 tokens: 2 turns of 18 + 6 bytes, with the image tokens
     assert sum(b.records for b in found.lengths) == 5
     assert not found.ready
 

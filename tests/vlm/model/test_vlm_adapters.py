@@ -1,4 +1,4 @@
-"""Adapters: sizes, starts, what they take over from trained models, and what they refuse."""
+"""Adapters: sizes, initial weights, weights copied from trained models, and errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def pixels(batch: int = 2) -> Tensor:
 
 
 def sides(kind: str) -> list[VisionSource]:
-    """Backbones that go with an adapter."""
+    """Backbones that an adapter takes."""
     if kind == "fused-mlp":
         return [VisionSource(tiny_backbone("other", width=24)), VisionSource(tiny_backbone())]
     if kind == "fused-decoder":
@@ -84,7 +84,7 @@ PUBLISHED_SIZES: dict[tuple[str, bool], tuple[int, int]] = {
 
 @cache
 def published_sources(index: int) -> dict[str, VisionSource]:
-    """The paper's backbones without memory; shallow, since no adapter's size depends on their depth."""
+    """The paper's backbones on the meta device; shallow, because no adapter's size depends on their depth."""
     name = ("clip-vit-l-336px", "siglip-vit-so400m-384px")[index]
     with torch.device("meta"):
         shallow: dict[str, Any] = {"weights": "none", "model_kwargs": {"depth": 4}}
@@ -121,7 +121,7 @@ def test_the_published_truncated_baseline_lacks_the_norm_and_the_last_block(inde
     assert tower.configs[0].layer == source.backbone.depth - 4
 
 
-def test_a_student_without_memory_gives_an_adapter_without_memory() -> None:
+def test_a_student_on_the_meta_device_gives_an_adapter_on_the_meta_device() -> None:
     student = published_sources(0)["aligned"].student
     assert all(parameter.is_meta for parameter in adapter_from_student(student, 64).parameters())
 
@@ -166,7 +166,7 @@ def test_tiny_adapters_have_the_published_sizes(variant: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_the_start_is_zero_exactly_where_the_output_layer_is(kind: Any) -> None:
+def test_embeddings_start_at_zero_only_for_adapters_with_a_zero_output_layer(kind: Any) -> None:
     tower, adapter = build_vision(kind, sides(kind), WIDTH)
     embeddings = adapter(tower(pixels()))
     assert embeddings.shape == (2, tower.num_tokens, WIDTH)
@@ -203,7 +203,7 @@ def test_an_adapter_is_built_again_from_its_config_and_weights(kind: Any) -> Non
     assert torch.equal(twin.eval()(tokens), adapter.eval()(tokens))
 
 
-def starts(adapter: Adapter) -> Tensor:
+def flat_weights(adapter: Adapter) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in adapter.parameters()])
 
 
@@ -217,12 +217,12 @@ def test_the_start_depends_on_the_seed_alone(kind: Any) -> None:
     torch.manual_seed(2)
     _, again = build_vision(kind, sources, WIDTH, seed=3)
     _, other = build_vision(kind, sources, WIDTH, seed=4)
-    assert torch.equal(starts(first), starts(again))
-    assert not torch.equal(starts(first), starts(other))
+    assert torch.equal(flat_weights(first), flat_weights(again))
+    assert not torch.equal(flat_weights(first), flat_weights(other))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_built_without_memory_gets_the_same_start_later(kind: Any) -> None:
+def test_an_adapter_from_the_meta_device_gets_the_same_initial_weights(kind: Any) -> None:
     _, adapter = build_vision(kind, sides(kind), WIDTH)
     with torch.device("meta"):
         empty = build_adapter(adapter.config)
@@ -231,7 +231,7 @@ def test_an_adapter_built_without_memory_gets_the_same_start_later(kind: Any) ->
     for parameter in empty.parameters():
         nn.init.constant_(parameter, 7)
     empty.reset_parameters(seed=6)
-    assert torch.equal(starts(empty), starts(build_adapter(adapter.config, seed=6)))
+    assert torch.equal(flat_weights(empty), flat_weights(build_adapter(adapter.config, seed=6)))
 
 
 @torch.no_grad()
@@ -269,7 +269,7 @@ def test_the_published_truncated_baseline_ends_one_block_early_without_norm() ->
     nn.init.eye_(adapter.head.weight)
     expected = whole.tokens(whole.normalise(pixels()), layer=-2, norm=False)
     assert torch.allclose(adapter(tower(pixels())), expected, atol=1e-5)
-    aligned = VisionSource(whole, aligned=True)  # the published code has no such defect there
+    aligned = VisionSource(whole, aligned=True)  # the published code treats aligned backbones correctly
     _, adapter = build_vision("truncated", [aligned], 16, published_quirks=True)
     assert isinstance(adapter.norm, nn.LayerNorm)
 
@@ -313,7 +313,7 @@ def test_a_decoder_keeps_the_activation_it_was_trained_with_unless_asked() -> No
 def test_gradients_reach_the_adapter_alone(kind: Any) -> None:
     sources = sides(kind)
     tower, adapter = build_vision(kind, sources, WIDTH)
-    with torch.no_grad():  # a zero output layer lets no gradient past itself on the first step
+    with torch.no_grad():  # a zero output layer passes no gradient on
         for parameter in adapter.parameters():
             parameter.add_(0.01)
     adapter.train()(tower(pixels())).square().sum().backward()
@@ -367,7 +367,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name() -> None:
     refused(
         "decoder", [VisionSource(tiny_backbone())], "takes one aligned backbone with its decoder, not tiny"
     )
-    refused("fused-decoder", [other, VisionSource(tiny_backbone())], r"given: wide \+ tiny")
+    refused("fused-decoder", [other, VisionSource(tiny_backbone())], r"with its decoder, not wide \+ tiny")
     refused("fused-decoder", [aligned], "at least one other, not tiny")
     tower = build_tower("fused-decoder", [other, aligned])
     with pytest.raises(

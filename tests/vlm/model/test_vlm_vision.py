@@ -1,4 +1,4 @@
-"""The vision tower: which tokens come out for each configuration, and that it can be built again."""
+"""The vision tower: its tokens in each configuration, and that its config rebuilds it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tower_of(
 
 
 def aligned_backbone(backbone: Backbone, **options: Any) -> Backbone:
-    """What alignment makes of a backbone: soft-capped, final norm renewed; here with large random weights."""
+    """An aligned backbone: soft-capped attention and a new final norm, here with large random weights."""
     aligned = build_student(backbone, soft_cap=1.0, **options).encoder.backbone.eval()
     torch.manual_seed(5)
     for parameter in aligned.parameters():
@@ -95,7 +95,7 @@ def test_several_towers_are_concatenated_on_channels_each_with_its_own_statistic
     assert fused.num_prefix_tokens == 0
 
 
-def test_unneeded_parts_are_left_out_and_the_source_stays_whole() -> None:
+def test_unused_parts_are_dropped_and_the_source_is_unchanged() -> None:
     backbone = tiny_backbone()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     tower = tower_of(backbone)
@@ -133,7 +133,7 @@ def test_a_tower_is_built_again_from_its_config_and_weights(pooling: str) -> Non
             assert not [k for k in tower.state_dict() if "attn_pool" in k]
 
 
-def test_the_eps_of_a_renewed_norm_and_the_soft_cap_survive() -> None:
+def test_a_rebuilt_tower_has_the_eps_of_the_new_norm_and_the_soft_cap() -> None:
     aligned = aligned_backbone(tiny_backbone())
     tower = rebuilt(build_tower("mlp", [VisionSource(aligned, aligned=True)]))
     assert tower.backbones[0].vit.norm.eps == 1e-5
@@ -144,7 +144,7 @@ def test_the_eps_of_a_renewed_norm_and_the_soft_cap_survive() -> None:
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
-def test_a_tower_built_without_memory_takes_weights_and_computes_its_buffers(name: str) -> None:
+def test_a_tower_from_the_meta_device_loads_weights_and_computes_its_buffers(name: str) -> None:
     kwargs: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}
     backbone = create_backbone(name, weights="none", image_size=32, model_kwargs=kwargs)
     tower = tower_of(backbone, layer=-1, norm=True)
@@ -153,13 +153,13 @@ def test_a_tower_built_without_memory_takes_weights_and_computes_its_buffers(nam
     assert all(p.is_meta for p in empty.parameters())
     empty.to_empty(device="cpu")
     for buffer in empty.buffers():
-        buffer.fill_(7)  # memory that nobody has written to
+        buffer.fill_(7)  # to_empty leaves memory uninitialised
     empty.load_state_dict(tower.state_dict(), strict=True)
     empty.init_non_persistent_buffers()
     assert torch.equal(empty(pixels(size=32)), tower(pixels(size=32)))
 
 
-def test_a_tower_is_frozen_until_it_is_told_otherwise() -> None:
+def test_a_tower_is_frozen_until_it_is_set_trainable() -> None:
     tower = tower_of(tiny_backbone())
     assert not any(p.requires_grad for p in tower.parameters())
     assert not tower.train().training
@@ -191,7 +191,7 @@ def test_pixels_of_another_type_or_size_are_refused() -> None:
         tower(pixels(size=24))
 
 
-def test_backbones_that_do_not_go_together_are_named() -> None:
+def test_backbones_that_cannot_be_fused_are_named() -> None:
     small, large = tiny_backbone("small"), tiny_backbone("large", image_size=32)
     with pytest.raises(
         UserError, match=r"small \(16 x 16 pixels, 2 x 2 patches\) and large \(32 x 32 pixels"
