@@ -239,11 +239,11 @@ def vlm_check(config: CheckConfig) -> int:
     from localign.vlm.data.examples import ConversationTokenizer
     from localign.vlm.data.prompts import prompt_format
     from localign.vlm.data.vocabulary import add_special_tokens
-    from localign.vlm.model.build import tokenizer_of
+    from localign.vlm.model.build import load_tokenizer
 
     encoder = None
     if config.llm is not None:
-        tokenizer = tokenizer_of(config.llm)
+        tokenizer = load_tokenizer(config.llm)
         add_special_tokens(tokenizer)
         encoder = ConversationTokenizer(
             prompt_format(config.prompt), tokenizer, config.image_tokens, config.max_length

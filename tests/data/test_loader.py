@@ -164,7 +164,7 @@ def test_too_many_bad_images_stop_the_run_with_names() -> None:
         list(loader(Numbers(bad=(4,))))
     with pytest.raises(UserError, match=r"image-\d+ \(made so\); .*; \.\.\."):
         list(loader(Numbers(bad=range(37)), micro_batch=8))
-    with pytest.raises(UserError, match="no readable image for position 0"):
+    with pytest.raises(UserError, match="no usable image for position 0"):
         list(loader(Numbers(bad=range(37)), max_bad_share=1.0))
 
 

@@ -1,4 +1,4 @@
-"""Recipes of vision-language models: each parses and builds, without memory, with the published shapes."""
+"""Recipes of vision-language models: each parses, and builds on the meta device with the published shapes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ADAPTERS = {
 }
 """Parameters for CLIP ViT-L at 336 px and SigLIP SO400M at 384 px."""
 TOKENS = {"clip-336px": (576, 577), "siglip-384px": (729, 729)}
-"""Without and with prefix tokens."""
+"""Image tokens without and with prefix tokens."""
 STEPS = {"": (10_395, 311), "-external": (19_231, 576)}
-"""And warm-up. The published runs take one more: they round up each epoch, and ours the whole run."""
+"""(steps, warm-up steps). The published runs have one step more, because they round up each epoch and not the run."""
 LLAMA_2 = 6_738_415_616 + 2 * 64 * 4096
-"""Of 32,064 rows instead of 32,000."""
+"""Parameters with 32,064 rows of embeddings instead of 32,000."""
 
 
 def config_of(name: str) -> VLMConfig:
@@ -73,7 +73,7 @@ def test_the_extended_mixture_takes_more_steps(vit: str) -> None:
     assert (plan.records, plan.steps, plan.warmup_steps) == (1_230_808, *STEPS["-external"])
 
 
-def test_sharding_divides_what_is_trained() -> None:
+def test_sharding_divides_the_memory_of_trained_parameters() -> None:
     config = ["--config", "vlm/baseline-clip-336px", "--plan-ranks"]
     one, eight = (plan_vlm(parse("vlm train", [*config, ranks]))[1] for ranks in ("1", "8"))
     frozen = 2 * one.parameters["vision"]
@@ -81,7 +81,7 @@ def test_sharding_divides_what_is_trained() -> None:
     assert eight.bytes_per_rank == 16 * one.trainable // 8 + frozen
 
 
-def test_a_dry_run_says_what_a_run_takes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_parameters_steps_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     name = "vlm/aligned-decoder-siglip-384px"
     assert main(["vlm", "train", "--config", name, "--dry-run", "--plan-ranks", "8"]) == 0
     out = capsys.readouterr().out

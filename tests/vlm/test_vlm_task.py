@@ -1,4 +1,4 @@
-"""Training vision-language models: what a run computes does not depend on how it is run."""
+"""Training vision-language models: ranks, batching, micro-batches and interruptions do not change the result."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
-    # An eps above the rounding of gradients leaves only sums to compare, as in the tests of the loop.
+    # With an eps above the rounding errors of gradients, Adam does not amplify them.
     return [
         "vlm", "train", "--data", str(data / "train.json"), "--val", str(data / "val.json"), "--llm",
         str(data / "llama"), "--batch-size", "8", "--steps", str(STEPS), "--max-length", "128", "--lr", "1e-3",
@@ -92,7 +92,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that others are compared with: packed, one micro-batch."""
+    """The reference run: packed, one micro-batch."""
     out = tmp_path_factory.mktemp("whole") / "run"
     torch.set_num_threads(1)
     trained(data, out)
@@ -123,7 +123,7 @@ def test_how_a_step_is_computed_changes_nothing(
         assert logged(tmp_path / "run", field) == pytest.approx(logged(whole, field), abs=1e-5)
 
 
-def test_a_continued_run_is_the_uninterrupted_one(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_run(data: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main(arguments(data, out, "--checkpoint-every", "2", "--keep-checkpoints", "9")) == 0
     for step in (5, 6):  # as if it had been killed after step 4
@@ -138,7 +138,7 @@ def test_a_continued_run_is_the_uninterrupted_one(data: Path, whole: Path, tmp_p
     assert logged(out, "samples") == logged(whole, "samples")
 
 
-def test_checkpoints_hold_what_is_trained(data: Path, tmp_path: Path) -> None:
+def test_checkpoints_hold_only_trained_parameters(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     trained(data, out, "--stage", "align")
     (file,) = out.glob("checkpoints/*/model.safetensors")
@@ -175,14 +175,16 @@ def test_the_adapter_has_a_learning_rate_of_its_own(data: Path, whole: Path, tmp
     )
     moved = {".".join(n.split(".")[:2]) for n in start if (slow[n] - start[n]).abs().max() > 1e-6}
     assert moved == {"adapter.head", "language_model.lm_head", "language_model.model"}, (
-        "its output layer is new"
+        "its new output layer keeps --lr"
     )
     same = trained(data, tmp_path / "same", "--adapter-lr", "1e-3")
     theirs = load_file(whole / "export" / "model.safetensors")
     assert all(torch.equal(same[name], theirs[name]) for name in theirs)
 
 
-def test_a_log_line_says_how_large_image_tokens_are(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_log_lines_have_the_ratio_of_image_to_text_embeddings(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
     trained(data, tmp_path / "start", "--lr", "1e-12", "--adapter", "linear", "--steps", "2")
     assert logged(tmp_path / "start", "image_text_ratio")[1] < 1e-6, "all zero at the start"
     grown = logged(whole, "image_text_ratio")
@@ -198,7 +200,7 @@ def test_a_second_stage_starts_from_the_first(data: Path, tmp_path: Path) -> Non
     assert_close(second, first, atol=1e-6)
 
 
-def test_attention_that_cannot_be_had_is_refused(
+def test_unknown_attention_is_refused(
     data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = arguments(data, tmp_path / "run", "--llm-attention", "nonsense")
@@ -211,16 +213,16 @@ def test_attention_that_cannot_be_had_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_exported_is_what_was_trained(data: Path, whole: Path) -> None:
+def test_the_export_has_the_trained_weights(data: Path, whole: Path) -> None:
     model, tokenizer = load_vlm(whole)
     assert isinstance(model, LocalignVLM)
     assert model.config.localign["run"]["llm"] == str(data / "llama")
     assert tokenizer.pad_token is not None
     (checkpoint,) = whole.glob("checkpoints/*/model.safetensors")
-    kept = load_file(checkpoint)
+    trained_weights = load_file(checkpoint)
     state = model.state_dict()
-    assert kept
-    assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
+    assert trained_weights
+    assert all(torch.equal(state[name], tensor) for name, tensor in trained_weights.items())
 
 
 @pytest.mark.parametrize("adapter", ["linear", "transformer", "truncated"])
@@ -329,7 +331,9 @@ def finished(ranks: int, command: list[str]) -> None:
     ],
     ids=str,
 )
-def test_several_ranks_are_one(data: Path, whole: Path, tmp_path: Path, ranks: int, more: list[str]) -> None:
+def test_several_ranks_equal_one(
+    data: Path, whole: Path, tmp_path: Path, ranks: int, more: list[str]
+) -> None:
     finished(ranks, arguments(data, tmp_path / "run", *more))
     ours, theirs = (load_file(f / "export" / "model.safetensors") for f in (tmp_path / "run", whole))
     assert_close(ours, theirs)
@@ -338,8 +342,10 @@ def test_several_ranks_are_one(data: Path, whole: Path, tmp_path: Path, ranks: i
         assert logged(tmp_path / "run", field) == pytest.approx(logged(whole, field), abs=1e-5)
 
 
-def test_a_memory_for_so_many_conversations(data: Path, whole: Path, tmp_path: Path) -> None:
-    """Sizes are tried on the longest conversations, on few of them again and again."""
+def test_automatic_micro_batches_are_measured_on_the_longest_conversations(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Conversations repeat if there are fewer than the micro-batch holds."""
     trained(data, tmp_path / "run", "--micro-batch", "auto")
     assert logged(tmp_path / "run", "micro_batch") == {0: 8}
     assert logged(tmp_path / "run", "loss") == logged(whole, "loss")
@@ -353,7 +359,7 @@ def test_a_memory_for_so_many_conversations(data: Path, whole: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_ranks_with_and_without_images_stay_in_step(data: Path, tmp_path: Path) -> None:
-    """A batch of two records on two ranks: often one has an image and the other not."""
+    """A batch of two records on two ranks: often only one rank has an image."""
     more = ["--batch-size", "2", "--sharding", "full", "--steps", "12"]
     finished(2, arguments(data, tmp_path / "two", *more))
     single = trained(data, tmp_path / "one", *more[:2], *more[4:])
@@ -361,7 +367,7 @@ def test_ranks_with_and_without_images_stay_in_step(data: Path, tmp_path: Path) 
 
 
 def test_a_published_fusion_has_exact_gelu_in_clip(data: Path, tmp_path: Path) -> None:
-    """And in CLIP alone, beside another backbone alone; the export is built again as it was trained."""
+    """Only CLIP towers, and only beside another backbone; the export rebuilds the same modules."""
     small = ["--weights", "none", "--model-kwargs", '{"depth": 2, "embed_dim": 24, "num_heads": 2}']
     clip, dino = "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_224.dino"
     published = ["--published-quirks"]
@@ -386,8 +392,10 @@ def without_llm(command: list[str]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["init", "tied, lora"])
-def test_ranks_that_are_given_their_weights(data: Path, whole: Path, tmp_path: Path, start: str) -> None:
-    """The first rank alone has read any; what the others compute with is its."""
+def test_other_ranks_receive_the_first_ranks_weights(
+    data: Path, whole: Path, tmp_path: Path, start: str
+) -> None:
+    """Only the first rank reads weight files."""
     if start == "init":
         one, two = (without_llm(arguments(data, tmp_path / n, "--init", str(whole))) for n in ("one", "two"))
     else:
@@ -422,12 +430,12 @@ def test_other_ranks_read_no_weights(
 def last_step(out: Path) -> int:
     try:
         return max(logged(out, "loss"), default=0)
-    except (FileNotFoundError, json.JSONDecodeError):  # not begun, or a line that is being written
+    except (FileNotFoundError, json.JSONDecodeError):  # no log yet, or its last line is incomplete
         return 0
 
 
 @pytest.mark.slow
-def test_kills_at_any_instant_and_other_ranks(data: Path, tmp_path: Path) -> None:
+def test_resuming_after_kills_with_other_numbers_of_ranks(data: Path, tmp_path: Path) -> None:
     out, draw = tmp_path / "run", random.Random(3)
     more = ["--checkpoint-every", "1", "--sharding", "full", "--resume", "auto", "--steps", "60"]
     whole = trained(data, tmp_path / "whole", "--steps", "60")

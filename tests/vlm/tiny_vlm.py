@@ -1,4 +1,4 @@
-"""Tiny parts of a vision-language model, made in memory: nothing is fetched."""
+"""Tiny parts of a vision-language model, built in memory without downloads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEXT_WIDTH = 32
 
 
 def tiny_tokenizer(*, bos: bool = True, pad: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: one token per byte, ``<s>`` before and ``</s>`` as end, as Llama's are."""
+    """A byte-level tokenizer with one token per byte and Llama's special tokens, ``<s>`` and ``</s>``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<s>", "</s>", "<unk>"] + (["<PAD>"] if pad else [])
     vocab = {token: i for i, token in enumerate([*special, *alphabet])}

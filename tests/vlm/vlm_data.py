@@ -1,4 +1,4 @@
-"""Small conversations on disk, to share among tests."""
+"""Small conversations on disk, shared by several test files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def turn(role: str, value: Any) -> dict[str, Any]:
 
 
 def record(number: int, *, image: str | None = None, turns: int = 1, words: int = 2) -> dict[str, Any]:
-    """A record whose answers are ``words`` words long and say its number."""
+    """A record whose answers repeat its number in ``words`` words."""
     conversation = []
     for i in range(turns):
         mark = "<image>\n" if image and not i else ""
@@ -44,7 +44,7 @@ def write_image(path: Path, value: int = 0) -> Path:
 
 
 def mixed_data(folder: Path, count: int = 12, broken: tuple[int, ...] = ()) -> Conversations:
-    """``count`` records, every third one text alone, of several lengths; images show their record's number."""
+    """``count`` records of several lengths, every third without image; an image's pixels are its record's number."""
     entries = []
     for number in range(count):
         image = None if number % 3 == 2 else f"images/{number}.png"

@@ -1,4 +1,4 @@
-"""Tiny vision-language models, and records for them, that several test files share."""
+"""Tiny vision-language models and records for them, shared by several test files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUESTIONS = ["What is it?", "Where?", "Name the colour of the largest shape, ple
 
 
 def tiny_tower(**backbone: Any) -> VisionTower:
-    """Four patch tokens of the second-to-last block."""
+    """A tower that gives the four patch tokens of the second-to-last block."""
     vit = tiny_backbone(**backbone)
     return VisionTower([TowerConfig.of(vit, layer=-2, norm=False, keep_prefix=False)], [vit])
 
@@ -34,18 +34,18 @@ def tiny_vlm(
     words: Sequence[str] = (),
     **llm: Any,
 ) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
-    """A random model in eval mode, and its tokenizer, to which ``words`` are one token each."""
+    """A random model in eval mode and its tokenizer, in which each of ``words`` is one token."""
     tower = tiny_tower()
     tokenizer = tiny_tokenizer(pad=pad, bos=kind == "llama")
     if words:
         tokenizer.add_tokens(list(words))
         llm["vocab_size"] = len(tokenizer)
     language_model = tiny_llm(kind, **llm) if isinstance(kind, str) else kind
-    adapted = fresh_adapter(adapter, tower, TEXT_WIDTH)
+    module = fresh_adapter(adapter, tower, TEXT_WIDTH)
     with torch.no_grad():
-        for parameter in adapted.parameters():
-            parameter.mul_(4)  # else images hardly matter beside the words
-    return LocalignVLM.from_parts(tower, adapted, language_model, tokenizer).eval(), tokenizer
+        for parameter in module.parameters():
+            parameter.mul_(4)  # otherwise images hardly change the answers
+    return LocalignVLM.from_parts(tower, module, language_model, tokenizer).eval(), tokenizer
 
 
 def tiny_processor(model: LocalignVLM, tokenizer: PreTrainedTokenizerBase) -> LocalignVLMProcessor:
@@ -79,19 +79,19 @@ def encoded(
 
 
 def mixed_records(model: LocalignVLM, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Text alone, an image, several turns with an image, several turns without, and a short one."""
-    talks: list[tuple[list[tuple[str, str]], int | None]] = [
+    """Text only, an image, several turns with and without an image, and a short record with an image."""
+    conversations: list[tuple[list[tuple[str, str]], int | None]] = [
         ([("Say hello.", "Hello.")], None),
         ([("What is it?", "A kite")], 1),
         ([("How many?", "2"), ("Of which colour?", "red and blue"), ("Sure?", "Yes")], 2),
         ([("a", "b"), ("c", "d")], None),
         ([("", "x")], 3),
     ]
-    return [encoded(model, tokenizer, turns, image) for turns, image in talks]
+    return [encoded(model, tokenizer, turns, image) for turns, image in conversations]
 
 
 def packed(records: list[Encoded]) -> dict[str, Tensor]:
-    """The arguments of one packed row."""
+    """Model arguments for one packed row."""
     lengths = torch.tensor([0, *(len(r.ids) for r in records)])
     return {
         "input_ids": torch.cat([r.ids for r in records])[None],
@@ -103,7 +103,7 @@ def packed(records: list[Encoded]) -> dict[str, Tensor]:
 
 
 def padded(records: list[Encoded], pad_token_id: int) -> dict[str, Tensor]:
-    """The arguments of one row for each record, padded on the right."""
+    """Model arguments for one row per record, padded on the right."""
     pad = torch.nn.utils.rnn.pad_sequence
     return {
         "input_ids": pad([r.ids for r in records], True, pad_token_id),

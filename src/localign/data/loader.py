@@ -6,11 +6,9 @@ or loader workers, nor of the step at which it was continued. So the step is all
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +18,12 @@ from localign import rng
 from localign.data.decoding import UnreadableImage
 from localign.data.sources import ImageSource, load_undecoded
 from localign.data.stream import SampleStream, sample_stream
-from localign.errors import RunFailure, UserError
-from localign.signals import ignore_signals
+from localign.data.workers import data_loader, served
+from localign.errors import UserError
 
 REPLACEMENT_ATTEMPTS = 100
 """Draws in place of an unreadable image before its position counts as lost."""
 
-T = TypeVar("T")
 PositionTransform = Callable[[Any, int, int], Tensor]  # (image, seed, position) -> uint8 (3, H, W)
 
 
@@ -86,48 +83,76 @@ def replacement(seed: int, position: int, attempt: int, length: int) -> int:
 
 
 class _Fetched(NamedTuple):
-    images: Tensor
-    positions: Tensor
-    indices: Tensor
+    batch: Any
+    """None where ``lost`` is set, or where no sample is readable."""
     bad: list[tuple[str, str]]
-    lost: list[int]
+    lost: int | None
+    """The position for which no draw gave a readable sample."""
 
 
-class _StreamReader(Dataset[_Fetched]):
-    """Decodes whole micro-batches in a worker; its items are lists of (position, index)."""
+class StreamReader(ABC, Dataset[_Fetched]):
+    """Reads whole micro-batches in a loader worker; its items are lists of (position, index).
 
-    def __init__(self, source: ImageSource, transform: PositionTransform, seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    A sample that cannot be read is replaced by one drawn from (seed, position, attempt): part of the stream too.
+
+    Args:
+        seed: The run's seed.
+        length: Samples that replacements are drawn from.
+    """
+
+    def __init__(self, seed: int, length: int) -> None:
+        self.seed, self.length = seed, length
+
+    @abstractmethod
+    def read(self, index: int, position: int) -> Any:
+        """One sample. Raises UnreadableImage where it is of no use."""
+
+    @abstractmethod
+    def collate(self, samples: list[Any], positions: Tensor, indices: Tensor) -> Any:
+        """A micro-batch of what :meth:`read` returned: a named tuple with an empty field ``bad``.
+
+        Positions and indices are int64 ``(samples,)``.
+        """
 
     def __getitem__(self, samples: list[tuple[int, int]]) -> _Fetched:
         bad: dict[str, str] = {}
-        lost: list[int] = []
-        images, indices = [], []
+        values, indices = [], []
         for position, index in samples:
-            image, index = self._read(position, index, bad)
-            if image is None:
-                lost.append(position)
-                continue
-            images.append(image)
-            indices.append(index)
+            found = self._read(position, index, bad)
+            if found is None:
+                return _Fetched(None, list(bad.items()), position)
+            values.append(found[0])
+            indices.append(found[1])
         positions = torch.tensor([position for position, _ in samples], dtype=torch.int64)
-        read = torch.tensor(indices, dtype=torch.int64)
-        return _Fetched(_stack(images), positions, read, list(bad.items()), lost)
+        batch = self.collate(values, positions, torch.tensor(indices, dtype=torch.int64))
+        return _Fetched(batch, list(bad.items()), None)
 
-    def _read(self, position: int, index: int, bad: dict[str, str]) -> tuple[Tensor | None, int]:
+    def _read(self, position: int, index: int, bad: dict[str, str]) -> tuple[Any, int] | None:
         for attempt in range(REPLACEMENT_ATTEMPTS + 1):
             if attempt:
-                index = replacement(self.seed, position, attempt, len(self.source))
+                index = replacement(self.seed, position, attempt, self.length)
             try:
-                return self.transform(self._load(index), self.seed, position), index
+                return self.read(index, position), index
             except UnreadableImage as error:
                 bad[error.name] = error.reason
-        return None, index
+        return None
+
+
+class _ImageReader(StreamReader):
+    def __init__(self, source: ImageSource, transform: PositionTransform, seed: int) -> None:
+        super().__init__(seed, len(source))
+        self.source, self.transform = source, transform
+
+    def read(self, index: int, position: int) -> Tensor:
+        return self.transform(self._load(index), self.seed, position)
 
     def _load(self, index: int) -> Any:
         if getattr(self.transform, "takes_undecoded", False):
             return load_undecoded(self.source, index)
         return self.source.load(index)
+
+    def collate(self, samples: list[Tensor], positions: Tensor, indices: Tensor) -> Batch:
+        return Batch(torch.stack(samples), positions, indices, ())
 
 
 class _OrderedReader(Dataset[_Fetched]):
@@ -139,8 +164,11 @@ class _OrderedReader(Dataset[_Fetched]):
     def __getitem__(self, samples: list[int]) -> _Fetched:
         bad: dict[str, str] = {}
         images = {index: image for index in samples if (image := self._read(index, bad)) is not None}
+        if not images:
+            return _Fetched(None, list(bad.items()), None)
         read = torch.tensor(list(images), dtype=torch.int64)
-        return _Fetched(_stack(list(images.values())), read, read.clone(), list(bad.items()), [])
+        batch = Batch(torch.stack(list(images.values())), read, read.clone(), ())
+        return _Fetched(batch, list(bad.items()), None)
 
     def _read(self, index: int, bad: dict[str, str]) -> Tensor | None:
         try:
@@ -209,7 +237,7 @@ class TrainLoader:
         self.start_step, self.end_step = start_step, end_step
         self.bad = BadImages(len(source), max_bad_share)
         self.bad.add(getattr(source, "unreadable", ()))
-        reader = _StreamReader(source, transform, seed)
+        reader = _ImageReader(source, transform, seed)
         self._loader = data_loader(reader, self._samples, workers, pin_memory, multiprocessing_context)
 
     @property
@@ -221,14 +249,7 @@ class TrainLoader:
         return (self.end_step - self.start_step) * self.micro_batches_per_step
 
     def __iter__(self) -> Iterator[Batch]:
-        for fetched in served(self._loader):
-            self.bad.add(tuple(fetched.bad))
-            if fetched.lost:
-                raise UserError(
-                    f"no readable image for position {fetched.lost[0]} in {REPLACEMENT_ATTEMPTS} draws; "
-                    f"{len(self.bad)} of {len(self.source)} images are known to be unreadable"
-                )
-            yield _batch(fetched)
+        return served_batches(self._loader, self.bad)
 
     def _samples(self) -> Iterator[list[tuple[int, int]]]:
         per_rank = self.global_batch // self.world_size
@@ -283,10 +304,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.bad.reasons.clear()
-        for fetched in served(self._loader):
-            self.bad.add(tuple(fetched.bad))
-            if len(fetched.indices):
-                yield _batch(fetched)
+        yield from served_batches(self._loader, self.bad)
 
     def _samples(self) -> Iterator[list[int]]:
         for begin in range(self.begin, self.end, self.batch):
@@ -306,82 +324,25 @@ def check_batches(global_batch: int, micro_batch: int, rank: int, world_size: in
         )
 
 
-class _Sampler:  # what the loader asks for next; every pass begins anew
-    def __init__(self, samples: Callable[[], Iterator[list[Any]]]) -> None:
-        self._samples = samples
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return self._samples()
-
-
-def data_loader(
-    reader: Dataset[T],
-    samples: Callable[[], Iterator[list[Any]]],
-    workers: int,
-    pin_memory: bool,
-    context: str | None,
-) -> DataLoader[T]:
-    """A loader of what a reader makes of each list of samples, in order; go through it with :func:`served`.
+def served_batches(loader: DataLoader[_Fetched], bad: BadImages, noun: str = "image") -> Iterator[Any]:
+    """One pass over a reader's micro-batches.
 
     Args:
-        reader: Its items are whole batches, by lists of samples.
-        samples: Begins a new pass; each item goes to the reader.
-        workers: Processes that read; 0 reads in the caller.
-        pin_memory: Page-locked tensors.
-        context: ``fork``, ``spawn``, ``forkserver``; None: fork on Linux, spawn elsewhere.
+        loader: Serves a :class:`StreamReader`.
+        bad: Counts the unreadable samples.
+        noun: What a sample is, for the error.
 
     Raises:
-        UserError: There cannot be so many workers.
+        UserError: Too many samples are unreadable, or no draw gave a readable one for a position.
+        RunFailure: A worker died or gave up.
     """
-    if workers < 0:
-        raise UserError(f"there cannot be {workers} loader workers")
-    if workers and context is None:
-        context = "fork" if sys.platform == "linux" else "spawn"
-    return DataLoader(
-        reader,
-        batch_size=None,  # an item of the reader is a batch already
-        sampler=_Sampler(samples),
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        multiprocessing_context=context if workers else None,
-        generator=torch.Generator(),  # else every pass would draw from the global one
-    )
-
-
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers; no traceback from each
-    ignore_signals()
-
-
-def served(loader: DataLoader[T]) -> Iterator[T]:
-    """One pass over a loader, whose workers end with it. Raises RunFailure where a worker died or gave up."""
-    # torch would raise for a dead worker from a signal handler, wherever the main process happens to be, half
-    # way through a checkpoint included. Without it the loader finds out here, within five seconds.
-    handler = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None
-    served = iter(loader)
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
-    try:
-        yield from served
-    except RunFailure as error:  # a live worker's, with its traceback around it
-        raise RunFailure(str(error).strip().rpartition(f"{RunFailure.__module__}.RunFailure: ")[2]) from None
-    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-        first = str(error).partition("\n")[0]
-        own = isinstance(error, RuntimeError) and not first.startswith("DataLoader worker")
-        if (
-            not loader.num_workers or own or first.startswith("Caught ")
-        ):  # "Caught ...": raised in a live worker
-            raise
-        raise RunFailure(f"a loader worker died, perhaps for lack of (shared) memory: {first}") from error
-    finally:  # at once: an error's traceback would keep the workers until Python collects its garbage
-        getattr(served, "_shutdown_workers", lambda: None)()
-
-
-def _stack(images: list[Tensor]) -> Tensor:
-    return torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
-
-
-def _batch(fetched: _Fetched) -> Batch:  # pinning makes lists of tuples
-    return Batch(*fetched[:3], bad=tuple((name, reason) for name, reason in fetched.bad))
+    for batch, met, lost in served(loader):
+        named = tuple((name, reason) for name, reason in met)  # pinning makes lists of tuples
+        bad.add(named)
+        if lost is not None:
+            raise UserError(
+                f"no usable {noun} for position {lost} in {REPLACEMENT_ATTEMPTS} draws; "
+                f"{len(bad)} of {bad.total} {noun}s are known to be unusable"
+            )
+        if batch is not None:
+            yield batch._replace(bad=named)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import Dataset
 
-from localign.data.loader import data_loader, served
+from localign.data.workers import data_loader, served
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from localign.vlm.model.adapters import Adapter
 from localign.vlm.model.build import export_folder, set_stage, vision_sources
 from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.modeling import LocalignVLM
-from localign.vlm.model.presets import VisionSource, vision_side
+from localign.vlm.model.presets import VisionSource, build_vision
 from localign.vlm.model.vision import VisionTower
 
 _MASTER, _GRADIENT, _MOMENTS, _FROZEN = 4, 4, 8, 2
@@ -70,7 +70,7 @@ def plan_vlm(config: VLMConfig) -> tuple[LocalignVLM, VLMPlan]:
         raise UserError("--dry-run plans from parts; leave --init out")
     with torch.device("meta"):
         llm = text_config(config.llm)
-        tower, adapter = vision_side(
+        tower, adapter = build_vision(
             config.adapter,
             [_planned(name, config) for name in config.backbone],
             llm.get_text_config().hidden_size,

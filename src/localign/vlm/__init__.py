@@ -1,7 +1,7 @@
 """Vision-language models: a ViT, an adapter, a causal language model.
 
-Importing this makes the model known to transformers' ``AutoConfig``, ``AutoModelForImageTextToText`` and
-``AutoProcessor``.
+Importing this package registers the model with transformers' ``AutoConfig``, ``AutoModelForImageTextToText``
+and ``AutoProcessor``.
 """
 
 from __future__ import annotations

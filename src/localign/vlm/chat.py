@@ -27,10 +27,10 @@ class Chat:
     """A conversation about one image.
 
     Args:
-        model: In eval mode, on its device.
-        processor: The model's.
-        image: What it is about, RGB.
-        max_new_tokens: Longest answer.
+        model: The model, in eval mode.
+        processor: The model's processor.
+        image: RGB.
+        max_new_tokens: Most tokens per answer.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class Chat:
         image: Image.Image,
         max_new_tokens: int = 512,
     ) -> None:
-        self.model: Any = model  # transformers types generate() for its own models alone
+        self.model: Any = model  # transformers types generate() only for its own models
         self.processor, self.image = processor, image
         self.max_new_tokens = max_new_tokens
         self.messages: list[dict[str, object]] = []
 
     @torch.inference_mode()
     def ask(self, question: str) -> str:
-        """The greedy answer to one more question."""
+        """Add a question to the conversation and return the greedy answer."""
         content: list[dict[str, object]] = [{"type": "text", "text": question}]
         if not self.messages:
             content.insert(0, {"type": "image", "image": self.image})
@@ -56,24 +56,24 @@ class Chat:
         batch = batch.to(self.model.device)
         ids = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False)
         new = ids[0, batch["input_ids"].shape[1] :]
-        answer = self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+        answer: str = self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
         self.messages.append({"role": "assistant", "content": answer})
         return answer
 
 
 def run_chat(config: ChatConfig) -> None:
-    """Answer questions until there are no more; where an answer names a box, draw it onto a copy of the image."""
+    """Answer questions until the input ends; draw the boxes that answers name onto a copy of the image."""
     path, frame = Path(config.image), BoxFrame.parse(config.boxes)
     try:
         image = read_image(config.image, config.image)
     except UnreadableImage as error:
         raise UserError(f"cannot read the image: {error}") from None
     device = choose_device(config.device)
-    low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     model, tokenizer = load_vlm(config.model)
-    model.to(device=device, dtype=torch.bfloat16 if low else torch.float32).eval()  # type: ignore[call-arg]
+    model.to(device=device, dtype=torch.bfloat16 if bf16 else torch.float32).eval()  # type: ignore[call-arg]
     chat = Chat(model, LocalignVLMProcessor.for_model(model, tokenizer), image, config.max_new_tokens)
-    drawn = path.with_name(f"{path.stem}-boxes.png")
+    drawing = path.with_name(f"{path.stem}-boxes.png")
     boxes: list[Box] = []
     for question in _questions(config.question):
         answer = chat.ask(question)
@@ -81,13 +81,13 @@ def run_chat(config: ChatConfig) -> None:
         box = parse_box(answer, frame, Size(*image.size))
         if isinstance(box, Box):
             boxes.append(box)
-            with replacing(drawn) as temporary:
+            with replacing(drawing) as temporary:
                 draw_boxes(image, boxes).save(temporary, format="PNG")
-            print(f"box        {drawn}")
+            print(f"box        {drawing}")
 
 
 def draw_boxes(image: Image.Image, boxes: Iterable[Box]) -> Image.Image:
-    """A copy of the image with the boxes' outlines."""
+    """A copy of the image with the boxes outlined."""
     copy = image.copy()
     draw = ImageDraw.Draw(copy)
     width = max(1, round(max(image.size) / 200))
@@ -96,9 +96,9 @@ def draw_boxes(image: Image.Image, boxes: Iterable[Box]) -> Image.Image:
     return copy
 
 
-def _questions(only: str | None) -> Iterator[str]:
-    if only is not None:
-        yield only
+def _questions(question: str | None) -> Iterator[str]:
+    if question is not None:
+        yield question
         return
     terminal = sys.stdin.isatty()
     while True:

@@ -21,24 +21,27 @@ from localign.vlm.data.examples import ConversationTokenizer
 from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format
 from localign.vlm.data.records import Conversations
 from localign.vlm.model.attention import check_independent_turns
-from localign.vlm.model.build import build_vlm, merged, save_vlm
+from localign.vlm.model.build import build_vlm, merge_lora, save_vlm
 from localign.vlm.model.losses import check_liger
 from localign.vlm.model.modeling import LocalignVLM, VLMOutput
 from localign.vlm.model.processing import LocalignVLMProcessor
 
-_MONITORED = 8
-"""Images that a log line's readings are of."""
-_SAMPLED = 64
-"""Values of a frozen tensor that its fingerprint looks at."""
+_MONITORED_IMAGES = 8
+"""Images per log line whose embeddings are measured."""
+_HASHED_VALUES = 64
+"""Values per frozen tensor that enter the fingerprint."""
 
 
 class VLMTask(Task):
-    """Next-token loss on the answers of conversations about images.
+    """Next-token loss on the answers in conversations about images.
 
     Args:
-        config: Parts, data, stage.
-        model: Parts put together; built from the config if not given, and then with its tokenizer.
-        tokenizer: The model's.
+        config: Model, data and stage.
+        model: Trained instead of the model that the config describes; needs ``tokenizer``.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        UserError: Data, a part of the model or the device is missing, damaged or does not fit.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class VLMTask(Task):
         self.config = config
         self.seed = config.seed
         self.device = torch.device("cpu")
-        # A misspelt device, a missing package and bad data fail before weights are read.
+        # Check device, packages and data first: reading weights takes minutes.
         device = choose_device(config.device)
         if config.cross_entropy == "liger":
             check_liger(device)
@@ -75,7 +78,7 @@ class VLMTask(Task):
         if self.encoder.independent:
             check_independent_turns(model.language_model)
         self._frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-        self._start = _fingerprint({n: p for n, p in model.named_parameters() if n in self._frozen})
+        self._frozen_hash = _fingerprint({n: p for n, p in model.named_parameters() if n in self._frozen})
 
     @property
     def module(self) -> LocalignVLM:
@@ -89,7 +92,7 @@ class VLMTask(Task):
         return record_stream(self.data, plan, grouped=True).samples_per_epoch
 
     def fingerprint(self) -> dict[str, str]:
-        return {"data": self.data.fingerprint(), "frozen weights": self._start}
+        return {"data": self.data.fingerprint(), "frozen weights": self._frozen_hash}
 
     def batches(self, plan: BatchPlan) -> Iterator[VLMBatch]:
         return planned_batches(
@@ -117,17 +120,20 @@ class VLMTask(Task):
     def lr_factors(self) -> Mapping[str, float]:
         if self.config.adapter_lr is None:
             return {}
-        assert self.config.lr is not None  # the config has it so
-        new = self.model.adapter.new_part
-        factors = {} if new is None else {f"adapter.{new}": 1.0}
+        assert self.config.lr is not None  # checked by the config
+        new_part = self.model.adapter.new_part
+        factors = {} if new_part is None else {f"adapter.{new_part}": 1.0}
         return {**factors, "adapter": self.config.adapter_lr / self.config.lr}
 
     def monitor(self, batch: VLMBatch) -> dict[str, float]:
-        """How large image tokens are beside those of text, where the model is not sharded: root mean squares."""
+        """``image_text_ratio``: root mean square of image embeddings over that of answer embeddings.
+
+        Empty for batches without images and for sharded models.
+        """
         if not len(batch.images) or self.config.sharding != "none":
             return {}
         with torch.no_grad():
-            image = self.model.get_image_features(batch.images[:_MONITORED].to(self.device))
+            image = self.model.get_image_features(batch.images[:_MONITORED_IMAGES].to(self.device))
             ids = batch.input_ids[batch.labels != IGNORE_INDEX].to(self.device)
             text = self.model.get_input_embeddings()(ids)
         return {
@@ -141,7 +147,7 @@ class VLMTask(Task):
         return {"tokens": tokens}
 
     def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
-        """The loss per labelled token of held-out conversations."""
+        """The loss per labelled token on validation conversations."""
         if self.val_data is None:
             return {}
         limit = min(self.config.val_records or len(self.val_data), len(self.val_data))
@@ -152,10 +158,9 @@ class VLMTask(Task):
         batches = planned_batches(
             self.val_data, self.encoder, self.processor.image_transform(), plan, shuffle=False
         )
-        for (
-            batch
-        ) in batches:  # equally many on every rank; the last may begin the data anew, which is not counted
-            result = self.step(module, to_device(_without(batch, limit), self.device))
+        # Every rank runs the same number of batches; records past the limit wrap around and are not counted.
+        for batch in batches:
+            result = self.step(module, to_device(_unlabel_from(batch, limit), self.device))
             sums += torch.stack([result.loss_sum, result.weight.float()])
         sums = context.all_reduce(sums)
         return {"val_loss": float(sums[0] / sums[1].clamp(min=1))}
@@ -165,7 +170,7 @@ class VLMTask(Task):
 
     def set_grad_checkpointing(self) -> None:
         llm = self.model.language_model
-        # transformers 5.2x has renamed it
+        # Renamed in transformers 5.2x; earlier versions have only the second name.
         enable = getattr(llm, "activation_checkpointing_enable", llm.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
 
@@ -198,13 +203,13 @@ class VLMTask(Task):
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
         assert isinstance(module, LocalignVLM)
-        module = merged(module)
+        module = merge_lora(module)
         module.config.localign = provenance
         save_vlm(module, self.processor, folder)
 
 
 def batch_loss(model: nn.Module, batch: VLMBatch, cross_entropy: CrossEntropy) -> StepResult:
-    """The summed loss of a batch and the number of tokens it is over, as the model gives them."""
+    """The model's summed loss over a batch, and the number of labelled tokens."""
     output: VLMOutput = model(
         input_ids=batch.input_ids,
         pixel_values=batch.images if len(batch.images) else None,
@@ -225,15 +230,13 @@ def _layers(model: LocalignVLM) -> list[nn.Module]:
     return list(model.language_model.get_decoder().layers)
 
 
-def _without(batch: VLMBatch, limit: int) -> VLMBatch:
-    """The batch with nothing to learn from positions beyond the limit."""
-    beyond = (batch.positions >= limit).tolist()
-    if not any(beyond):
+def _unlabel_from(batch: VLMBatch, limit: int) -> VLMBatch:
+    """The batch without labels in the records at positions ``limit`` and beyond."""
+    excluded = torch.nonzero(batch.positions >= limit).flatten().tolist()
+    if not excluded:
         return batch
     labels = batch.labels.clone()
-    for number, drop in enumerate(beyond):
-        if not drop:
-            continue
+    for number in excluded:
         if batch.cu_seqlens is None:
             labels[number] = IGNORE_INDEX
         else:
@@ -242,9 +245,9 @@ def _without(batch: VLMBatch, limit: int) -> VLMBatch:
 
 
 def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, shapes and some values: frozen weights of gigabytes are not read twice.
+    """A hash of names, shapes and a sample of the values, since hashing gigabytes takes too long.
 
-    Empty where there are no values yet, on ranks that are given the main rank's.
+    Empty for tensors on the meta device, on ranks that receive the main rank's weights later.
     """
     from localign.backbones.export import content_hash
 
@@ -253,5 +256,6 @@ def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
     sampled = {}
     for name, tensor in tensors.items():
         flat = tensor.detach().reshape(-1)
-        sampled[f"{name}{tuple(tensor.shape)}"] = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()
+        stride = max(1, flat.numel() // _HASHED_VALUES)
+        sampled[f"{name}{tuple(tensor.shape)}"] = flat[::stride].cpu().contiguous()
     return content_hash(sampled)[:16]

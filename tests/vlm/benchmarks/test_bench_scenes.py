@@ -15,7 +15,7 @@ from localign.data.scenes import SceneConfig, SceneSource
 from localign.errors import UserError
 from localign.vlm.benchmarks.scenes import Scenes, guessing
 from localign.vlm.data.scene_dataset import write_dataset
-from localign.vlm.data.scene_questions import KINDS, questions_of
+from localign.vlm.data.scene_questions import KINDS, make_questions
 from localign.vlm.evaluation.run import evaluate
 from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame, Size
 from localign.vlm.scoring.intervals import intervals
@@ -47,7 +47,7 @@ def test_what_was_written_is_asked(tmp_path: Path) -> None:
         f"test-{index:06d}-{turn}": question
         for index in range(12)
         for turn, question in enumerate(
-            questions_of(
+            make_questions(
                 world, source.scene(index), seed=0, split="test", index=index, kinds=KINDS, count=len(KINDS)
             )
         )
@@ -78,13 +78,13 @@ def test_a_limit_is_of_every_kind(tmp_path: Path) -> None:
     ("changes", "line"),
     [
         ({"kinds": ["colour"]}, "question test-000000-0: unknown kind of question 'colour'"),
-        ({"kinds": ["referring", "count"]}, "no file of questions on scenes"),
+        ({"kinds": ["referring", "count"]}, "no file of questions about scenes"),
         ({"boxes": [None]}, "question test-000000-0: the field 'boxes' is None, not four numbers"),
         ({"boxes": [[0.1, 0.2, 0.3]]}, "not four numbers"),
         ({"boxes": [[0.5, 0.2, 0.5, 0.4]]}, r"the box \[.*\] does not fit in an image of"),
         ({"boxes": [[0.5, 0.2, 1.5, 0.4]]}, r"the box \[.*\] does not fit in an image of"),
         ({"kinds": ["caption"], "boxes": [None]}, "names no object"),
-        ({"conversations": None}, "no file of questions on scenes"),
+        ({"conversations": None}, "no file of questions about scenes"),
     ],
 )
 def test_bad_records_are_named(changes: dict[str, Any], line: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a step learns from depends on seed and step alone; ranks, micro-batches and packing only deal it out."""
+"""The records of a step depend on seed and step alone; ranks, micro-batches and packing only split them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from localign.vlm.data.prompts import IGNORE_INDEX
 from localign.vlm.data.records import Conversations
 from localign.vlm.data.sampling import (
     GroupedRecords,
-    deal_evenly,
-    deal_grouped,
-    deal_packed,
     estimated_lengths,
+    split_balanced,
+    split_evenly,
+    split_grouped,
 )
 
 ENCODER = tiny_encoder()
@@ -45,7 +45,7 @@ def batches(data: Conversations, *, kind: dict[str, bool] | None = None, **optio
 
 
 def sequences(batch: VLMBatch) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of each sequence, without padding."""
+    """Ids and labels of each sequence without padding."""
     if batch.cu_seqlens is None:
         assert batch.attention_mask is not None
         lengths = batch.attention_mask.sum(dim=1).tolist()
@@ -57,7 +57,7 @@ def sequences(batch: VLMBatch) -> list[tuple[list[int], list[int]]]:
 
 
 def by_position(batches: Iterable[VLMBatch]) -> dict[int, tuple[Any, ...]]:
-    """Position -> (record, ids, labels, the image's value or None); no position comes twice."""
+    """Position -> (record, ids, labels, the image's value or None); positions are distinct."""
     found: dict[int, tuple[Any, ...]] = {}
     for batch in batches:
         images = iter(batch.images)
@@ -76,12 +76,12 @@ def by_position(batches: Iterable[VLMBatch]) -> dict[int, tuple[Any, ...]]:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_dealing_changes_nothing(
+def test_ranks_micro_batches_and_packing_change_nothing(
     data: Conversations, packed: bool, grouped: bool, ranks: int, micro: int
 ) -> None:
     whole = by_position(batches(data, kind={"packed": False, "grouped": grouped}))
     assert sorted(whole) == list(range(16))
-    dealt: list[VLMBatch] = []
+    split: list[VLMBatch] = []
     for rank in range(ranks):
         own = batches(
             data,
@@ -93,8 +93,8 @@ def test_dealing_changes_nothing(
         assert len(own) == 2 * 8 // ranks // micro
         steps = [set((batch.positions // 8).tolist()) for batch in own]
         assert steps == [{step} for step in range(2) for _ in range(8 // ranks // micro)]
-        dealt += own
-    assert by_position(dealt) == whole
+        split += own
+    assert by_position(split) == whole
 
 
 def test_images_belong_to_their_records(data: Conversations) -> None:
@@ -107,7 +107,7 @@ def test_images_belong_to_their_records(data: Conversations) -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_continuing_gives_what_an_uninterrupted_run_gets(
+def test_resuming_gives_the_batches_of_an_uninterrupted_run(
     data: Conversations, packed: bool, grouped: bool
 ) -> None:
     kind = {"packed": packed, "grouped": grouped}
@@ -153,7 +153,7 @@ def test_a_packed_row(data: Conversations) -> None:
         ends = batch.cu_seqlens.tolist()
         for begin, end in pairwise(ends):
             assert batch.position_ids[0, begin:end].tolist() == list(range(end - begin))
-            assert batch.labels[0, begin] == IGNORE_INDEX  # else the token before it would foretell another's
+            assert batch.labels[0, begin] == IGNORE_INDEX  # no sequence predicts the start of the next
             assert batch.input_ids[0, begin] == ENCODER.tokenizer.bos_token_id
         assert batch.images.dtype == torch.uint8
         assert batch.images.ndim == 4
@@ -176,15 +176,15 @@ def test_packed_and_padded_rows_of_two_sequences(data: Conversations) -> None:
 
 
 def test_bins_are_balanced() -> None:
-    assert [bin.tolist() for bin in deal_packed([9, 1, 5, 4, 1], 2)] == [[0, 1], [2, 3, 4]]
+    assert [bin.tolist() for bin in split_balanced([9, 1, 5, 4, 1], 2)] == [[0, 1], [2, 3, 4]]
     lengths = np.random.default_rng(0).integers(20, 2000, 128)
-    bins = deal_packed(lengths, 16)
+    bins = split_balanced(lengths, 16)
     assert sorted(np.concatenate(bins).tolist()) == list(range(128))
     sums = [int(lengths[bin].sum()) for bin in bins]
     assert max(sums) <= 1.02 * lengths.sum() / 16
-    unbalanced = [int(lengths[bin].sum()) for bin in deal_evenly(128, 16)]
+    unbalanced = [int(lengths[bin].sum()) for bin in split_evenly(128, 16)]
     assert max(unbalanced) > 1.2 * lengths.sum() / 16
-    assert [len(bin) for bin in deal_packed([5000, 1, 1, 1], 4)] == [1, 1, 1, 1]
+    assert [len(bin) for bin in split_balanced([5000, 1, 1, 1], 4)] == [1, 1, 1, 1]
 
 
 def test_lengths_are_estimated_well(tmp_path: Path) -> None:
@@ -198,15 +198,15 @@ def test_lengths_are_estimated_well(tmp_path: Path) -> None:
     assert estimated.dtype == np.int64
 
 
-# The published sampler, in a case small enough to follow: eight records with images, no other.
+# The published sampler in a case small enough to follow: eight records, all with images.
 
 
-def test_the_published_dealing_by_hand() -> None:
-    dealt = deal_grouped([9, 7, 5, 5, 4, 3, 2, 1], ranks=2, bins_per_rank=1)
+def test_the_published_split_by_hand() -> None:
+    split = split_grouped([9, 7, 5, 5, 4, 3, 2, 1], ranks=2, bins_per_rank=1)
     # 9 | 7, then 5 to the second (7 < 9), 5 to the first (9 < 12), 4 to the second (12 < 14), 3 to the first
-    # (14 < 16), 2 to the second (16 < 17), which is full; what is left goes to the first.
-    assert [bin.tolist() for bin in dealt] == [[0, 3, 5, 7], [1, 2, 4, 6]]
-    cut = deal_grouped([9, 7, 5, 5, 4, 3, 2, 1], ranks=2, bins_per_rank=2)
+    # (14 < 16), 2 to the second (16 < 17), which is then full, and 1 to the first.
+    assert [bin.tolist() for bin in split] == [[0, 3, 5, 7], [1, 2, 4, 6]]
+    cut = split_grouped([9, 7, 5, 5, 4, 3, 2, 1], ranks=2, bins_per_rank=2)
     assert [bin.tolist() for bin in cut] == [[0, 3], [5, 7], [1, 2], [4, 6]]
 
 
@@ -261,7 +261,7 @@ def test_grouped_steps_follow_the_published_rules() -> None:
 
 
 def test_where_the_published_sampler_fails(data: Conversations) -> None:
-    """Text alone; a modality of less than half a batch; an epoch as long as its steps are many."""
+    """Text-only data; a modality with less than half a batch; the length of an epoch."""
     words = np.arange(1, 13)
     text = GroupedRecords(0, words, np.zeros(12, bool), 8)
     assert text.samples_per_epoch == 16
@@ -275,7 +275,7 @@ def test_where_the_published_sampler_fails(data: Conversations) -> None:
     assert record_stream(data, plan()).samples_per_epoch == 13
 
 
-def test_useless_records_are_replaced_and_named(tmp_path: Path) -> None:
+def test_unusable_records_are_replaced_and_named(tmp_path: Path) -> None:
     data = mixed_data(tmp_path, count=30, broken=(3, 4))
     kinds = [{"packed": True}, {"packed": False}]
     runs = [
@@ -311,7 +311,7 @@ def test_records_cut_before_their_answers_are_replaced(tmp_path: Path) -> None:
         list(planned_batches(useless, short, to_tensor, plan(end_step=1), max_bad_share=1.0))
 
 
-def test_text_alone_has_no_images(tmp_path: Path) -> None:
+def test_text_only_records_have_no_images(tmp_path: Path) -> None:
     data = Conversations.open([write_json(tmp_path / "data.json", [record(i) for i in range(4)])])
     (batch,) = batches(data, end_step=1)
     assert len(batch.images) == 0

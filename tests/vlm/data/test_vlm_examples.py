@@ -1,4 +1,4 @@
-"""Token ids and labels of records, and what the limit cuts off."""
+"""Token ids and labels of records, and truncation at the limit."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def test_the_limit_counts_image_tokens() -> None:
         assert cut.labels.equal(whole.labels[:limit])
 
 
-def test_the_published_limit_is_of_text_alone() -> None:
+def test_the_published_limit_counts_text_only() -> None:
     encoder = tiny_encoder(max_length=24, text_limit=True)
     assert len(encoder(WITH_IMAGE).input_ids) == 24 + IMAGE_TOKENS == encoder.limit(True)
     assert len(encoder(TEXT_ONLY).input_ids) == 24 == encoder.limit(False)
 
 
-def test_a_record_cut_before_its_first_answer_says_so() -> None:
+def test_a_record_truncated_before_its_first_answer_is_an_error() -> None:
     start = len("_In: What?\nOut:")
     with pytest.raises(NothingToLearn, match=f"no answer begins within {IMAGE_TOKENS + start} tokens"):
         tiny_encoder(max_length=IMAGE_TOKENS + start)(WITH_IMAGE)

@@ -1,4 +1,4 @@
-"""The mixtures hold what the published ones hold, in their order."""
+"""The mixtures have the records of the published mixtures, in the same order."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_lvis_mixture_is_shuffled_as_published(tmp_path: Path, base: Path, lvis:
     written = merge_lvis_instruct(base, lvis, [tmp_path], tmp_path / "mixed.json")
     assert written == (tmp_path / "mixed.json", 14)
     assert read(written.file) == expected
-    for i in range(9):  # what else the records name
+    for i in range(9):  # the other images that the records name
         write_image(tmp_path / "coco" / f"{i}.png")
     assert len(Conversations.open([written.file])) == 14
 
@@ -86,7 +86,7 @@ def test_lrv_records(lrv: Path) -> None:
 def test_lrv_mixtures_are_shuffled_by_one_generator(
     tmp_path: Path, base: Path, lvis: Path, lrv: Path
 ) -> None:
-    """The published script makes both in a row; each can be made here by itself."""
+    """The published script writes both mixtures in one run; here each can be written alone."""
     with_lvis = merge_lvis_instruct(base, lvis, [tmp_path], tmp_path / "lvis4v.json").file
     added = lrv_records(lrv)
     first, second = read(base) + added, read(with_lvis) + added
@@ -107,9 +107,7 @@ def test_text_only_records_are_stripped(tmp_path: Path, base: Path) -> None:
         strip_text_only(write_json(tmp_path / "text.json", [record(0)]), tmp_path / "none.json")
 
 
-def test_nothing_is_written_where_something_is_wrong(
-    tmp_path: Path, base: Path, lvis: Path, lrv: Path
-) -> None:
+def test_errors_leave_the_output_file_unchanged(tmp_path: Path, base: Path, lvis: Path, lrv: Path) -> None:
     out = tmp_path / "out.json"
     out.write_text("as before")
     (tmp_path / "coco" / "val" / "21.png").unlink()
@@ -123,7 +121,7 @@ def test_nothing_is_written_where_something_is_wrong(
     ):
         merge_lrv_instruct(base, lrv, [tmp_path], out)
     write_json(lrv / "filter_cap1.json", [{"image_id": "1", "question": "q"}])
-    with pytest.raises(UserError, match=r"filter_cap1.json, record 1: it has no text 'answer'"):
+    with pytest.raises(UserError, match=r"filter_cap1.json, record 1: 'answer' is missing or not a string"):
         merge_lrv_instruct(base, lrv, [tmp_path], out)
     assert out.read_text() == "as before"
     assert not list(tmp_path.glob(".*"))
@@ -156,5 +154,5 @@ def test_ocr_vqa_images_become_jpegs(tmp_path: Path) -> None:
     assert not (tmp_path / "d.jpg").exists()
     assert prepare_ocr_vqa(tmp_path).present == 3
     (tmp_path / "e.txt").touch()
-    with pytest.raises(UserError, match=r"e.txt is no GIF, PNG or JPEG"):
+    with pytest.raises(UserError, match=r"e.txt is not a GIF, PNG or JPEG file"):
         prepare_ocr_vqa(tmp_path)

@@ -1,4 +1,4 @@
-"""Prompt formats: the literal texts, what is labelled, and that users cannot write special tokens."""
+"""Prompt formats: literal texts, labels, and that users cannot write special tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LLAMA2 = (  # the beginning-of-sequence token is the template's, as in Llama's and Mistral's
+LLAMA2 = (  # the template writes the beginning-of-sequence token, as those of Llama and Mistral do
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
 )
@@ -35,7 +35,7 @@ def chat_tokenizer(template: str = CHATML, **kwargs: bool) -> PreTrainedTokenize
 
 
 def spaced_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama's: a word is a token with the space before it, which every text begins with."""
+    """Like Llama's tokenizer: a word's token includes the space before it, and every text starts with a space."""
     words = ["<s>", "</s>", "<unk>", "▁[INST]", "▁[/INST]", "▁hi", "▁ho", "▁</s>"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
@@ -72,7 +72,7 @@ def test_each_turn_is_tokenised_by_itself() -> None:
     tokenizer.add_tokens(["In:", "Out:"])
     ids, labels, _ = prompt_format("in-out").conversation(tokenizer, [("hi", "ho"), ("hi", "ho")])
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    # The answer's first token carries the word boundary although no space was written before it.
+    # The answer's first token includes a space although none was written before it.
     assert tokens[-2:] == ["▁ho", "</s>"]
     assert tokens.count("▁ho") == 2
     assert labelled(tokenizer, labels) == "ho</s> ho</s>"
@@ -86,17 +86,17 @@ def test_empty_answer_is_a_space() -> None:
 
 @pytest.mark.parametrize("name", ["in-out", "vicuna", "chat-template"])
 def test_question_is_the_beginning_of_the_conversation(name: str) -> None:
-    """What the model reads in use is what it read in training, up to where the answer begins."""
+    """In inference the model sees the tokens that it saw in training, up to the start of the answer."""
     tokenizer = chat_tokenizer()
     style = prompt_format(name)
-    asked = style.question(tokenizer, TURNS[1][0], history=TURNS[:1])
+    question = style.question(tokenizer, TURNS[1][0], history=TURNS[:1])
     whole = style.conversation(tokenizer, TURNS)
-    assert whole.ids[: len(asked.ids)] == asked.ids
-    assert whole.labels[len(asked.ids)] != IGNORE_INDEX
-    assert labelled(tokenizer, whole.labels[len(asked.ids) :]).startswith("Left")
-    assert set(asked.labels) == {IGNORE_INDEX}
+    assert whole.ids[: len(question.ids)] == question.ids
+    assert whole.labels[len(question.ids)] != IGNORE_INDEX
+    assert labelled(tokenizer, whole.labels[len(question.ids) :]).startswith("Left")
+    assert set(question.labels) == {IGNORE_INDEX}
     text = style.text(tokenizer, TURNS[1][0], history=TURNS[:1])
-    assert tokenizer.decode(asked.ids).removeprefix("<s>") == text
+    assert tokenizer.decode(question.ids).removeprefix("<s>") == text
 
 
 def test_literal_question() -> None:
@@ -123,7 +123,7 @@ def test_special_tokens_in_user_text_are_plain_text(name: str) -> None:
 
 def test_bos_only_where_the_tokenizer_writes_it() -> None:
     tokenizer = tiny_tokenizer(bos=False)
-    tokenizer.bos_token = "</s>"  # named, as some models' are, but never put before a text
+    tokenizer.bos_token = "</s>"  # named but never written, as with some models
     ids, _, image_position = prompt_format("in-out").conversation(tokenizer, TURNS)
     assert image_position == 0
     assert tokenizer.decode(ids).startswith("In:")

@@ -1,4 +1,4 @@
-"""Questions on scenes: what they say is so, guessing does not pay, and a data set of them is whole or absent."""
+"""Questions about scenes: answers are right, guessing does not pay, and data sets are complete or absent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from localign.errors import UserError
 from localign.vlm.data import scene_dataset
 from localign.vlm.data.records import parse_record
 from localign.vlm.data.scene_dataset import read_questions, write_dataset
-from localign.vlm.data.scene_questions import KINDS, SceneQuestion, questions_of
+from localign.vlm.data.scene_questions import KINDS, SceneQuestion, make_questions
 
 WORLD = SceneConfig()
 SOURCE = SceneSource(WORLD, "test", 500)
@@ -28,12 +28,12 @@ NUMBERS = re.compile(r"\d\.\d\d")
 
 def ask(index: int, kinds: Sequence[str] = KINDS, count: int = len(KINDS)) -> list[SceneQuestion]:
     scene = SOURCE.scene(index)
-    return questions_of(WORLD, scene, seed=0, split="test", index=index, kinds=kinds, count=count)
+    return make_questions(WORLD, scene, seed=0, split="test", index=index, kinds=kinds, count=count)
 
 
 @pytest.fixture(scope="module")
 def asked() -> list[tuple[Scene, SceneQuestion]]:
-    """One question of every kind on every scene that it suits."""
+    """One question of every kind about every scene that suits the kind."""
     return [(SOURCE.scene(index), question) for index in range(500) for question in ask(index)]
 
 
@@ -42,12 +42,12 @@ def of_kind(asked: list[tuple[Scene, SceneQuestion]], kind: str) -> list[tuple[S
 
 
 def named(scene: Scene, name: str) -> SceneObject:
-    (found,) = [thing for thing in scene.objects if thing.name == name]
-    return found
+    (item,) = [item for item in scene.objects if item.name == name]
+    return item
 
 
 def evenly(answers: Sequence[str], expected: int) -> bool:
-    """Whether every answer comes up as often as fair draws would have it, to four standard deviations."""
+    """Whether answers are uniform over ``expected`` values, within four standard deviations."""
     counts, share = Counter(answers), 1 / expected
     slack = 4 * math.sqrt(len(answers) * share * (1 - share))
     return len(counts) == expected and all(abs(n - share * len(answers)) < slack for n in counts.values())
@@ -58,7 +58,7 @@ def test_questions_are_a_function_of_seed_split_and_scene() -> None:
     scene = SOURCE.scene(3)
     settings = {"seed": 0, "split": "test", "index": 3, "kinds": KINDS, "count": 8}
     for other in ({"seed": 1}, {"split": "train"}, {"index": 4}):
-        assert questions_of(WORLD, scene, **{**settings, **other}) != ask(3)  # type: ignore[arg-type]
+        assert make_questions(WORLD, scene, **{**settings, **other}) != ask(3)  # type: ignore[arg-type]
 
 
 def test_fewer_questions_are_the_first_of_many() -> None:
@@ -96,7 +96,7 @@ def test_position_questions_point_at_the_middle_of_the_object(
         assert min(d for name, d in distances.items() if name != question.answer) > 0.05
 
 
-def test_what_is_where_is_not_given_away_by_where_is_what() -> None:
+def test_referring_questions_do_not_reveal_answers_to_position_questions() -> None:
     for index in range(100):
         turns = {question.kind: question for question in ask(index, ("referring", "position"), 2)}
         if len(turns) == 2:
@@ -112,7 +112,7 @@ def test_counts_are_right(asked: list[tuple[Scene, SceneQuestion]]) -> None:
         assert question.answer == str(right)
 
 
-def test_statements_are_true_or_the_opposite_holds(asked: list[tuple[Scene, SceneQuestion]]) -> None:
+def test_false_statements_say_the_opposite(asked: list[tuple[Scene, SceneQuestion]]) -> None:
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     for scene, question in of_kind(asked, "relation"):
         match = re.search(r"The (\w+ \w+) is (.+) the (\w+ \w+)\.\n", question.message)
@@ -121,19 +121,17 @@ def test_statements_are_true_or_the_opposite_holds(asked: list[tuple[Scene, Scen
         assert match[2] == (holds if question.answer == "True" else opposite[holds])
 
 
-def test_presence_is_right_and_what_is_absent_is_similar(asked: list[tuple[Scene, SceneQuestion]]) -> None:
+def test_presence_is_right_and_absent_objects_are_similar(asked: list[tuple[Scene, SceneQuestion]]) -> None:
     for scene, question in of_kind(asked, "presence"):
         match = re.match(r"Is there an? ((\w+) (\w+)) in the image\?\n", question.message)
         assert match
-        shown = {o.name for o in scene.objects}
-        assert (match[1] in shown) == (question.answer == "Yes")
+        present = {o.name for o in scene.objects}
+        assert (match[1] in present) == (question.answer == "Yes")
         assert any(match[2] == o.color or match[3] == o.shape for o in scene.objects)
 
 
 @pytest.mark.parametrize("kind", ["attribute", "choice"])
-def test_attributes_are_asked_of_one_object_alone(
-    asked: list[tuple[Scene, SceneQuestion]], kind: str
-) -> None:
+def test_attribute_questions_have_one_answer(asked: list[tuple[Scene, SceneQuestion]], kind: str) -> None:
     for scene, question in of_kind(asked, kind):
         first = question.message.split("\n")[0]
         match = re.fullmatch(r"What (?:colour is the (\w+)|shape is the (\w+) object)\?", first)
@@ -157,13 +155,13 @@ def test_a_caption_is_the_scenes_own(asked: list[tuple[Scene, SceneQuestion]]) -
 @pytest.mark.parametrize(
     ("kind", "answers"), [("relation", 2), ("presence", 2), ("choice", 4), ("count", 3), ("position", 20)]
 )
-def test_answers_come_up_equally_often(
+def test_answers_are_equally_frequent(
     asked: list[tuple[Scene, SceneQuestion]], kind: str, answers: int
 ) -> None:
     assert evenly([question.answer for _, question in of_kind(asked, kind)], answers)
 
 
-def test_the_words_of_a_statement_say_nothing_about_its_truth(
+def test_the_wording_of_a_statement_does_not_predict_its_truth(
     asked: list[tuple[Scene, SceneQuestion]],
 ) -> None:
     for words in ("left of", "right of", "above", "below"):
@@ -189,7 +187,7 @@ def test_other_worlds_have_questions_too() -> None:
     found = [
         q
         for i in range(40)
-        for q in questions_of(world, source.scene(i), seed=0, split="test", index=i, kinds=KINDS, count=8)
+        for q in make_questions(world, source.scene(i), seed=0, split="test", index=i, kinds=KINDS, count=8)
     ]
     assert {question.kind for question in found} == set(KINDS)
     assert any("an orange" in question.message for question in found)
@@ -232,7 +230,7 @@ def test_scenes_that_no_kind_suits_have_no_record(tmp_path: Path) -> None:
     assert len(found) == len(list((tmp_path / "images").iterdir())) == several < 40
 
 
-def test_a_whole_data_set_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_complete_data_set_is_left_alone(tmp_path: Path) -> None:
     path = write_dataset(tmp_path, "val", 5, 2, seed=7)
     times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     assert write_dataset(tmp_path, "val", 5, 2, seed=7) == path
@@ -276,7 +274,7 @@ def test_an_interrupted_data_set_is_completed(tmp_path: Path, monkeypatch: pytes
         ({"world": replace(WORLD, noise=0)}, "world: .*'noise': 24.* there, .*'noise': 0.* now"),
     ],
 )
-def test_a_folder_of_other_questions_is_refused(
+def test_a_folder_with_other_settings_is_refused(
     tmp_path: Path, change: dict[str, object], words: str
 ) -> None:
     arguments = {"split": "test", "scenes": 3, "questions_per_scene": 2}
@@ -310,10 +308,10 @@ def test_files_that_hold_no_questions_are_named(tmp_path: Path) -> None:
         read_questions(tmp_path / "absent.json")
     plain = tmp_path / "llava.json"
     plain.write_text('[{"id": "1", "image": "a.png", "conversations": []}]')
-    with pytest.raises(UserError, match=r"llava\.json is no file of questions on scenes"):
+    with pytest.raises(UserError, match=r"llava\.json is no file of questions about scenes"):
         read_questions(plain)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "questions.json").write_text("[]")
-    with pytest.raises(UserError, match="not written here"):
+    with pytest.raises(UserError, match=r"questions but no settings\.json"):
         write_dataset(foreign, "test", 3, 2)

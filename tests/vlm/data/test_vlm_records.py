@@ -1,4 +1,4 @@
-"""Records are read as LLaVA's format says; whatever is wrong is said in one line that names the record."""
+"""Reading records in LLaVA's format; an error is one line that names the record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from localign.vlm.data.records import Conversations, Record
 def test_reads_lists_and_lines_alike(tmp_path: Path) -> None:
     write_image(tmp_path / "a" / "x.png")
     entries = [
-        {"id": 3, "image": "a/x.png", "model": "other keys mean nothing",
+        {"id": 3, "image": "a/x.png", "model": "other keys are ignored",
          "conversations": [turn("human", "<image>\nWhat?"), turn("gpt", "A kité\u2028.")]},
         {"id": "t", "image": None,
          "conversations": [turn("user", "a"), turn("assistant", ""), turn("user", "b"), turn("assistant", "c")]},
@@ -38,7 +38,10 @@ def test_reads_lists_and_lines_alike(tmp_path: Path) -> None:
         data = Conversations.open([tmp_path / name])
         assert [data.record(i) for i in range(len(data))] == expected, name
         assert data.has_image.tolist() == [True, False]
-        assert data.words.tolist() == [5, 3]  # "<image>" is one, as published; a line separator parts words
+        assert data.words.tolist() == [
+            5,
+            3,
+        ]  # "<image>" is a word, as published; a line separator ends a word
         assert data.turns.tolist() == [1, 2]
     both = Conversations.open([tmp_path / "list.json", tmp_path / "lines.jsonl"])
     assert len(both) == 4
@@ -47,7 +50,7 @@ def test_reads_lists_and_lines_alike(tmp_path: Path) -> None:
 
 
 def test_records_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever blocks of the file end, also within a number, an escape or a letter of several bytes."""
+    """Blocks may end anywhere, even within a number, an escape or a multi-byte character."""
     entries = [
         {"id": i, "n": 12345, "t": True, "conversations": [turn("human", 'é"\\\n' * i), turn("gpt", "ü")]}
         for i in range(4)
@@ -74,8 +77,8 @@ GOOD = [turn("human", "a"), turn("gpt", "b")]
         ({"conversations": GOOD}, "record 2: it has no id"),
         ({"id": [1], "conversations": GOOD}, r"record 2 \(id \[1\]\): its id is neither"),
         ({"id": "x"}, r"record 2 \(id 'x'\): it has no list of conversations"),
-        ({"id": "x", "conversations": []}, "no question of its conversation is answered"),
-        ({"id": "x", "conversations": GOOD[:1]}, "no question of its conversation is answered"),
+        ({"id": "x", "conversations": []}, "its conversation has no answered question"),
+        ({"id": "x", "conversations": GOOD[:1]}, "its conversation has no answered question"),
         ({"id": "x", "conversations": GOOD[::-1]}, "turn 1 of its conversation is by 'gpt', not 'human' or 'user'"),
         ({"id": "x", "conversations": [turn("system", "s"), *GOOD]}, "turn 1 of its conversation is by 'system'"),
         ({"id": "x", "conversations": [*GOOD, *GOOD[1:]]}, "turn 3 of its conversation is by 'gpt'"),
@@ -103,10 +106,10 @@ def test_malformed_records(tmp_path: Path, entry: Any, reason: str) -> None:
         ("id,image\n", "neither a JSON list"),
         ("[]", "no conversations"),
         ('[{"id": 1} {"id": 2}]', "record 1.*no list of conversations"),
-        ("[%s %s]", "record 1: a comma or the list's end is missing"),
-        ("[%s, %s", "record 2: a comma or the list's end is missing"),
+        ("[%s %s]", "record 1: a comma or the end of the list is missing"),
+        ("[%s, %s", "record 2: a comma or the end of the list is missing"),
         ("[%s,]", r"record 2: not valid JSON: Expecting value \(byte \d+\)"),
-        ("[%s] x", "record 1: something follows"),
+        ("[%s] x", "record 1: there is text after the end of the list"),
         ('{"id": "a\n"}', "record 1: not valid JSON: Invalid control character"),
         ('{"id": "a', "record 1: not valid JSON: Unterminated string"),
         ("[" * 100000, "record 1: not valid JSON"),
@@ -119,7 +122,7 @@ def test_broken_files(tmp_path: Path, text: str, reason: str) -> None:
         Conversations.open([path])
 
 
-def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
+def test_missing_files_and_files_that_are_not_text(tmp_path: Path) -> None:
     write_json(tmp_path / "mix665k.json", [record(0)])
     with pytest.raises(UserError, match=r"there is no file .*mix655k.json; did you mean 'mix665k.json'"):
         Conversations.open([tmp_path / "mix655k.json"])
@@ -128,7 +131,7 @@ def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
     (tmp_path / "latin.json").write_bytes('[{"id": "é"}]'.encode("latin-1"))
     with pytest.raises(UserError, match="record 1: not UTF-8 text"):
         Conversations.open([tmp_path / "latin.json"])
-    with pytest.raises(UserError, match="which conversations"):
+    with pytest.raises(UserError, match="no conversations: give at least one"):
         Conversations.open([])
 
 
@@ -184,7 +187,7 @@ def test_missing_images(tmp_path: Path) -> None:
     assert "record 4 (id 'r3')" in data.name(1)
     write_image(tmp_path / "gone.png")
     assert Conversations.open([path]).fingerprint() != data.fingerprint()
-    with pytest.raises(UserError, match=r"none of the 1 images of .* is there; the first is 0.png"):
+    with pytest.raises(UserError, match=r"all 1 images of .* are missing; the first is 0.png"):
         Conversations.open([write_json(tmp_path / "else" / "d.json", entries[:1])], skip_missing=True)
 
 
@@ -201,7 +204,7 @@ def test_survives_pickling_and_notices_changes(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(data))
     assert again.record(5) == data.record(5)
     write_json(tmp_path / "data.json", [record(0)])
-    with pytest.raises(RunFailure, match="was changed while it was in use"):
+    with pytest.raises(RunFailure, match="changed while it was in use"):
         data.record(5)
 
 
@@ -229,7 +232,9 @@ def test_check_counts_everything(tmp_path: Path) -> None:
     assert found.over_long.count == 2
     assert found.nothing_to_learn == Finding(1, (f"{path}, record 6 (id 'mute')",))
     assert found.lengths is not None
-    assert found.lengths[0] == LengthBin(0, 3)  # with an image's tokens: 2 turns of 18 + 6 bytes and a little
+    assert found.lengths[0] == LengthBin(
+        0, 3
+    )  # below 64 tokens: 2 turns of 18 + 6 bytes, with the image tokens
     assert sum(b.records for b in found.lengths) == 5
     assert not found.ready
 

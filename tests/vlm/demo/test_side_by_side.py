@@ -1,4 +1,4 @@
-"""Runs beside one another are what they would be alone; what ends one in the wrong way ends all, and is said."""
+"""Runs side by side give the results that they give alone; one run's failure stops all runs and is reported."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 from localign.engine.log import read_log
 from localign.errors import RunFailure, RunStopped
-from localign.vlm.demo.side_by_side import Job, cores, run_side_by_side
+from localign.vlm.demo.side_by_side import Job, available_cores, run_side_by_side
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Runs in this process and in others sum in the same order."""
+    """The order of sums depends on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -44,35 +44,33 @@ def job(out: Path, images: Path, **options: object) -> Job:
 
 
 @pytest.mark.slow
-def test_runs_are_those_that_they_would_be_alone(images: Path, tmp_path: Path) -> None:
+def test_runs_side_by_side_equal_runs_alone(images: Path, tmp_path: Path) -> None:
     jobs = [job(tmp_path / f"seed{seed}", images, seed=seed) for seed in range(3)]
     run_side_by_side(jobs, 2)
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, cores() // 2))
-    for seed, one in enumerate(jobs):
+    torch.set_num_threads(max(1, available_cores() // 2))
+    for seed, finished in enumerate(jobs):
         run(tiny(tmp_path / f"alone{seed}", images, seed=seed))
-        ours, theirs = weights(one.folder), weights(tmp_path / f"alone{seed}")
+        ours, theirs = weights(finished.folder), weights(tmp_path / f"alone{seed}")
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        assert one.output.is_file()
+        assert finished.output.is_file()
     torch.set_num_threads(before)
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_save(
-    images: Path, tmp_path: Path
-) -> None:
+def test_a_failed_run_is_named_with_its_error_and_the_others_save(images: Path, tmp_path: Path) -> None:
     long = job(tmp_path / "long", images, steps=100_000, checkpoint_every=100_000)
     bad = job(tmp_path / "bad", tmp_path / "nothing-here")
     with pytest.raises(RunFailure, match=r"bad failed: localign: .*nothing-here.*bad\.output\.txt"):
         run_side_by_side([long, bad], 2)
     states = [json.loads(path.read_text()) for path in long.folder.glob("checkpoints/*/state.json")]
-    # It may have been stopped before its first step; if it had taken some, they are kept.
+    # The run may have been stopped before its first step; otherwise the checkpoint is of its last step.
     assert [state["step"] for state in states] == [e["step"] for e in read_log(long.folder)][-1:]
 
 
 @pytest.mark.slow
-def test_a_signal_stops_all_and_the_same_call_goes_on(images: Path, tmp_path: Path) -> None:
+def test_a_signal_stops_all_runs_and_the_same_call_resumes_them(images: Path, tmp_path: Path) -> None:
     jobs = [job(tmp_path / f"seed{seed}", images, seed=seed, steps=400, log_every=1) for seed in range(2)]
 
     def signalled() -> None:

@@ -1,4 +1,4 @@
-"""The demo of vision-language models, and the small commands on what it leaves, at the smallest size."""
+"""The demo of vision-language models at the smallest size, and export, check and chat on its results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def config(out: Path, **changes: object) -> VLMDemoConfig:
     return VLMDemoConfig(out=str(out), device="cpu", **{**options, **changes})  # type: ignore[arg-type]
 
 
-def test_models_are_trained_as_asked_for(tmp_path: Path) -> None:
+def test_training_options_of_the_models(tmp_path: Path) -> None:
     ours, plain = config(tmp_path), config(tmp_path, optimizer="adamw")
     assert (ours.vlm_config("baseline-mlp", 0).optimizer, plain.vlm_config("baseline-mlp", 0).optimizer) == (
         "muon",
@@ -54,7 +54,7 @@ def test_every_kind_of_question_is_asked_and_scored(demo: Path) -> None:
         assert 100 * summary["accuracy"] == pytest.approx(figures[f"accuracy__Scenes-{kind}"]["value"])
 
 
-def test_a_model_is_asked_by_hand_as_the_demo_asks_it(demo: Path, tmp_path: Path) -> None:
+def test_vlm_eval_gives_the_demos_results(demo: Path, tmp_path: Path) -> None:
     run = demo / "baseline-mlp-seed0"
     options = [
         "--benchmarks",
@@ -75,9 +75,7 @@ def test_a_model_is_asked_by_hand_as_the_demo_asks_it(demo: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_demo_is_continued_with_more_models_and_seeds(
-    demo: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_demo_resumes_with_more_models_and_seeds(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (demo / "baseline-mlp-seed0" / "export" / "model.safetensors").stat().st_mtime_ns
     models = ("baseline-mlp", "baseline-truncated")
     results = run_vlm_demo(config(demo, models=models, seeds=2))
@@ -109,9 +107,9 @@ def test_export_check_and_chat(demo: Path, tmp_path: Path, capsys: pytest.Captur
     assert "cannot read the image" in capsys.readouterr().err
     data = str(demo / "train" / "questions.json")
     assert main(["vlm", "check", data, "--llm", str(demo / "llm" / "export"), "--image-tokens", "36"]) == 0
-    said = capsys.readouterr().out
-    assert "30, 0 of them text alone" in said
-    assert "ready      yes" in said
+    out = capsys.readouterr().out
+    assert "30, 0 of them text alone" in out
+    assert "ready      yes" in out
     broken = tmp_path / "broken.json"
     broken.write_text(json.dumps([{"id": 1, "image": "gone.png", "conversations": []}]))
     assert main(["vlm", "check", str(broken)]) == 2

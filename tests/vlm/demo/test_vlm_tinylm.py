@@ -1,4 +1,4 @@
-"""A small language model and its tokenizer from scratch, through the engine's own loop."""
+"""A small language model and its tokenizer, trained from scratch by the engine's loop."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def test_the_tokenizer_loses_nothing(task: TinyLMTask, text: str) -> None:
     assert task.tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_a_coordinate_is_a_piece_and_other_digits_stand_alone() -> None:
+def test_a_coordinate_is_one_token_and_other_digits_are_single_tokens() -> None:
     box = "[0.12, 0.30, 1.00, 0.5]"
     tokenizer = train_tokenizer([box] * 20, 1024)
     assert tokenizer.tokenize(box) == ["[", "0.12", ",Ġ", "0.30", ",Ġ", "1.00", ",Ġ", "0.5", "]"]
     assert tokenizer.tokenize("12345") == list("12345")
-    # What only looks like one falls apart.
+    # These only resemble coordinates.
     assert tokenizer.tokenize("10.12") == ["1", "0", ".", "1", "2"]
     assert tokenizer.tokenize("0.123") == ["0", ".", "1", "2", "3"]
 
@@ -71,12 +71,12 @@ def test_merges_go_across_words(task: TinyLMTask) -> None:
 
 def test_choices_are_tokens(task: TinyLMTask) -> None:
     tokenizer = task.tokenizer
-    # Benchmarks compare the probabilities of choices by their first and only token.
+    # Benchmarks compare choices by the probability of their single token.
     for choice in ("True", "False", "Yes", "No", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"):
         assert len(tokenizer(choice, add_special_tokens=False)["input_ids"]) == 1
 
 
-def test_special_tokens_have_their_parts(task: TinyLMTask) -> None:
+def test_special_tokens_have_their_roles(task: TinyLMTask) -> None:
     tokenizer = task.tokenizer
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     assert (tokenizer.unk_token, tokenizer.pad_token) == ("<unk>", "<PAD>")
@@ -91,7 +91,7 @@ def test_a_tokenizer_is_a_function_of_its_texts() -> None:
     assert isinstance(train_tokenizer((), 260), PreTrainedTokenizerFast)
 
 
-def test_the_model_reads_what_the_prompt_format_writes(task: TinyLMTask, data: str) -> None:
+def test_the_models_input_is_in_the_prompt_format(task: TinyLMTask, data: str) -> None:
     turns = read_turns(data)[0]
     expected = prompt_format("in-out").conversation(task.tokenizer, turns)
     assert task.ids[0].tolist() == expected.ids
@@ -104,14 +104,14 @@ def test_padding_changes_neither_loss_nor_count(task: TinyLMTask) -> None:
     alone = []
     for row, length in enumerate(batch.lengths.tolist()):
         ids = batch.input_ids[row : row + 1, :length]
-        # transformers' own loss is the mean over all tokens but the first
+        # transformers' loss is the mean over all tokens but the first
         alone.append(task.model(input_ids=ids, labels=ids).loss * (length - 1))
     assert together.loss_sum.item() == pytest.approx(torch.stack(alone).sum().item(), rel=1e-5)
     assert float(together.weight) == int(batch.lengths.sum()) - len(batch.lengths)
     assert task.throughput(batch) == {"tokens": int(batch.lengths.sum())}
 
 
-def test_batches_do_not_depend_on_ranks_micro_batches_or_where_a_run_began(task: TinyLMTask) -> None:
+def test_batches_do_not_depend_on_ranks_micro_batches_or_the_first_step(task: TinyLMTask) -> None:
     whole = [i for batch in task.batches(plan(0, 9, micro=8)) for i in batch.indices.tolist()]
     small = [i for batch in task.batches(plan(0, 9, micro=2)) for i in batch.indices.tolist()]
     late = [i for batch in task.batches(plan(3, 9)) for i in batch.indices.tolist()]
@@ -134,7 +134,7 @@ def test_a_trained_model_is_a_transformers_folder(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(outcome.folder / "export")
     assert outcome.results["parameters"] == sum(p.numel() for p in model.parameters())
     assert outcome.results["vocabulary"] == len(tokenizer)
-    # The same validation loss, from what was written alone.
+    # The export alone gives the same validation loss.
     task = TinyLMTask(trained)
     assert [tokenizer.decode(ids) for ids in task.val_ids] == [task.tokenizer.decode(i) for i in task.val_ids]
     again = task.validate(model, DistributedContext(0, 1, 0, torch.device("cpu")))
@@ -152,7 +152,7 @@ def test_other_data_is_another_run(task: TinyLMTask, data: str, tmp_path: Path) 
     [
         ({"data": ""}, "give --data"),
         ({"vocab_size": 259}, "--vocab-size must be at least 260"),
-        ({"layers": 0}, "--layers must be above 0"),
+        ({"layers": 0}, "--layers must be at least 1"),
         ({"heads": 3}, "--width 32 does not divide into 3 heads"),
         ({"workers": 1}, "--workers has no effect"),
     ],

@@ -1,4 +1,4 @@
-"""What liger-kernel computes; `test_vlm_liger.py` runs it, in Triton's interpreter where there is no GPU."""
+"""Tests of the loss by liger-kernel; `test_vlm_liger.py` runs them, without a GPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from vlm_models import mixed_records, packed, tiny_vlm
 
 from localign.engine.sharding import shard
 from localign.options.names import CrossEntropy
-from localign.vlm.model.losses import IGNORE_INDEX, LMHead, next_token_loss
+from localign.vlm.data.prompts import IGNORE_INDEX
+from localign.vlm.model.losses import LMHead, next_token_loss
 
 WIDTH, VOCABULARY = 12, 70
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,23 +27,23 @@ WAYS: tuple[CrossEntropy, ...] = ("chunked", "liger")
 
 
 class Cap(float):
-    """A float as a compiled kernel sees it: with a type that can be changed. The interpreter hands on plain ones."""
+    """A float with a ``to`` method, as in a compiled kernel; Triton's interpreter passes plain floats."""
 
     def to(self, dtype: object) -> Cap:
         return self
 
 
 if DEVICE == "cpu":
-    # The interpreter has none of CUDA's own functions.
+    # The interpreter lacks CUDA's library functions.
     liger_kernel.ops.cross_entropy.tanh = lambda x: 2 * tl.sigmoid(2 * x) - 1
 CAP: float = Cap(2.0) if DEVICE == "cpu" else 2.0
 
 
-class Found(dict[str, Any]):
-    """The loss, and the gradients by name; None where there is none."""
+class LossAndGradients(dict[str, Any]):
+    """The loss, and the gradients by name; None for a tensor without gradient."""
 
 
-def found(
+def loss_and_gradients(
     cross_entropy: CrossEntropy,
     config: dict[str, Any],
     *,
@@ -52,8 +53,8 @@ def found(
     dtype: torch.dtype = torch.float32,
     autocast: bool = False,
     trained: tuple[str, ...] = ("hidden", "head"),
-) -> Found:
-    """Of random states, a ``share`` of which is learned, and a random output layer of ``dtype``."""
+) -> LossAndGradients:
+    """The loss of random hidden states, a ``share`` of which is learned, with a random output layer of ``dtype``."""
     torch.manual_seed(0)
     layer = nn.Linear(WIDTH, VOCABULARY, bias=bias).to(dtype).requires_grad_("head" in trained)
     hidden = torch.randn(2, 15, WIDTH, dtype=dtype)
@@ -68,11 +69,11 @@ def found(
     if loss.requires_grad:
         (factor * loss).backward()
     gradients = {name: p.grad for name, p in layer.named_parameters()}
-    return Found(loss=loss.detach(), hidden=hidden.grad, **gradients)
+    return LossAndGradients(loss=loss.detach(), hidden=hidden.grad, **gradients)
 
 
-def assert_near(ours: Found, other: Found, share: float) -> None:
-    """Tensors differ by a share of their size, not more."""
+def assert_close(ours: LossAndGradients, other: LossAndGradients, share: float) -> None:
+    """Tensors differ at most by a share of their norm."""
     for name, tensor in ours.items():
         assert tensor.dtype == other[name].dtype, name
         difference = (tensor.float() - other[name].float()).norm()
@@ -93,35 +94,35 @@ HEADS = {
 def test_loss_and_gradients_are_those_of_the_chunks(
     config: dict[str, Any], bias: bool, share: float, factor: float
 ) -> None:
-    ours, other = (found(way, config, bias=bias, share=share, factor=factor) for way in WAYS)
+    ours, other = (loss_and_gradients(way, config, bias=bias, share=share, factor=factor) for way in WAYS)
     assert ours["loss"] > 0
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, other[name], atol=1e-5, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_of_no_token_the_loss_is_zero_and_so_are_all_gradients(autocast: bool) -> None:
-    result = found("liger", {}, bias=True, share=0.0, autocast=autocast)
+def test_without_tokens_loss_and_gradients_are_zero(autocast: bool) -> None:
+    result = loss_and_gradients("liger", {}, bias=True, share=0.0, autocast=autocast)
     assert list(result) == ["loss", "hidden", "weight", "bias"]
     assert not any(tensor.any() for tensor in result.values())
 
 
 @pytest.mark.parametrize(("config", "bias"), HEADS.values(), ids=HEADS)
 def test_bfloat16_weights_give_a_float32_loss(config: dict[str, Any], bias: bool) -> None:
-    ours, other = (found(way, config, bias=bias, dtype=torch.bfloat16) for way in WAYS)
+    ours, other = (loss_and_gradients(way, config, bias=bias, dtype=torch.bfloat16) for way in WAYS)
     assert ours["loss"].dtype == torch.float32
-    assert_near(ours, other, 0.015)
+    assert_close(ours, other, 0.015)
 
 
 @pytest.mark.parametrize(("config", "bias"), HEADS.values(), ids=HEADS)
 def test_autocast_computes_in_bfloat16_and_gives_float32(config: dict[str, Any], bias: bool) -> None:
-    ours, other = (found(way, config, bias=bias, autocast=True) for way in WAYS)
-    exact = found("chunked", config, bias=bias)
+    ours, other = (loss_and_gradients(way, config, bias=bias, autocast=True) for way in WAYS)
+    exact = loss_and_gradients("chunked", config, bias=bias)
     assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
     for reference in (other, exact):
-        assert_near(ours, reference, 0.015)
+        assert_close(ours, reference, 0.015)
     with pytest.raises(AssertionError):
-        assert_near(ours, exact, 1e-4)
+        assert_close(ours, exact, 1e-4)
 
 
 def test_gradients_of_bfloat16_weights_are_summed_in_float32() -> None:
@@ -135,27 +136,29 @@ def test_gradients_of_bfloat16_weights_are_summed_in_float32() -> None:
         loss, _ = next_token_loss(hidden.to(one.weight.dtype), labels, head, cross_entropy=way)
         loss.backward()
         results.append(one.weight.grad.double())
-    # liger takes 4 tokens at a time here; 64 sums in bfloat16 would be off by 0.009.
+    # liger computes chunks of 4 tokens here; 64 sums in bfloat16 would have an error of 0.009.
     assert (results[0] - results[1]).norm() < 0.006 * results[1].norm()
 
 
-def test_an_output_layer_that_is_not_trained_gets_no_gradient() -> None:
-    ours, other = (found(way, {}, bias=True, trained=("hidden",)) for way in WAYS)
+def test_a_frozen_output_layer_gets_no_gradient() -> None:
+    ours, other = (loss_and_gradients(way, {}, bias=True, trained=("hidden",)) for way in WAYS)
     assert ours["weight"] is None
     assert ours["bias"] is None
     torch.testing.assert_close(ours["hidden"], other["hidden"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_an_output_layer_that_alone_is_trained_gets_its_gradient(autocast: bool) -> None:
-    ours, other = (found(way, {}, bias=True, trained=("head",), autocast=autocast) for way in WAYS)
+def test_an_output_layer_trained_on_frozen_states_gets_its_gradient(autocast: bool) -> None:
+    ours, other = (
+        loss_and_gradients(way, {}, bias=True, trained=("head",), autocast=autocast) for way in WAYS
+    )
     assert ours.pop("hidden") is other.pop("hidden") is None
-    assert_near(ours, other, 0.015 if autocast else 1e-5)
+    assert_close(ours, other, 0.015 if autocast else 1e-5)
 
 
 def test_without_gradients_the_loss_is_the_same() -> None:
     with torch.no_grad():
-        ours, other = (found(way, {}, bias=True) for way in WAYS)
+        ours, other = (loss_and_gradients(way, {}, bias=True) for way in WAYS)
     torch.testing.assert_close(ours["loss"], other["loss"], atol=1e-5, rtol=1e-5)
 
 
@@ -192,7 +195,7 @@ def test_a_models_gradients_are_those_of_the_chunks(kind: str, sharded: bool) ->
                 compute_dtype=None,
                 reduce_dtype=torch.float32,
             )
-        # In a second micro-batch nothing is learned.
+        # The second micro-batch has no labels.
         losses = [
             one(**batch | labels, cross_entropy=way).loss_sum
             for labels in ({}, {"labels": torch.full_like(batch["labels"], IGNORE_INDEX)})

@@ -1,4 +1,4 @@
-"""Adapters: sizes, starts, what they take over from trained models, and what they refuse."""
+"""Adapters: sizes, initial weights, weights copied from trained models, and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from localign.backbones import Backbone, create_backbone
 from localign.backbones.create import build_vit
 from localign.errors import UserError
 from localign.vlm.model.adapters import Adapter, AdapterConfig, build_adapter, fresh_adapter
-from localign.vlm.model.presets import VisionSource, tower_for, vision_side
+from localign.vlm.model.presets import VisionSource, build_tower, build_vision
 from localign.vlm.model.pretrained_adapters import (
     adapter_from_backbone,
     adapter_from_student,
@@ -59,7 +59,7 @@ def pixels(batch: int = 2) -> Tensor:
 
 
 def sides(kind: str) -> list[VisionSource]:
-    """Backbones that go with an adapter."""
+    """Backbones that an adapter takes."""
     if kind == "fused-mlp":
         return [VisionSource(tiny_backbone("other", width=24)), VisionSource(tiny_backbone())]
     if kind == "fused-decoder":
@@ -84,7 +84,7 @@ PUBLISHED_SIZES: dict[tuple[str, bool], tuple[int, int]] = {
 
 @cache
 def published_sources(index: int) -> dict[str, VisionSource]:
-    """The paper's backbones without memory; shallow, since no adapter's size depends on their depth."""
+    """The paper's backbones on the meta device; shallow, because no adapter's size depends on their depth."""
     name = ("clip-vit-l-336px", "siglip-vit-so400m-384px")[index]
     with torch.device("meta"):
         shallow: dict[str, Any] = {"weights": "none", "model_kwargs": {"depth": 4}}
@@ -105,7 +105,7 @@ def test_parameters_and_tokens_are_those_of_the_paper(kind: Any, aligned: bool, 
     if kind == "fused-mlp":
         sources.insert(0, known["dino"])
     with torch.device("meta"):
-        tower, adapter = vision_side(kind, sources, 4096)
+        tower, adapter = build_vision(kind, sources, 4096)
     assert size(adapter) == PUBLISHED_SIZES[kind, aligned][index]
     prefix = 1 if index == 0 and (aligned or kind in ("transformer", "truncated")) else 0
     assert tower.num_tokens == (576, 729)[index] + prefix
@@ -116,12 +116,12 @@ def test_parameters_and_tokens_are_those_of_the_paper(kind: Any, aligned: bool, 
 def test_the_published_truncated_baseline_lacks_the_norm_and_the_last_block(index: int) -> None:
     source = published_sources(index)["baseline"]
     with torch.device("meta"):
-        tower, adapter = vision_side("truncated", [source], 4096, published_quirks=True)
+        tower, adapter = build_vision("truncated", [source], 4096, published_quirks=True)
     assert size(adapter) == (29_390_848, 35_201_696)[index]
     assert tower.configs[0].layer == source.backbone.depth - 4
 
 
-def test_a_student_without_memory_gives_an_adapter_without_memory() -> None:
+def test_a_student_on_the_meta_device_gives_an_adapter_on_the_meta_device() -> None:
     student = published_sources(0)["aligned"].student
     assert all(parameter.is_meta for parameter in adapter_from_student(student, 64).parameters())
 
@@ -166,8 +166,8 @@ def test_tiny_adapters_have_the_published_sizes(variant: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_the_start_is_zero_exactly_where_the_output_layer_is(kind: Any) -> None:
-    tower, adapter = vision_side(kind, sides(kind), WIDTH)
+def test_embeddings_start_at_zero_only_for_adapters_with_a_zero_output_layer(kind: Any) -> None:
+    tower, adapter = build_vision(kind, sides(kind), WIDTH)
     embeddings = adapter(tower(pixels()))
     assert embeddings.shape == (2, tower.num_tokens, WIDTH)
     assert embeddings.any() == (kind in ("mlp", "fused-mlp", "transformer", "fused-decoder"))
@@ -175,7 +175,7 @@ def test_the_start_is_zero_exactly_where_the_output_layer_is(kind: Any) -> None:
 
 def test_a_transformer_from_scratch_starts_as_the_paper_says() -> None:
     adapter: Any = fresh_adapter(
-        "transformer", tower_for("transformer", [VisionSource(tiny_backbone())]), WIDTH
+        "transformer", build_tower("transformer", [VisionSource(tiny_backbone())]), WIDTH
     )
     assert len(adapter.decoder.blocks) == 2
     for block in adapter.decoder.blocks:
@@ -191,7 +191,7 @@ def test_a_transformer_from_scratch_starts_as_the_paper_says() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_built_again_from_its_config_and_weights(kind: Any) -> None:
-    tower, adapter = vision_side(kind, sides(kind), WIDTH, seed=4)
+    tower, adapter = build_vision(kind, sides(kind), WIDTH, seed=4)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter))
@@ -203,7 +203,7 @@ def test_an_adapter_is_built_again_from_its_config_and_weights(kind: Any) -> Non
     assert torch.equal(twin.eval()(tokens), adapter.eval()(tokens))
 
 
-def starts(adapter: Adapter) -> Tensor:
+def flat_weights(adapter: Adapter) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in adapter.parameters()])
 
 
@@ -212,18 +212,18 @@ def test_the_start_depends_on_the_seed_alone(kind: Any) -> None:
     sources = sides(kind)
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    _, first = vision_side(kind, sources, WIDTH, seed=3)
+    _, first = build_vision(kind, sources, WIDTH, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    _, again = vision_side(kind, sources, WIDTH, seed=3)
-    _, other = vision_side(kind, sources, WIDTH, seed=4)
-    assert torch.equal(starts(first), starts(again))
-    assert not torch.equal(starts(first), starts(other))
+    _, again = build_vision(kind, sources, WIDTH, seed=3)
+    _, other = build_vision(kind, sources, WIDTH, seed=4)
+    assert torch.equal(flat_weights(first), flat_weights(again))
+    assert not torch.equal(flat_weights(first), flat_weights(other))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_built_without_memory_gets_the_same_start_later(kind: Any) -> None:
-    _, adapter = vision_side(kind, sides(kind), WIDTH)
+def test_an_adapter_from_the_meta_device_gets_the_same_initial_weights(kind: Any) -> None:
+    _, adapter = build_vision(kind, sides(kind), WIDTH)
     with torch.device("meta"):
         empty = build_adapter(adapter.config)
     assert all(parameter.is_meta for parameter in empty.parameters())
@@ -231,7 +231,7 @@ def test_an_adapter_built_without_memory_gets_the_same_start_later(kind: Any) ->
     for parameter in empty.parameters():
         nn.init.constant_(parameter, 7)
     empty.reset_parameters(seed=6)
-    assert torch.equal(starts(empty), starts(build_adapter(adapter.config, seed=6)))
+    assert torch.equal(flat_weights(empty), flat_weights(build_adapter(adapter.config, seed=6)))
 
 
 @torch.no_grad()
@@ -239,7 +239,7 @@ def test_the_decoder_adapter_is_the_students_decoder_on_embeddings_with_hidden_p
     student = tiny_student()
     adapter: Any = adapter_from_student(student, 16).eval()
     adapter.decoder.head.load_state_dict(student.decoder.head.state_dict())
-    tower = tower_for("decoder", [VisionSource(student.encoder.backbone, aligned=True, student=student)])
+    tower = build_tower("decoder", [VisionSource(student.encoder.backbone, aligned=True, student=student)])
     tokens = tower(pixels())
     images = student.encoder.backbone.normalise(pixels())
     expected = student(images, torch.ones(2, 1, 4, dtype=torch.bool))
@@ -253,7 +253,7 @@ def test_the_decoder_adapter_is_the_students_decoder_on_embeddings_with_hidden_p
 def test_a_truncated_adapter_continues_the_vit_to_its_end(aligned: bool) -> None:
     source = aligned_source() if aligned else VisionSource(tiny_backbone())
     whole = source.backbone
-    tower, adapter = vision_side("truncated", [source], whole.width)
+    tower, adapter = build_vision("truncated", [source], whole.width)
     nn.init.eye_(adapter.head.weight)
     assert torch.allclose(adapter(tower(pixels())), whole(whole.normalise(pixels())), atol=1e-5)
     whole.requires_grad_(True)
@@ -265,12 +265,12 @@ def test_the_published_truncated_baseline_ends_one_block_early_without_norm() ->
     kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
     vit = build_vit("vit_tiny_patch16_224", kwargs, pretrained=False)
     whole = Backbone(vit, name="four", architecture="vit_tiny_patch16_224", model_kwargs=kwargs).eval()
-    tower, adapter = vision_side("truncated", [VisionSource(whole)], 16, published_quirks=True)
+    tower, adapter = build_vision("truncated", [VisionSource(whole)], 16, published_quirks=True)
     nn.init.eye_(adapter.head.weight)
     expected = whole.tokens(whole.normalise(pixels()), layer=-2, norm=False)
     assert torch.allclose(adapter(tower(pixels())), expected, atol=1e-5)
-    aligned = VisionSource(whole, aligned=True)  # the published code has no such defect there
-    _, adapter = vision_side("truncated", [aligned], 16, published_quirks=True)
+    aligned = VisionSource(whole, aligned=True)  # the published code treats aligned backbones correctly
+    _, adapter = build_vision("truncated", [aligned], 16, published_quirks=True)
     assert isinstance(adapter.norm, nn.LayerNorm)
 
 
@@ -280,11 +280,11 @@ def test_a_fused_decoder_concatenates_the_decoders_patches_with_the_other_tokens
     aligned = aligned_source()
     alone: Any = adapter_from_student(aligned.student, 16)
     alone.decoder.head = nn.Identity()
-    tokens = tower_for("decoder", [aligned])(pixels())
+    tokens = build_tower("decoder", [aligned])(pixels())
     decoded = alone(tokens)[:, 1:]
-    plain = tower_for("mlp", [other])(pixels())
+    plain = build_tower("mlp", [other])(pixels())
     for sources, expected in (([other, aligned], [plain, decoded]), ([aligned, other], [decoded, plain])):
-        tower, adapter = vision_side("fused-decoder", sources, WIDTH)
+        tower, adapter = build_vision("fused-decoder", sources, WIDTH)
         assert adapter(tower(pixels())).shape == (2, 4, WIDTH)
         adapter.mlp = nn.Identity()
         assert torch.allclose(adapter(tower(pixels())), torch.cat(expected, dim=-1), atol=1e-5)
@@ -299,7 +299,7 @@ def test_a_decoder_keeps_the_activation_it_was_trained_with_unless_asked() -> No
     source = aligned_source(clip)
     outputs = []
     for quirks in (False, True):
-        tower, adapter = vision_side("decoder", [source], 16, published_quirks=quirks)
+        tower, adapter = build_vision("decoder", [source], 16, published_quirks=quirks)
         assert (type(adapter.decoder.blocks[0].mlp.act) is nn.GELU) == quirks
         adapter.decoder.head.load_state_dict(source.student.decoder.head.state_dict())
         outputs.append(adapter(tower(pixels())))
@@ -312,8 +312,8 @@ def test_a_decoder_keeps_the_activation_it_was_trained_with_unless_asked() -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_the_adapter_alone(kind: Any) -> None:
     sources = sides(kind)
-    tower, adapter = vision_side(kind, sources, WIDTH)
-    with torch.no_grad():  # a zero output layer lets no gradient past itself on the first step
+    tower, adapter = build_vision(kind, sources, WIDTH)
+    with torch.no_grad():  # a zero output layer passes no gradient on
         for parameter in adapter.parameters():
             parameter.add_(0.01)
     adapter.train()(tower(pixels())).square().sum().backward()
@@ -325,7 +325,7 @@ def test_gradients_reach_the_adapter_alone(kind: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_bfloat16_is_near_float32(kind: Any) -> None:
-    tower, adapter = vision_side(kind, sides(kind), WIDTH)
+    tower, adapter = build_vision(kind, sides(kind), WIDTH)
     for parameter in adapter.parameters():
         parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
     exact = adapter(tower(pixels()))
@@ -341,7 +341,7 @@ def test_the_source_models_are_not_touched() -> None:
     for kind in ("decoder", "truncated"):
         source = aligned_source()
         before = {k: v.clone() for k, v in source.student.state_dict().items()}
-        _, adapter = vision_side(kind, [source], WIDTH)
+        _, adapter = build_vision(kind, [source], WIDTH)
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.fill_(9)
@@ -356,7 +356,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name() -> None:
 
     def refused(kind: Any, sources: list[VisionSource], reason: str) -> None:
         with pytest.raises(UserError, match=reason):
-            vision_side(kind, sources, WIDTH)
+            build_vision(kind, sources, WIDTH)
 
     for kind in ("truncated", "decoder", "transformer"):
         refused(kind, [aligned, other], rf"the {kind} adapter takes one backbone, not tiny \+ wide")
@@ -365,11 +365,11 @@ def test_adapters_that_do_not_fit_are_refused_by_name() -> None:
         reason = rf"the decoder trained with tiny \(5 tokens of 16 .* does not fit {foreign.name} \("
         refused("decoder", [mixed], reason)
     refused(
-        "decoder", [VisionSource(tiny_backbone())], "takes one aligned backbone with its decoder; given: tiny"
+        "decoder", [VisionSource(tiny_backbone())], "takes one aligned backbone with its decoder, not tiny"
     )
-    refused("fused-decoder", [other, VisionSource(tiny_backbone())], r"given: wide \+ tiny")
+    refused("fused-decoder", [other, VisionSource(tiny_backbone())], r"with its decoder, not wide \+ tiny")
     refused("fused-decoder", [aligned], "at least one other, not tiny")
-    tower = tower_for("fused-decoder", [other, aligned])
+    tower = build_tower("fused-decoder", [other, aligned])
     with pytest.raises(
         UserError, match=r"trained with narrow \(5 tokens of 8 .* does not fit tiny \(5 tokens of 16"
     ):
@@ -389,14 +389,14 @@ def test_truncated_needs_a_plain_vit_with_blocks_to_spare() -> None:
         model_kwargs={"depth": 3, "embed_dim": 48, "num_heads": 3},
     )
     with pytest.raises(UserError, match="not eva02_tiny_patch14_224, which is a Eva"):
-        vision_side("truncated", [VisionSource(eva)], WIDTH)
-    with pytest.raises(UserError, match="leaves nothing of tiny, which has 3 blocks"):
+        build_vision("truncated", [VisionSource(eva)], WIDTH)
+    with pytest.raises(UserError, match="leaves no block for the tower: tiny has 3 blocks"):
         adapter_from_backbone(tiny_backbone(), WIDTH, published_quirks=True)
 
 
 def test_the_fit_of_a_given_adapter_and_tower_is_checked() -> None:
-    tower = tower_for("mlp", [VisionSource(tiny_backbone())])
-    wide = tower_for("mlp", [VisionSource(tiny_backbone("wide", width=24))])
+    tower = build_tower("mlp", [VisionSource(tiny_backbone())])
+    wide = build_tower("mlp", [VisionSource(tiny_backbone("wide", width=24))])
     adapter = fresh_adapter("mlp", tower, WIDTH)
     adapter.config.check_fits(tower)
     with pytest.raises(
@@ -404,8 +404,8 @@ def test_the_fit_of_a_given_adapter_and_tower_is_checked() -> None:
     ):
         adapter.config.check_fits(wide)
     truncated = adapter_from_backbone(tiny_backbone(), WIDTH)
-    aligned = tower_for("truncated", [aligned_source()])
-    with pytest.raises(UserError, match="holds the end of tiny; it does not fit tiny"):
+    aligned = build_tower("truncated", [aligned_source()])
+    with pytest.raises(UserError, match="holds the last blocks of tiny; it does not fit tiny"):
         truncated.config.check_fits(aligned)
     with pytest.raises(UserError, match="the decoder adapter does not start from scratch"):
         fresh_adapter("decoder", tower, WIDTH)

@@ -1,4 +1,4 @@
-"""The loss by liger-kernel: the same numbers, and one line where it cannot be had."""
+"""The loss by liger-kernel: it equals the chunked loss, and errors are one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRAIN = "vlm train --data missing.json --llm missing --cross-entropy liger --dev
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs the extra localign[liger]")
 def test_liger_computes_what_the_chunks_do() -> None:
-    # Triton decides when it is imported, so another process has its interpreter.
+    # Triton chooses its interpreter on import, so the tests run in another process.
     interpreter = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", str(CASES)],
@@ -49,8 +49,8 @@ def test_a_missing_package_is_one_line(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     assert main([*TRAIN.split(), "cuda"]) == 2
-    said = "--cross-entropy liger needs the package liger-kernel: pip install 'localign[liger]'"
-    assert capsys.readouterr().err.strip().endswith(said)
+    line = "--cross-entropy liger needs the package liger-kernel: pip install 'localign[liger]'"
+    assert capsys.readouterr().err.strip().endswith(line)
 
 
 def test_an_output_layer_with_low_rank_updates_is_refused() -> None:
@@ -58,5 +58,5 @@ def test_an_output_layer_with_low_rank_updates_is_refused() -> None:
     model, tokenizer = tiny_vlm()
     lora = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
     model.language_model = peft.get_peft_model(model.language_model, lora)
-    with pytest.raises(UserError, match=r"takes torch's linear layer to the vocabulary, not peft\..*Linear$"):
+    with pytest.raises(UserError, match=r"needs a torch.nn.Linear output layer, not peft\..*Linear$"):
         model(**packed(mixed_records(model, tokenizer)), cross_entropy="liger")

@@ -67,7 +67,7 @@ def test_the_chunked_loss_is_the_whole_loss_and_so_are_its_gradients(chunk: int)
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
 
 
-def test_the_loss_of_no_token_is_zero_and_reaches_every_parameter() -> None:
+def test_the_loss_over_zero_tokens_is_zero_and_reaches_every_parameter() -> None:
     head = torch.nn.Linear(8, 50)
     x = torch.randn(2, 8, requires_grad=True)
     loss = summed_cross_entropy(x[:0], torch.empty(0, dtype=torch.int64), head, chunk=4)
@@ -128,7 +128,7 @@ SIZES: dict[str, Any] = {
     ],
     ids=["llama", "qwen-tied", "gemma2", "cohere", "granite", "gpt2"],
 )
-def test_the_loss_is_that_of_the_language_models_own_logits(language_model: Any) -> None:
+def test_the_loss_equals_the_loss_of_the_language_models_logits(language_model: Any) -> None:
     model, tokenizer = tiny_vlm(language_model().eval())
     batch = padded(mixed_records(model, tokenizer), tokenizer.pad_token_id)
     labels = batch.pop("labels")
@@ -177,7 +177,7 @@ def test_growing_the_vocabulary_leaves_the_known_rows(kind: str) -> None:
     assert tied == (kind == "qwen")
 
 
-def test_a_padding_token_and_rows_that_are_there_stay() -> None:
+def test_an_existing_padding_token_and_enough_rows_are_kept() -> None:
     tokenizer = tiny_tokenizer(pad=True)
     llm = tiny_llm(vocab_size=384)
     tower = tiny_tower()
@@ -224,7 +224,7 @@ def test_the_whole_model_builds_on_the_meta_device() -> None:
     assert all(p.is_meta for p in twin.parameters())
 
 
-def test_a_model_from_a_config_alone_starts_as_its_parts_do() -> None:
+def test_a_model_from_a_config_has_initialised_parts() -> None:
     model = LocalignVLM(tiny_vlm(adapter="linear")[0].config)
     assert not any(p.any() for p in model.adapter.parameters())
     assert all(p.isfinite().all() for p in model.parameters())
@@ -284,16 +284,16 @@ def test_images_and_image_tokens_must_agree() -> None:
     model, _ = tiny_vlm()
     image = model.config.image_token_id
     pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="1 images are 4 tokens, but the text has 3"):
+    with pytest.raises(ValueError, match="1 images need 4 image tokens, but the text has 3"):
         model(input_ids=torch.tensor([[0, image, image, image]]), pixel_values=pixels)
-    with pytest.raises(ValueError, match="0 images are 0 tokens, but the text has 1"):
+    with pytest.raises(ValueError, match="0 images need 0 image tokens, but the text has 1"):
         model(input_ids=torch.tensor([[0, image]]))
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
 
 
 @pytest.mark.parametrize("images", [None, torch.zeros(0, 3, 16, 16, dtype=torch.uint8)])
-def test_text_alone_runs_tower_and_adapter_in_training_without_effect(images: Tensor | None) -> None:
+def test_text_only_batches_run_tower_and_adapter_in_training_without_effect(images: Tensor | None) -> None:
     model, _ = tiny_vlm()
     ids = torch.arange(10, 20)[None]
     expected = model(input_ids=ids, labels=ids).loss
@@ -315,7 +315,7 @@ def test_text_alone_runs_tower_and_adapter_in_training_without_effect(images: Te
 
 
 def answers(model: LocalignVLM, batch: Any, **options: Any) -> list[list[int]]:
-    """The new tokens of each row, up to the end token."""
+    """The generated tokens of each row, up to the end token."""
     output = model.generate(**batch, max_new_tokens=NEW, do_sample=False, **options)
     rows = output[:, batch["input_ids"].shape[1] :].tolist()
     ends = model.generation_config.eos_token_id
@@ -324,7 +324,7 @@ def answers(model: LocalignVLM, batch: Any, **options: Any) -> list[list[int]]:
 
 @torch.no_grad()
 def by_hand(model: LocalignVLM, batch: Any) -> list[list[int]]:
-    """Greedy decoding of one row, everything computed anew for every token."""
+    """Greedy decoding of one row without a cache."""
     ids, new = batch["input_ids"], []
     for _ in range(NEW):
         logits = model(input_ids=ids, pixel_values=batch.get("pixel_values")).logits[0, -1]

@@ -1,4 +1,4 @@
-"""Several conversations in one row give what each gives alone: loss and gradients."""
+"""Conversations packed into one row give the loss and gradients that they give one by one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def gradients(model: LocalignVLM, batches: list[dict[str, Tensor]]) -> tuple[float, int, dict[str, Tensor]]:
-    """Loss per labelled token over all batches, how many there are, and the loss's gradients."""
+    """Loss per labelled token over all batches, number of labelled tokens, and the loss's gradients."""
     model.zero_grad()
     results = [model(**batch) for batch in batches]
     count = sum(int(r.label_count) for r in results)
@@ -164,7 +164,7 @@ def test_logits_of_a_packed_row_are_those_of_its_sequences() -> None:
     torch.testing.assert_close(logits, torch.cat(expected), **TOLERANCE)
 
 
-def test_a_row_may_be_longer_than_the_positions_but_no_sequence() -> None:
+def test_sequences_may_not_be_longer_than_the_positions_but_rows_may() -> None:
     model, tokenizer = tiny_vlm()
     records = mixed_records(model, tokenizer)
     model.config.text_config.max_position_embeddings = longest = max(len(r.ids) for r in records)
@@ -187,7 +187,7 @@ def test_a_recurrent_language_model_refuses_packed_rows() -> None:
         model(**row)
 
 
-def test_layers_of_another_kind_refuse_packed_rows() -> None:
+def test_unsupported_layer_types_refuse_packed_rows() -> None:
     model, tokenizer = tiny_vlm("qwen")
     row = packed(mixed_records(model, tokenizer))
     model.language_model.config.layer_types = ["linear_attention", "full_attention"]
@@ -208,16 +208,16 @@ def test_a_packed_row_is_the_only_row_and_has_positions() -> None:
 def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, borders: Tensor, *_: Any, **options: Any
 ) -> Tensor:
-    """What the varlen kernel is documented to do, slowly."""
+    """A slow version of the varlen kernel, after its documentation."""
     assert options["enable_gqa"] == (query.shape[1] != key.shape[1])
     left, right = options["window_size"]
     outputs = []
     for start, stop in zip(borders.tolist(), borders[1:].tolist(), strict=False):
         q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
         distance = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
-        seen = (distance >= -right) & ((distance <= left) | (left < 0))
+        visible = (distance >= -right) & ((distance <= left) | (left < 0))
         grouped = query.shape[1] != key.shape[1]
-        output = F.scaled_dot_product_attention(q, k, v, seen, scale=options["scale"], enable_gqa=grouped)
+        output = F.scaled_dot_product_attention(q, k, v, visible, scale=options["scale"], enable_gqa=grouped)
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)
 
@@ -249,7 +249,7 @@ def test_the_varlen_kernel_equals_one_call_per_sequence(kv_heads: int, window: i
     layer = torch.nn.Module()
     layer.num_key_value_groups = 4 // kv_heads  # type: ignore[assignment]
     results = []
-    for longest in (129, None):  # without it the kernel cannot be used
+    for longest in (129, None):  # without max_length_q the kernel is not used
         inputs = [
             torch.randn(s, generator=generator.manual_seed(1)).to("cuda", torch.bfloat16) for s in shapes
         ]

@@ -1,4 +1,4 @@
-"""From questions, conversations and images to batches."""
+"""The processor: from questions, conversations and images to batches."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_one_question_with_one_image_and_lists_of_images() -> None:
     assert (none["input_ids"] == IMAGE).sum(1).tolist() == [0, K]
 
 
-def test_marks_and_special_tokens_in_a_question_mean_nothing() -> None:
+def test_image_marks_and_special_tokens_in_a_question_are_harmless() -> None:
     batch = processor()(text="a <image> b </s> <PAD>", images=picture(1))
     assert batch["input_ids"].tolist() == [[0, *[IMAGE] * K, *plain("In: a  b </s> <PAD>\nOut:")]]
 
@@ -73,7 +73,7 @@ def conversation(*extra: dict[str, Any], image: Any = None) -> list[dict[str, An
     ]
 
 
-def test_a_conversation_has_the_words_of_the_prompt_format() -> None:
+def test_a_conversation_is_in_the_prompt_format() -> None:
     chat = conversation({"role": "user", "content": "Sure?"}, image=picture(1))
     expected = [0, *[IMAGE] * K, *plain("In: What?\nOut:"), *plain("A kite"), 1, *plain("In: Sure?\nOut:")]
     batch = processor().apply_chat_template(chat, tokenize=True, return_dict=True)
@@ -128,7 +128,7 @@ def test_letterbox_pads_with_the_mean_on_both_sides() -> None:
     assert torch.equal(upright, pixels.transpose(1, 2))
 
 
-def test_crop_cuts_out_the_centre() -> None:
+def test_crop_keeps_the_centre() -> None:
     image = Image.new("RGB", (48, 16), "red")
     image.paste((0, 0, 255), (16, 0, 32, 16))
     pixels = ImageTransform((16, 16), "crop", (0.5, 0.5, 0.5))(image)
@@ -150,18 +150,21 @@ def test_images_are_rgb_and_upright() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p(text=["a", "b"], images=[picture(1)]), "2 questions and 1 images"),
+        (lambda p: p(text=["a", "b"], images=[picture(1)]), "2 questions but 1 images"),
         (
             lambda p: p(text="a", images=[[picture(1), picture(2)]]),
-            "conversation 0 has 2 images; one at most",
+            "conversation 0 has 2 images; at most one is allowed",
         ),
         (lambda p: p(images=picture(1)), "needs a question"),
         (lambda p: p(text="a", images="nowhere.jpg"), "cannot read an image: nowhere.jpg: no such file"),
         (lambda p: p(text="a", images=7), "cannot read an image"),
         (lambda p: p(text="a", return_tensors="np"), "return_tensors"),
-        (lambda p: p.apply_chat_template([{"role": "system", "content": "a"}]), "found 'system', not 'user'"),
-        (lambda p: p.apply_chat_template(conversation()[1:]), "found 'assistant', not 'user'"),
-        (lambda p: p.apply_chat_template(conversation()), "up to a question"),
+        (
+            lambda p: p.apply_chat_template([{"role": "system", "content": "a"}]),
+            "expected 'user', found 'system'",
+        ),
+        (lambda p: p.apply_chat_template(conversation()[1:]), "expected 'user', found 'assistant'"),
+        (lambda p: p.apply_chat_template(conversation()), "ends with a question"),
         (
             lambda p: p.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}]),
             "text and images, not 'video'",
@@ -190,7 +193,7 @@ def test_bad_options_are_refused_at_once() -> None:
         LocalignVLMProcessor(tiny_tokenizer())
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
+def test_a_saved_and_loaded_processor_is_the_same(tmp_path: Path) -> None:
     original = processor(prompt_format="vicuna", resize="letterbox", mean=(0.1, 0.2, 0.3))
     original.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)

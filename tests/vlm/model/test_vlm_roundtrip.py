@@ -1,4 +1,4 @@
-"""A saved model is a transformers folder: loaded elsewhere with transformers' own calls, it is the same."""
+"""A saved model is a transformers folder: transformers' own calls load the same model in another process."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_every_weight_comes_back(kind: str, tmp_path: Path) -> None:
     model, tokenizer = tiny_vlm(kind, adapter="transformer", tie_word_embeddings=kind == "qwen")
     with torch.no_grad():
         for parameter in model.vision.parameters():
-            parameter.add_(0.1)  # so that no initialisation can be mistaken for the weights
+            parameter.add_(0.1)  # so that the weights differ from any initialisation
     save(model, tokenizer, tmp_path / "whole")
     save(model, tokenizer, tmp_path / "parts", max_shard_size="20KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
@@ -133,7 +133,7 @@ def test_a_model_saved_in_bfloat16_loads_in_bfloat16(tmp_path: Path) -> None:
     ],
     ids=["rotary", "relative"],
 )
-def test_positions_that_no_file_holds_come_back(
+def test_position_buffers_that_no_file_holds_are_recomputed(
     architecture: str, kwargs: dict[str, Any], tmp_path: Path
 ) -> None:
     kwargs = {**kwargs, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -185,8 +185,8 @@ def test_weights_that_do_not_cover_the_model_are_named(
 
     cases: dict[str, tuple[Change, str]] = {
         "a": (without_tower, r"\d+ of \d+ tensors are missing \(vision\.towers\.0.* and \d+ more\)"),
-        "b": (with_more, r"tensors left over \(adapter\.mlp\.9\.weight\)"),
-        "c": (with_another_shape, r"tensors of another shape \(adapter\.mlp\.0\.bias\)"),
+        "b": (with_more, r"unexpected tensors \(adapter\.mlp\.9\.weight\)"),
+        "c": (with_another_shape, r"tensors of the wrong shape \(adapter\.mlp\.0\.bias\)"),
     }
     for name, (change, message) in cases.items():
         folder = edited(Path(shutil.copytree(saved, tmp_path / name)), change)
@@ -205,7 +205,7 @@ def test_a_truncated_weight_file_is_one_line(saved: Path, tmp_path: Path) -> Non
         LocalignVLM.from_pretrained(folder)
 
 
-def test_loading_info_and_attention_can_be_asked_for(saved: Path) -> None:
+def test_loading_info_and_attention_are_options(saved: Path) -> None:
     model, info = LocalignVLM.from_pretrained(saved, output_loading_info=True, attn_implementation="eager")
     assert not info["missing_keys"]
     assert model.language_model.config._attn_implementation == "eager"

@@ -1,4 +1,4 @@
-"""Independent turns: each gives what a record of its own would give, though the image comes once."""
+"""Independent turns: each gives the loss of a record of its own, although they share the image tokens."""
 
 from __future__ import annotations
 
@@ -92,20 +92,22 @@ def test_loss_and_gradients_are_those_of_records_of_one_turn(
             ours[2][name], grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
     conversation = batch(model, tokenizer, RECORDS, [one_turn(r) for r in RECORDS], packed)
-    assert abs(float(sums(model, [conversation])[0] - expected[0])) > 1e-2, "turns seen by others would show"
+    assert abs(float(sums(model, [conversation])[0] - expected[0])) > 1e-2, (
+        "the test would notice visible turns"
+    )
 
 
-def test_what_the_tokens_are() -> None:
+def test_tokens_labels_and_positions_are_those_of_single_turns() -> None:
     tokenizer = tokenizer_with_image()
     one_turn = encoder(tokenizer)
     example = encoder(tokenizer, independent=True)(RECORDS[0])
     alone = [one_turn(record) for record in single(RECORDS[0])]
     assert example.turns is not None
     assert all(part.turns is None for part in alone)
-    seen = example.turns == 0
-    assert int(seen.sum()) == 5, "beginning of sequence and image"
+    shared = example.turns == 0
+    assert int(shared.sum()) == 5, "beginning of sequence and image"
     for number, part in enumerate(alone, start=1):
-        own = seen | (example.turns == number)
+        own = shared | (example.turns == number)
         assert torch.equal(example.input_ids[own], part.input_ids)
         assert torch.equal(example.labels[own], part.labels)
         assert torch.equal(example.position_ids[own], part.position_ids)
@@ -119,11 +121,11 @@ def test_the_mask_in_a_small_case() -> None:
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
         [1, 0, 0, 1, 0],
-        [1, 0, 0, 0, 1],  # padding: a query that saw nothing would be no number
+        [1, 0, 0, 0, 1],  # padding attends to itself, because a query without keys gives NaN
     ]
 
 
-def test_what_is_beyond_the_limit_is_cut_off() -> None:
+def test_independent_turns_are_truncated_at_the_limit() -> None:
     tokenizer = tokenizer_with_image()
     whole = encoder(tokenizer, independent=True)(RECORDS[0])
     cut = encoder(tokenizer, max_length=40, independent=True)(RECORDS[0])

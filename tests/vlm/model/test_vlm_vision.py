@@ -1,4 +1,4 @@
-"""The vision tower: which tokens come out for each configuration, and that it can be built again."""
+"""The vision tower: its tokens in each configuration, and that its config rebuilds it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from localign.alignment.student import build_student
 from localign.backbones import Backbone, create_backbone
 from localign.backbones.create import build_vit
 from localign.errors import UserError
-from localign.vlm.model.presets import VisionSource, tower_for
+from localign.vlm.model.presets import VisionSource, build_tower
 from localign.vlm.model.vision import TowerConfig, VisionTower
 
 
@@ -32,7 +32,7 @@ def tower_of(
 
 
 def aligned_backbone(backbone: Backbone, **options: Any) -> Backbone:
-    """What alignment makes of a backbone: soft-capped, final norm renewed; here with large random weights."""
+    """An aligned backbone: soft-capped attention and a new final norm, here with large random weights."""
     aligned = build_student(backbone, soft_cap=1.0, **options).encoder.backbone.eval()
     torch.manual_seed(5)
     for parameter in aligned.parameters():
@@ -52,12 +52,12 @@ def rebuilt(tower: VisionTower) -> VisionTower:
 
 def test_a_baseline_gives_the_patches_of_the_second_to_last_block_without_norm() -> None:
     backbone = tiny_backbone()
-    tower = tower_for("mlp", [VisionSource(backbone)])
+    tower = build_tower("mlp", [VisionSource(backbone)])
     expected = backbone.tokens(backbone.normalise(pixels()), layer=1, norm=False)[:, 1:]
     assert torch.equal(tower(pixels()), expected)
     assert (tower.num_tokens, tower.num_prefix_tokens, tower.width) == (4, 0, 16)
     assert tower.image_size == (16, 16)
-    kept = tower_for("transformer", [VisionSource(backbone)])
+    kept = build_tower("transformer", [VisionSource(backbone)])
     assert torch.equal(kept(pixels())[:, 1:], expected)
     assert (kept.num_tokens, kept.num_prefix_tokens) == (5, 1)
 
@@ -65,7 +65,7 @@ def test_a_baseline_gives_the_patches_of_the_second_to_last_block_without_norm()
 @pytest.mark.parametrize("kind", ["linear", "mlp", "transformer"])
 def test_an_aligned_backbone_gives_all_tokens_of_the_last_block_after_the_norm(kind: Any) -> None:
     backbone = aligned_backbone(tiny_backbone())
-    tower = tower_for(kind, [VisionSource(backbone, aligned=True)])
+    tower = build_tower(kind, [VisionSource(backbone, aligned=True)])
     assert torch.equal(tower(pixels()), backbone(backbone.normalise(pixels())))
     assert (tower.num_tokens, tower.num_prefix_tokens) == (5, 1)
 
@@ -73,7 +73,7 @@ def test_an_aligned_backbone_gives_all_tokens_of_the_last_block_after_the_norm(k
 @pytest.mark.parametrize(("aligned", "quirks"), [(False, False), (True, False), (True, True)])
 def test_a_truncated_tower_ends_before_the_last_two_blocks(aligned: bool, quirks: bool) -> None:
     backbone = tiny_backbone()
-    tower = tower_for("truncated", [VisionSource(backbone, aligned=aligned)], published_quirks=quirks)
+    tower = build_tower("truncated", [VisionSource(backbone, aligned=aligned)], published_quirks=quirks)
     assert torch.equal(tower(pixels()), backbone.tokens(backbone.normalise(pixels()), layer=0, norm=False))
     assert tower.num_prefix_tokens == 1
 
@@ -81,7 +81,7 @@ def test_a_truncated_tower_ends_before_the_last_two_blocks(aligned: bool, quirks
 def test_several_towers_are_concatenated_on_channels_each_with_its_own_statistics() -> None:
     first, second = tiny_backbone(width=16), tiny_backbone("other", prefix=False, width=24)
     second.mean, second.std = (0.1, 0.2, 0.3), (0.3, 0.2, 0.1)
-    tower = tower_for("fused-mlp", [VisionSource(first), VisionSource(second)])
+    tower = build_tower("fused-mlp", [VisionSource(first), VisionSource(second)])
     tokens = tower(pixels())
     assert tokens.shape == (2, 4, 40)
     assert tower.width == 40
@@ -89,13 +89,13 @@ def test_several_towers_are_concatenated_on_channels_each_with_its_own_statistic
     expected = second.tokens((pixels().float() / 255 - torch.tensor(second.mean).view(3, 1, 1))
                              / torch.tensor(second.std).view(3, 1, 1), layer=-2, norm=False)  # fmt: skip
     assert torch.allclose(tokens[..., 16:], expected, atol=1e-6)
-    fused = tower_for("fused-mlp", [VisionSource(first), VisionSource(second, aligned=True)])
+    fused = build_tower("fused-mlp", [VisionSource(first), VisionSource(second, aligned=True)])
     assert fused.configs[1].norm
     assert fused.configs[1].layer == 2
     assert fused.num_prefix_tokens == 0
 
 
-def test_unneeded_parts_are_left_out_and_the_source_stays_whole() -> None:
+def test_unused_parts_are_dropped_and_the_source_is_unchanged() -> None:
     backbone = tiny_backbone()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     tower = tower_of(backbone)
@@ -128,14 +128,14 @@ def test_a_tower_is_built_again_from_its_config_and_weights(pooling: str) -> Non
     backbone = vit_of(POOLING[pooling])
     for whole, aligned in ((backbone, False), (aligned_backbone(backbone), True)):
         for kind in ("mlp", "transformer", "truncated"):
-            tower = tower_for(kind, [VisionSource(whole, aligned=aligned)])
+            tower = build_tower(kind, [VisionSource(whole, aligned=aligned)])
             assert torch.equal(rebuilt(tower)(pixels()), tower(pixels()))
             assert not [k for k in tower.state_dict() if "attn_pool" in k]
 
 
-def test_the_eps_of_a_renewed_norm_and_the_soft_cap_survive() -> None:
+def test_a_rebuilt_tower_has_the_eps_of_the_new_norm_and_the_soft_cap() -> None:
     aligned = aligned_backbone(tiny_backbone())
-    tower = rebuilt(tower_for("mlp", [VisionSource(aligned, aligned=True)]))
+    tower = rebuilt(build_tower("mlp", [VisionSource(aligned, aligned=True)]))
     assert tower.backbones[0].vit.norm.eps == 1e-5
     assert tower.backbones[0].vit.blocks[0].norm1.eps == tiny_backbone().vit.blocks[0].norm1.eps == 1e-6
     assert tower.backbones[0].soft_cap == 1.0
@@ -144,7 +144,7 @@ def test_the_eps_of_a_renewed_norm_and_the_soft_cap_survive() -> None:
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
-def test_a_tower_built_without_memory_takes_weights_and_computes_its_buffers(name: str) -> None:
+def test_a_tower_from_the_meta_device_loads_weights_and_computes_its_buffers(name: str) -> None:
     kwargs: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}
     backbone = create_backbone(name, weights="none", image_size=32, model_kwargs=kwargs)
     tower = tower_of(backbone, layer=-1, norm=True)
@@ -153,13 +153,13 @@ def test_a_tower_built_without_memory_takes_weights_and_computes_its_buffers(nam
     assert all(p.is_meta for p in empty.parameters())
     empty.to_empty(device="cpu")
     for buffer in empty.buffers():
-        buffer.fill_(7)  # memory that nobody has written to
+        buffer.fill_(7)  # to_empty leaves memory uninitialised
     empty.load_state_dict(tower.state_dict(), strict=True)
     empty.init_non_persistent_buffers()
     assert torch.equal(empty(pixels(size=32)), tower(pixels(size=32)))
 
 
-def test_a_tower_is_frozen_until_it_is_told_otherwise() -> None:
+def test_a_tower_is_frozen_until_it_is_set_trainable() -> None:
     tower = tower_of(tiny_backbone())
     assert not any(p.requires_grad for p in tower.parameters())
     assert not tower.train().training
@@ -176,7 +176,7 @@ def test_a_tower_is_frozen_until_it_is_told_otherwise() -> None:
 
 
 def test_a_tower_in_bfloat16_gives_bfloat16_near_float32() -> None:
-    tower = tower_for("mlp", [VisionSource(aligned_backbone(tiny_backbone()), aligned=True)])
+    tower = build_tower("mlp", [VisionSource(aligned_backbone(tiny_backbone()), aligned=True)])
     exact = tower(pixels())
     rounded = tower.to(torch.bfloat16)(pixels())
     assert rounded.dtype == torch.bfloat16
@@ -191,7 +191,7 @@ def test_pixels_of_another_type_or_size_are_refused() -> None:
         tower(pixels(size=24))
 
 
-def test_backbones_that_do_not_go_together_are_named() -> None:
+def test_backbones_that_cannot_be_fused_are_named() -> None:
     small, large = tiny_backbone("small"), tiny_backbone("large", image_size=32)
     with pytest.raises(
         UserError, match=r"small \(16 x 16 pixels, 2 x 2 patches\) and large \(32 x 32 pixels"
@@ -202,4 +202,4 @@ def test_backbones_that_do_not_go_together_are_named() -> None:
     with pytest.raises(UserError, match="at least one backbone"):
         VisionTower([])
     with pytest.raises(UserError, match="small has 3 blocks; there is no layer -4"):
-        tower_for("truncated", [VisionSource(small)], published_quirks=True)
+        build_tower("truncated", [VisionSource(small)], published_quirks=True)

@@ -18,7 +18,7 @@ MODELS: dict[str, tuple[bool, AdapterName]] = {
     "aligned-transformer": (True, "transformer"),
     "aligned-truncated": (True, "truncated"),
 }
-"""Name in results -> whether the backbone is aligned, adapter."""
+"""Name of a model -> (whether its backbone is aligned, its adapter)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,42 +33,42 @@ class VLMDemoConfig:
     }
 
     out: str = "runs/vlm-demo"
-    """Folder of the demo; one that was cut off is continued."""
+    """Folder of the demo; an interrupted demo resumes."""
     models: tuple[str, ...] = ("baseline-mlp", "aligned-decoder")
-    """Which: baseline-mlp, aligned-decoder, baseline-transformer, baseline-truncated, aligned-mlp, aligned-transformer,
-    aligned-truncated; the first is what the others are compared with."""
+    """Models to compare with the first: baseline-mlp, aligned-decoder, baseline-transformer, baseline-truncated,
+    aligned-mlp, aligned-transformer, aligned-truncated."""
     kinds: tuple[str, ...] = ("referring", "position", "count", "relation", "presence")
     """Kinds of questions: referring, position, count, relation, presence, attribute, choice, caption."""
     seeds: int = 1
-    """Repetitions of the models' training, each with another seed; intervals need several."""
+    """Trainings of each model with different seeds; intervals need several."""
     seed: int = 0
-    """The first seed, and that of the alignment."""
+    """First training seed, also used for the alignment."""
     scenes: int = 40_000
-    """Scenes to train on."""
+    """Training scenes."""
     questions: int = 8
-    """Questions on a scene, at most."""
+    """Most questions per scene."""
     test_scenes: int = 600
-    """Scenes to ask about."""
+    """Test scenes."""
     llm_steps: int = 300
-    """Steps in which the language model learns its language."""
+    """Training steps of the language model."""
     steps: int = 1000
-    """Steps of a vision-language model. The default fits into 25 minutes on two slow cores; with 3000 most of what is
-    asked is learned. Skills come in jumps, so compare models of several --seeds."""
+    """Training steps of a vision-language model. The default takes 25 minutes on two slow cores; with 3000 the models
+    learn most kinds of questions. Skills appear suddenly, so compare models over several --seeds."""
     batch_size: int = 32
     """Scenes per step."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """Of the vision-language models; with adamw most kinds of questions take more than twice as many steps."""
+    """Optimizer of the vision-language models; with adamw most kinds of questions take over twice as many steps."""
     lr: float = 3e-3
     """Peak learning rate of the vision-language models."""
     adapter_lr: float | None = None
-    """The same of what an adapter has from trained weights, decoders and truncated ViTs; default --lr. With adamw
-    1e-4 is better."""
+    """Peak learning rate of an adapter's pretrained layers (decoder, truncated); default --lr. With adamw, 1e-4 is
+    better."""
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     at_once: int | None = None
-    """Models trained side by side; default one per core on a CPU, and one else."""
+    """Models trained at the same time; default one per core on CPUs, else 1."""
 
     def __post_init__(self) -> None:
         for name, given, known in (
@@ -82,7 +82,7 @@ class VLMDemoConfig:
                     f"unknown {name} {unknown[0]!r}; known: {listed}{did_you_mean(unknown[0], known)}"
                 )
             if not given or len(set(given)) != len(given):
-                raise UserError(f"--{name}s takes names, each once")
+                raise UserError(f"--{name}s needs at least one name, and each name only once")
         if self.at_once is not None and self.at_once < 1:
             raise UserError(f"--at-once must be at least 1, not {self.at_once}")
         for field in ("seeds", "scenes", "questions", "test_scenes", "llm_steps", "steps", "batch_size"):
@@ -90,7 +90,7 @@ class VLMDemoConfig:
                 raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(self, field)}")
 
     def vlm_config(self, name: str, seed: int, **options: Any) -> VLMConfig:
-        """The training of one model, with further options of it."""
+        """The training options of one model; ``options`` are added to the demo's."""
         aligned, adapter = MODELS[name]
         folder = Path(self.out)
         return VLMConfig(

@@ -11,22 +11,22 @@ Conversion = Literal["lvis", "lrv", "strip-text-only", "ocr-vqa"]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Go through conversations before a run: what is malformed, missing, too long."""
+    """Check conversations before a run: malformed records, missing images, conversations over the limit."""
 
     data: tuple[str, ...] = ()
     """LLaVA-format JSON or JSON-lines files."""
     images: tuple[str, ...] = ()
-    """Folders that image paths in the data are relative to; default each file's own folder."""
+    """Folders that image paths in the data are relative to, or PREFIX=FOLDER; default each data file's own folder."""
     llm: str | None = None
-    """Also count tokens, with this language model's tokenizer."""
+    """Count tokens too, with this language model's tokenizer."""
     image_tokens: int = 576
-    """Tokens an image takes, where tokens are counted."""
+    """Tokens per image, if tokens are counted."""
     max_length: int = 2048
-    """The limit, tokens, image included."""
+    """Most tokens per conversation, image tokens included."""
     prompt: PromptName = "in-out"
-    """Words around questions and answers: in-out, vicuna, or chat-template."""
+    """Prompt format: in-out, vicuna, or chat-template."""
     missing_list: str | None = None
-    """Write the missing images to this file, one a line."""
+    """Write the paths of missing images to this file, one per line."""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -35,19 +35,19 @@ class CheckConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Make the published mixtures of conversations from the files of their parts."""
+    """Build the published mixtures of conversations from the files of their parts."""
 
     what: Conversion | None = None
-    """lvis (LLaVA-1.5 with LVIS-Instruct-4V), lrv (with LRV-Instruct), strip-text-only (records with images alone), or
-    ocr-vqa (save that data set's GIF and PNG images as JPEG too)."""
+    """lvis (LLaVA-1.5 with LVIS-Instruct-4V), lrv (with LRV-Instruct), strip-text-only (drop records without an
+    image), or ocr-vqa (save that data set's GIF and PNG images as JPEG too)."""
     base: str | None = None
-    """The LLaVA-format file that is added to or stripped."""
+    """LLaVA-format file to add records to, or to strip."""
     add: str | None = None
-    """Of lvis: its file. Of lrv: the folder of its three files. Of ocr-vqa: the folder of images."""
+    """lvis: the LVIS-Instruct-4V file. lrv: the folder with LRV-Instruct's three files. ocr-vqa: the image folder."""
     before: str | None = None
-    """Of lrv, where base holds LVIS-Instruct-4V already: LLaVA-1.5 by itself. The published order depends on it."""
+    """lrv only, if base already contains LVIS-Instruct-4V: the LLaVA-1.5 file, on which the published order depends."""
     images: tuple[str, ...] = ()
-    """Folders of images; those of what is added must be there."""
+    """Image folders; they must hold every image of the added records."""
     out: str | None = None
     """File to write."""
 
@@ -74,11 +74,11 @@ class VLMExportConfig:
     """Write a trained vision-language model as a transformers folder."""
 
     model: str = ""
-    """A run folder of `localign vlm train`, or what it exported."""
+    """Run folder of `localign vlm train`, or its export."""
     out: str = "export"
     """Folder to write."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of the stored weights."""
+    """Data type of the stored weights."""
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -87,25 +87,25 @@ class VLMExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
-    """Ask a model about an image; the conversation is remembered until it is ended by an empty line."""
+    """Ask a model about an image; the model sees the conversation so far, and an empty line ends it."""
 
     model: str = ""
-    """A run folder of `localign vlm train`, or what it exported."""
+    """Run folder of `localign vlm train`, or its export."""
     image: str = ""
-    """An image file."""
+    """Image file."""
     question: str | None = None
-    """Ask this alone and stop; default questions are read line by line."""
+    """Ask only this question, then stop; by default questions are read line by line."""
     boxes: str = "original:0-1"
-    """What coordinates in answers mean, as LAYOUT:0-SCALE: original:0-1 (shares of the image), original:0-1000, ..."""
+    """Meaning of coordinates in answers, as LAYOUT:0-SCALE: original:0-1 (shares of the image), original:0-1000, ..."""
     max_new_tokens: int = 512
-    """Longest answer, tokens."""
+    """Most tokens per answer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on CUDA, float32 elsewhere."""
+    """Precision; auto is bfloat16 on CUDA and float32 elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
         if not self.model or not self.image:
-            raise UserError("chat takes a model and an image: localign vlm chat MODEL IMAGE")
+            raise UserError("chat needs a model and an image: localign vlm chat MODEL IMAGE")
         if self.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens must be above 0, not {self.max_new_tokens}")
+            raise UserError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")

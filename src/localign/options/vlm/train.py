@@ -1,6 +1,6 @@
 """Options of `localign vlm train`.
 
-Defaults are those of the paper's runs (appendix D), where it names them.
+Defaults are the paper's (appendix D) where the paper gives a value.
 """
 
 from collections.abc import Mapping
@@ -40,93 +40,91 @@ class VLMConfig(TrainConfig):
     data: tuple[str, ...] = ()
     """LLaVA-format JSON or JSON-lines files of conversations."""
     images: tuple[str, ...] = ()
-    """Folders that image paths in the data are relative to; default each file's own folder."""
+    """Folders that image paths in the data are relative to, or PREFIX=FOLDER; default each data file's own folder."""
     val: tuple[str, ...] = ()
-    """Validation conversations, likewise; default none."""
+    """Validation conversations in the same format; default none."""
     val_records: int | None = 2048
-    """Conversations per validation, at most; null for all."""
+    """Most conversations per validation; null for all."""
     skip_missing: bool = False
-    """Leave out records whose image is missing, rather than refuse to start."""
+    """Drop records whose image is missing instead of refusing to start."""
     backbone: tuple[str, ...] = ("scenes-vit",)
-    """One backbone, or several to be fused on channels: run or export folders, names of
-    `localign list backbones`, any timm names, hf-hub:... or local-dir:..."""
+    """One backbone, or several whose tokens are concatenated on channels: run or export folders, names from
+    `localign list backbones`, timm names, hf-hub:... or local-dir:..."""
     weights: str = "pretrained"
-    """Of backbone names: pretrained, none (random), or a weight file."""
+    """Weights of a backbone given by name: pretrained, none (random), or a weight file."""
     image_size: int | None = None
-    """Of backbone names: side of the square input, pixels; default the backbone's own."""
+    """Side of the square input in pixels, for a backbone given by name; default the backbone's own."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Of backbone names: further arguments of timm's constructor, for example depth=2."""
+    """Extra arguments for timm's constructor, for a backbone given by name; for example depth=2."""
     features: Features = "auto"
-    """What the ViT gives: baseline (the second-to-last block, no final norm), aligned (the last block and the final
-    norm), or auto (aligned for what `localign align` wrote, baseline else)."""
+    """ViT features: baseline (second-to-last block, no final norm), aligned (last block and final norm), or auto
+    (aligned for an export of `localign align`, otherwise baseline)."""
     attention: AttentionBackend = "auto"
-    """Back-end of the ViT's soft-capped attention, where it has it: eager, flex, or auto (flex on CUDA)."""
+    """Implementation of soft-capped attention, for ViTs that have it: eager, flex, or auto (flex on CUDA)."""
     adapter: AdapterName = "mlp"
-    """Between ViT and language model: linear, mlp, fused-mlp (several backbones), transformer (from scratch), decoder
-    (the alignment's own), fused-decoder (the alignment's own beside other backbones), truncated (the ViT's last two
-    blocks)."""
+    """Module between ViT and language model: linear, mlp, fused-mlp (several backbones), transformer (from scratch),
+    decoder (the alignment's decoder), fused-decoder (the alignment's decoder, beside other backbones), truncated (the
+    ViT's last two blocks)."""
     llm: str = ""
     """Causal language model: a name on the Hugging Face Hub or a folder in transformers' format."""
     llm_weights: Literal["pretrained", "none"] = "pretrained"
-    """none: the architecture alone, with random weights."""
+    """pretrained, or none for random weights."""
     llm_attention: str = "sdpa"
-    """Attention of the language model, by transformers' names: sdpa (on CUDA packed rows go through torch's varlen
-    kernel), eager, flash_attention_2, ..."""
+    """Attention implementation of the language model, by its transformers name: sdpa (on CUDA, packed rows use torch's
+    varlen kernel), eager, flash_attention_2, ..."""
     init: str | None = None
-    """Start from this exported model's adapter and language model (an earlier stage); backbone, adapter and llm are
-    then the model's own."""
+    """Exported model of an earlier stage to start from; it brings its own backbone, adapter and language model."""
     stage: Stage = "finetune"
-    """What is trained. align: the adapter. finetune: adapter and language model. full-finetune: the ViT too. lora: the
+    """Trained parts. align: the adapter. finetune: adapter and language model. full-finetune: the ViT too. lora: the
     adapter, and low-rank updates of the language model (needs the extra localign[lora])."""
     lora_rank: int = 64
-    """Of lora: rank of the updates."""
+    """Rank of the low-rank updates; --stage lora only."""
     lora_alpha: int = 16
-    """Of lora: scale of the updates, divided by the rank."""
+    """Scale of the low-rank updates, divided by the rank; --stage lora only."""
     prompt: PromptName = "in-out"
-    """Words around questions and answers: in-out (of the paper, for base models), vicuna, or chat-template (the
-    tokenizer's own)."""
+    """Prompt format: in-out (the paper's, for base models), vicuna, or chat-template (the tokenizer's own)."""
     resize: Resize = "naive"
-    """How an image becomes a square: naive (of the paper; stretched), letterbox (padded) or crop."""
+    """How an image is made square: naive (the paper's; stretches), letterbox (pads) or crop."""
     max_length: int = 2048
-    """Tokens of a conversation, image tokens included; what is beyond is cut off."""
+    """Most tokens per conversation, image tokens included; longer conversations are truncated."""
     batching: Batching = "packed"
-    """packed: conversations of a micro-batch in one row, with attention of each to itself alone. padded: a row each."""
+    """packed: the conversations of a micro-batch share one row, and each attends only to itself. padded: one row per
+    conversation."""
     turns: Turns = "conversation"
-    """conversation: each turn sees those before it. independent: each sees the image alone, as if it were a record of
-    its own whose image costs nothing; for questions asked one by one, whose answers would give one another away."""
+    """conversation: each turn attends to earlier turns. independent: each turn attends only to the image and itself,
+    for questions whose answers would reveal one another; the image is encoded once."""
     cross_entropy: CrossEntropy = "chunked"
-    """How the loss is computed from a part of the logits at a time. chunked: by torch, which makes them anew in the
-    backward pass. liger: by liger-kernel, on CUDA alone (needs the extra localign[liger])."""
+    """How the loss avoids holding all logits at once. chunked: with torch, which recomputes logits in the backward
+    pass. liger: with liger-kernel, on CUDA only (needs the extra localign[liger])."""
     sampler: Sampler = "shuffled"
-    """shuffled, or grouped: the published batches of one modality and like lengths."""
+    """shuffled, or grouped: the published sampler, whose batches hold one modality and similar lengths."""
     max_bad_share: float = 0.01
-    """Share of unreadable records at which the run stops."""
+    """Stop when more than this share of the records is unreadable, 0..1."""
     dry_run: bool = False
-    """Print parameters, memory per rank and steps, without weights, and stop."""
+    """Print parameters, memory per rank and steps without loading weights, then stop."""
     plan_ranks: int = 1
-    """Of a dry run: processes to plan for."""
+    """Processes to plan for; --dry-run only."""
     published_quirks: bool = False
-    """Follow the published code where it departs from the paper, for comparisons. A truncated baseline loses a block
-    and its norm; a decoder's blocks, and a CLIP tower beside another one, have exact GELU; the limit of a
-    conversation's tokens counts text alone."""
+    """Reproduce the published code where it differs from the paper: a truncated baseline loses a block and its norm;
+    a decoder's blocks, and a CLIP tower beside another backbone, use exact GELU; --max-length counts text only."""
 
     batch_size: int = 128
     """Conversations per optimizer step, over all ranks and micro-batches."""
     lr: float | None = 2e-5
     """Peak learning rate."""
     adapter_lr: float | None = None
-    """Peak learning rate of the adapter, on the same schedule; default that of all else. Of decoder, fused-decoder and
-    truncated it is the rate of what comes from trained weights; their output layer is new and keeps --lr."""
+    """Peak learning rate of the adapter, on the same schedule; default --lr. For decoder, fused-decoder and truncated
+    it applies to the pretrained layers; the new output layer keeps --lr."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end of the cosine, as a share of the peak."""
     warmup_ratio: float | None = None
-    """The warm-up as a share of all steps (rounded down); default 0.03 where no other warm-up is given."""
+    """Warm-up as a share of all steps (rounded down); default 0.03 if no other warm-up is given."""
     warmup_init_ratio: float = 0.0
     """Learning rate of the first step, as a share of the peak."""
     weight_decay: float = 0.1
-    """AdamW's, on matrices only: not on norms, biases, position embeddings or tokens."""
+    """AdamW weight decay, on matrices only: not on norms, biases, position embeddings or tokens."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moment decay rates."""
+    """AdamW moment decay rates."""
 
     def __post_init__(self) -> None:
         if not self.warmup_steps and self.warmup_epochs is None and self.warmup_ratio is None:

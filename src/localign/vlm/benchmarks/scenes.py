@@ -12,7 +12,7 @@ import numpy as np
 
 from localign.errors import UserError
 from localign.statistics.resampling import Statistic
-from localign.vlm.data.scene_dataset import QUESTIONS_FILE, SETTINGS_FILE, AskedQuestion, read_questions
+from localign.vlm.data.scene_dataset import QUESTIONS_FILE, SETTINGS_FILE, DatasetQuestion, read_questions
 from localign.vlm.data.scene_questions import KINDS, box_text
 from localign.vlm.scoring.base import Counts
 from localign.vlm.scoring.boxes import ORIGINAL, Size
@@ -77,7 +77,7 @@ class Scenes(Referring):
         return found
 
 
-def _question(asked: AskedQuestion, size: Size, where: str) -> Question:
+def _question(asked: DatasetQuestion, size: Size, where: str) -> Question:
     kind, box = asked.question.kind, asked.question.box
     if kind not in KINDS:
         raise UserError(f"{where}: unknown kind of question {kind!r}; known: {', '.join(KINDS)}")

@@ -1,4 +1,4 @@
-"""Micro-batches of conversations, and the loader that serves them."""
+"""Micro-batches of conversations."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from localign.data.loader import (
     REPLACEMENT_ATTEMPTS,
     BadImages,
+    StreamReader,
     check_batches,
-    data_loader,
-    replacement,
-    served,
+    served_batches,
 )
 from localign.data.sources import UnreadableImage
+from localign.data.workers import data_loader
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
 from localign.vlm.data.examples import ConversationTokenizer, Example, NothingToLearn
@@ -31,42 +30,43 @@ from localign.vlm.data.sampling import (
     Integers,
     RecordStream,
     ShuffledRecords,
-    deal_evenly,
-    deal_grouped,
-    deal_packed,
     estimated_lengths,
+    split_balanced,
+    split_evenly,
+    split_grouped,
 )
 
 ImageToTensor = Callable[[Image.Image], Tensor]
 
 
 class VLMBatch(NamedTuple):
-    """The conversations of a micro-batch, in one row (packed) or a row each (padded).
+    """The conversations of a micro-batch, packed into one row or padded to one row each.
 
     Images, positions and indices are in the order of the sequences.
     """
 
     input_ids: Tensor
-    """int64 ``(1, tokens)`` packed, ``(records, tokens)`` padded on the right."""
+    """int64, packed ``(1, tokens)`` or padded on the right ``(records, tokens)``."""
     labels: Tensor
-    """int64, likewise: ids where they are learned, else -100. A sequence's first token has none."""
+    """int64, shaped like ``input_ids``: the ids of learned tokens, else -100. The first token of a sequence is never
+    learned."""
     position_ids: Tensor
-    """int64, likewise: from 0 for each sequence; independent turns go on where the image ends."""
+    """int64, shaped like ``input_ids``: from 0 for each sequence; each independent turn continues from the image."""
     attention_mask: Tensor | None
-    """int64, likewise, 0 where padded; None packed."""
+    """int64, shaped like ``input_ids``, 0 at padding; None if packed."""
     cu_seqlens: Tensor | None
-    """int32 ``(records + 1,)``, where sequences begin and end in a packed row; None padded."""
+    """int32 ``(records + 1,)``, the sequence borders of a packed row; None if padded."""
     turns: Tensor | None
-    """int64, as ``input_ids``, of independent turns: 0 for what all turns of a sequence see, else the turn. None where
-    turns see those before them."""
+    """int64, shaped like ``input_ids``, for independent turns: the turn of each token, or 0 for tokens that all turns
+    attend to. None for ordinary conversations."""
     images: Tensor
-    """uint8 ``(images, 3, H, W)``, of the records that have one."""
+    """uint8 ``(images, 3, H, W)``, of the records that have an image."""
     positions: Tensor
     """int64 ``(records,)``, global positions in the stream of records."""
     indices: Tensor
-    """int64 ``(records,)``, which records they are, replacements included."""
+    """int64 ``(records,)``, indices into the data, replacements included."""
     bad: tuple[tuple[str, str], ...]
-    """(name, reason) of the records and images met that are of no use, and were replaced."""
+    """(name, reason) of unusable records and images that were replaced."""
 
 
 def planned_batches(
@@ -82,52 +82,37 @@ def planned_batches(
 ) -> Iterator[VLMBatch]:
     """This rank's micro-batches of a range of steps, in order.
 
-    Step s holds the global positions s * batch .. (s + 1) * batch - 1 of the stream of records. A record whose
-    image is unreadable, or none of whose answers lies within the limit, is replaced by one drawn from (seed,
-    position, attempt): part of the stream too.
+    Step s holds the global positions s * batch .. (s + 1) * batch - 1 of the stream of records. A record is
+    unusable if its image is unreadable or no answer begins within the token limit. It is replaced by a record
+    drawn from (seed, position, attempt), so replacements are part of the stream.
 
     Args:
         data: The records.
-        encoder: Makes tokens and labels of them.
+        encoder: Turns records into tokens and labels.
         transform: RGB image -> uint8 ``(3, H, W)``.
-        plan: Which steps, and this rank's part of them.
-        packed: All records of a micro-batch in one row, dealt to ranks and micro-batches by length; else a row each,
-            as many in each micro-batch.
-        grouped: The published sampler instead of the shuffled stream.
-        shuffle: False serves records in their own order.
-        max_bad_share: Share of records of no use beyond which the run stops.
+        plan: The steps, and this rank's part of them.
+        packed: Put all records of a micro-batch into one row, and balance ranks and micro-batches by length;
+            otherwise one row per record, and equally many in each micro-batch.
+        grouped: Use the published sampler instead of the shuffled stream.
+        shuffle: False serves records in the order of the data.
+        max_bad_share: Stop when more than this share of the records is unusable.
 
     Raises:
-        UserError: The sizes contradict one another; on iteration, too many records are of no use.
-        RunFailure: On iteration, a loader worker died, or the data were changed.
+        UserError: The sizes contradict one another; on iteration, too many records are unusable.
+        RunFailure: On iteration, a loader worker died or a data file changed.
     """
     check_batches(plan.global_batch, plan.micro_batch, plan.rank, plan.world_size)
     if grouped and not shuffle:
         raise UserError("grouped batches are shuffled")
     if not packed and encoder.tokenizer.pad_token_id is None:
         raise UserError("padded batches need a tokenizer with a padding token")
-    if plan.workers:  # else the library warns of every fork, for it has tokenised in this process
+    if plan.workers:  # otherwise tokenizers warns at every fork, because this process has tokenised already
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    dealer = _Dealer(
-        data, encoder, plan, record_stream(data, plan, grouped=grouped, shuffle=shuffle), packed, grouped
-    )
-    reader = _Reader(data, encoder, transform, plan.seed, packed)
-    loader = data_loader(reader, dealer.micro_batches, plan.workers, plan.pin_memory, None)
-    bad = BadImages(len(data), max_bad_share)
-
-    def batches() -> Iterator[VLMBatch]:
-        for fetched in served(loader):
-            bad.add(tuple(fetched.bad))
-            if fetched.lost:
-                raise UserError(
-                    f"no usable record for position {fetched.lost[0]} in {REPLACEMENT_ATTEMPTS} draws; "
-                    f"{len(bad)} of {len(data)} records are known to be of no use"
-                )
-            assert fetched.batch is not None
-            # Pinning makes lists of tuples.
-            yield fetched.batch._replace(bad=tuple((name, reason) for name, reason in fetched.bad))
-
-    return batches()
+    stream = record_stream(data, plan, grouped=grouped, shuffle=shuffle)
+    splitter = _MicroBatchSplitter(data, encoder, plan, stream, packed, grouped)
+    reader = _RecordReader(data, encoder, transform, plan.seed, packed)
+    loader = data_loader(reader, splitter.micro_batches, plan.workers, plan.pin_memory, None)
+    return served_batches(loader, BadImages(len(data), max_bad_share), "record")
 
 
 def longest_batch(
@@ -138,33 +123,33 @@ def longest_batch(
     *,
     packed: bool,
 ) -> VLMBatch:
-    """A micro-batch of the longest records, as far as their estimated lengths tell; of few records, repeated ones.
+    """A micro-batch of the longest records by estimated length; records repeat if there are fewer than ``samples``.
 
     Args:
-        data, encoder, transform, packed: As of :func:`planned_batches`.
-        samples: Records in it.
+        data, encoder, transform, packed: As for :func:`planned_batches`.
+        samples: Records in the micro-batch.
 
     Raises:
-        UserError: No record is of use.
+        UserError: No usable record was found.
     """
     longest = np.argsort(-estimated_lengths(data, encoder), kind="stable")
     chosen = np.resize(longest[:samples], samples).tolist()
-    fetched = _Reader(data, encoder, transform, 0, packed)[list(enumerate(chosen))]
-    if fetched.batch is None:
+    batch: VLMBatch | None = _RecordReader(data, encoder, transform, 0, packed)[list(enumerate(chosen))].batch
+    if batch is None:
         raise UserError(f"no usable record in {REPLACEMENT_ATTEMPTS} draws")
-    return fetched.batch
+    return batch
 
 
 def record_stream(
     data: Conversations, plan: BatchPlan, *, grouped: bool = False, shuffle: bool = True
 ) -> RecordStream:
-    """Which records the steps of a run hold, and how many samples an epoch of them has."""
+    """The stream of records that a run trains on: the published sampler's if ``grouped``, else all, shuffled."""
     if grouped:
         return GroupedRecords(plan.seed, data.words, data.has_image, plan.global_batch)
     return ShuffledRecords(plan.seed, len(data), plan.global_batch, shuffle)
 
 
-class _Dealer:
+class _MicroBatchSplitter:
     """The (position, index) pairs of this rank's micro-batches."""
 
     def __init__(
@@ -186,27 +171,19 @@ class _Dealer:
         for step in range(self.plan.start_step, self.plan.end_step):
             indices = self.stream.indices(step)
             first = step * self.plan.global_batch
-            for places in self._deal(indices, per_rank)[mine]:
-                yield [(first + int(place), int(indices[place])) for place in places]
+            for offsets in self._split(indices, per_rank)[mine]:
+                yield [(first + int(offset), int(indices[offset])) for offset in offsets]
 
-    def _deal(self, indices: Integers, per_rank: int) -> list[Integers]:
+    def _split(self, indices: Integers, per_rank: int) -> list[Integers]:
         bins = self.plan.world_size * per_rank
         if self.lengths is not None:
-            return deal_packed(self.lengths[indices], bins)
+            return split_balanced(self.lengths[indices], bins)
         if self.grouped:
-            return deal_grouped(self.words[indices], self.plan.world_size, per_rank)
-        return deal_evenly(len(indices), bins)
+            return split_grouped(self.words[indices], self.plan.world_size, per_rank)
+        return split_evenly(len(indices), bins)
 
 
-class _Fetched(NamedTuple):
-    batch: VLMBatch | None
-    bad: list[tuple[str, str]]
-    lost: list[int]
-
-
-class _Reader(Dataset[_Fetched]):
-    """Makes whole micro-batches in a worker; its items are lists of (position, index)."""
-
+class _RecordReader(StreamReader):
     def __init__(
         self,
         data: Conversations,
@@ -215,52 +192,28 @@ class _Reader(Dataset[_Fetched]):
         seed: int,
         packed: bool,
     ) -> None:
-        self.data, self.encoder, self.transform, self.seed, self.packed = (
-            data,
-            encoder,
-            transform,
-            seed,
-            packed,
-        )
+        super().__init__(seed, len(data))
+        self.data, self.encoder, self.transform, self.packed = data, encoder, transform, packed
 
-    def __getitem__(self, samples: list[tuple[int, int]]) -> _Fetched:
-        bad: dict[str, str] = {}
-        examples, images, indices = [], [], []
-        for position, index in samples:
-            read = self._read(position, index, bad)
-            if read is None:
-                return _Fetched(None, list(bad.items()), [position])
-            example, image, used = read
-            examples.append(example)
-            indices.append(used)
-            if image is not None:
-                images.append(image)
-        positions = torch.tensor([position for position, _ in samples], dtype=torch.int64)
+    def read(self, index: int, position: int) -> tuple[Example, Tensor | None]:
+        record = self.data.record(index)
+        try:
+            example = self.encoder(record)
+        except NothingToLearn as error:
+            raise UnreadableImage(self.data.name(index), str(error)) from None
+        if record.image is None:
+            return example, None
+        return example, self.transform(self.data.load_image(index, record.image))
+
+    def collate(
+        self, samples: list[tuple[Example, Tensor | None]], positions: Tensor, indices: Tensor
+    ) -> VLMBatch:
+        examples = [example for example, _ in samples]
+        images = [image for _, image in samples if image is not None]
         pixels = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-        rows = packed_row(examples) if self.packed else padded_rows(examples, self._padding())
-        batch = VLMBatch(*rows, pixels, positions, torch.tensor(indices, dtype=torch.int64), ())
-        return _Fetched(batch, list(bad.items()), [])
-
-    def _padding(self) -> int:
-        return int(self.encoder.tokenizer.pad_token_id)
-
-    def _read(
-        self, position: int, index: int, bad: dict[str, str]
-    ) -> tuple[Example, Tensor | None, int] | None:
-        for attempt in range(REPLACEMENT_ATTEMPTS + 1):
-            if attempt:
-                index = replacement(self.seed, position, attempt, len(self.data))
-            record = self.data.record(index)
-            try:
-                example = self.encoder(record)
-                if record.image is None:
-                    return example, None, index
-                return example, self.transform(self.data.load_image(index, record.image)), index
-            except UnreadableImage as error:
-                bad[error.name] = error.reason
-            except NothingToLearn as error:
-                bad[self.data.name(index)] = str(error)
-        return None
+        padding = self.encoder.tokenizer.pad_token_id
+        rows = packed_row(examples) if self.packed else padded_rows(examples, int(padding))
+        return VLMBatch(*rows, pixels, positions, indices, ())
 
 
 class _Rows(NamedTuple):
@@ -273,7 +226,7 @@ class _Rows(NamedTuple):
 
 
 def packed_row(examples: Sequence[Example]) -> _Rows:
-    """Sequences one after the other in one row; see :class:`VLMBatch`."""
+    """Concatenate sequences into one row; see :class:`VLMBatch`."""
     lengths = [len(example.input_ids) for example in examples]
     borders = np.cumsum([0, *lengths])
     return _Rows(
@@ -287,7 +240,7 @@ def packed_row(examples: Sequence[Example]) -> _Rows:
 
 
 def padded_rows(examples: Sequence[Example], padding: int) -> _Rows:
-    """A row for each sequence, padded on the right to the longest; see :class:`VLMBatch`."""
+    """Pad sequences on the right to the longest, one row each; see :class:`VLMBatch`."""
     longest = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), longest), padding, dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
@@ -304,5 +257,5 @@ def padded_rows(examples: Sequence[Example], padding: int) -> _Rows:
 
 
 def _turns(examples: Sequence[Example]) -> list[Tensor]:
-    """Of every example; none where turns are not independent."""
+    """Each example's turns; empty unless turns are independent."""
     return [example.turns for example in examples if example.turns is not None]

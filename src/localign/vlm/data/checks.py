@@ -1,4 +1,4 @@
-"""What is wrong with conversations, found before a run: `localign vlm check`."""
+"""Checking conversations before a run: `localign vlm check`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from localign.vlm.data.examples import ConversationTokenizer, NothingToLearn
 from localign.vlm.data.imageroots import MISSING, StrPath
 from localign.vlm.data.records import ParsedRecord, RecordFile, open_files, read_records
 
-SHOWN = 10
-"""Examples that are kept of each finding."""
+MAX_EXAMPLES = 10
+"""Records named per finding."""
 
 BIN_EDGES = (0, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How many records something is true of, and the first of them by name."""
+    """The number of records with some property, and the names of the first of them."""
 
     count: int
     first: tuple[str, ...]
@@ -30,7 +30,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class LengthBin:
-    """Records of ``at_least`` tokens, and fewer than the next bin's."""
+    """Number of records with ``at_least`` tokens but fewer than the next bin."""
 
     at_least: int
     records: int
@@ -38,38 +38,38 @@ class LengthBin:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What :func:`check` found."""
+    """The result of :func:`check`."""
 
     records: int
-    """Well-formed ones, those whose image is missing included."""
+    """Well-formed records, including those with a missing image."""
     turns: int
-    """Questions with their answers."""
+    """Answered questions."""
     images: int
-    """Different images that the records name."""
+    """Distinct images that the records name."""
     text_only: int
     """Records without an image."""
     malformed: Finding
-    """Records that cannot be read, each with what is wrong. Training refuses to start with one."""
+    """Records that cannot be read, with the reason. Training refuses to start with any."""
     missing: tuple[str, ...]
-    """The different images that are not there."""
+    """Distinct missing images."""
     missing_records: int
-    """Records that name one of them."""
+    """Records whose image is missing."""
     empty_answers: Finding
-    """Records with an answer of nothing but white space, which is learned as a single space."""
+    """Records with an answer of only white space, which is learned as a single space."""
     unanswered: Finding
-    """Records whose last question has no answer and is left out."""
+    """Records whose last question has no answer and is dropped."""
     repeated_ids: Finding
-    """Ids that several records have, which is usual where data sets were merged."""
+    """Ids of more than one record, which is normal in merged data sets."""
     lengths: tuple[LengthBin, ...] | None
-    """Tokens of the records with their images', before they are cut; None without an encoder."""
+    """Tokens per record, image tokens included, before truncation; None without an encoder."""
     over_long: Finding
-    """Records that are cut at the limit; none without an encoder."""
+    """Records that are truncated at the limit; none without an encoder."""
     nothing_to_learn: Finding
-    """Those of them that are cut before their first answer: training replaces them by others."""
+    """Records that are truncated before their first answer, which training replaces by others."""
 
     @property
     def ready(self) -> bool:
-        """Whether training would start without leaving out records."""
+        """Whether training would start without dropping records."""
         return self.records > 0 and not self.malformed.count and not self.missing
 
 
@@ -80,16 +80,15 @@ def check(
     encoder: ConversationTokenizer | None = None,
     missing_list: StrPath | None = None,
 ) -> CheckResult:
-    """Go through all records of a data set.
+    """Check all records of a data set.
 
     Args:
-        paths: JSON lists or JSON lines, as :meth:`localign.vlm.data.records.Conversations.open` takes them.
-        image_roots: Likewise.
-        encoder: Also count tokens, which takes longer than the rest.
-        missing_list: Gets the missing images, one a line, if there are any.
+        paths, image_roots: As for :meth:`localign.vlm.data.records.Conversations.open`.
+        encoder: Count tokens too, which takes longer than all other checks.
+        missing_list: File for the paths of missing images, one per line; written only if there are any.
 
     Raises:
-        UserError: A file is not there or is not JSON.
+        UserError: A file is missing or not JSON.
     """
     counts = _Counts(encoder)
     for file in open_files(paths, image_roots):
@@ -100,14 +99,14 @@ def check(
     return counts.result()
 
 
-class _Found:
+class _FindingCounter:
     def __init__(self) -> None:
         self.count = 0
         self.first: list[str] = []
 
     def add(self, name: str) -> None:
         self.count += 1
-        if self.count <= SHOWN:
+        if self.count <= MAX_EXAMPLES:
             self.first.append(name)
 
     def finding(self) -> Finding:
@@ -121,8 +120,8 @@ class _Counts:
         self.images: set[str] = set()
         self.missing: dict[str, None] = {}
         self.ids: Counter[str] = Counter()
-        self.malformed, self.empty, self.unanswered = _Found(), _Found(), _Found()
-        self.over_long, self.nothing = _Found(), _Found()
+        self.malformed, self.empty_answers, self.unanswered = (_FindingCounter() for _ in range(3))
+        self.over_long, self.nothing_to_learn = _FindingCounter(), _FindingCounter()
         self.lengths: list[int] = []
 
     def add(self, file: RecordFile, parsed: ParsedRecord, number: int) -> None:
@@ -132,7 +131,7 @@ class _Counts:
         self.turns += len(record.turns)
         self.ids[record.id] += 1
         if any(not answer.strip() for _, answer in record.turns):
-            self.empty.add(name)
+            self.empty_answers.add(name)
         if parsed.unanswered:
             self.unanswered.add(name)
         if record.image is None:
@@ -154,7 +153,7 @@ class _Counts:
         try:
             encoder(parsed.record)
         except NothingToLearn:
-            self.nothing.add(name)
+            self.nothing_to_learn.add(name)
 
     def result(self) -> CheckResult:
         repeated = [name for name, count in self.ids.items() if count > 1]
@@ -166,12 +165,12 @@ class _Counts:
             malformed=self.malformed.finding(),
             missing=tuple(self.missing),
             missing_records=self.missing_records,
-            empty_answers=self.empty.finding(),
+            empty_answers=self.empty_answers.finding(),
             unanswered=self.unanswered.finding(),
-            repeated_ids=Finding(len(repeated), tuple(repeated[:SHOWN])),
+            repeated_ids=Finding(len(repeated), tuple(repeated[:MAX_EXAMPLES])),
             lengths=_histogram(self.lengths) if self.encoder is not None else None,
             over_long=self.over_long.finding(),
-            nothing_to_learn=self.nothing.finding(),
+            nothing_to_learn=self.nothing_to_learn.finding(),
         )
 
 

@@ -1,4 +1,4 @@
-"""From a record to token ids and labels."""
+"""Turning a record into token ids and labels."""
 
 from __future__ import annotations
 
@@ -9,43 +9,44 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from localign.errors import UserError
-from localign.vlm.data.prompts import IGNORE_INDEX, IMAGE_MARK, PromptFormat
+from localign.vlm.data.prompts import IGNORE_INDEX, PromptFormat
 from localign.vlm.data.records import Record
+from localign.vlm.data.vocabulary import image_token_id
 
 
 class NothingToLearn(Exception):
-    """A record none of whose answers lies within the limit; says so on one line."""
+    """No answer of a record begins within the token limit; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation as the model reads it."""
+    """One tokenised conversation."""
 
     input_ids: Tensor
-    """int64 ``(tokens,)``: beginning-of-sequence token, the image's tokens, text."""
+    """int64 ``(tokens,)``: beginning-of-sequence token, image tokens, text."""
     labels: Tensor
-    """int64 ``(tokens,)``, aligned with ``input_ids``: the ids of answers and their ends, else -100."""
+    """int64 ``(tokens,)``, aligned with ``input_ids``: the ids of answers and their end tokens, else -100."""
     position_ids: Tensor
-    """int64 ``(tokens,)``, from 0; each independent turn goes on where the image ends."""
+    """int64 ``(tokens,)``, from 0; each independent turn continues from the image."""
     turns: Tensor | None = None
-    """int64 ``(tokens,)``, of independent turns: 0 for what all of them see (beginning and image), then 1, 2, ..."""
+    """int64 ``(tokens,)`` for independent turns: 0 for the shared prefix (beginning and image), then 1, 2, ..."""
 
 
 @dataclass(frozen=True)
 class ConversationTokenizer:
-    """How records become examples.
+    """Tokenises records.
 
     Args:
-        prompt: The words around questions and answers.
-        tokenizer: Knows the image token (see :func:`localign.vlm.data.vocabulary.add_special_tokens`).
-        num_image_tokens: Tokens an image takes.
-        max_length: The longest example, in tokens; what is beyond is cut off.
-        text_limit: ``max_length`` counts the text alone, and an image's tokens come on top, as published.
-        independent: No turn sees another one: each is what a record of its own would be, but for the image's
-            tokens, which come once.
+        prompt: The prompt format.
+        tokenizer: Has the image token (see :func:`localign.vlm.data.vocabulary.add_special_tokens`).
+        num_image_tokens: Tokens per image.
+        max_length: Most tokens per example; longer examples are truncated.
+        text_limit: ``max_length`` counts text only, without image tokens, as in the published code.
+        independent: Turns do not see one another: each is tokenised like a record of its own, but all share one
+            copy of the image tokens.
 
     Raises:
-        UserError: The tokenizer has no image token, or the limit has no room for an image and text.
+        UserError: The tokenizer has no image token, or the limit leaves no room for an image and text.
     """
 
     prompt: PromptFormat
@@ -57,16 +58,16 @@ class ConversationTokenizer:
 
     def __post_init__(self) -> None:
         image_token_id(self.tokenizer)
-        # Beginning, a word, an answer and its end: below that no record whatever could be learned from.
-        least = 4 if self.text_limit else self.num_image_tokens + 4
-        if self.max_length < least:
+        # The shortest text: beginning-of-sequence, a question, an answer and its end token.
+        minimum = 4 if self.text_limit else self.num_image_tokens + 4
+        if self.max_length < minimum:
             raise UserError(
                 f"a limit of {self.max_length} tokens leaves no room for text: "
-                f"an image takes {self.num_image_tokens}; allow at least {least}"
+                f"an image takes {self.num_image_tokens}; allow at least {minimum}"
             )
 
     def __call__(self, record: Record) -> Example:
-        """The example of a record, within the limit.
+        """Tokenise a record and truncate it to the limit.
 
         Raises:
             NothingToLearn: No label is within the limit.
@@ -82,12 +83,12 @@ class ConversationTokenizer:
         )
 
     def length(self, record: Record) -> int:
-        """Tokens of a record with its image's, without a limit."""
+        """Tokens of a record, image tokens included, before truncation."""
         ids, _, _, _ = _text(record, self.prompt, self.tokenizer, self.independent)
         return len(ids) + (self.num_image_tokens if record.image is not None else 0)
 
     def limit(self, has_image: bool) -> int:
-        """The longest example there can be."""
+        """Most tokens of an example, image tokens included."""
         return self.max_length + (self.num_image_tokens if self.text_limit and has_image else 0)
 
 
@@ -129,7 +130,7 @@ def encode(
 def _text(
     record: Record, prompt: PromptFormat, tokenizer: PreTrainedTokenizerBase, independent: bool
 ) -> tuple[list[int], list[int], list[int], int]:
-    """Ids, labels, each token's turn (a conversation is one turn), and where an image's tokens go."""
+    """Ids, labels, the turn of each token (1 throughout a conversation), and where the image tokens go."""
     parts = [[turn] for turn in record.turns] if independent else [record.turns]
     prompts = prompt.conversations(tokenizer, parts)
     position = prompts[0].image_position
@@ -142,16 +143,8 @@ def _text(
 
 
 def _positions(turns: Tensor) -> Tensor:
-    """Positions of tokens whose turns these are; turns are in order, and each begins after what all see."""
+    """Position ids for sorted ``turns``: each turn continues from the shared prefix."""
     index = torch.arange(len(turns))
     shared = int((turns == 0).sum())
-    starts = torch.searchsorted(turns, turns)  # of each token's own turn
+    starts = torch.searchsorted(turns, turns)  # the first token of each token's turn
     return torch.where(turns == 0, index, shared + index - starts)
-
-
-def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The placeholder of an image's tokens. Raises UserError if the tokenizer has none."""
-    token = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
-    if not isinstance(token, int) or token == tokenizer.unk_token_id:
-        raise UserError(f"the tokenizer has no image token {IMAGE_MARK}")
-    return token

@@ -1,4 +1,4 @@
-"""Where the images of conversations lie."""
+"""Finding the images that conversations name."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from localign.errors import UserError
 StrPath = str | os.PathLike[str]
 
 MISSING = -1
-"""In place of the root of an image that is in none."""
+"""Returned instead of a root's index for an image that no root holds."""
 
 
 class ImageRoots:
-    """The folders that images are looked for in, in turn.
+    """Folders that are searched for images, in order.
 
     Args:
-        roots: Each a folder that the records' paths are relative to, or ``PREFIX=FOLDER``: where what begins
-            with PREFIX lies. ``coco/train2017=/data/coco`` finds ``coco/train2017/7.jpg`` as ``/data/coco/7.jpg``.
+        roots: Folders that the records' paths are relative to. ``PREFIX=FOLDER`` replaces a leading PREFIX of a
+            path by FOLDER: ``coco/train2017=/data/coco`` finds ``coco/train2017/7.jpg`` at ``/data/coco/7.jpg``.
 
     Raises:
-        UserError: There is no such folder.
+        UserError: A folder does not exist.
     """
 
     def __init__(self, roots: Sequence[StrPath]) -> None:
@@ -30,18 +30,18 @@ class ImageRoots:
         self._listings: dict[str, frozenset[str]] = {}
 
     def path(self, image: str, root: int) -> Path:
-        """Where an image lies in the given root, which its path fits."""
-        return Path(self._joined(image, root))
+        """The path of an image in the root that :meth:`find` returned."""
+        return Path(self._join(image, root))
 
-    def _joined(self, image: str, root: int) -> str:  # text: a million paths as objects take long
+    def _join(self, image: str, root: int) -> str:  # a str, because a million Path objects are slow
         prefix, folder = self.roots[root]
         return os.path.join(folder, image.removeprefix(prefix))
 
     def find(self, image: str) -> int:
-        """The first root that has the image, or MISSING. Folders are listed once, and files not opened."""
+        """The index of the first root that has the image, or MISSING. Lists each folder once and opens no file."""
         for number, (prefix, _) in enumerate(self.roots):
             if image.startswith(prefix):
-                folder, name = os.path.split(self._joined(image, number))
+                folder, name = os.path.split(self._join(image, number))
                 if folder not in self._listings:
                     self._listings[folder] = _listing(folder)
                 if name in self._listings[folder]:
@@ -49,7 +49,7 @@ class ImageRoots:
         return MISSING
 
     def forget(self) -> None:
-        """Free the listings of the folders."""
+        """Free the cached folder listings."""
         self._listings.clear()
 
 

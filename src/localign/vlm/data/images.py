@@ -1,4 +1,4 @@
-"""From an image, wherever it is, to what the vision tower takes."""
+"""Opening images and bringing them to the vision tower's input size."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Resize = Literal["naive", "letterbox", "crop"]
 
 
 class ImageTransform:
-    """An image to the vision tower's input, without normalisation.
+    """Brings an image to the vision tower's input size, without normalisation.
 
     Args:
         image_size: Rows and columns, pixels.
-        resize: ``naive`` stretches (the paper's), ``letterbox`` pads the shorter side at both ends, then resizes,
-            ``crop`` resizes until the image covers the size, then cuts out the centre. All are bicubic.
-        mean: RGB, 0..1, that letterbox pads with.
+        resize: ``naive`` stretches (the paper's), ``letterbox`` pads the shorter side at both ends and then resizes,
+            ``crop`` resizes until the image covers the target and then crops the centre. All are bicubic.
+        mean: RGB fill colour of letterbox padding, 0..1.
 
     Raises:
-        UserError: There is no such way to resize.
+        UserError: ``resize`` is unknown.
     """
 
     def __init__(self, image_size: Sequence[int], resize: str, mean: Sequence[float]) -> None:
@@ -50,10 +50,10 @@ class ImageTransform:
         if self.resize == "crop":
             return self._crop(image)
         if self.resize == "letterbox":
-            image = self._padded(image)
+            image = self._pad(image)
         return to_tensor(F.resize(image, list(self.image_size), InterpolationMode.BICUBIC))
 
-    def _padded(self, image: Image.Image) -> Image.Image:
+    def _pad(self, image: Image.Image) -> Image.Image:
         rows, columns = self.image_size
         width = max(image.width, round(image.height * columns / rows))
         height = max(image.height, round(image.width * rows / columns))
@@ -66,7 +66,7 @@ def open_image(image: Any) -> Image.Image:
     """An RGB image, upright, from a PIL image, a path, a URL or a data URL.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: The image cannot be read.
     """
     try:
         if isinstance(image, Image.Image):

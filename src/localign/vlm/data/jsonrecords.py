@@ -1,6 +1,6 @@
 """Reading JSON files of a million records one record at a time.
 
-A record is named by where its bytes lie in the file, so that it can be read again without holding the file.
+Each record comes with its byte range, so that it can be read again without keeping the file in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from localign.errors import UserError, did_you_mean
 _BLOCK = 2**23
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
-# A record that ends with the block fails at the block's last characters, or at the beginning of a string.
+# Where a record is cut off at the end of a block, the decoder reports an error within this many characters of the
+# end, or an unterminated string.
 _TRUNCATED_WITHIN = 16
 
 
@@ -24,24 +25,24 @@ class Span(NamedTuple):
     """One record of a file."""
 
     number: int
-    """Counted from 1."""
+    """Position in the file, from 1."""
     begin: int
-    """Its first byte."""
+    """Offset of its first byte."""
     end: int
-    """One past its last byte."""
+    """Offset after its last byte."""
     value: Any
-    """What it says."""
+    """The decoded JSON value."""
 
 
 def scan(path: Path, digest: blake2b | None = None) -> Iterator[Span]:
-    """The records of a JSON list, or of a file of JSON lines, in order.
+    """Yield the records of a JSON list or a JSON-lines file, in order.
 
     Args:
-        path: The file, UTF-8.
-        digest: Is updated with the file's bytes.
+        path: A UTF-8 file.
+        digest: Updated with the file's bytes.
 
     Raises:
-        UserError: The file is missing, empty or not JSON; on the record where that shows.
+        UserError: The file is missing, empty or not JSON; raised on reaching the faulty record.
     """
     try:
         with open(path, "rb") as file:
@@ -54,7 +55,7 @@ def scan(path: Path, digest: blake2b | None = None) -> Iterator[Span]:
 
 
 class _Scanner:
-    """A window on the file, read as Latin-1: one character is one byte, and JSON's own are ASCII in UTF-8."""
+    """A window on the file, decoded as Latin-1 so that one character is one byte; JSON's syntax is ASCII."""
 
     def __init__(self, path: Path, file: BinaryIO, digest: blake2b | None) -> None:
         self.path, self.file, self.digest = path, file, digest
@@ -82,11 +83,11 @@ class _Scanner:
             yield self._record()
             separator = self._next()
             if separator not in ",]" or not separator:
-                raise self._error("a comma or the list's end is missing after it")
+                raise self._error("a comma or the end of the list is missing after it")
             self.at += 1
             more = separator == ","
         if self._next():
-            raise self._error("something follows the list's end")
+            raise self._error("there is text after the end of the list")
 
     def _record(self) -> Span:
         self.number += 1
@@ -95,8 +96,8 @@ class _Scanner:
                 value, end = self.decode(self.text, self.at)
                 break
             except json.JSONDecodeError as error:
-                within = len(self.text) - _TRUNCATED_WITHIN
-                if self.ended or not (error.pos >= within or error.msg.startswith("Unterminated string")):
+                near_end = error.pos >= len(self.text) - _TRUNCATED_WITHIN
+                if self.ended or not (near_end or error.msg.startswith("Unterminated string")):
                     raise self._error(
                         f"not valid JSON: {error.msg} (byte {self.offset + error.pos})"
                     ) from None
@@ -114,7 +115,7 @@ class _Scanner:
         return span
 
     def _next(self) -> str:
-        """The next character that is not white space, without taking it; empty at the file's end."""
+        """Skip white space and peek at the next character; empty at the end of the file."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in _SPACE:
                 self.at += 1
@@ -125,7 +126,7 @@ class _Scanner:
             self._read()
 
     def _read(self) -> None:
-        # A record longer than the window is tried anew for every block: let the blocks grow with it.
+        # A record longer than the window is decoded again for every block, so blocks grow with the window.
         block = self.file.read(max(_BLOCK, len(self.text) - self.at))
         if self.digest is not None:
             self.digest.update(block)

@@ -1,7 +1,7 @@
-"""The training mixtures beyond LLaVA-1.5, made from the files that their data sets are published as.
+"""Building the published training mixtures beyond LLaVA-1.5 from the files of their data sets.
 
-The order of a mixture is that of the published scripts: base and additions one after the other, shuffled three
-times by Python's generator seeded with 7. Records of LLaVA's format are copied byte for byte.
+Records come in the order of the published scripts: base and additions are concatenated and shuffled three times by
+Python's generator with seed 7. Records in LLaVA's format are copied byte for byte.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import random
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from localign.data.sources import UnreadableImage, read_image
 from localign.errors import UserError
 from localign.files import replacing
 from localign.vlm.data.imageroots import MISSING, ImageRoots, StrPath
 from localign.vlm.data.jsonrecords import scan
-from localign.vlm.data.records import open_files, read_records
+from localign.vlm.data.records import LLaVARecord, LLaVATurn, open_files, read_records
 
 PUBLISHED_RECORDS = {
     "llava_v1_5_mix665k.json": 665_298,
@@ -27,7 +27,7 @@ PUBLISHED_RECORDS = {
     "llava_v1_5_lvis4v_lrv_mix1231k.json": 1_230_808,
     "llava_v1_5_stripped625k.json": 624_610,
 }
-"""Records of the mixtures, by the names of their files."""
+"""Name of a mixture's file -> number of records."""
 
 LRV_PHOTO_FILES = ("filter_cap1.json", "filter_cap_more1.json")
 LRV_CHART_FILE = "chart_release_update.json"
@@ -39,33 +39,36 @@ _JPEG = (".jpg", ".jpeg")
 _QUALITY = 95
 
 
-class Written(NamedTuple):
-    """A data set that was written."""
+class WrittenMixture(NamedTuple):
+    """A mixture on disk."""
 
     file: Path
     records: int
 
 
-class Prepared(NamedTuple):
-    """What :func:`prepare_ocr_vqa` did."""
+class PreparedImages(NamedTuple):
+    """The result of :func:`prepare_ocr_vqa`."""
 
     written: int
+    """JPEG images written."""
     present: int
-    """Images whose JPEG was there before."""
+    """Images that already had a JPEG."""
     unreadable: tuple[UnreadableImage, ...]
 
 
-def merge_lvis_instruct(base: StrPath, lvis: StrPath, images: Sequence[StrPath], out: StrPath) -> Written:
-    """LLaVA-1.5 with LVIS-Instruct-4V.
+def merge_lvis_instruct(
+    base: StrPath, lvis: StrPath, images: Sequence[StrPath], out: StrPath
+) -> WrittenMixture:
+    """Write the mixture of LLaVA-1.5 and LVIS-Instruct-4V.
 
     Args:
         base: ``llava_v1_5_mix665k.json``.
-        lvis: ``lvis_instruct4v_220k.json``, of LLaVA's format already.
-        images: Image roots; every image of LVIS-Instruct-4V must be there.
-        out: Written whole or not at all.
+        lvis: ``lvis_instruct4v_220k.json``, which is in LLaVA's format.
+        images: Image roots; they must hold every image of LVIS-Instruct-4V.
+        out: File to write, atomically.
 
     Raises:
-        UserError: A file is not there or malformed, or an image is missing.
+        UserError: A file is missing or malformed, or an image is missing.
     """
     parts = (_FileRecords(base), _FileRecords(lvis, images))
     return _shuffle_and_write(Path(out), parts, random.Random(_SEED))
@@ -73,21 +76,21 @@ def merge_lvis_instruct(base: StrPath, lvis: StrPath, images: Sequence[StrPath],
 
 def merge_lrv_instruct(
     base: StrPath, lrv: StrPath, images: Sequence[StrPath], out: StrPath, *, before: StrPath | None = None
-) -> Written:
-    """LLaVA-1.5, or its mixture with LVIS-Instruct-4V, with LRV-Instruct.
+) -> WrittenMixture:
+    """Write the mixture of LRV-Instruct and either LLaVA-1.5 or its mixture with LVIS-Instruct-4V.
 
-    The published script makes both mixtures in one go, and the second is shuffled with the generator as the first
-    left it. So the order of the second depends on how many records the first had.
+    The published script writes both mixtures in one run without reseeding its generator, so the order of the
+    second mixture depends on the number of records in the first.
 
     Args:
-        base: What LRV-Instruct is added to.
+        base: The file that LRV-Instruct is added to.
         lrv: Folder with ``filter_cap1.json``, ``filter_cap_more1.json`` and ``chart_release_update.json``.
-        images: Image roots; every image of LRV-Instruct must be there, in ``lrv/lrv-vg`` and ``lrv/lrv-chart``.
-        out: Written whole or not at all.
-        before: Where ``base`` holds LVIS-Instruct-4V: LLaVA-1.5 by itself, whose mixture came before.
+        images: Image roots; they must hold every image of LRV-Instruct, in ``lrv/lrv-vg`` and ``lrv/lrv-chart``.
+        out: File to write, atomically.
+        before: If ``base`` contains LVIS-Instruct-4V, the plain LLaVA-1.5 file, whose mixture was written first.
 
     Raises:
-        UserError: A file is not there or malformed, or an image is missing.
+        UserError: A file is missing or malformed, or an image is missing.
     """
     added = _NewRecords(lrv_records(lrv))
     added.check_images(ImageRoots(images))
@@ -97,11 +100,11 @@ def merge_lrv_instruct(
     return _shuffle_and_write(Path(out), (_FileRecords(base), added), generator)
 
 
-def strip_text_only(base: StrPath, out: StrPath) -> Written:
-    """A data set without its records that have no image, in order.
+def strip_text_only(base: StrPath, out: StrPath) -> WrittenMixture:
+    """Write a data set without its text-only records, in order.
 
     Raises:
-        UserError: The file is not there or malformed, or no record has an image.
+        UserError: The file is missing or malformed, or no record has an image.
     """
     records = _FileRecords(base, with_image=True)
     if not len(records):
@@ -109,14 +112,14 @@ def strip_text_only(base: StrPath, out: StrPath) -> Written:
     return _write(Path(out), [records], range(len(records)))
 
 
-def lrv_records(folder: StrPath) -> list[dict[str, Any]]:
-    """LRV-Instruct in LLaVA's format: photographs, more photographs, charts.
+def lrv_records(folder: StrPath) -> list[LLaVARecord]:
+    """LRV-Instruct in LLaVA's format: two files of photographs, then charts.
 
     Args:
-        folder: Holds ``filter_cap1.json``, ``filter_cap_more1.json`` and ``chart_release_update.json``.
+        folder: Contains ``filter_cap1.json``, ``filter_cap_more1.json`` and ``chart_release_update.json``.
 
     Raises:
-        UserError: A file is not there, or a record lacks ``image_id``, ``question`` or ``answer``.
+        UserError: A file is missing, or a record lacks ``image_id``, ``question`` or ``answer``.
     """
     records = []
     for name in LRV_PHOTO_FILES:
@@ -133,19 +136,19 @@ def _lrv_questions(path: Path) -> Iterable[tuple[str, str, str]]:
         texts = [str(v) if isinstance(v := record.get(key), int) else v for key in _LRV_KEYS]
         for key, text in zip(_LRV_KEYS, texts, strict=True):
             if not isinstance(text, str):
-                raise UserError(f"{path}, record {span.number}: it has no text {key!r}")
+                raise UserError(f"{path}, record {span.number}: {key!r} is missing or not a string")
         image, question, answer = map(str, texts)
         yield image, question, answer
 
 
-def _lrv_record(name: str, image: str, question: str, answer: str) -> dict[str, Any]:
+def _lrv_record(name: str, image: str, question: str, answer: str) -> LLaVARecord:
     turns = [("human", f"<image>\n{question.strip()}"), ("gpt", answer.strip())]
-    conversations = [{"from": role, "value": value} for role, value in turns]
+    conversations: list[LLaVATurn] = [{"from": role, "value": value} for role, value in turns]
     return {"id": name, "image": image, "conversations": conversations}
 
 
 class _Part(Protocol):
-    """Records as the bytes of their JSON."""
+    """A sequence of records, each as JSON bytes."""
 
     def __len__(self) -> int: ...
 
@@ -153,7 +156,7 @@ class _Part(Protocol):
 
 
 class _FileRecords:
-    """Checked records of a file, read again as they are written: a million would not fit in every memory."""
+    """The records of a file: checked on opening, read again on access, since a million may not fit in memory."""
 
     def __init__(
         self, path: StrPath, images: Sequence[StrPath] | None = None, *, with_image: bool = False
@@ -181,9 +184,9 @@ class _FileRecords:
 
 
 class _NewRecords:
-    """Records that no file has yet."""
+    """Records in memory."""
 
-    def __init__(self, records: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, records: Sequence[LLaVARecord]) -> None:
         self._records = records
 
     def __len__(self) -> int:
@@ -193,7 +196,7 @@ class _NewRecords:
         return json.dumps(self._records[index]).encode()
 
     def check_images(self, roots: ImageRoots) -> None:
-        """Raises UserError if one is missing."""
+        """Raise a UserError if an image is missing."""
         images = dict.fromkeys(record["image"] for record in self._records)
         _refuse_missing([image for image in images if roots.find(image) == MISSING], "LRV-Instruct")
 
@@ -203,44 +206,44 @@ def _refuse_missing(missing: Sequence[str], data: StrPath) -> None:
         raise UserError(f"{len(missing)} images of {data} are missing; the first is {missing[0]}")
 
 
-def _shuffle_and_write(out: Path, parts: Sequence[_Part], generator: random.Random) -> Written:
+def _shuffle_and_write(out: Path, parts: Sequence[_Part], generator: random.Random) -> WrittenMixture:
     return _write(out, parts, _shuffled(sum(map(len, parts)), generator))
 
 
 def _shuffled(length: int, generator: random.Random) -> list[int]:
-    """How the published scripts order ``length`` records; their shuffles depend on the length alone."""
+    """The published order of ``length`` records; the scripts' shuffles depend on the length alone."""
     order = list(range(length))
     for _ in range(_SHUFFLES):
         generator.shuffle(order)
     return order
 
 
-def _write(out: Path, parts: Sequence[_Part], order: Sequence[int]) -> Written:
-    """The records of all parts, counted through, in the given order, as a JSON list of one record a line."""
+def _write(out: Path, parts: Sequence[_Part], order: Sequence[int]) -> WrittenMixture:
+    """Write a JSON list with one record per line; ``order`` holds indices into the concatenated parts."""
     first = len(parts[0])
     with replacing(out) as temporary, open(temporary, "wb") as file:
-        for place, index in enumerate(order):
+        for number, index in enumerate(order):
             raw = parts[0].raw(index) if index < first else parts[1].raw(index - first)
-            file.write((b",\n" if place else b"[") + raw)
+            file.write((b",\n" if number else b"[") + raw)
         file.write(b"]\n")
-    return Written(out, len(order))
+    return WrittenMixture(out, len(order))
 
 
-def prepare_ocr_vqa(folder: StrPath) -> Prepared:
-    """Save every GIF (its first frame) and PNG of OCR-VQA's images as a JPEG too, as the records name them.
+def prepare_ocr_vqa(folder: StrPath) -> PreparedImages:
+    """Convert OCR-VQA's GIF (first frame) and PNG images to JPEG, since its records name JPEG files.
 
     Args:
-        folder: The images. A JPEG that is there is left as it is.
+        folder: Image folder. The originals stay, and existing JPEG files are not overwritten.
 
     Raises:
-        UserError: There is no such folder, or an image of another kind in it.
+        UserError: The folder does not exist, or contains a file of another type.
     """
     if not Path(folder).is_dir():
         raise UserError(f"there is no folder {folder}")
     files = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
     for path in files:
         if path.suffix.lower() not in (*_JPEG, ".gif", ".png"):
-            raise UserError(f"{path} is no GIF, PNG or JPEG")
+            raise UserError(f"{path} is not a GIF, PNG or JPEG file")
     names = {path.name for path in files}
     written, present, unreadable = 0, 0, []
     for path in (path for path in files if path.suffix.lower() not in _JPEG):
@@ -256,4 +259,4 @@ def prepare_ocr_vqa(folder: StrPath) -> Prepared:
             image.save(temporary, format="JPEG", quality=_QUALITY)
         names.add(f"{path.stem}.jpg")
         written += 1
-    return Prepared(written, present, tuple(unreadable))
+    return PreparedImages(written, present, tuple(unreadable))

@@ -1,8 +1,8 @@
-"""How a conversation becomes text, token ids and labels.
+"""Prompt formats: how a conversation becomes text, token ids and labels.
 
-An image is no part of the text: ``<image>`` written in a turn is removed, and the image's tokens go to
-:attr:`Prompt.image_position`, after the beginning-of-sequence token. What a user writes is never taken for a
-special token.
+Images are not part of the text: ``<image>`` in a turn is removed, and the image tokens go to
+:attr:`Prompt.image_position`, after the beginning-of-sequence token. Text from users is never tokenised into special
+tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from localign.errors import UserError, did_you_mean
 from localign.options.names import PromptName
 
 IGNORE_INDEX = -100
-"""The label of what is not learned."""
+"""Label of tokens that are not learned."""
 
 IMAGE_MARK = "<image>"
 
@@ -37,39 +37,39 @@ class Prompt(NamedTuple):
 
     ids: list[int]
     labels: list[int]
-    """The ids where they are learned (answers and their end tokens), else IGNORE_INDEX."""
+    """The ids of learned tokens (answers and their end tokens), else IGNORE_INDEX."""
     image_position: int
-    """Where the image's tokens are to be inserted: 1 after a beginning-of-sequence token, else 0."""
+    """Where to insert the image tokens: 1 after a beginning-of-sequence token, else 0."""
 
 
 class PromptFormat(ABC):
-    """One way to write conversations for a language model."""
+    """A way to write conversations for a language model."""
 
     name: ClassVar[PromptName]
 
     @abstractmethod
     def conversation(self, tokenizer: PreTrainedTokenizerBase, turns: Turns) -> Prompt:
-        """A whole conversation, to learn from.
+        """Tokenise a complete conversation with labels.
 
         Raises:
-            UserError: The tokenizer lacks what the format needs.
+            UserError: The tokenizer lacks a token or template that the format needs.
         """
 
-    def conversations(self, tokenizer: PreTrainedTokenizerBase, several: Sequence[Turns]) -> list[Prompt]:
-        """Several conversations, each as by itself, in less time."""
-        return [self.conversation(tokenizer, turns) for turns in several]
+    def conversations(self, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Turns]) -> list[Prompt]:
+        """:meth:`conversation` for several conversations at once, which may be faster."""
+        return [self.conversation(tokenizer, turns) for turns in batch]
 
     @abstractmethod
     def question(self, tokenizer: PreTrainedTokenizerBase, question: str, history: Turns = ()) -> Prompt:
-        """A conversation up to where the answer to ``question`` begins; nothing is labelled.
+        """Tokenise a conversation up to the start of the answer to ``question``, without labels.
 
         Raises:
-            UserError: The tokenizer lacks what the format needs.
+            UserError: The tokenizer lacks a token or template that the format needs.
         """
 
     @abstractmethod
     def text(self, tokenizer: PreTrainedTokenizerBase, question: str, history: Turns = ()) -> str:
-        """What :meth:`question` tokenises, to read; without the tokenizer's beginning-of-sequence token."""
+        """The text that :meth:`question` tokenises, without the tokenizer's beginning-of-sequence token."""
 
     @abstractmethod
     def end_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -77,11 +77,7 @@ class PromptFormat(ABC):
 
 
 def prompt_format(name: str) -> PromptFormat:
-    """The format of a name.
-
-    Raises:
-        UserError: There is none of that name.
-    """
+    """The prompt format of a name. Raises UserError if the name is unknown."""
     if name not in _FORMATS:
         raise UserError(
             f"unknown prompt format {name!r}; known: {', '.join(_FORMATS)}{did_you_mean(name, _FORMATS)}"
@@ -90,21 +86,21 @@ def prompt_format(name: str) -> PromptFormat:
 
 
 def clean(message: str) -> str:
-    """A turn as it is put into a format: without image marks and outer white space."""
+    """A turn's text without image marks and surrounding white space."""
     return message.replace(IMAGE_MARK, "").strip()
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, if the tokenizer puts one before a text, else nothing.
+    """The beginning-of-sequence token if the tokenizer writes one, else an empty list.
 
-    That a tokenizer *names* such a token is not enough: Qwen's and SmolLM's never write it.
+    Some tokenizers (Qwen, SmolLM) name such a token but never write it.
     """
     ids = tokenizer("", verbose=False)["input_ids"]
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 class _Wrapped(PromptFormat):
-    """Questions between fixed words; each turn is tokenised by itself, an answer ends in EOS."""
+    """Wraps questions in fixed text, tokenises each turn separately, and ends answers with EOS."""
 
     opening: ClassVar[str] = ""  # before the first question
     wrapper: ClassVar[str]
@@ -112,42 +108,42 @@ class _Wrapped(PromptFormat):
     def conversation(self, tokenizer: PreTrainedTokenizerBase, turns: Turns) -> Prompt:
         return self.conversations(tokenizer, [turns])[0]
 
-    def conversations(self, tokenizer: PreTrainedTokenizerBase, several: Sequence[Turns]) -> list[Prompt]:
-        begin = bos_ids(tokenizer)
+    def conversations(self, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Turns]) -> list[Prompt]:
+        bos = bos_ids(tokenizer)
         end = self.end_token_id(tokenizer)
-        # One call for all texts: a tokenizer takes far longer to be called than to split a question.
-        texts = [text for turns in several for turn in enumerate(turns) for text in self._texts(*turn)]
-        encoded = iter(_plain_ids(tokenizer, texts))
+        # One call for all texts: calling a tokenizer takes far longer than tokenising a question.
+        texts = [text for turns in batch for turn in enumerate(turns) for text in self._texts(*turn)]
+        encoded = iter(_encode_plain(tokenizer, texts))
         prompts = []
-        for turns in several:
-            ids, labels = list(begin), [IGNORE_INDEX] * len(begin)
+        for turns in batch:
+            ids, labels = list(bos), [IGNORE_INDEX] * len(bos)
             for _ in turns:
-                asked, answered = next(encoded), [*next(encoded), end]
-                ids += asked + answered
-                labels += [IGNORE_INDEX] * len(asked) + answered
-            prompts.append(Prompt(ids, labels, len(begin)))
+                question, answer = next(encoded), [*next(encoded), end]
+                ids += question + answer
+                labels += [IGNORE_INDEX] * len(question) + answer
+            prompts.append(Prompt(ids, labels, len(bos)))
         return prompts
 
     def _texts(self, number: int, turn: tuple[str, str]) -> tuple[str, str]:
-        """A question and an answer, as they are written."""
+        """Question and answer of a turn, formatted."""
         question, answer = turn
-        # An answer of nothing but EOS would teach to be silent; the published wrapper writes a space.
+        # An empty answer would teach the model to stop at once; the published code writes a space.
         return self._wrap(question, first=number == 0), clean(answer) or " "
 
     def question(self, tokenizer: PreTrainedTokenizerBase, question: str, history: Turns = ()) -> Prompt:
         ids, _, position = self.conversation(tokenizer, history)
-        ids += _plain_ids(tokenizer, [self._wrap(question, first=not history)])[0]
+        ids += _encode_plain(tokenizer, [self._wrap(question, first=not history)])[0]
         return Prompt(ids, [IGNORE_INDEX] * len(ids), position)
 
     def text(self, tokenizer: PreTrainedTokenizerBase, question: str, history: Turns = ()) -> str:
         parts = []
-        for number, (asked, answer) in enumerate(history):
-            parts += [*self._texts(number, (asked, answer)), str(tokenizer.eos_token)]
+        for number, turn in enumerate(history):
+            parts += [*self._texts(number, turn), str(tokenizer.eos_token)]
         return "".join([*parts, self._wrap(question, first=not history)])
 
     def end_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end-of-sequence token, so an answer could never end")
+            raise UserError("the tokenizer has no end-of-sequence token to end answers with")
         return int(tokenizer.eos_token_id)
 
     def _wrap(self, question: str, first: bool) -> str:
@@ -166,7 +162,7 @@ class _Vicuna(_Wrapped):
 
 
 class _Span(NamedTuple):
-    """The characters of one turn in a rendered template."""
+    """The characters of one message in a rendered template."""
 
     begin: int
     end: int
@@ -180,7 +176,7 @@ class _Token(NamedTuple):
 
 
 class _ChatTemplate(PromptFormat):
-    """The tokenizer's own template, tokenised as one text, as everybody else who uses the model does."""
+    """The tokenizer's own chat template, tokenised as one text like elsewhere."""
 
     name = "chat-template"
 
@@ -214,14 +210,15 @@ class _ChatTemplate(PromptFormat):
 
 _FORMATS: dict[str, PromptFormat] = {f.name: f for f in (_InOut(), _Vicuna(), _ChatTemplate())}
 
-# Some templates write today's date, some open an answer with (empty) thoughts: a run must not depend on the
-# day, and an answer must begin in training where it does in use.
+# Some templates write today's date, and some start an answer with (empty) thoughts. A run must not depend on the
+# date, and answers must start at the same place in training and inference.
 _TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
 
 
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, without any special tokens."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
@@ -229,51 +226,51 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
-    begin = bos_ids(tokenizer)
-    return int(bool(begin) and ids[:1] == begin)
+    bos = bos_ids(tokenizer)
+    return int(bool(bos) and ids[:1] == bos)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[str]) -> tuple[str, list[_Span]]:
-    """The template's text, and where in it each message lies; after a question, an answer is opened.
+    """The rendered template and the span of each message in it; a final question is followed by an answer's start.
 
-    The template is rendered with a mark for each message, and the messages are put in afterwards: so it is
-    known which characters are whose, and no template rewrites an answer.
+    Messages are replaced by marks before rendering and inserted afterwards. This gives their spans, and no template
+    can rewrite an answer.
     """
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; the prompt formats in-out and vicuna need none")
     chat = [
         {"role": "assistant" if i % 2 else "user", "content": _MARK.format(i)} for i in range(len(messages))
     ]
-    opened = len(messages) % 2 == 1
+    unanswered = len(messages) % 2 == 1
     try:
         rendered = str(
             tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=opened, **_TEMPLATE_OPTIONS
+                chat, tokenize=False, add_generation_prompt=unanswered, **_TEMPLATE_OPTIONS
             )
         )
     except TemplateError as error:
         raise UserError(f"the tokenizer's chat template refuses the conversation: {error}") from None
-    pieces = _MARKS.split(rendered)  # words of the template and numbers of messages, in turn
+    pieces = _MARKS.split(rendered)  # alternately text of the template and message numbers
     if pieces[1::2] != [str(i) for i in range(len(messages))]:
         raise UserError("the tokenizer's chat template does not write every turn once and in order")
     text, spans = pieces[0], []
-    for number, words in zip(pieces[1::2], pieces[2::2], strict=True):
+    for number, template_text in zip(pieces[1::2], pieces[2::2], strict=True):
         begin = len(text)
         text += clean(messages[int(number)])
         spans.append(_Span(begin, len(text), answer=int(number) % 2 == 1))
-        text += words
+        text += template_text
     return text, spans
 
 
 def _encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[_Span]) -> list[_Token]:
-    """The tokens with the characters they cover; special tokens only where the template wrote them."""
+    """Tokens with the characters that they cover; messages give no special tokens, the template may."""
     if not tokenizer.is_fast:
-        raise UserError("the chat-template format needs a fast tokenizer, which tells what each token covers")
+        raise UserError("the chat-template format needs a fast tokenizer, because it needs token offsets")
     special = re.compile("|".join(re.escape(token) for token in _special_tokens(tokenizer)))
     tokens: list[_Token] = []
     done = 0
     for span in spans:
-        if special.search(text, span.begin, span.end):  # rare: only then is the text cut
+        if special.search(text, span.begin, span.end):  # rare, and the only reason to split the text
             tokens += _encode_part(tokenizer, text, done, span.begin, plain=False)
             tokens += _encode_part(tokenizer, text, span.begin, span.end, plain=True)
             done = span.end

@@ -1,7 +1,7 @@
-"""Conversations in LLaVA's format, of which a million take a few megabytes of memory.
+"""Conversations in LLaVA's format; a million records take a few megabytes of memory.
 
 A record is ``{"id": ..., "image": path, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}``;
-without ``image`` it is text alone. Other keys mean nothing.
+text-only records have no ``image``. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -25,9 +25,19 @@ from localign.vlm.data.jsonrecords import Span, scan
 
 HUMAN = frozenset({"human", "user"})
 ASSISTANT = frozenset({"gpt", "assistant"})
-"""The names that the two roles go by."""
+"""Names of the two roles."""
 
 _NO_IMAGE = -2
+
+LLaVATurn = TypedDict("LLaVATurn", {"from": str, "value": str})
+
+
+class LLaVARecord(TypedDict):
+    """A record with an image, as JSON."""
+
+    id: str
+    image: str
+    conversations: list[LLaVATurn]
 
 
 @dataclass(frozen=True)
@@ -36,50 +46,48 @@ class Record:
 
     id: str
     image: str | None
-    """Its path as the file has it, relative to a folder of images."""
+    """Path as written in the file, relative to an image root."""
     turns: tuple[tuple[str, str], ...]
     """(question, answer) pairs, at least one."""
 
 
 class MalformedRecord(Exception):
-    """What is wrong with a record, on one line."""
+    """A record is not in LLaVA's format; the message gives the reason on one line."""
 
 
 @dataclass(frozen=True)
 class ParsedRecord:
-    """A record and what is counted of it."""
+    """A record and its size."""
 
     record: Record
     words: int
-    """Separated by white space, over all turns as they are written: the published measure of length."""
+    """Words, separated by white space, of all turns in the file: the published measure of length."""
     characters: int
-    """Of all turns that are used."""
+    """Characters of all (question, answer) pairs."""
     unanswered: bool
-    """Whether a last question without an answer was left out; nothing would have been learned from it."""
+    """Whether the last question had no answer and was dropped."""
 
 
 def parse_record(value: Any) -> ParsedRecord:
-    """A record from its JSON object.
+    """Parse a record's JSON object.
 
     Raises:
-        MalformedRecord: It is not of LLaVA's format.
+        MalformedRecord: The object is not in LLaVA's format.
     """
     if not isinstance(value, dict):
         raise MalformedRecord("not a JSON object")
     name = value.get("id")
     if not isinstance(name, str | int) or isinstance(name, bool):
-        raise MalformedRecord(
-            "it has no id" if name is None else "its id is neither a text nor a whole number"
-        )
+        raise MalformedRecord("it has no id" if name is None else "its id is neither a string nor an integer")
     image = value.get("image")
     if image is not None and not (isinstance(image, str) and image.strip("/")):
         raise MalformedRecord("its image is not the path of one file")
     conversation = value.get("conversations")
     if not isinstance(conversation, list):
         raise MalformedRecord("it has no list of conversations")
-    texts = [_turn(turn, number) for number, turn in enumerate(conversation)]
+    texts = [_turn_text(turn, number) for number, turn in enumerate(conversation)]
     if len(texts) < 2:
-        raise MalformedRecord("no question of its conversation is answered")
+        raise MalformedRecord("its conversation has no answered question")
     turns = tuple(zip(texts[0::2], texts[1::2], strict=False))
     return ParsedRecord(
         Record(str(name), image, turns),
@@ -89,7 +97,7 @@ def parse_record(value: Any) -> ParsedRecord:
     )
 
 
-def _turn(turn: Any, number: int) -> str:
+def _turn_text(turn: Any, number: int) -> str:
     for key in ("from", "value"):
         if not isinstance(turn, dict) or key not in turn:
             raise MalformedRecord(f"turn {number + 1} of its conversation has no {key!r}")
@@ -98,10 +106,10 @@ def _turn(turn: Any, number: int) -> str:
     if not isinstance(role, str) or role not in expected:
         raise MalformedRecord(f"turn {number + 1} of its conversation is by {role!r}, not {_names(expected)}")
     if not isinstance(text, str):
-        raise MalformedRecord(f"the value of turn {number + 1} of its conversation is not a text")
+        raise MalformedRecord(f"the value of turn {number + 1} of its conversation is not a string")
     if text.isascii():
         return text
-    # JSON can hold half a surrogate pair, which no tokenizer takes.
+    # JSON can contain half a surrogate pair, which tokenizers refuse.
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -111,30 +119,30 @@ def _names(roles: frozenset[str]) -> str:
 
 @dataclass(frozen=True)
 class RecordFile:
-    """A file of records and where its images lie."""
+    """A file of records and its image roots."""
 
     path: Path
     roots: ImageRoots
     state: tuple[int, int]
-    """Its size and time of change."""
+    """Size in bytes and modification time in nanoseconds."""
 
     def name(self, number: int, record_id: object = None) -> str:
-        """A record by its number and id, for messages."""
+        """A record's file, number and id, for messages."""
         return f"{self.path}, record {number}" + ("" if record_id is None else f" (id {record_id!r})")
 
 
 class Conversations:
-    """The records of one or several files, read from the files as they are asked for.
+    """The records of one or several files, read from disk on access.
 
-    Picklable; processes that are forked share its memory. Make it with :meth:`open`.
+    Create it with :meth:`open`. It is picklable, and forked processes share its memory.
 
     Attributes:
-        words: int32 ``(records,)``, words of each record as they are written.
-        characters: int32 ``(records,)``, of all its questions and answers.
-        turns: int32 ``(records,)``, how many questions and answers it has.
+        words: int32 ``(records,)``, words of each record in the file.
+        characters: int32 ``(records,)``, characters of its questions and answers.
+        turns: int32 ``(records,)``, number of its (question, answer) pairs.
         has_image: bool ``(records,)``.
-        missing: The different images that are not there; their records are left out.
-        skipped: How many records that are.
+        missing: Distinct missing images, whose records were dropped.
+        skipped: Number of dropped records.
     """
 
     def __init__(self, files: Sequence[RecordFile], table: _Table, digest: str) -> None:
@@ -149,83 +157,82 @@ class Conversations:
     def open(
         cls, paths: Sequence[StrPath], image_roots: Sequence[StrPath] = (), skip_missing: bool = False
     ) -> Conversations:
-        """Go through the files once: check every record, and look for every image (without opening it).
+        """Read the files once: check every record, and that its image exists.
 
         Args:
-            paths: JSON lists or JSON lines; one after the other they are the data.
-            image_roots: See :class:`ImageRoots`; without any, paths are relative to the folder of their file.
-            skip_missing: Leave out records whose image is not there.
+            paths: JSON lists or JSON-lines files, concatenated in this order.
+            image_roots: See :class:`ImageRoots`; by default paths are relative to the folder of their file.
+            skip_missing: Drop records whose image is missing.
 
         Raises:
-            UserError: A file is not there, is not JSON or holds nothing, a record is malformed, or an image is
-                missing without ``skip_missing``; the line names file, record and id.
+            UserError: A file is missing, empty or not JSON, a record is malformed, or an image is missing and
+                ``skip_missing`` is False; the line names file, record and id.
         """
         if not paths:
-            raise UserError("which conversations? name at least one LLaVA-format JSON file")
+            raise UserError("no conversations: give at least one LLaVA-format JSON file")
         files = open_files(paths, image_roots)
         digest = blake2b(digest_size=8)
-        gathered = _Gathered(skip_missing)
+        builder = _TableBuilder(skip_missing)
         for number, file in enumerate(files):
             for parsed, span in read_records(file, digest):
-                gathered.add(number, file, parsed, span)
+                builder.add(number, file, parsed, span)
         for file in files:
             file.roots.forget()
-        if not gathered.words:
-            raise UserError(_nothing(paths, gathered))
-        table = gathered.table()
-        digest.update(table.number.tobytes())  # records left out change the data
+        if not builder.words:
+            raise UserError(_no_records(paths, builder))
+        table = builder.table()
+        digest.update(table.number.tobytes())  # dropping records changes the data
         return cls(files, table, digest.hexdigest())
 
     def __len__(self) -> int:
         return len(self.words)
 
     def record(self, index: int) -> Record:
-        """One record, read from its file.
+        """Read one record from its file.
 
         Raises:
-            RunFailure: The file has changed since it was opened.
+            RunFailure: The file was changed or removed since :meth:`open`.
         """
         file = self._files[self._file[index]]
         begin, end = int(self._begin[index]), int(self._end[index])
         try:
             with open(file.path, "rb") as handle:
                 if _state(handle.fileno()) != file.state:
-                    raise RunFailure(f"{file.path} was changed while it was in use")
+                    raise RunFailure(f"{file.path} changed while it was in use")
                 handle.seek(begin)
                 return parse_record(json.loads(handle.read(end - begin))).record
         except FileNotFoundError:
             raise RunFailure(f"{file.path} was removed while it was in use") from None
 
     def name(self, index: int) -> str:
-        """File, number (from 1) and id of a record, for messages."""
-        return self._files[self._file[index]].name(int(self._number[index]), self.record(index).id)
+        """A record's file, number (from 1) and id, for messages."""
+        file: RecordFile = self._files[self._file[index]]
+        return file.name(int(self._number[index]), self.record(index).id)
 
     def load_image(self, index: int, image: str) -> Image.Image:
-        """The image of a record, RGB, its pixels as they are stored: boxes in conversations count those.
+        """Load a record's image as RGB, without applying its EXIF orientation: boxes refer to stored pixels.
 
         Args:
-            index: The record.
-            image: Its ``image``.
+            index: Index of the record.
+            image: The record's ``image``.
 
         Raises:
-            UnreadableImage: It gives no image.
+            UnreadableImage: The file is missing or cannot be decoded.
         """
         path = self._files[self._file[index]].roots.path(image, int(self._root[index]))
         return read_image(path, image, upright=False)
 
     def fingerprint(self) -> str:
-        """A short hash of the files' bytes and of which records are in; not of where they lie."""
+        """A short hash of the files' bytes and the selection of records, independent of paths."""
         return self._fingerprint
 
 
 def open_files(paths: Sequence[StrPath], image_roots: Sequence[StrPath]) -> list[RecordFile]:
-    """The files with their image roots. Raises UserError if one of either is not there."""
+    """Pair files with their image roots. Raises UserError if a file or a root is missing."""
     shared = ImageRoots(image_roots) if image_roots else None
     files = []
     for path in map(Path, paths):
-        next(
-            scan(path), None
-        )  # that it is there and begins as JSON does, before a long look at the first file
+        next(scan(path), None)  # fail on a missing or non-JSON file before reading the files in full
         files.append(RecordFile(path, shared or ImageRoots([path.parent]), _state(path)))
     return files
 
@@ -233,12 +240,12 @@ def open_files(paths: Sequence[StrPath], image_roots: Sequence[StrPath]) -> list
 def read_records(
     file: RecordFile, digest: blake2b | None = None, malformed: Callable[[str], None] | None = None
 ) -> Iterator[tuple[ParsedRecord, Span]]:
-    """The records of a file, and where they are in it.
+    """Yield the records of a file with their byte ranges.
 
     Args:
-        file: One of :func:`open_files`.
-        digest: Is updated with the file's bytes.
-        malformed: Called with what is wrong with a malformed record, instead of raising.
+        file: A file from :func:`open_files`.
+        digest: Updated with the file's bytes.
+        malformed: Called with an error line for each malformed record, instead of raising.
 
     Raises:
         UserError: The file is not JSON, or a record is malformed.
@@ -260,22 +267,22 @@ def _state(path: StrPath | int) -> tuple[int, int]:
 
 
 class _Table:
-    """Columns of the records, as NumPy arrays over one copy of the memory."""
+    """The columns of a :class:`_TableBuilder` as NumPy arrays that share its memory."""
 
-    def __init__(self, gathered: _Gathered) -> None:
-        self.file = np.frombuffer(gathered.file, dtype=np.int16)
-        self.root = np.frombuffer(gathered.root, dtype=np.int16)
-        self.number = np.frombuffer(gathered.number, dtype=np.int32)
-        self.begin = np.frombuffer(gathered.begin, dtype=np.int64)
-        self.end = np.frombuffer(gathered.end, dtype=np.int64)
-        self.words = np.frombuffer(gathered.words, dtype=np.int32)
-        self.characters = np.frombuffer(gathered.characters, dtype=np.int32)
-        self.turns = np.frombuffer(gathered.turns, dtype=np.int32)
-        self.missing = tuple(gathered.missing)
-        self.skipped = gathered.skipped
+    def __init__(self, builder: _TableBuilder) -> None:
+        self.file = np.frombuffer(builder.file, dtype=np.int16)
+        self.root = np.frombuffer(builder.root, dtype=np.int16)
+        self.number = np.frombuffer(builder.number, dtype=np.int32)
+        self.begin = np.frombuffer(builder.begin, dtype=np.int64)
+        self.end = np.frombuffer(builder.end, dtype=np.int64)
+        self.words = np.frombuffer(builder.words, dtype=np.int32)
+        self.characters = np.frombuffer(builder.characters, dtype=np.int32)
+        self.turns = np.frombuffer(builder.turns, dtype=np.int32)
+        self.missing = tuple(builder.missing)
+        self.skipped = builder.skipped
 
 
-class _Gathered:
+class _TableBuilder:
     def __init__(self, skip_missing: bool) -> None:
         self.skip_missing = skip_missing
         self.file, self.root = array("h"), array("h")
@@ -289,8 +296,9 @@ class _Gathered:
         record = parsed.record
         root = _NO_IMAGE if record.image is None else file.roots.find(record.image)
         if record.image is not None and root == MISSING:
-            where = f"{record.image} of {file.name(span.number, record.id)}"
-            self.first_missing = self.first_missing or where
+            self.first_missing = (
+                self.first_missing or f"{record.image} of {file.name(span.number, record.id)}"
+            )
             self.missing[record.image] = None
             self.skipped += 1
             return
@@ -307,13 +315,15 @@ class _Gathered:
         if self.missing and not self.skip_missing:
             raise UserError(
                 f"{len(self.missing)} images of {self.skipped} records are missing; the first is "
-                f"{self.first_missing}. `localign vlm check` lists all, --skip-missing leaves their records out"
+                f"{self.first_missing}. `localign vlm check` lists them all; --skip-missing drops their records"
             )
         return _Table(self)
 
 
-def _nothing(paths: Sequence[StrPath], gathered: _Gathered) -> str:
+def _no_records(paths: Sequence[StrPath], builder: _TableBuilder) -> str:
     names = ", ".join(map(str, paths))
-    if gathered.missing:
-        return f"none of the {len(gathered.missing)} images of {names} is there; the first is {gathered.first_missing}"
+    if builder.missing:
+        return (
+            f"all {len(builder.missing)} images of {names} are missing; the first is {builder.first_missing}"
+        )
     return f"{names}: no conversations"

@@ -1,7 +1,7 @@
-"""Which records make a step, and how they are dealt to ranks and micro-batches.
+"""Which records make up a step, and how a step is split into ranks and micro-batches.
 
-The records of a step are a function of seed and step alone. Dealing them out changes who computes what, and
-where padding goes, but not the step's loss, which is a sum over labelled tokens.
+The records of a step depend on seed and step alone. The split decides which rank computes what and where padding
+goes, but not the step's loss, which is a sum over labelled tokens.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from localign.vlm.data.records import Conversations
 Integers = NDArray[np.int64]
 
 PUBLISHED_IMAGE_WORDS = 24 * 24
-"""What the published sampler takes an image for when it looks for the longest record, whatever the model."""
+"""Words that the published sampler counts for an image, for any model, to find the longest record."""
 
-_MEASURED = 256
-_TURN_CHARACTERS = 12  # the words of a prompt format around a question, roughly
+_TOKENISED_RECORDS = 256
+"""Records that are tokenised to estimate the tokens per character."""
+_TURN_CHARACTERS = 12
+"""Characters that a prompt format adds to a turn, roughly."""
 
 
 class RecordStream(Protocol):
-    """Which records a step holds."""
+    """The records of each step."""
 
     samples_per_epoch: int
 
@@ -37,13 +39,13 @@ class RecordStream(Protocol):
 
 
 class ShuffledRecords:
-    """Every record once per epoch, in a new order each time; steps do not heed where an epoch ends.
+    """Every record once per epoch, in a new order each time; a step may span two epochs.
 
     Args:
-        seed: The run's.
-        records: How many there are.
+        seed: The run's seed.
+        records: Number of records.
         batch: Records per step.
-        shuffle: False keeps their own order.
+        shuffle: False keeps the records in order.
     """
 
     def __init__(self, seed: int, records: int, batch: int, shuffle: bool = True) -> None:
@@ -55,18 +57,19 @@ class ShuffledRecords:
 
 
 class GroupedRecords:
-    """The published sampler: every step holds records with images only, or without only.
+    """The published sampler: each step has only records with images, or only records without.
 
-    Of each modality a random order is cut into steps, the last filled up with the order's beginning; within a
-    step the longest come first. The steps of both come in a random order, the one with the longest record first.
+    The records of each modality are shuffled and cut into steps, the last of which is filled from the beginning of
+    the order; within a step the longest records come first. The steps of both modalities are shuffled together,
+    then the step with the longest record is moved to the front.
 
-    Three defects of the published sampler are mended, which changes nothing where it worked: data without images
-    are taken, a modality of less than half a batch repeats its order as often as it must, and the length of an epoch
-    counts the steps there are, so that the schedule ends with the data.
+    It fixes three defects of the published sampler without changing its order elsewhere: data without images is
+    accepted, a modality with less than half a batch repeats as often as needed, and the length of an epoch counts
+    the actual steps, so that the schedule ends with the data.
 
     Args:
-        seed: The run's; with the epoch it seeds torch's generator, as published.
-        words: int ``(records,)``.
+        seed: The run's seed; seed + epoch seeds torch's generator, as in the published code.
+        words: int ``(records,)``, words of each record.
         has_image: bool ``(records,)``.
         batch: Records per step.
     """
@@ -85,18 +88,19 @@ class GroupedRecords:
         self._order: Integers = np.empty((0, batch), np.int64)
 
     def indices(self, step: int) -> Integers:
-        epoch, within = divmod(step, self._steps)
+        epoch, step_in_epoch = divmod(step, self._steps)
         if epoch != self._epoch:
-            self._order, self._epoch = self._steps_of(epoch), epoch
-        return self._order[within]
+            self._order, self._epoch = self._epoch_order(epoch), epoch
+        indices: Integers = self._order[step_in_epoch]
+        return indices
 
-    def _steps_of(self, epoch: int) -> Integers:
+    def _epoch_order(self, epoch: int) -> Integers:
         """int64 ``(steps, batch)``."""
         generator = torch.Generator().manual_seed(self._seed + epoch)
         orders = [
             indices[torch.randperm(len(indices), generator=generator).numpy()] for indices in self._modalities
         ]
-        steps = np.concatenate([self._cut(order) for order in orders])
+        steps: Integers = np.concatenate([self._cut(order) for order in orders])
         steps = steps[torch.randperm(len(steps), generator=generator).numpy()]
         longest = int(self._lengths[steps].max(axis=1).argmax())
         steps[[0, longest]] = steps[[longest, 0]]
@@ -109,60 +113,67 @@ class GroupedRecords:
         return np.take_along_axis(steps, by_length, axis=1)
 
 
-def deal_evenly(records: int, bins: int) -> list[Integers]:
-    """Consecutive places of a step, equally many for each bin."""
+def split_evenly(records: int, bins: int) -> list[Integers]:
+    """Split a step into bins of equally many consecutive records.
+
+    Returns:
+        For each bin the offsets of its records in the step, int64 ``(records / bins,)``.
+    """
     return list(np.arange(records).reshape(bins, -1))
 
 
-def deal_packed(lengths: Sequence[int] | NDArray[np.integer], bins: int) -> list[Integers]:
-    """The places of a step for bins of like summed length: the longest first, each into the emptiest bin.
+def split_balanced(lengths: Sequence[int] | NDArray[np.integer], bins: int) -> list[Integers]:
+    """Split a step into bins of similar total length: longest record first, each into the shortest bin.
 
     Args:
-        lengths: ``(records,)``, each above 0.
+        lengths: ``(records,)``, all positive.
         bins: Ranks times micro-batches, at most as many as records.
 
     Returns:
-        One int64 ``(some,)`` for each bin, none empty, in the order of their places.
+        For each bin the offsets of its records in the step, int64, ascending; no bin is empty.
     """
-    sums, dealt = [0] * bins, [[] for _ in range(bins)]  # type: list[int], list[list[int]]
-    for place in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        emptiest = sums.index(min(sums))
-        sums[emptiest] += int(lengths[place])
-        dealt[emptiest].append(place)
-    return [np.array(sorted(places), dtype=np.int64) for places in dealt]
+    totals, split = [0] * bins, [[] for _ in range(bins)]  # type: list[int], list[list[int]]
+    for offset in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        shortest = totals.index(min(totals))
+        totals[shortest] += int(lengths[offset])
+        split[shortest].append(offset)
+    return [np.array(sorted(offsets), dtype=np.int64) for offsets in split]
 
 
-def deal_grouped(
+def split_grouped(
     words: Sequence[int] | NDArray[np.integer], ranks: int, bins_per_rank: int
 ) -> list[Integers]:
-    """The published dealing of a step whose longest records come first.
+    """The published split of a step whose longest records come first.
 
-    Each record goes to the rank with the fewest words that is not full yet; a rank's records are cut into
+    Each record goes to the rank with the fewest words among those that are not full; a rank's records are cut into
     micro-batches in that order.
+
+    Returns:
+        For each bin the offsets of its records in the step, int64; bins of a rank are consecutive.
     """
     per_rank = len(words) // ranks
-    sums, dealt = [0.0] * ranks, [[] for _ in range(ranks)]  # type: list[float], list[list[int]]
-    for place, length in enumerate(words):
-        fewest = sums.index(min(sums))
-        sums[fewest] += float(length)
-        dealt[fewest].append(place)
-        if len(dealt[fewest]) == per_rank:
-            sums[fewest] = float("inf")
-    return list(np.array(dealt, dtype=np.int64).reshape(ranks * bins_per_rank, -1))
+    totals, split = [0.0] * ranks, [[] for _ in range(ranks)]  # type: list[float], list[list[int]]
+    for offset, length in enumerate(words):
+        shortest = totals.index(min(totals))
+        totals[shortest] += float(length)
+        split[shortest].append(offset)
+        if len(split[shortest]) == per_rank:
+            totals[shortest] = float("inf")
+    return list(np.array(split, dtype=np.int64).reshape(ranks * bins_per_rank, -1))
 
 
 def estimated_lengths(data: Conversations, encoder: ConversationTokenizer) -> Integers:
-    """Tokens of each record, roughly: by its characters, with the ratio of some records that are tokenised.
+    """Estimated tokens of each record: its characters times the tokens per character of a sample of records.
 
-    In whole numbers, for every rank must come to the very same.
+    It computes in integers, so that all ranks get the same result.
 
     Returns:
-        int64 ``(records,)``, above 0.
+        int64 ``(records,)``, positive.
     """
     sizes = data.characters.astype(np.int64) + _TURN_CHARACTERS * data.turns
-    chosen = np.unique(np.linspace(0, len(data) - 1, min(_MEASURED, len(data))).astype(np.int64))
+    sample = np.unique(np.linspace(0, len(data) - 1, min(_TOKENISED_RECORDS, len(data))).astype(np.int64))
     image_tokens = encoder.num_image_tokens * data.has_image
-    tokens = sum(encoder.length(data.record(int(i))) for i in chosen) - int(image_tokens[chosen].sum())
-    lengths = 1 + image_tokens + sizes * tokens // int(sizes[chosen].sum())
+    tokens = sum(encoder.length(data.record(int(i))) for i in sample) - int(image_tokens[sample].sum())
+    lengths: Integers = 1 + image_tokens + sizes * tokens // int(sizes[sample].sum())
     limits = np.where(data.has_image, encoder.limit(True), encoder.limit(False))
     return np.minimum(lengths, limits)

@@ -1,6 +1,6 @@
-"""Data sets of questions on scenes: images and conversations in a folder, in LLaVA's format.
+"""Data sets of questions about scenes: images and conversations in LLaVA's format, in one folder.
 
-A data set is a pure function of its settings, which the folder keeps.
+A data set is a pure function of its settings, which are stored beside it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from PIL import Image
 
@@ -22,18 +22,39 @@ from localign.data.parallel import in_processes, parts
 from localign.data.scenes import Scene, SceneConfig, SceneSource
 from localign.errors import UserError, did_you_mean
 from localign.files import fsync_path, replace_text
-from localign.vlm.data.scene_questions import KINDS, SceneQuestion, questions_of
+from localign.vlm.data.records import LLaVARecord, LLaVATurn
+from localign.vlm.data.scene_questions import KINDS, Box, QuestionKind, SceneQuestion, make_questions
 
 QUESTIONS_FILE, SETTINGS_FILE, IMAGES = "questions.json", "settings.json", "images"
-_FLUSHED_AT_ONCE = 16
-"""Images written to the disk for good at a time: it waits, and does little."""
+_FSYNC_THREADS = 16
+"""Images that are fsynced at a time; fsync mostly waits."""
 FORMAT = 1
-"""Raised when the same settings would give other questions."""
+"""Increase it when the same settings give different questions."""
+
+
+class SceneRecord(LLaVARecord):
+    """A scene's conversation, with the kind of question and the object's box of each turn."""
+
+    kinds: list[QuestionKind]
+    boxes: list[Box | None]
+
+
+class DatasetSettings(TypedDict):
+    """Content of ``settings.json``."""
+
+    format: int
+    split: str
+    scenes: int
+    questions_per_scene: int
+    kinds: list[str]
+    seed: int
+    world: dict[str, Any]
+    """Fields of :class:`~localign.data.scenes.SceneConfig`."""
 
 
 @dataclass(frozen=True)
-class AskedQuestion:
-    """A question of a data set on disk, to be asked by itself."""
+class DatasetQuestion:
+    """A question of a data set on disk, to be asked on its own."""
 
     id: str
     image: Path
@@ -51,43 +72,42 @@ def write_dataset(
     world: SceneConfig | None = None,
     processes: int = 0,
 ) -> Path:
-    """Write questions on the first scenes of a split, one conversation per scene, and the images.
+    """Write images of the first scenes of a split, and one conversation about each.
 
-    The file of questions is in LLaVA's form, with the keys ``kinds`` and ``boxes`` beside it, one entry per
-    turn. It is written last: where it is there, the data set is whole. What an interrupted call left is
-    completed, and what is complete is left as it is.
+    The file of questions holds :class:`SceneRecord` entries. It is written last, so where it exists the data set is
+    complete. A second call completes an interrupted one and leaves a complete data set alone.
 
     Args:
-        folder: Gets ``questions.json``, ``settings.json`` and ``images``.
-        split: One of the scenes' splits.
-        scenes: How many. Those that none of the kinds suits have no record.
-        questions_per_scene: Turns of a conversation, at most.
-        kinds: See :func:`questions_of`.
-        seed: Of the questions; the scenes are those of the world's seed 0, as elsewhere.
-        world: The default world where none is given.
-        processes: That draw; 0 draws in this one. The files do not depend on it.
+        folder: Receives ``questions.json``, ``settings.json`` and ``images``.
+        split: Name of a split of the scenes.
+        scenes: Number of scenes. A scene for which no kind has a question gets no record.
+        questions_per_scene: Most turns per conversation.
+        kinds: See :func:`make_questions`.
+        seed: Seed of the questions; the scenes are those of the world's seed 0, as elsewhere.
+        world: Default ``SceneConfig()``.
+        processes: Processes that draw; 0 draws in this one. The files do not depend on it.
 
     Returns:
         The file of questions.
 
     Raises:
-        UserError: An argument is out of range, or the folder holds questions of other settings.
+        UserError: An argument is out of range, or the folder holds a data set with other settings.
         RunFailure: A process died.
     """
     world = world or SceneConfig()
     _check(scenes, questions_per_scene, kinds)
     source = SceneSource(world, split, scenes)
     folder = Path(folder)
-    settings = {
-        "format": FORMAT,
-        "split": split,
-        "scenes": scenes,
-        "questions_per_scene": questions_per_scene,
-        "kinds": list(kinds),
-        "seed": seed,
-        "world": asdict(world),
-    }
-    _claim(folder, json.loads(json.dumps(settings)))
+    settings = DatasetSettings(
+        format=FORMAT,
+        split=split,
+        scenes=scenes,
+        questions_per_scene=questions_per_scene,
+        kinds=list(kinds),
+        seed=seed,
+        world=asdict(world),
+    )
+    _claim(folder, json.loads(json.dumps(settings)))  # as they will be read back
     path = folder / QUESTIONS_FILE
     if path.is_file():
         return path
@@ -96,31 +116,31 @@ def write_dataset(
     written = in_processes(write, spans, len(spans), processes, "drawing scenes")
     records = list(itertools.chain.from_iterable(written))
     images = [folder / record["image"] for record in records]
-    with ThreadPoolExecutor(_FLUSHED_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_FSYNC_THREADS) as pool:
         list(pool.map(fsync_path, images))
     fsync_path(folder / IMAGES)
     replace_text(path, "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
     return path
 
 
-def read_questions(path: str | Path) -> list[AskedQuestion]:
-    """The questions of :func:`write_dataset`, one by one, whatever conversations they were put into.
+def read_questions(path: str | Path) -> list[DatasetQuestion]:
+    """Read the questions of :func:`write_dataset` one by one.
 
     Raises:
-        UserError: The file is missing or has no kinds of questions in it.
+        UserError: The file is missing or is no file of questions about scenes.
     """
     path = Path(path)
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records: list[SceneRecord] = json.loads(path.read_text(encoding="utf-8"))
         return [
-            AskedQuestion(f"{record['id']}-{turn}", path.parent / record["image"], question)
+            DatasetQuestion(f"{record['id']}-{turn}", path.parent / record["image"], question)
             for record in records
             for turn, question in enumerate(_questions_in(record))
         ]
     except FileNotFoundError as error:
         raise UserError(f"there is no file of questions {path}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no file of questions on scenes: {error!r}") from error
+        raise UserError(f"{path} is no file of questions about scenes: {error!r}") from error
 
 
 def _check(scenes: int, questions_per_scene: int, kinds: Sequence[str]) -> None:
@@ -136,23 +156,23 @@ def _check(scenes: int, questions_per_scene: int, kinds: Sequence[str]) -> None:
             )
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Note in the folder what it is to hold, or refuse where it holds something else."""
+def _claim(folder: Path, settings: Mapping[str, object]) -> None:
+    """Write the settings into the folder, or refuse if it holds a data set with other settings."""
     path = folder / SETTINGS_FILE
     (folder / IMAGES).mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         if (folder / QUESTIONS_FILE).exists():
-            raise UserError(f"{folder} holds questions that were not written here; give another folder")
+            raise UserError(f"{folder} holds questions but no {SETTINGS_FILE}; give another folder")
         replace_text(path, json.dumps(settings, indent=1) + "\n")
         return
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+        saved: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not readable JSON: {error}") from error
-    changed = [name for name in settings if there.get(name) != settings[name]]
+    changed = [name for name in settings if saved.get(name) != settings[name]]
     if changed:
-        listed = "; ".join(f"{name}: {there.get(name)!r} there, {settings[name]!r} now" for name in changed)
-        raise UserError(f"{folder} holds other questions: {listed}; give another folder")
+        listed = "; ".join(f"{name}: {saved.get(name)!r} there, {settings[name]!r} now" for name in changed)
+        raise UserError(f"{folder} holds a data set with other settings: {listed}; give another folder")
 
 
 def _write_scenes(
@@ -163,38 +183,38 @@ def _write_scenes(
     seed: int,
     kinds: Sequence[str],
     count: int,
-) -> list[dict[str, Any]]:
-    """Write the images of scenes from the first to before the second; their records."""
+) -> list[SceneRecord]:
+    """Write the images of the scenes in ``range(*span)``; returns their records."""
     records = []
     for index in range(*span):
         scene = source.scene(index)
-        asked = questions_of(
+        questions = make_questions(
             source.config, scene, seed=seed, split=source.split, index=index, kinds=kinds, count=count
         )
-        if not asked:
+        if not questions:
             continue
         name = f"{IMAGES}/{index:06d}.png"
         _write_image(folder / name, scene)
-        records.append(_record(f"{source.split}-{index:06d}", name, asked))
+        records.append(_record(f"{source.split}-{index:06d}", name, questions))
     return records
 
 
 def _write_image(path: Path, scene: Scene) -> None:
-    """Write a PNG, unless it is there already and whole."""
+    """Write a PNG unless the same file exists already."""
     buffer = io.BytesIO()
     Image.fromarray(scene.image).save(buffer, format="png", compress_level=1)
     content = buffer.getvalue()
     if path.is_file() and path.read_bytes() == content:
         return
-    # Flushed together at the end, which takes a fraction of the time; until then nothing refers to it.
+    # The caller fsyncs all images together, which is much faster; nothing refers to them before that.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
-def _record(name: str, image: str, asked: Sequence[SceneQuestion]) -> dict[str, Any]:
-    conversations = []
-    for turn, question in enumerate(asked):
+def _record(name: str, image: str, questions: Sequence[SceneQuestion]) -> SceneRecord:
+    conversations: list[LLaVATurn] = []
+    for turn, question in enumerate(questions):
         mark = "<image>\n" if turn == 0 else ""
         conversations.append({"from": "human", "value": mark + question.message})
         conversations.append({"from": "gpt", "value": question.answer})
@@ -202,13 +222,13 @@ def _record(name: str, image: str, asked: Sequence[SceneQuestion]) -> dict[str, 
         "id": name,
         "image": image,
         "conversations": conversations,
-        "kinds": [question.kind for question in asked],
-        "boxes": [question.box for question in asked],
+        "kinds": [question.kind for question in questions],
+        "boxes": [question.box for question in questions],
     }
 
 
-def _questions_in(record: dict[str, Any]) -> Iterator[SceneQuestion]:
+def _questions_in(record: SceneRecord) -> Iterator[SceneQuestion]:
     values = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
     turns = zip(record["kinds"], values[::2], values[1::2], record["boxes"], strict=True)
     for kind, message, answer, box in turns:
-        yield SceneQuestion(kind, message, answer, tuple(box) if box else None)
+        yield SceneQuestion(kind, message, answer, cast(Box, tuple(box)) if box else None)

@@ -1,7 +1,7 @@
-"""Questions on scenes, in the words of the benchmarks: the embedded data set of vision-language models.
+"""Questions about scenes, phrased like the benchmarks' questions: the built-in data set for vision-language models.
 
-The questions of a scene are a pure function of (world, seed, split, index, kind). Yes
-and no, true and false, and the letters of choices come up equally often, whatever the words of the question.
+The questions about a scene are a pure function of (world, seed, split, index, kind). For any wording, yes and no,
+true and false, and the letters of choices are equally frequent answers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from localign.data.scenes import Scene, SceneConfig, SceneObject, relation
 from localign.options.names import QuestionKind
 
 KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
+T = TypeVar("T")
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom as shares of the image's width and height, to two decimals."""
 
@@ -30,116 +31,117 @@ LETTER = "Answer with the option's letter from the given choices directly."
 CAPTION = "Provide a short image description."
 LETTERS = "ABCD"
 
-# How often a count is asked for, among those that a scene offers. Scenes offer 3 or more of a kind so rarely that
-# it is left out; with these weights the three answers come up about equally often in the default world.
+# Weight of each count among the counts that a scene offers: in the default world the three answers are then about
+# equally frequent. Scenes have 3 or more of a kind too rarely to ask about.
 _COUNT_WEIGHTS = {0: 1.0, 1: 1.0, 2: 3.5}
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 @dataclass(frozen=True)
 class SceneQuestion:
-    """One question on a scene."""
+    """One question about a scene."""
 
     kind: QuestionKind
     message: str
-    """What is asked, without the words that a prompt format puts around it."""
+    """The question, without a prompt format around it."""
     answer: str
     box: Box | None = None
-    """Of a referring question: where the object is."""
+    """The object's box, for referring questions."""
 
 
-Asking = Callable[[SceneConfig, Scene, np.random.Generator], Iterator[SceneQuestion]]
+QuestionGenerator = Callable[[SceneConfig, Scene, np.random.Generator], Iterator[SceneQuestion]]
 
 
-def questions_of(
+def make_questions(
     world: SceneConfig, scene: Scene, *, seed: int, split: str, index: int, kinds: Sequence[str], count: int
 ) -> list[SceneQuestion]:
-    """The questions of one scene; none is asked twice.
+    """Distinct questions about one scene.
 
     Args:
-        world: What the scene was drawn from.
+        world: The config that the scene was drawn with.
         scene: Scene ``index`` of ``split``.
-        seed: Of the questions.
-        split: One of the scenes' splits.
-        index: The scene's position in it.
-        kinds: Some of ``KINDS``, asked in turn in an order of the scene's own; one named twice comes twice
-            as often.
-        count: How many. A scene has fewer where a kind does not suit it (a relation needs two objects) or
-            is exhausted. What is balanced is so exactly where a kind comes up once.
+        seed: Seed of the questions.
+        split: Name of the scene's split.
+        index: The scene's index in the split.
+        kinds: Some of ``KINDS``, asked in turn in a random order; a kind named twice is asked twice as often.
+        count: Number of questions. There are fewer if a scene does not suit a kind (a relation needs two objects)
+            or a kind runs out of questions. Answers are exactly balanced if each kind is asked once.
     """
     random = rng.generator(seed, f"questions/{split}", index)
     order = random.permutation(len(kinds))
     scene = replace(scene, objects=tuple(_shuffled(scene.objects, random)))
     streams = {
-        kind: _ASKING[kind](world, scene, rng.generator(seed, f"questions/{split}/{kind}", index))
+        kind: _GENERATORS[kind](world, scene, rng.generator(seed, f"questions/{split}/{kind}", index))
         for kind in kinds
     }
     turns = (streams[kinds[order[number % len(kinds)]]] for number in range(count))
     return [question for stream in turns if (question := next(stream, None)) is not None]
 
 
-def normalised_box(thing: SceneObject, image_size: int) -> Box:
-    """The object's box as shares of a square image, to two decimals."""
-    left, top, right, bottom = (round(pixels / image_size, 2) for pixels in thing.box)
+def normalised_box(item: SceneObject, image_size: int) -> Box:
+    """An object's box as shares of a square image, to two decimals."""
+    left, top, right, bottom = (round(pixels / image_size, 2) for pixels in item.box)
     return left, top, right, bottom
 
 
 def box_text(box: Sequence[float]) -> str:
-    """A box (or point) as it is written in questions and answers: ``[0.12, 0.30, 0.47, 0.61]``."""
+    """A box (or point) as written in questions and answers: ``[0.12, 0.30, 0.47, 0.61]``."""
     return f"[{', '.join(f'{value:.2f}' for value in box)}]"
 
 
-# -- the kinds: each gives question after question on a scene, until it has no more ---------------------------
+# -- one generator per kind of question, which ends when the scene has no more ---------------------------------
 
 
 def _referring(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
-    """Where is what."""
-    for thing in scene.objects:
-        box = normalised_box(thing, world.image_size)
-        yield SceneQuestion("referring", REFERRING.format(thing.name), box_text(box), box)
+    """Ask for an object's box."""
+    for item in scene.objects:
+        box = normalised_box(item, world.image_size)
+        yield SceneQuestion("referring", REFERRING.format(item.name), box_text(box), box)
 
 
 def _position(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
-    """What is where; of two objects or more, for else the answer would not depend on the position."""
+    """Ask which object is at a point. With a single object the answer would not depend on the point."""
     if len(scene.objects) < 2:
         return
-    for thing in reversed(scene.objects):  # so a referring question beside it does not give it away
-        point = [pixels / world.image_size for pixels in thing.center]
-        yield SceneQuestion("position", f"What is at {box_text(point)}?\n{SHORT}", thing.name)
+    for item in reversed(
+        scene.objects
+    ):  # so that a referring question about the scene rarely reveals the answer
+        point = [pixels / world.image_size for pixels in item.center]
+        yield SceneQuestion("position", f"What is at {box_text(point)}?\n{SHORT}", item.name)
 
 
 def _count(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
-    """How many objects of a colour or of a shape."""
+    """Ask for the number of objects of a colour or a shape."""
     counts = {f"{color} objects": sum(o.color == color for o in scene.objects) for color in world.colors}
     counts |= {_plural(shape): sum(o.shape == shape for o in scene.objects) for shape in world.shapes}
-    left = {name: count for name, count in counts.items() if count in _COUNT_WEIGHTS}
-    while left:
-        offered = sorted(set(left.values()))
-        weights = np.array([_COUNT_WEIGHTS[count] for count in offered])
-        count = offered[random.choice(len(offered), p=weights / weights.sum())]
-        name = _pick([name for name in left if left[name] == count], random)
-        del left[name]
+    remaining = {name: count for name, count in counts.items() if count in _COUNT_WEIGHTS}
+    while remaining:
+        answers = sorted(set(remaining.values()))
+        weights = np.array([_COUNT_WEIGHTS[count] for count in answers])
+        count = answers[random.choice(len(answers), p=weights / weights.sum())]
+        name = _pick([name for name in remaining if remaining[name] == count], random)
+        del remaining[name]
         yield SceneQuestion("count", f"How many {name} are there?\n{SHORT}", str(count))
 
 
 def _relation(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
-    """Whether a statement on two objects is true; a false one says the opposite."""
+    """Ask whether a statement about two objects is true; false statements say the opposite."""
     for pair in _shuffled(list(itertools.combinations(scene.objects, 2)), random):
         first, second = _shuffled(pair, random)
-        true, said = bool(random.integers(2)), relation(first, second)
-        where = said if true else _OPPOSITE[said]
-        statement = f"The {first.name} is {where} the {second.name}."
-        yield SceneQuestion("relation", STATEMENT.format(statement), str(true))
+        truth, actual = bool(random.integers(2)), relation(first, second)
+        stated = actual if truth else _OPPOSITE[actual]
+        statement = f"The {first.name} is {stated} the {second.name}."
+        yield SceneQuestion("relation", STATEMENT.format(statement), str(truth))
 
 
 def _presence(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
-    """Whether an object is shown; one that is not has its colour or its shape in common with one that is."""
-    shown = {thing.name for thing in scene.objects}
-    colors, shapes = ({getattr(o, of) for o in scene.objects} for of in ("color", "shape"))
+    """Ask whether an object is in the scene; absent objects share colour or shape with one that is."""
+    present = {item.name for item in scene.objects}
+    colors, shapes = {o.color for o in scene.objects}, {o.shape for o in scene.objects}
     similar = [f"{c} {s}" for c in world.colors for s in world.shapes if c in colors or s in shapes]
     streams = {
-        "Yes": iter(_shuffled(sorted(shown), random)),
-        "No": iter(_shuffled([name for name in similar if name not in shown], random)),
+        "Yes": iter(_shuffled(sorted(present), random)),
+        "No": iter(_shuffled([name for name in similar if name not in present], random)),
     }
     while True:
         answer = "Yes" if random.integers(2) else "No"
@@ -151,18 +153,18 @@ def _presence(world: SceneConfig, scene: Scene, random: np.random.Generator) -> 
 
 
 def _attribute(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
-    """Colour by shape, or shape by colour, where one object alone has it."""
-    for asked, answer, _ in _attributes(world, scene, random):
-        yield SceneQuestion("attribute", f"{asked}\n{SHORT}", answer)
+    """Ask for colour given shape, or shape given colour, of an object that the scene has once."""
+    for question, answer, _ in _attributes(world, scene, random):
+        yield SceneQuestion("attribute", f"{question}\n{SHORT}", answer)
 
 
 def _choice(world: SceneConfig, scene: Scene, random: np.random.Generator) -> Iterator[SceneQuestion]:
-    """The same with choices, up to four in random order; the answer is a letter."""
-    for asked, answer, values in _attributes(world, scene, random):
+    """An attribute question with up to four choices in random order; the answer is a letter."""
+    for question, answer, values in _attributes(world, scene, random):
         others = _shuffled([value for value in values if value != answer], random)[: len(LETTERS) - 1]
         choices = _shuffled([answer, *others], random)
         lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-        message = "\n".join([asked, *lines, LETTER])
+        message = "\n".join([question, *lines, LETTER])
         yield SceneQuestion("choice", message, LETTERS[choices.index(answer)])
 
 
@@ -170,7 +172,7 @@ def _caption(world: SceneConfig, scene: Scene, random: np.random.Generator) -> I
     yield SceneQuestion("caption", CAPTION, f"{scene.caption[0].upper()}{scene.caption[1:]}.")
 
 
-_ASKING: dict[str, Asking] = {
+_GENERATORS: dict[str, QuestionGenerator] = {
     "referring": _referring,
     "position": _position,
     "count": _count,
@@ -186,13 +188,13 @@ def _attributes(
     world: SceneConfig, scene: Scene, random: np.random.Generator
 ) -> list[tuple[str, str, tuple[str, ...]]]:
     """(question, answer, all possible answers) in random order."""
-    shapes, colors = ([getattr(o, of) for o in scene.objects] for of in ("shape", "color"))
+    shapes, colors = [o.shape for o in scene.objects], [o.color for o in scene.objects]
     found = []
-    for thing in scene.objects:
-        if shapes.count(thing.shape) == 1:
-            found.append((f"What colour is the {thing.shape}?", thing.color, world.colors))
-        if colors.count(thing.color) == 1:
-            found.append((f"What shape is the {thing.color} object?", thing.shape, world.shapes))
+    for item in scene.objects:
+        if shapes.count(item.shape) == 1:
+            found.append((f"What colour is the {item.shape}?", item.color, world.colors))
+        if colors.count(item.color) == 1:
+            found.append((f"What shape is the {item.color} object?", item.shape, world.shapes))
     return _shuffled(found, random)
 
 
@@ -200,9 +202,9 @@ def _plural(shape: str) -> str:
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
-def _shuffled(items: Sequence[Any], random: np.random.Generator) -> list[Any]:
+def _shuffled(items: Sequence[T], random: np.random.Generator) -> list[T]:
     return [items[i] for i in random.permutation(len(items))]
 
 
-def _pick(items: Sequence[Any], random: np.random.Generator) -> Any:
+def _pick(items: Sequence[T], random: np.random.Generator) -> T:
     return items[int(random.integers(len(items)))]

@@ -1,4 +1,4 @@
-"""The tokens that a language model gets beside its own."""
+"""Special tokens that a vision-language model adds to its language model."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
+from localign.errors import UserError
 from localign.vlm.data.prompts import IMAGE_MARK, prompt_format
 
 PAD_TOKEN = "<PAD>"
 ROWS_MULTIPLE = 64
-"""The embedding matrix has a multiple of so many rows."""
+"""Embedding matrices are padded to a multiple of this many rows."""
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give a tokenizer the image token, and a padding token if it has none, in place.
+    """Add the image token to a tokenizer in place, and a padding token if it has none.
 
     Returns:
         The image token's id.
@@ -27,15 +28,18 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the image token, which the tokenizer must have."""
-    return int(tokenizer.get_vocab()[IMAGE_MARK])
+    """The id of the image token. Raises UserError if the tokenizer has none."""
+    token = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+    if not isinstance(token, int) or token == tokenizer.unk_token_id:
+        raise UserError(f"the tokenizer has no image token {IMAGE_MARK}")
+    return token
 
 
 @torch.no_grad()
 def resize_embeddings(language_model: PreTrainedModel, tokens: int) -> None:
-    """Let the embeddings grow, in place, to a multiple of 64 rows that holds ``tokens``.
+    """Grow the embeddings in place to a multiple of 64 rows, at least ``tokens``.
 
-    New rows, of the output layer too, are the mean of the old ones.
+    New rows of the input and output embeddings are the mean of the old rows.
     """
     model: Any = language_model
     old = model.get_input_embeddings().weight.shape[0]
@@ -50,10 +54,10 @@ def resize_embeddings(language_model: PreTrainedModel, tokens: int) -> None:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, format_name: str) -> list[int]:
-    """Where generation stops: what ends an answer in the prompt format, and what model and tokenizer say.
+    """The ids at which generation stops, sorted: the prompt format's end token, and the model's and tokenizer's.
 
     Raises:
-        UserError: There is no such format, or nothing ends its answers.
+        UserError: The format is unknown, or has no end token with this tokenizer.
     """
     ends = {prompt_format(format_name).end_token_id(tokenizer)}
     own: Any = model.generation_config.eos_token_id if model.generation_config is not None else None

@@ -1,1 +1,1 @@
-"""`localign vlm demo`: questions on drawn scenes, a small language model, models trained side by side."""
+"""`localign vlm demo`: a small language model, and vision-language models trained side by side on drawn scenes."""

@@ -1,8 +1,8 @@
-"""`localign vlm demo`: does an aligned backbone with its decoder make a better vision-language model? On scenes.
+"""`localign vlm demo`: does locality alignment improve a vision-language model? Measured on drawn scenes.
 
-The same code as `align` and `vlm train` on questions about drawn scenes. A small language model learns the
-questions' language first, from text alone; then one model per adapter and seed is trained on the same
-conversations for the same steps, and asked about scenes that nothing was trained with.
+It runs the same code as `align` and `vlm train`. A small language model first learns the questions' language from
+text alone. Then one model per adapter and seed is trained on the same conversations for the same number of steps,
+and tested on questions about new scenes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from rich.console import Console
@@ -25,94 +25,138 @@ from localign.options.demo import DemoConfig
 from localign.options.vlm.demo import MODELS, VLMDemoConfig
 from localign.options.vlm.train import VLMConfig
 from localign.statistics.paired import paired_difference
-from localign.vlm.benchmarks.scenes import Scenes, guessing
+from localign.vlm.benchmarks.scenes import Guess, Scenes, guessing
 from localign.vlm.data.scene_dataset import write_dataset
-from localign.vlm.demo.side_by_side import Job, cores, run_side_by_side
+from localign.vlm.demo.side_by_side import Job, available_cores, run_side_by_side
 from localign.vlm.demo.tinylm import TinyLMConfig, train_tiny_lm
 from localign.vlm.evaluation.models import fingerprint_of, open_model
 from localign.vlm.evaluation.run import evaluate
 from localign.vlm.task import VLMTask
 
 EVALUATION = "eval"
-"""Folder of a model's answers and results, in its run folder."""
+"""Folder of a model's answers and scores, in its run folder."""
 LLM_WIDTH, LLM_MLP_WIDTH = 128, 320
-"""Of the language model: small enough to converge on a laptop."""
-_TOGETHER = 128
-"""Questions that are asked at a time."""
+"""Widths of the language model, small enough to converge on a laptop."""
+_EVAL_BATCH = 128
+"""Questions per batch in evaluation."""
 
 
-def fastest(device: str) -> dict[str, Any]:
-    """Options of training a small model on short conversations that are faster on this machine than the defaults.
+class KindScore(TypedDict):
+    """A model's score on one kind of question."""
 
-    On CPUs a packed row costs its whole mask. With bf16 instructions products are four to five times as fast, but
-    fused attention is not.
+    accuracy: float
+    """Share, 0..1."""
+    interval: list[float] | None
+    """95 % interval (low, high) of the accuracy; None if there are too few questions."""
+    questions: int
+
+
+class TrainedModel(TypedDict):
+    """The results of one model with one seed."""
+
+    seed: int
+    loss: float
+    """The last logged training loss."""
+    kinds: dict[str, KindScore]
+
+
+class VLMDemoResults(TypedDict):
+    """Content of the demo's ``results.json``."""
+
+    command: str
+    config: dict[str, Any]
+    versions: dict[str, Any]
+    seconds: float
+    models: dict[str, list[TrainedModel]]
+    """Name of a model -> its results by seed."""
+    guessing: dict[str, Guess]
+    notes: list[str]
+
+
+def fast_options(device: str) -> dict[str, Any]:
+    """Options that train small models on short conversations faster on this machine than the defaults.
+
+    On CPUs padded rows are faster than packed rows. bf16 instructions make matrix products four to five times as
+    fast, but not fused attention.
     """
     if choose_device(device).type != "cpu":
         return {}
-    # torch 2.9 lacks the function, and its users train in float32
-    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    bf16 = bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    # torch 2.9 lacks the function; there the models train in float32.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    bf16 = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return {"batching": "padded", **({"precision": "bf16", "llm_attention": "eager"} if bf16 else {})}
 
 
-def run_vlm_demo(config: VLMDemoConfig) -> dict[str, Any]:
-    """Everything from scenes to the table; returns the content of ``results.json``."""
+def run_vlm_demo(config: VLMDemoConfig) -> VLMDemoResults:
+    """Run the demo, from drawing scenes to the table of results; returns the content of ``results.json``.
+
+    Raises:
+        UserError: The folder holds a demo with other options.
+        RunFailure: A training failed.
+        RunStopped: SIGTERM or SIGUSR1 was received.
+    """
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    _check_same(folder, config)
+    _check_unchanged(folder, config)
     run_folder.save_config(folder, "vlm demo", config)
     clock = Stopwatch()
     say("writing questions")
-    train_file = _written(config, "train", config.scenes)
-    test_file = _written(config, "test", config.test_scenes)
+    train_file = _write_split(config, "train", config.scenes)
+    test_file = _write_split(config, "test", config.test_scenes)
     _prepare(config, folder, train_file)
     seeds = range(config.seed, config.seed + config.seeds)
     _train_models(
-        [config.vlm_config(name, seed, **fastest(config.device)) for seed in seeds for name in config.models],
+        [
+            config.vlm_config(name, seed, **fast_options(config.device))
+            for seed in seeds
+            for name in config.models
+        ],
         config,
     )
-    say("asking")
-    models = {name: [_asked_model(config, name, seed, test_file) for seed in seeds] for name in config.models}
-    results = {
-        "command": "vlm demo",
-        "config": asdict(config),
-        "versions": run_folder.provenance(),
-        "seconds": clock.elapsed,
-        "models": models,
-        "guessing": guessing(*(Scenes().questions(file.parent) for file in (train_file, test_file))),
-        "notes": [
-            "Scenes are drawn, and the language model is small: the figures compare adapters, and say nothing "
-            "about photographs.",
-            "All models of a seed see the same conversations in the same order, for the same steps.",
-        ],
+    say("evaluating")
+    models = {
+        name: [_evaluate_model(config, name, seed, test_file) for seed in seeds] for name in config.models
     }
-    path = run_folder.write_results(folder, results)
+    results = VLMDemoResults(
+        command="vlm demo",
+        config=asdict(config),
+        versions=run_folder.provenance(),
+        seconds=clock.elapsed,
+        models=models,
+        guessing=guessing(*(Scenes().questions(file.parent) for file in (train_file, test_file))),
+        notes=[
+            "Scenes are drawn and the language model is small: the results compare adapters and do not transfer "
+            "to photographs.",
+            "All models of a seed see the same conversations in the same order, for the same number of steps.",
+        ],
+    )
+    path = run_folder.write_results(folder, dict(results))
     Console().print(_table(results))
     print(f"results    {path}")
     return results
 
 
-def _written(config: VLMDemoConfig, split: str, scenes: int) -> Path:
-    """Questions on a split's scenes."""
-    processes = cores() if cores() > 1 else 0
+def _write_split(config: VLMDemoConfig, split: str, scenes: int) -> Path:
+    """Write a split's images and questions; returns the file of questions."""
+    processes = available_cores() if available_cores() > 1 else 0
     folder = Path(config.out) / split
     return write_dataset(folder, split, scenes, config.questions, config.kinds, processes=processes)
 
 
-def _check_same(folder: Path, config: VLMDemoConfig) -> None:
-    """A demo may be continued with more seeds or models, on another device; all else must stay."""
+def _check_unchanged(folder: Path, config: VLMDemoConfig) -> None:
+    """Refuse to resume a demo with options that change its results; more seeds and models are allowed."""
     if not (folder / run_folder.CONFIG_FILE).is_file():
         return
     saved, now = run_folder.read_config(folder)["config"], run_folder.to_dict(config)
-    free = ("seeds", "models", "device", "workers", "at_once", "out")
-    fields = [f for f in now if f not in free and saved.get(f) != now[f]]
+    changeable = ("seeds", "models", "device", "workers", "at_once", "out")
+    fields = [f for f in now if f not in changeable and saved.get(f) != now[f]]
     if fields:
         listed = "; ".join(f"{f}: {saved.get(f)!r} there, {now[f]!r} now" for f in fields)
         raise UserError(f"{folder} holds a demo with another config: {listed}; give another --out")
 
 
 def _prepare(config: VLMDemoConfig, folder: Path, train_file: Path) -> None:
-    """The language model, and the aligned backbone where a model takes it."""
+    """Train the language model, and align the backbone if a model needs it, unless that was done before."""
     lm = TinyLMConfig(
         data=str(train_file),
         out=str(folder / "llm"),
@@ -125,7 +169,7 @@ def _prepare(config: VLMDemoConfig, folder: Path, train_file: Path) -> None:
         resume="auto",
     )
     if not (folder / "llm" / run_folder.RESULTS_FILE).is_file():
-        say("the language model")
+        say("training the language model")
         train_tiny_lm(lm)
     if (
         any(MODELS[name][0] for name in config.models)
@@ -138,49 +182,48 @@ def _prepare(config: VLMDemoConfig, folder: Path, train_file: Path) -> None:
 
 
 def _train_models(configs: Sequence[VLMConfig], demo: VLMDemoConfig) -> None:
-    """Train those that are not yet."""
-    left = [vlm for vlm in configs if not (Path(vlm.out) / run_folder.RESULTS_FILE).is_file()]
+    """Train the models that are not trained yet."""
+    untrained = [vlm for vlm in configs if not (Path(vlm.out) / run_folder.RESULTS_FILE).is_file()]
     on_cpu = choose_device(demo.device).type == "cpu"
-    at_once = min(len(left), demo.at_once or (cores() if on_cpu else 1))
+    at_once = min(len(untrained), demo.at_once or (available_cores() if on_cpu else 1))
     if at_once > 1:
-        run_side_by_side([Job("vlm train", vlm) for vlm in left], at_once)
+        run_side_by_side([Job("vlm train", vlm) for vlm in untrained], at_once)
         return
-    for vlm in left:
+    for vlm in untrained:
         say(Path(vlm.out).name)
         train(VLMTask(vlm), vlm, "vlm train")
 
 
-def _asked_model(config: VLMDemoConfig, name: str, seed: int, test_file: Path) -> dict[str, Any]:
-    """One model's results; what is on disk is taken as it is."""
+def _evaluate_model(config: VLMDemoConfig, name: str, seed: int, test_file: Path) -> TrainedModel:
     out = Path(config.vlm_config(name, seed).out)
     losses = [entry["loss"] for entry in read_log(out) if "loss" in entry]
-    return {"seed": seed, "loss": losses[-1], "kinds": _asked(config, out, test_file.parent)}
+    return {"seed": seed, "loss": losses[-1], "kinds": _scores(config, out, test_file.parent)}
 
 
-def _asked(config: VLMDemoConfig, out: Path, test: Path) -> dict[str, Any]:
-    """What a model scores on each kind of question, as `vlm eval` has it, in shares of 1; nothing is asked twice."""
+def _scores(config: VLMDemoConfig, out: Path, test: Path) -> dict[str, KindScore]:
+    """A model's score on each kind of question; answers that are on disk already are reused."""
     suite = Scenes()
-    alone = DistributedContext(0, 1, 0, choose_device(config.device))
-    model = open_model(str(out), fingerprint_of(str(out)), alone.device, torch.float32)
-    results = evaluate(model, [(suite, suite.read(test))], out / EVALUATION, alone, _TOGETHER, str(out))
+    context = DistributedContext(0, 1, 0, choose_device(config.device))
+    model = open_model(str(out), fingerprint_of(str(out)), context.device, torch.float32)
+    results = evaluate(model, [(suite, suite.read(test))], out / EVALUATION, context, _EVAL_BATCH, str(out))
     assert results is not None
     outcome = results["benchmarks"][suite.name]
-    found = {}
+    scores: dict[str, KindScore] = {}
     for kind, questions in outcome["splits"].items():
         figure = outcome["figures"][f"accuracy__Scenes-{kind}"]
-        value, bounds = figure["value"], figure["interval"]
-        assert value is not None
-        found[kind] = {
-            "accuracy": value / 100,
-            "interval": None if bounds is None else [end / 100 for end in bounds],
+        percent, bounds = figure["value"], figure["interval"]
+        assert percent is not None
+        scores[kind] = {
+            "accuracy": percent / 100,
+            "interval": None if bounds is None else [bound / 100 for bound in bounds],
             "questions": questions,
         }
-    return found
+    return scores
 
 
-def _table(results: dict[str, Any]) -> Table:
+def _table(results: VLMDemoResults) -> Table:
     """Accuracy per kind of question, with the difference to the first model."""
-    models: dict[str, list[dict[str, Any]]] = results["models"]
+    models = results["models"]
     first, *others = models
     table = Table(title="Accuracy on test scenes, %")
     for column in ("question", "guessing", first, *others):
@@ -189,20 +232,21 @@ def _table(results: dict[str, Any]) -> Table:
         values = {
             name: [100 * seed["kinds"][kind]["accuracy"] for seed in seeds] for name, seeds in models.items()
         }
-        cells = [_interval(models[first], kind)]
+        cells = [_cell(models[first], kind)]
         for name in others:
             change = paired_difference(values[first], values[name])
-            tail = "" if change.half_width is None else f" ± {change.half_width:.1f}"
-            cells.append(f"{_interval(models[name], kind)}  ({change.difference:+.1f}{tail})")
-        table.add_row(kind, f"{100 * max(guess.values()):.1f}", *cells)
+            margin = "" if change.half_width is None else f" ± {change.half_width:.1f}"
+            cells.append(f"{_cell(models[name], kind)}  ({change.difference:+.1f}{margin})")
+        table.add_row(kind, f"{100 * max(guess['majority'], guess['blind']):.1f}", *cells)
     table.caption = (
-        "In brackets: the difference to the first model, ± half its 95 % t-interval over seeds. "
-        "Guessing: the better of one answer for all and the most common answer to the same words."
+        "In parentheses: difference to the first model, ± half the width of its 95 % t-interval over seeds. "
+        "Guessing: always the most common answer, or the most common answer to the same question; the better of both."
     )
     return table
 
 
-def _interval(seeds: Sequence[dict[str, Any]], kind: str) -> str:
+def _cell(seeds: Sequence[TrainedModel], kind: str) -> str:
+    """Mean accuracy in percent; for a single seed with its interval."""
     mean = sum(100 * s["kinds"][kind]["accuracy"] for s in seeds) / len(seeds)
     bounds = seeds[0]["kinds"][kind]["interval"]
     if len(seeds) > 1 or bounds is None:

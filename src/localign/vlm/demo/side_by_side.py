@@ -1,4 +1,4 @@
-"""Several training runs on one machine at a time, each a process of its own."""
+"""Several training runs at a time on one machine, each in its own process."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from localign.options.train import TrainConfig
 from localign.signals import stop_requests
 
 OUTPUT_SUFFIX, CONFIG_SUFFIX = ".output.txt", ".yaml"
-"""Beside a run's folder: what its process said, and what it was told."""
-_POLL = 0.2
-"""Seconds between two looks at the processes."""
-_GRACE = 60.0
-"""Seconds that runs have to save when they are stopped."""
+"""Of files beside a run folder: the process's output, and its options."""
+_POLL_SECONDS = 0.2
+"""Time between two polls of the processes."""
+_GRACE_SECONDS = 60.0
+"""Time that stopped runs have to save a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: the command that a user would give, and its options, with ``resume="auto"``."""
+    """One training run: a command, for example ``vlm train``, and its options, with ``resume="auto"``."""
 
     command: str
     config: TrainConfig
@@ -41,46 +41,46 @@ class Job:
 
     @property
     def output(self) -> Path:
-        """What the process says."""
+        """The file that receives the process's output."""
         return self.folder.with_name(self.folder.name + OUTPUT_SUFFIX)
 
 
-def cores() -> int:
+def available_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_side_by_side(jobs: Sequence[Job], at_once: int) -> None:
-    """Train them all, ``at_once`` of them at any time, with the CPU's cores shared out among those.
+    """Run all jobs, at most ``at_once`` at a time, which share the CPU cores.
 
-    A signal that stops a run stops them all, each with a checkpoint.
+    SIGTERM and SIGUSR1 stop all runs, each with a checkpoint.
 
     Raises:
-        RunFailure: A run failed; the last line that it said. The others are stopped first.
-        RunStopped: SIGTERM or SIGUSR1 came.
+        RunFailure: A run failed. The other runs are stopped first, and the error quotes the run's last output line.
+        RunStopped: SIGTERM or SIGUSR1 was received.
     """
     waiting, running = list(jobs), list[tuple[Job, subprocess.Popen[bytes]]]()
-    threads = max(1, cores() // at_once)
+    threads = max(1, available_cores() // at_once)
     with stop_requests() as stop:
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
                     job = waiting.pop(0)
-                    running.append((job, _started(job, threads)))
-                    say(f"{job.folder.name}: training; it says how in {job.output}")
+                    running.append((job, _start(job, threads)))
+                    say(f"{job.folder.name}: training; output in {job.output}")
                 ended = [(job, process) for job, process in running if process.poll() is not None]
                 running = [(job, process) for job, process in running if process.returncode is None]
                 for job, process in ended:
                     _check(job, process.returncode)
                     say(f"{job.folder.name}: trained")
                 if stop.made:
-                    raise RunStopped(f"{stop.by}: stopped; the same command goes on from here")
-                time.sleep(_POLL)
+                    raise RunStopped(f"{stop.by}: stopped; the same command resumes from here")
+                time.sleep(_POLL_SECONDS)
         finally:
             _stop([process for _, process in running])
 
 
-def _started(job: Job, threads: int) -> subprocess.Popen[bytes]:
+def _start(job: Job, threads: int) -> subprocess.Popen[bytes]:
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     path = job.folder.with_name(job.folder.name + CONFIG_SUFFIX)
     replace_text(path, yaml.safe_dump(run_folder.to_dict(job.config), sort_keys=False, allow_unicode=True))
@@ -92,23 +92,23 @@ def _started(job: Job, threads: int) -> subprocess.Popen[bytes]:
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            start_new_session=True,  # an interrupt at the terminal reaches them through _stop alone
+            start_new_session=True,  # so that Ctrl-C reaches the runs only through _stop
         )
 
 
 def _check(job: Job, status: int) -> None:
     if status == 0 and (job.folder / run_folder.RESULTS_FILE).is_file():
         return
-    said = job.output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = said[-1] if said else f"it ended with status {status}"
-    raise RunFailure(f"{job.folder.name} failed: {last} (all of it in {job.output})")
+    lines = job.output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = lines[-1] if lines else f"exit status {status}"
+    raise RunFailure(f"{job.folder.name} failed: {last} (full output in {job.output})")
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Let them save and end; those that do not are killed."""
+    """Ask the processes to save a checkpoint and end; kill those that have not ended in time."""
     for process in processes:
         process.terminate()
-    deadline = time.monotonic() + _GRACE
+    deadline = time.monotonic() + _GRACE_SECONDS
     for process in processes:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))

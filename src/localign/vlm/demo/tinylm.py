@@ -1,7 +1,7 @@
 """A small Llama and a byte-level BPE tokenizer, trained from scratch on the text of conversations.
 
-The embedded vision-language model starts from it as a full-sized one starts from Llama-2: knowing the language of
-the questions, and nothing of images. It is written in transformers' format, as any other language model is.
+The demo's vision-language models start from it as full-sized ones start from Llama-2: it knows the language of the
+questions and has seen no images. Its export is a transformers folder, like any other language model's.
 """
 
 import json
@@ -40,19 +40,19 @@ class TinyLMConfig(TrainConfig):
     out: str = "runs/tinylm"
     """Run folder; its export is a transformers folder."""
     data: str = ""
-    """LLaVA-format file of conversations, JSON or JSON lines; its images are not looked at."""
+    """LLaVA-format file of conversations, JSON or JSON lines; images are ignored."""
     val: str | None = None
-    """The same to validate on."""
+    """Validation file in the same format; default none."""
     vocab_size: int = 1024
-    """Most tokens of the tokenizer, at least 260: bytes, four special tokens, and merges."""
+    """Most tokens in the vocabulary, at least 260: bytes, four special tokens, and merges."""
     layers: int = 4
     """Transformer blocks."""
     width: int = 192
-    """Channels of a token."""
+    """Hidden width, channels."""
     heads: int = 4
     """Attention heads."""
     mlp_width: int = 512
-    """Channels inside the MLPs."""
+    """Hidden width of the MLPs, channels."""
     steps: int | None = 300
     """Optimizer steps."""
     batch_size: int = 32
@@ -62,28 +62,28 @@ class TinyLMConfig(TrainConfig):
     warmup_steps: int = 30
     """Steps of linear warm-up."""
     workers: int = 0
-    """Only 0: there are no images to load."""
+    """Must be 0: there are no images to load."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.data:
-            raise UserError("learn which language? give --data, a LLaVA-format file")
+            raise UserError("no conversations: give --data, a LLaVA-format file")
         if self.vocab_size < 260:
             raise UserError(f"--vocab-size must be at least 260, not {self.vocab_size}")
         for name in ("layers", "width", "heads", "mlp_width"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.width % (2 * self.heads):
             raise UserError(f"--width {self.width} does not divide into {self.heads} heads of even width")
         if self.workers:
-            raise UserError("--workers has no effect where there are no images; leave it at 0")
+            raise UserError("--workers has no effect without images; leave it at 0")
 
 
 def train_tiny_lm(config: TinyLMConfig) -> Outcome:
-    """Train tokenizer and model; ``outcome.folder / "export"`` is what transformers loads.
+    """Train tokenizer and model; transformers loads them from ``outcome.folder / "export"``.
 
     Raises:
-        UserError: Bad options or data.
+        UserError: Options or data are bad.
         RunFailure: Training does not recover from non-finite losses.
     """
     return train(TinyLMTask(config), config, "vlm tinylm")
@@ -93,24 +93,24 @@ class TextBatch(NamedTuple):
     """Conversations in the order of their positions."""
 
     input_ids: Tensor
-    """int64 ``(batch, tokens)``, filled up with the pad token on the right."""
+    """int64 ``(batch, tokens)``, padded on the right."""
     lengths: Tensor
-    """int64 ``(batch,)``."""
+    """int64 ``(batch,)``, tokens without padding."""
     positions: Tensor
     """int64 ``(batch,)``, global positions in the stream."""
     indices: Tensor
-    """int64 ``(batch,)``, which conversations."""
+    """int64 ``(batch,)``, indices of the conversations."""
     bad: tuple[tuple[str, str], ...] = ()
 
 
 class TinyLMTask(Task):
-    """Next-token cross-entropy over questions and answers alike.
+    """Next-token cross-entropy over questions and answers.
 
     Args:
         config: Data and sizes.
 
     Raises:
-        UserError: The data is missing or no file of conversations.
+        UserError: The data is missing or holds no conversations.
     """
 
     def __init__(self, config: TinyLMConfig) -> None:
@@ -168,30 +168,30 @@ class TinyLMTask(Task):
         return StepResult(loss, count)
 
     def _loss(self, model: nn.Module, batch: TextBatch) -> tuple[Tensor, Tensor]:
-        """The summed loss, and over how many tokens."""
+        """The summed loss and the number of predicted tokens."""
         ids = batch.input_ids
-        # Attention is causal and the padding comes last, so no token sees any of it.
+        # No attention mask: padding comes last and attention is causal.
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        inside = torch.arange(1, ids.shape[1], device=ids.device) < batch.lengths[:, None]
-        targets = ids[:, 1:].masked_fill(~inside, IGNORE_INDEX)
+        predicted = torch.arange(1, ids.shape[1], device=ids.device) < batch.lengths[:, None]
+        targets = ids[:, 1:].masked_fill(~predicted, IGNORE_INDEX)
         loss = F.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
-        return loss, inside.sum().float()
+        return loss, predicted.sum().float()
 
     def throughput(self, batch: TextBatch) -> dict[str, int]:
         return {"tokens": int(batch.lengths.sum())}
 
     @torch.no_grad()
     def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
-        """Cross-entropy per token of the validation conversations."""
+        """Cross-entropy per token on the validation conversations."""
         if not self.val_ids:
             return {}
         sums = torch.zeros(2)
         for begin in range(0, len(self.val_ids), _VAL_BATCH):
             ids = self.val_ids[begin : begin + _VAL_BATCH]
-            places = torch.arange(begin, begin + len(ids))
-            batch = to_device(self._batch(ids, places, places), self.device)
+            indices = torch.arange(begin, begin + len(ids))
+            batch = to_device(self._batch(ids, indices, indices), self.device)
             sums += torch.stack(self._loss(module, batch)).cpu()
         return {"val_loss": float(sums[0] / sums[1])}
 
@@ -203,7 +203,7 @@ class TinyLMTask(Task):
         return {"parameters": parameters, "vocabulary": len(self.tokenizer)}
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
-        """Model and tokenizer in transformers' format, where they came from in ``provenance.json``."""
+        """Write model and tokenizer in transformers' format, and ``provenance.json``."""
         assert isinstance(module, LlamaForCausalLM)
         with replacing_folder(folder) as temporary:
             module.save_pretrained(temporary)
@@ -212,21 +212,23 @@ class TinyLMTask(Task):
 
 
 def _texts(conversations: Sequence[Turns]) -> Iterator[str]:
-    """Questions with the words of the prompt format around them, and answers."""
-    prompt, nothing_learned = prompt_format(PROMPT), train_tokenizer((), 0)
+    """Questions in the prompt format, and answers."""
+    prompt, untrained = prompt_format(PROMPT), train_tokenizer((), 0)
     for turns in conversations:
         for question, answer in turns:
-            yield prompt.text(nothing_learned, question)
+            yield prompt.text(untrained, question)
             yield answer
 
 
 def read_turns(path: str | Path) -> list[Turns]:
-    """The (question, answer) pairs of every conversation of a LLaVA-format file.
+    """The (question, answer) pairs of every conversation in a LLaVA-format file.
 
     Raises:
-        UserError: The file is missing, empty, or holds something else.
+        UserError: The file is missing, empty or in another format.
     """
-    found = [parsed.record.turns for file in open_files([path], []) for parsed, _ in read_records(file)]
-    if not found:
+    conversations = [
+        parsed.record.turns for file in open_files([path], []) for parsed, _ in read_records(file)
+    ]
+    if not conversations:
         raise UserError(f"{path} holds no conversation")
-    return found
+    return conversations

@@ -1,7 +1,7 @@
-"""A byte-level BPE for a small language model, trained from scratch on the few sentences that it is to know.
+"""A byte-level BPE tokenizer for a small language model, trained from scratch on a small set of sentences.
 
-What a small model spends its time on are tokens. So merges go across words, as far as the vocabulary lasts: the
-sentences of a question, with what they ask about, are then one token or a few, and a coordinate is one token.
+A small model's time goes with the number of tokens. Merges therefore cross word borders: a question becomes one
+token or a few, and a coordinate becomes one token.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<PAD>"
 
-_COORDINATES_AND_DIGITS = r"(?<!\d)[01]\.\d\d?(?!\d)|\p{N}"  # digits by themselves, as in Llama
+_COORDINATES_AND_DIGITS = r"(?<!\d)[01]\.\d\d?(?!\d)|\p{N}"  # single digits, as in Llama
 _SENTENCES = rf"{_COORDINATES_AND_DIGITS}|[^\p{{N}}]+"
-# Marks keep the space that follows them, words the one before.
+# Punctuation takes the space after it, words the space before.
 _WORDS = rf"{_COORDINATES_AND_DIGITS}|[^\s\p{{L}}\p{{N}}]+ ?| ?\p{{L}}+|\s"
 
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, across_words: bool = True
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: it writes ``<s>`` before a text, gives every coordinate a token and loses nothing.
+    """A lossless byte-level BPE that writes ``<s>`` before a text and can give each coordinate a token of its own.
 
     Args:
-        texts: What merges are learned from.
-        vocab_size: Most tokens; fewer where there is nothing left to merge.
-        across_words: Whether one token may hold several words.
+        texts: Texts to learn merges from.
+        vocab_size: Most tokens; there are fewer if nothing is left to merge.
+        across_words: Whether a token may span several words.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,15 +1,15 @@
-"""Adapters: from the vision tower's tokens to embeddings of the language model (appendix D of the paper).
+"""Adapters map the vision tower's tokens to embeddings of the language model (appendix D of the paper).
 
-``linear``         one linear layer, zero at the start
-``mlp``            two linear layers with a GELU between
-``fused-mlp``      three linear layers, for tokens of several backbones
-``transformer``    input projection, position embedding, two blocks, norm, linear: all from scratch
-``decoder``        the same module, from an alignment's encoder head and decoder; output layer zero
-``truncated``      the last two blocks and the final norm of the ViT, then a linear layer, zero at the start
-``fused-decoder``  the aligned backbone's tokens through its decoder, concatenated with the other backbones'
-                   tokens, then a fused MLP; the paper leaves this composition open
+``linear``         one linear layer, initialised to zero
+``mlp``            two linear layers with a GELU between them
+``fused-mlp``      three linear layers, for the concatenated tokens of several backbones
+``transformer``    input projection, position embedding, two blocks, norm and linear layer, all from scratch
+``decoder``        the same module, initialised from an alignment's encoder head and decoder; output layer zero
+``truncated``      the last two blocks and the final norm of the ViT, then a linear layer initialised to zero
+``fused-decoder``  the aligned backbone's tokens go through its decoder, are concatenated with the other
+                   backbones' tokens, and go through a fused MLP; the paper leaves this composition open
 
-Where the output layer is zero, all image embeddings are exactly zero at the start of training.
+An adapter with a zero output layer gives image embeddings of exactly zero when training starts.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ ADAPTERS: tuple[str, ...] = get_args(AdapterName)
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What it takes to build an adapter again, without its weights.
+    """Everything needed to rebuild an adapter except its weights.
 
-    ``dataclasses.asdict`` gives what JSON can hold, and ``AdapterConfig(**that)`` gives an equal config.
+    ``dataclasses.asdict`` returns JSON-compatible values, from which ``AdapterConfig(**values)`` restores an
+    equal config.
     """
 
     kind: AdapterName
-    """Which adapter."""
+    """Name of the adapter."""
     input_width: int
     """Channels of the tower's tokens."""
     output_width: int
@@ -47,14 +48,14 @@ class AdapterConfig:
     num_tokens: int
     """Tokens per image, in and out: kept prefix tokens, then patches."""
     num_prefix_tokens: int = 0
-    """How many of them are prefix tokens."""
+    """Number of prefix tokens among ``num_tokens``."""
     decoder: DecoderConfig | None = None
-    """Position embedding, blocks and norm of the kinds that have them; its ``num_tokens`` may exceed the
-    adapter's by prefix tokens that the tower drops."""
+    """Position embedding, blocks and norm (transformer, decoder, fused-decoder); ``decoder.num_tokens`` exceeds
+    ``num_tokens`` if the tower drops prefix tokens."""
     decoder_channels: tuple[int, int] | None = None
-    """First and end channel, among the tower's, of the aligned backbone (fused-decoder)."""
+    """Channels ``[start, stop)`` of the aligned backbone among the tower's (fused-decoder)."""
     blocks: TowerConfig | None = None
-    """A ViT of as many blocks as the truncated adapter has, from which it takes blocks and norm."""
+    """A ViT with only the adapter's blocks and final norm (truncated)."""
 
     def __post_init__(self) -> None:
         if self.kind not in ADAPTERS:
@@ -70,37 +71,37 @@ class AdapterConfig:
             object.__setattr__(self, "decoder_channels", (start, stop))
 
     def check_fits(self, tower: VisionTower) -> None:
-        """Raise a UserError, naming both, unless the adapter takes what the tower gives."""
-        wanted = (self.input_width, self.num_tokens, self.num_prefix_tokens)
-        given = (tower.width, tower.num_tokens, tower.num_prefix_tokens)
-        if wanted != given:
+        """Raise a UserError that names both unless the adapter takes the tower's tokens."""
+        expected = (self.input_width, self.num_tokens, self.num_prefix_tokens)
+        actual = (tower.width, tower.num_tokens, tower.num_prefix_tokens)
+        if expected != actual:
             raise UserError(
-                f"the {self.kind} adapter ({describe_tokens(*wanted)}) "
-                f"does not fit {tower.name} ({describe_tokens(*given)})"
+                f"the {self.kind} adapter ({describe_tokens(*expected)}) "
+                f"does not fit {tower.name} ({describe_tokens(*actual)})"
             )
         if self.blocks is not None:
-            self._check_continues(self.blocks, tower)
+            self._check_blocks_fit(self.blocks, tower)
 
     @staticmethod
-    def _check_continues(blocks: TowerConfig, tower: VisionTower) -> None:
+    def _check_blocks_fit(blocks: TowerConfig, tower: VisionTower) -> None:
         first = tower.configs[0]
         same = (blocks.architecture, blocks.soft_cap) == (first.architecture, first.soft_cap)
         if len(tower.configs) > 1 or not same:
             raise UserError(
-                f"the truncated adapter holds the end of {blocks.name}; it does not fit {tower.name}"
+                f"the truncated adapter holds the last blocks of {blocks.name}; it does not fit {tower.name}"
             )
 
 
 def describe_tokens(width: int, count: int, prefix: int) -> str:
-    """A sequence in words, for errors."""
+    """The shape of a token sequence in words, for errors."""
     return f"{count} tokens of {width} channels, {prefix} of them prefix tokens"
 
 
 class Adapter(nn.Module):
-    """Base of all adapters; ``config`` is enough to build it again."""
+    """Base class of all adapters; ``config`` rebuilds the module."""
 
     new_part: str | None = None
-    """Of an adapter that starts from trained weights: the submodule towards the language model, which does not."""
+    """The submodule that starts from scratch, in an adapter whose other weights are pretrained; else None."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -109,19 +110,19 @@ class Adapter(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens ``(batch, num_tokens, input_width)`` to ``(batch, num_tokens, output_width)``.
 
-        They are cast to the adapter's own dtype, which the result has too.
+        The input may have any dtype; the output has the adapter's.
         """
         return self.adapt(tokens.to(next(self.parameters()).dtype))
 
     def adapt(self, tokens: Tensor) -> Tensor:
-        """:meth:`forward` after the cast."""
+        """:meth:`forward` on tokens in the adapter's dtype."""
         raise NotImplementedError
 
     def reset_parameters(self, seed: int = 0) -> None:
-        """Give every parameter its start again, as :func:`build_adapter` draws it from ``seed``.
+        """Reset every parameter to the random start that :func:`build_adapter` draws from ``seed``.
 
-        For an adapter built on the meta device and then given memory with ``to_empty``. What a decoder or
-        truncated adapter takes from a trained model is drawn at random here.
+        For an adapter built on the meta device and given memory with ``to_empty``. The pretrained weights of a
+        decoder or truncated adapter are not restored: these parameters are random too.
         """
         with torch.device("cpu"):
             fresh = build_adapter(self.config, seed)
@@ -129,18 +130,19 @@ class Adapter(nn.Module):
 
 
 class LinearAdapter(Adapter):
-    """One linear layer, zero at the start."""
+    """One linear layer, initialised to zero."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
         self.head = _zero_linear(config.input_width, config.output_width)
 
     def adapt(self, tokens: Tensor) -> Tensor:
-        return self.head(tokens)
+        embeddings: Tensor = self.head(tokens)
+        return embeddings
 
 
 class MLPAdapter(Adapter):
-    """Two linear layers, or three after a widening to four times the input (``fused-mlp``)."""
+    """Two linear layers (``mlp``), or three, of which the first widens to four times the input (``fused-mlp``)."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
@@ -148,14 +150,15 @@ class MLPAdapter(Adapter):
         self.mlp = make(config.input_width, config.output_width)
 
     def adapt(self, tokens: Tensor) -> Tensor:
-        return self.mlp(tokens)
+        embeddings: Tensor = self.mlp(tokens)
+        return embeddings
 
 
 class DecoderAdapter(Adapter):
-    """Input projection, then an alignment's decoder whose output layer leads to the language model.
+    """Input projection, then an alignment's decoder with an output layer of the language model's width.
 
-    As ``transformer`` it starts from scratch, with an output layer at PyTorch's default and prefix tokens
-    visible. As ``decoder`` prefix tokens are set to zero after the projection, as they were in alignment.
+    ``transformer`` starts from scratch, with PyTorch's default output layer, and sees prefix tokens. ``decoder``
+    sets prefix tokens to zero after the projection, as alignment does.
     """
 
     def __init__(self, config: AdapterConfig) -> None:
@@ -163,20 +166,21 @@ class DecoderAdapter(Adapter):
         assert config.decoder is not None
         self.in_proj = nn.Linear(config.input_width, config.decoder.width)
         self.decoder = Decoder(config.decoder)
-        self.hidden = config.num_prefix_tokens if config.kind == "decoder" else 0
+        self.num_hidden_tokens = config.num_prefix_tokens if config.kind == "decoder" else 0
         if config.kind == "decoder":
             _zero(self.decoder.head)
             self.new_part = "decoder.head"
 
     def adapt(self, tokens: Tensor) -> Tensor:
-        return self.decoder(hide_prefix(self.in_proj(tokens), self.hidden))
+        embeddings: Tensor = self.decoder(hide_prefix(self.in_proj(tokens), self.num_hidden_tokens))
+        return embeddings
 
 
 class FusedDecoderAdapter(Adapter):
-    """One backbone's tokens through its decoder without output layer, then a fused MLP with the others'.
+    """The aligned backbone's tokens go through its decoder, then all tokens go through a fused MLP.
 
-    The prefix positions, hidden in alignment and dropped by a tower of several backbones, enter the decoder
-    as zeros and leave the sequence after it.
+    The decoder has no output layer here. A tower of several backbones drops prefix tokens, so the decoder gets
+    zeros at their positions, as in alignment, and its outputs there are discarded.
     """
 
     new_part = "mlp"
@@ -187,7 +191,7 @@ class FusedDecoderAdapter(Adapter):
         assert config.decoder_channels is not None
         self.start, self.stop = config.decoder_channels
         aligned = self.stop - self.start
-        self.prefix = config.decoder.num_tokens - config.num_tokens
+        self.num_prefix_tokens = config.decoder.num_tokens - config.num_tokens
         self.in_proj = nn.Linear(aligned, config.decoder.width)
         self.decoder = Decoder(config.decoder)
         self.decoder.head = nn.Identity()  # type: ignore[assignment]
@@ -195,12 +199,16 @@ class FusedDecoderAdapter(Adapter):
 
     def adapt(self, tokens: Tensor) -> Tensor:
         embeddings = self.in_proj(tokens[..., self.start : self.stop])
-        decoded = self.decoder(F.pad(embeddings, (0, 0, self.prefix, 0)))[:, self.prefix :]
-        return self.mlp(torch.cat([tokens[..., : self.start], decoded, tokens[..., self.stop :]], dim=-1))
+        decoded = self.decoder(F.pad(embeddings, (0, 0, self.num_prefix_tokens, 0)))[
+            :, self.num_prefix_tokens :
+        ]
+        fused = torch.cat([tokens[..., : self.start], decoded, tokens[..., self.stop :]], dim=-1)
+        outputs: Tensor = self.mlp(fused)
+        return outputs
 
 
 class TruncatedAdapter(Adapter):
-    """The last blocks and the final norm of the ViT, then a linear layer, zero at the start."""
+    """The last blocks and the final norm of the ViT, then a linear layer initialised to zero."""
 
     new_part = "head"
 
@@ -213,11 +221,12 @@ class TruncatedAdapter(Adapter):
         self.head = _zero_linear(config.input_width, config.output_width)
 
     def adapt(self, tokens: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(tokens)))
+        embeddings: Tensor = self.head(self.norm(self.blocks(tokens)))
+        return embeddings
 
 
 def hide_prefix(embeddings: Tensor, count: int) -> Tensor:
-    """``(batch, tokens, width)`` with the first ``count`` tokens set to zero."""
+    """Embeddings ``(batch, tokens, width)`` with the first ``count`` tokens set to zero."""
     return F.pad(embeddings[:, count:], (0, 0, count, 0)) if count else embeddings
 
 
@@ -265,9 +274,9 @@ _CLASSES: dict[str, type[Adapter]] = {
 
 
 def build_adapter(config: AdapterConfig, seed: int = 0) -> Adapter:
-    """An adapter whose random start is keyed by ``seed``, in the default dtype.
+    """An adapter with random weights that depend on ``seed`` alone, in the default dtype.
 
-    It is built on the CPU, whatever the default device, or on the meta device where that is the default.
+    It is built on the CPU, or on the meta device if that is the default device.
     """
     meta = torch.get_default_device().type == "meta"
     with torch.device("meta" if meta else "cpu"), rng.seeded_globals(seed, "vlm adapter"):
@@ -275,21 +284,21 @@ def build_adapter(config: AdapterConfig, seed: int = 0) -> Adapter:
 
 
 def fresh_adapter(kind: AdapterName, tower: VisionTower, output_width: int, *, seed: int = 0) -> Adapter:
-    """An adapter that starts from scratch: ``linear``, ``mlp``, ``fused-mlp`` or ``transformer``.
+    """An adapter that starts from scratch.
 
     Args:
-        kind: Which.
-        tower: Gives its input.
+        kind: ``linear``, ``mlp``, ``fused-mlp`` or ``transformer``.
+        tower: The tower whose tokens the adapter takes.
         output_width: Width of the language model.
-        seed: Key of the random start.
+        seed: Seed of the random weights.
 
     Raises:
-        UserError: This kind takes weights of a trained model, or the tower has several backbones and it one.
+        UserError: The kind needs weights of a trained model, or takes one backbone and the tower has several.
     """
     config = AdapterConfig(kind, tower.width, output_width, tower.num_tokens, tower.num_prefix_tokens)
     if kind == "transformer":
         if len(tower.configs) > 1:
-            raise UserError(f"the transformer adapter takes one backbone; {tower.name} are several")
+            raise UserError(f"the transformer adapter takes one backbone, not {tower.name}")
         heads = tower.backbones[0].num_heads
         config = replace(config, decoder=DecoderConfig(tower.width, output_width, heads, tower.num_tokens))
     elif kind not in ("linear", "mlp", "fused-mlp"):

@@ -1,9 +1,9 @@
-"""Attention of a language model to several sequences that lie in one row.
+"""Attention within each of several sequences that are packed into one row.
 
-It is one of transformers' attention implementations, so every model that goes through that interface has it.
-Without sequence borders it is transformers' SDPA, masks included. With them, each sequence attends to itself
-alone: by torch's varlen kernel where that runs, else by one SDPA call per sequence. No mask of the row's length
-squared is made.
+It is registered as a transformers attention implementation, so every model that uses that interface can use it.
+Without sequence borders it is transformers' SDPA with its masks. With borders, each sequence attends only to
+itself, through torch's varlen kernel if that supports the inputs, else through one SDPA call per sequence. It
+never builds a mask of the row's length squared.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def _find_varlen() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    # Before it had windows it could do less, under other names.
+    # Earlier versions lack windows and name their arguments differently.
     return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
 
 
 VARLEN = _find_varlen()
-"""torch's attention to sequences in a row, where this torch has it."""
+"""torch's varlen attention, or None if this torch has none."""
 PACKED_SDPA = "packed_sdpa"
-"""Name of the implementation."""
-LAYERS = {"full_attention", "sliding_attention"}
-"""Kinds of layers, as configs name them, in which borders between sequences are known to hold."""
+"""Name under which the implementation is registered."""
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+"""Layer types, by their names in configs, that respect sequence borders."""
 MAX_HEAD_WIDTH = 256
-"""Of the varlen kernel."""
+"""Widest attention head that the varlen kernel supports."""
 
 
 def packed_sdpa(
@@ -60,20 +60,20 @@ def packed_sdpa(
     Args:
         module: The layer.
         query: ``(rows, heads, tokens, head width)``.
-        key, value: The same, perhaps with fewer heads.
-        attention_mask: transformers' SDPA mask; not used in a packed row.
-        dropout: Probability.
-        scaling: Factor of the logits; default one over the root of the head width.
-        sliding_window: Keys that a query sees, itself included; default all before it.
-        cu_seq_lens_q: int32 ``(sequences + 1,)``, the borders in a packed row, which is then the only row.
-        max_length_q: The longest sequence.
-        turns: int64 ``(tokens,)``, see :func:`turns_mask`; of a packed row.
+        key, value: Like ``query``, possibly with fewer heads.
+        attention_mask: transformers' SDPA mask; ignored for a packed row.
+        dropout: Dropout probability.
+        scaling: Factor on the logits; default ``head width ** -0.5``.
+        sliding_window: Keys per query, itself included; default all earlier tokens.
+        cu_seq_lens_q: int32 ``(sequences + 1,)``, the sequence borders of a packed row, which must be the only row.
+        max_length_q: Tokens of the longest sequence.
+        turns: int64 ``(tokens,)``, for a packed row of independent turns; see :func:`turns_mask`.
 
     Returns:
-        ``(rows, tokens, heads, head width)``, and None for the weights.
+        ``(rows, tokens, heads, head width)``, and None for the attention weights.
 
     Raises:
-        ValueError: The layer bounds its logits or has sinks, which SDPA cannot do.
+        ValueError: The layer uses logit soft-capping, attention sinks or a position bias, which SDPA lacks.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
@@ -89,7 +89,7 @@ def packed_sdpa(
 
 
 def has_varlen_kernel(query: Tensor, value: Tensor, dropout: float) -> bool:
-    """Whether torch's varlen attention takes these tensors; it has no dropout, and 16 bits alone."""
+    """Whether torch's varlen kernel supports these inputs: CUDA, 16-bit, no dropout, heads of up to 256 channels."""
     return (
         VARLEN is not None
         and query.is_cuda
@@ -110,9 +110,9 @@ def _by_kernel(
 ) -> Tensor:
     queries, keys, values = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     borders = cu_seqlens.to(query.device, torch.int32)
-    before = -1 if sliding_window is None else sliding_window - 1
+    left = -1 if sliding_window is None else sliding_window - 1
     assert VARLEN is not None
-    output = VARLEN(
+    output: Tensor = VARLEN(
         queries,
         keys,
         values,
@@ -121,7 +121,7 @@ def _by_kernel(
         longest,
         longest,
         scale=scaling,
-        window_size=(before, 0),
+        window_size=(left, 0),
         enable_gqa=queries.shape[1] != keys.shape[1],
     )
     return output.unsqueeze(0)
@@ -160,48 +160,50 @@ def _window_mask(length: int, sliding_window: int, device: torch.device) -> Tens
 
 
 def turns_mask(turns: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Who sees whom where no turn sees another one.
+    """The causal mask of independent turns: no turn attends to another.
 
     Args:
-        turns: int64 ``(rows, tokens)``: 0 for what all later tokens see, else the turn a token belongs to.
-        attention_mask: ``(rows, tokens)``, 0 where padded.
+        turns: int64 ``(rows, tokens)``: the turn of each token, or 0 for tokens that all turns attend to.
+        attention_mask: ``(rows, tokens)``, 0 at padding.
 
     Returns:
-        bool ``(rows, 1, tokens, tokens)``, queries by keys: True where seen. Each token sees itself, padding too.
+        bool ``(rows, 1, tokens, tokens)``, queries by keys, True where a query attends to a key. Every token
+        attends to itself, padding included.
     """
     queries, keys = turns[:, None, :, None], turns[:, None, None, :]
-    seen = ((keys == 0) | (keys == queries)).tril()
+    visible = ((keys == 0) | (keys == queries)).tril()
     if attention_mask is not None:
-        itself = torch.eye(turns.shape[1], dtype=torch.bool, device=turns.device)
-        seen &= attention_mask[:, None, None, :].bool() | itself
-    return seen
+        diagonal = torch.eye(turns.shape[1], dtype=torch.bool, device=turns.device)
+        visible &= attention_mask[:, None, None, :].bool() | diagonal
+    return visible
 
 
 def check_independent_turns(model: PreTrainedModel) -> None:
-    """Raises UserError where a language model cannot keep the turns of a sequence apart."""
+    """Raise a UserError if the language model cannot hide the turns of a sequence from one another."""
     config = model.config.get_text_config()
     if config._attn_implementation not in (PACKED_SDPA, "sdpa", "eager"):
         raise UserError(
             f"independent turns need --llm-attention sdpa or eager, not {config._attn_implementation}"
         )
-    everywhere = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    windowed = getattr(config, "sliding_window", None) is not None or not everywhere
+    all_full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    windowed = getattr(config, "sliding_window", None) is not None or not all_full
     if not model._supports_attention_backend or model._is_stateful or windowed:
         raise UserError(f"{type(model).__name__} cannot keep turns apart; train it with --turns conversation")
 
 
-def padded_turns(
+def padded_turns_mask(
     model: PreTrainedModel, turns: Tensor, attention_mask: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The mask of padded rows of independent turns, in the form that the language model's attention takes."""
-    seen = turns_mask(turns, attention_mask)
+    """:func:`turns_mask` for padded rows: bool, or additive in ``dtype`` if the model's attention is eager."""
+    visible = turns_mask(turns, attention_mask)
     if model.config.get_text_config()._attn_implementation != "eager":
-        return seen
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        return visible
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let a language model whose attention is SDPA keep sequences apart without a mask; others stay."""
+    """Switch a language model from SDPA to :data:`PACKED_SDPA`; leave other implementations as they are."""
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(PACKED_SDPA)
 
@@ -214,25 +216,25 @@ def packed_arguments(
     longest: int,
     turns: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What a language model is to be called with beside a packed row's embeddings and positions.
+    """Arguments that a language model needs for a packed row, beside embeddings and positions.
 
-    :data:`PACKED_SDPA` and FlashAttention are told the borders. Other implementations get the masks that
-    transformers makes of positions that start again (FlexAttention: block masks).
+    :data:`PACKED_SDPA` and FlashAttention get the sequence borders. Other implementations get the masks that
+    transformers derives from positions that restart (block masks for FlexAttention).
 
     Args:
         model: The language model.
         inputs_embeds: ``(1, tokens, width)``.
-        position_ids: int64 ``(1, tokens)``, starting again with every sequence.
+        position_ids: int64 ``(1, tokens)``, restarting at 0 with every sequence.
         cu_seqlens: int32 ``(sequences + 1,)``.
         longest: Tokens of the longest sequence.
-        turns: int64 ``(1, tokens)`` where turns are independent, see :func:`turns_mask`.
+        turns: int64 ``(1, tokens)`` if turns are independent; see :func:`turns_mask`.
 
     Raises:
-        UserError: The model would not keep the sequences, or their turns, apart.
+        UserError: The model cannot keep the sequences, or their turns, apart.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or LAYERS)
-    if not model._supports_attention_backend or model._is_stateful or kinds - LAYERS:
+    layer_types = set(getattr(config, "layer_types", None) or SUPPORTED_LAYERS)
+    if not model._supports_attention_backend or model._is_stateful or layer_types - SUPPORTED_LAYERS:
         raise UserError(
             f"{type(model).__name__} cannot keep packed sequences apart; train it with padded batches"
         )
@@ -244,10 +246,10 @@ def packed_arguments(
         "max_length_k": longest,
     }
     if implementation == PACKED_SDPA:
-        # transformers passes four-dimensional masks on untouched. This one has no elements: it costs nothing,
-        # and a layer that used it in spite of the borders would fail.
-        apart = {} if turns is None else {"turns": turns[0]}
-        return {"attention_mask": inputs_embeds.new_empty((1, 1, 0, 0), dtype=torch.bool), **borders, **apart}
+        # transformers passes four-dimensional masks through unchanged. An empty mask costs nothing, and a layer
+        # that used it in spite of the borders would fail.
+        mask = inputs_embeds.new_empty((1, 1, 0, 0), dtype=torch.bool)
+        return {"attention_mask": mask, **borders, **({} if turns is None else {"turns": turns[0]})}
     if turns is not None:
         raise UserError(f"packed rows of independent turns need --llm-attention sdpa, not {implementation}")
     if "flash" in implementation:

@@ -1,4 +1,4 @@
-"""From the options of a run to its model and tokenizer."""
+"""Build, load and save vision-language models."""
 
 from __future__ import annotations
 
@@ -29,28 +29,30 @@ from localign.files import replacing_folder
 from localign.options.vlm.train import VLMConfig
 from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.modeling import LocalignVLM
-from localign.vlm.model.presets import VisionSource, vision_side
+from localign.vlm.model.presets import VisionSource, build_vision
 from localign.vlm.model.processing import LocalignVLMProcessor
 
-transformers_logging.disable_progress_bar()  # localign has its own, and none where there is no terminal
+transformers_logging.disable_progress_bar()  # localign shows its own
 
 
 def build_vlm(config: VLMConfig) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
-    """The model that a run starts with, float32 on the CPU, with what is not trained frozen; and its tokenizer.
+    """The model that a run starts from and its tokenizer.
 
-    In sharded runs the first rank alone reads a language model's weights, or those of ``init``: others have
-    them on the meta device and are given their shares when the model is sharded. So a node does not hold them
-    once per GPU.
+    The model is float32 on the CPU, and what the stage does not train is frozen.
+
+    In sharded runs only the first rank reads the weights of the language model or of ``init``. Other ranks build
+    them on the meta device and receive their shards when the model is sharded, so that a node does not hold the
+    weights once per GPU.
 
     Raises:
-        UserError: A part is not there, is damaged, or does not fit another.
+        UserError: A part is missing or damaged, or does not fit another part.
     """
     empty = config.sharding != "none" and not is_main_process()
     if config.init is not None:
         model, tokenizer = (_empty_vlm if empty else load_vlm)(config.init)
     else:
-        llm, tokenizer = language_model(config, empty=empty)
-        tower, adapter = vision_side(
+        llm, tokenizer = load_language_model(config, empty=empty)
+        tower, adapter = build_vision(
             config.adapter,
             vision_sources(config),
             llm.config.get_text_config().hidden_size,
@@ -64,17 +66,17 @@ def build_vlm(config: VLMConfig) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
 
 
 def load_vlm(folder: str | Path) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
-    """A model that localign exported, or the run folder around it, in float32.
+    """Load a model in float32, with its tokenizer, from an export folder or a run folder.
 
     Raises:
-        UserError: There is none in the folder, or it is damaged.
+        UserError: The folder holds no model, or the model is damaged.
     """
     folder = _model_folder(folder)
     return LocalignVLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
 def _empty_vlm(folder: str | Path) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
-    """The same on the meta device."""
+    """Like :func:`load_vlm`, with the model on the meta device."""
     folder = _model_folder(folder)
     with torch.device("meta"):
         model = LocalignVLM(LocalignVLMConfig.from_pretrained(folder))
@@ -91,7 +93,7 @@ def _model_folder(folder: str | Path) -> Path:
 
 
 def save_vlm(model: LocalignVLM, processor: LocalignVLMProcessor, folder: Path) -> Path:
-    """Write model and processor as one transformers folder, which appears whole or not at all."""
+    """Write model and processor to a transformers folder, atomically; returns the folder."""
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
@@ -99,7 +101,11 @@ def save_vlm(model: LocalignVLM, processor: LocalignVLMProcessor, folder: Path) 
 
 
 def vision_sources(config: VLMConfig) -> list[VisionSource]:
-    """The backbones that a run names, with the alignments that the adapter takes its decoder from."""
+    """The backbones that a run names; those that the adapter takes its decoder from come with their student.
+
+    Raises:
+        UserError: A backbone cannot be created, or ``--features aligned`` names one that was not aligned.
+    """
     return [_source(name, config) for name in config.backbone]
 
 
@@ -107,7 +113,7 @@ def _source(name: str, config: VLMConfig) -> VisionSource:
     folder = export_folder(name)
     if folder is None:
         if config.features == "aligned" and len(config.backbone) == 1:
-            raise UserError(f"--features aligned takes what `localign align` wrote; {name} is no such folder")
+            raise UserError(f"--features aligned needs an export folder of `localign align`; {name} is none")
         create = partial(
             create_backbone,
             name,
@@ -117,7 +123,7 @@ def _source(name: str, config: VLMConfig) -> VisionSource:
             seed=config.seed,
         )
         backbone = create(model_kwargs=config.model_kwargs)
-        # The published fusion gave a CLIP tower, trained with quick GELU, the exact one.
+        # The published code runs a fused CLIP tower, trained with quick GELU, with exact GELU.
         fused = len(config.backbone) > 1
         if config.published_quirks and fused and backbone.activation is QuickGELU:
             backbone = create(model_kwargs={**config.model_kwargs, "act_layer": "gelu"})
@@ -135,26 +141,26 @@ def _source(name: str, config: VLMConfig) -> VisionSource:
 
 
 def export_folder(name: str) -> Path | None:
-    """The export folder that a backbone's name points to, a run folder's included; None for other names."""
+    """The export folder that a backbone's name points to, directly or as a run folder; None for other names."""
     for folder in (Path(name) / "export", Path(name)):
         if (folder / CONFIG_FILE).is_file():
             return folder
     return None
 
 
-def language_model(
+def load_language_model(
     config: VLMConfig, *, empty: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model in float32, and its tokenizer, from the Hub, its cache or a folder.
+    """Load the causal language model in float32, and its tokenizer, from the Hub, its cache or a folder.
 
     Args:
-        config: Names it.
-        empty: On the meta device, without its weights.
+        config: Names the language model.
+        empty: Build the model on the meta device, without weights.
 
     Raises:
-        UserError: It cannot be had, or is no causal language model.
+        UserError: The model cannot be loaded, or is no causal language model.
     """
-    tokenizer = tokenizer_of(config.llm)
+    tokenizer = load_tokenizer(config.llm)
     try:
         if empty or config.llm_weights == "none":
             device = torch.device("meta" if empty else "cpu")
@@ -173,8 +179,8 @@ def language_model(
     return llm, tokenizer
 
 
-def tokenizer_of(llm: str) -> PreTrainedTokenizerBase:
-    """A language model's tokenizer. Raises UserError if it cannot be had."""
+def load_tokenizer(llm: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model. Raises UserError if it cannot be loaded."""
     try:
         return AutoTokenizer.from_pretrained(llm)
     except (OSError, ValueError) as error:
@@ -186,7 +192,7 @@ def _cannot_load(llm: str, error: Exception) -> UserError:
 
 
 def set_stage(model: LocalignVLM, config: VLMConfig) -> LocalignVLM:
-    """Freeze what the stage does not train, in place; low-rank updates are added where it is ``lora``."""
+    """Freeze what the stage does not train, in place; stage ``lora`` adds the low-rank updates."""
     model.requires_grad_(True)
     model.vision.set_trainable(config.stage == "full-finetune")
     if config.stage == "align":
@@ -209,8 +215,8 @@ def _with_lora(llm: nn.Module, config: VLMConfig) -> nn.Module:
         return get_peft_model(llm, lora)
 
 
-def merged(model: LocalignVLM) -> LocalignVLM:
-    """The model as it is exported: low-rank updates added into the weights they belong to, in place."""
+def merge_lora(model: LocalignVLM) -> LocalignVLM:
+    """Merge low-rank updates, if there are any, into the language model's weights, in place."""
     llm: Any = model.language_model
     if hasattr(llm, "merge_and_unload"):
         model.language_model = llm.merge_and_unload()

@@ -1,4 +1,4 @@
-"""What it takes to build a vision-language model again, without its weights."""
+"""The transformers configuration of a vision-language model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class LocalignVLMConfig(PretrainedConfig):
     """The configuration of :class:`~localign.vlm.model.modeling.LocalignVLM`.
 
     Args:
-        text_config: The language model's, as transformers knows it.
+        text_config: The language model's config, or its ``to_dict()``.
         towers: One :class:`~localign.vlm.model.vision.TowerConfig` per backbone, as a dict.
         adapter: The :class:`~localign.vlm.model.adapters.AdapterConfig`, as a dict.
-        image_token_id: The placeholder whose embeddings are replaced by the adapter's output.
-        prompt_format: The words around questions and answers, by name; see :mod:`localign.vlm.data.prompts`.
-        resize: How an image becomes the towers' input: ``naive``, ``letterbox`` or ``crop``.
+        image_token_id: Id of the placeholder token whose embeddings the adapter's output replaces.
+        prompt_format: Name of the prompt format; see :mod:`localign.vlm.data.prompts`.
+        resize: How an image is brought to the towers' input size: ``naive``, ``letterbox`` or ``crop``.
     """
 
     model_type = "localign_vlm"
@@ -51,14 +51,14 @@ class LocalignVLMConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def tower_configs(self) -> list[TowerConfig]:
-        """The towers' descriptions. Raises UserError where they are damaged."""
+        """``towers``, parsed. Raises UserError if they are damaged."""
         try:
             return [TowerConfig(**tower) for tower in self.towers]
         except TypeError as error:
             raise UserError(f"the model's config describes no vision tower: {error}") from None
 
     def adapter_config(self) -> AdapterConfig:
-        """The adapter's description. Raises UserError where it is damaged."""
+        """``adapter``, parsed. Raises UserError if it is damaged."""
         try:
             return AdapterConfig(**(self.adapter or {}))
         except TypeError as error:

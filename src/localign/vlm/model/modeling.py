@@ -1,4 +1,4 @@
-"""The vision-language model: a vision tower, an adapter and a causal language model, as transformers know it."""
+"""The vision-language model as a transformers model: vision tower, adapter and causal language model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -19,44 +19,44 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from localign.errors import UserError
 from localign.options.names import CrossEntropy
 from localign.vlm.data.vocabulary import add_special_tokens, end_tokens, resize_embeddings
 from localign.vlm.model.adapters import Adapter, build_adapter
-from localign.vlm.model.attention import packed_arguments, padded_turns, use_packed_attention
+from localign.vlm.model.attention import packed_arguments, padded_turns_mask, use_packed_attention
 from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.losses import LMHead, next_token_loss
 from localign.vlm.model.vision import VisionTower
 
 _CACHE_NAMES = ("cache", "past_key_values")
-"""Of the language models' argument: from transformers 5.24 on, and before."""
+"""Names of the language model's cache argument: from transformers 5.24 on, and before."""
 
 
 @dataclass
 class VLMOutput(ModelOutput):
-    """What the model gives with labels; without them it gives what the language model does."""
+    """The output of a forward pass with labels."""
 
     loss: Tensor | None = None
-    """float32 scalar: ``loss_sum`` over ``label_count``."""
+    """float32 scalar: ``loss_sum / label_count``."""
     loss_sum: Tensor | None = None
     """float32 scalar: cross-entropy summed over the labelled tokens."""
     label_count: Tensor | None = None
-    """int64 scalar: how many labelled tokens were predicted."""
+    """int64 scalar: number of labelled tokens that were predicted."""
     logits: Tensor | None = None
-    """None: no more of them are made than the loss needs at a time."""
+    """Always None: the loss computes logits in chunks and keeps none."""
 
 
 class LocalignVLM(PreTrainedModel, GenerationMixin):
-    """An image's tokens go through the adapter and take the place of the image tokens in the text.
+    """A vision tower and an adapter turn images into embeddings that replace the image tokens in the text.
 
-    The vision tower is frozen unless ``vision.set_trainable`` says otherwise. ``save_pretrained`` writes all
-    weights, the tower's too, and ``from_pretrained`` fetches none.
+    The vision tower is frozen until ``vision.set_trainable(True)``. ``save_pretrained`` writes all weights, the
+    tower's included, so ``from_pretrained`` needs no other source.
 
     Args:
-        config: What to build; weights are random.
-        parts: Vision tower, adapter and language model to take instead of building them.
+        config: Describes the model; weights are random.
+        parts: Vision tower, adapter and language model to use instead of building them.
 
     Raises:
         UserError: The config names no padding or image token, or describes parts that cannot be built.
@@ -88,12 +88,12 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
             for part in parts:
                 for module in part.modules():
                     module._is_hf_initialized = True  # type: ignore[assignment]
-        # The language model comes first: its dtype is then the model's, whatever the frozen tower's.
+        # First, because transformers takes the first parameter's dtype for the model's.
         self.language_model: Any = language_model
         self.vision: VisionTower = vision
         self.adapter: Adapter = adapter
         use_packed_attention(self.language_model)
-        self.post_init()
+        cast(Any, self).post_init()  # untyped in transformers
 
     @classmethod
     def from_parts(
@@ -106,18 +106,18 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         prompt_format: str = "in-out",
         resize: str = "naive",
     ) -> LocalignVLM:
-        """Put a model together; the parts are taken, not copied.
+        """Assemble a model from parts, which are not copied.
 
-        The tokenizer is given an image token, and a padding token if it lacks one, in place. The language
-        model's embeddings grow to a multiple of 64 rows that holds them.
+        Adds an image token to the tokenizer in place, and a padding token if it has none, and grows the language
+        model's embeddings to a multiple of 64 rows that covers them.
 
         Args:
-            vision: The tower.
-            adapter: Takes the tower's tokens and gives the language model's width.
+            vision: The vision tower.
+            adapter: Maps the tower's tokens to the language model's width.
             language_model: Any causal language model.
-            tokenizer: The language model's.
-            prompt_format: Words around questions and answers, by name.
-            resize: How an image becomes the tower's input: ``naive``, ``letterbox`` or ``crop``.
+            tokenizer: The language model's tokenizer.
+            prompt_format: Name of the prompt format.
+            resize: How an image is brought to the tower's input size: ``naive``, ``letterbox`` or ``crop``.
 
         Raises:
             UserError: The adapter does not fit the tower or the language model, or the tokenizer has no token
@@ -155,11 +155,11 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load what :meth:`save_pretrained` wrote, strictly; arguments are those of transformers.
+        """Load a model that :meth:`save_pretrained` wrote, strictly; arguments as in transformers.
 
         Raises:
-            UserError: Tensors are missing, left over or of another shape (they are named), or a weight file
-                is damaged.
+            UserError: Tensors are missing, unexpected or of the wrong shape (the error names them), or a weight
+                file is damaged.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -175,18 +175,19 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         return (model, info) if wants_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: every part has initialised itself."""
+        """Do nothing: every part has initialised itself."""
 
     def get_output_embeddings(self) -> nn.Module:
         """The language model's output layer."""
-        return self.language_model.get_output_embeddings()
+        layer: nn.Module = self.language_model.get_output_embeddings()
+        return layer
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the language model's output layer."""
         self.language_model.set_output_embeddings(new_embeddings)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Images to embeddings of the language model.
+        """Map images to embeddings of the language model.
 
         Args:
             pixel_values: uint8 ``(images, 3, height, width)``, not normalised.
@@ -194,7 +195,8 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         Returns:
             ``(images, tokens per image, width)``.
         """
-        return self.adapter(self.vision(pixel_values))
+        features: Tensor = self.adapter(self.vision(pixel_values))
+        return features
 
     def forward(
         self,
@@ -210,41 +212,40 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         cross_entropy: CrossEntropy = "chunked",
         **kwargs: Any,
     ) -> ModelOutput:
-        """The language model's output, ``logits`` among it; with labels a :class:`VLMOutput`.
+        """The language model's output with ``logits``, or a :class:`VLMOutput` if there are labels.
 
         Args:
-            input_ids: int64 ``(rows, tokens)``, with an image token for every token of every image.
-            pixel_values: uint8 ``(images, 3, height, width)``, in the order of their tokens. In training mode
-                a batch without images runs tower and adapter on a blank one, without effect, so that every
-                rank of a sharded model does the same.
-            attention_mask: ``(rows, tokens so far)``, 0 where padded.
-            position_ids: int64 ``(rows, tokens)``; in a packed row they start again with every sequence.
-            cu_seqlens: int32 ``(sequences + 1,)``, the borders of the sequences in the one, packed row.
-            turns: int64 ``(rows, tokens)``: 0 for what all turns of a sequence see, else the turn that a token
-                belongs to and whose tokens alone it sees; default all tokens see those before them.
-            labels: int64 ``(rows, tokens)``, aligned with ``input_ids``, -100 where nothing is learned. With
-                them ``logits`` is None.
-            inputs_embeds: ``(rows, tokens, width)`` instead of ``input_ids``, images included.
-            logits_to_keep: How many last positions get logits (0: all), or which.
-            cross_entropy: How the loss is computed, see :func:`~localign.vlm.model.losses.next_token_loss`.
-            kwargs: Further arguments of the language model, such as the cache of the tokens before these.
+            input_ids: int64 ``(rows, tokens)``, with one image token per token of every image.
+            pixel_values: uint8 ``(images, 3, height, width)``, in the order of the image tokens. In training mode
+                a batch without images runs tower and adapter on a blank image, without effect on the output, so
+                that all ranks of a sharded model run the same modules.
+            attention_mask: ``(rows, cached tokens + tokens)``, 0 at padding.
+            position_ids: int64 ``(rows, tokens)``; in a packed row they restart at 0 with every sequence.
+            cu_seqlens: int32 ``(sequences + 1,)``, the sequence borders of a packed row, which must be the only row.
+            turns: int64 ``(rows, tokens)`` for independent turns, see
+                :func:`~localign.vlm.model.attention.turns_mask`; None for ordinary causal attention.
+            labels: int64 ``(rows, tokens)``, aligned with ``input_ids``, -100 for tokens that are not learned.
+            inputs_embeds: ``(rows, tokens, width)``, text and images, instead of ``input_ids``.
+            logits_to_keep: Number of last positions that get logits (0: all), or their indices.
+            cross_entropy: How to compute the loss, see :func:`~localign.vlm.model.losses.next_token_loss`.
+            kwargs: Further arguments of the language model, such as its cache.
 
         Raises:
             UserError: A sequence is longer than the language model's positions, or the language model cannot
                 keep packed sequences apart.
-            ValueError: Images and image tokens do not agree, or arguments exclude each other.
+            ValueError: The numbers of images and image tokens disagree, or arguments exclude each other.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if input_ids is not None:
             inputs_embeds = self._embed(input_ids, pixel_values)
         elif pixel_values is not None:
-            raise ValueError("inputs_embeds have their images already; pixel_values go with input_ids")
+            raise ValueError("inputs_embeds already contain the images; pixel_values go with input_ids")
         assert inputs_embeds is not None
         cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
         if cu_seqlens is not None:
             if cache is not None or position_ids is None or inputs_embeds.shape[0] != 1:
-                raise ValueError("a packed row is the only row, has position_ids and no cache")
+                raise ValueError("a packed row must be the only row, with position_ids and without cache")
             longest = int(torch.diff(cu_seqlens).max())
             self._check_length(longest)
             kwargs |= packed_arguments(
@@ -254,7 +255,9 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
             past = cache.get_seq_length() if cache is not None else 0
             self._check_length(int(past) + inputs_embeds.shape[1])
             if turns is not None:
-                attention_mask = padded_turns(self.language_model, turns, attention_mask, inputs_embeds.dtype)
+                attention_mask = padded_turns_mask(
+                    self.language_model, turns, attention_mask, inputs_embeds.dtype
+                )
             kwargs["attention_mask"] = attention_mask
         kwargs |= {"inputs_embeds": inputs_embeds, "return_dict": True}
         if position_ids is not None:
@@ -280,13 +283,13 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         return VLMOutput(loss=loss_sum / count.clamp(min=1), loss_sum=loss_sum, label_count=count)
 
     def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
-        embeddings = self.get_input_embeddings()(input_ids)
-        places = input_ids == self.config.image_token_id
+        embeddings: Tensor = self.get_input_embeddings()(input_ids)
+        is_image = input_ids == self.config.image_token_id
         images = 0 if pixel_values is None else len(pixel_values)
-        wanted = images * self.adapter.config.num_tokens
-        found = int(places.sum())
-        if found != wanted:
-            raise ValueError(f"{images} images are {wanted} tokens, but the text has {found} image tokens")
+        expected = images * self.adapter.config.num_tokens
+        actual = int(is_image.sum())
+        if actual != expected:
+            raise ValueError(f"{images} images need {expected} image tokens, but the text has {actual}")
         if images == 0:
             if not self.training:
                 return embeddings
@@ -294,8 +297,8 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
             pixel_values = torch.zeros(shape, dtype=torch.uint8, device=input_ids.device)
         assert pixel_values is not None
         features = self.get_image_features(pixel_values)
-        # A blank image's features go nowhere, yet are part of the graph: their gradient is zero.
-        return embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings.dtype))
+        # A blank image's features are written nowhere but stay in the graph, with a gradient of zero.
+        return embeddings.masked_scatter(is_image.unsqueeze(-1), features.to(embeddings.dtype))
 
     def _check_length(self, length: int) -> None:
         config = self.config.text_config.get_text_config()
@@ -308,7 +311,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Without transformers' table of tensors that do not fit: the error names them."""
+    """Suppress transformers' table of tensors that do not fit; our error names them."""
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_no_load_report)
     try:
@@ -326,14 +329,14 @@ def _check_coverage(source: str | os.PathLike[str], total: int, info: dict[str, 
     reshaped = {name for name, *_ in info["mismatched_keys"]}
     problems = {
         f"{len(missing)} of {total} tensors are missing": missing,
-        "tensors left over": set(info["unexpected_keys"]),
-        "tensors of another shape": reshaped,
+        "unexpected tensors": set(info["unexpected_keys"]),
+        "tensors of the wrong shape": reshaped,
     }
-    said = [f"{problem} ({_named(names)})" for problem, names in problems.items() if names]
-    if said:
-        raise UserError(f"the weights in {source} do not fit the model: {'; '.join(said)}")
+    lines = [f"{problem} ({_list_names(names)})" for problem, names in problems.items() if names]
+    if lines:
+        raise UserError(f"the weights in {source} do not fit the model: {'; '.join(lines)}")
 
 
-def _named(names: set[str], at_most: int = 5) -> str:
-    listed = ", ".join(sorted(names)[:at_most])
-    return listed if len(names) <= at_most else f"{listed} and {len(names) - at_most} more"
+def _list_names(names: set[str], limit: int = 5) -> str:
+    listed = ", ".join(sorted(names)[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -1,4 +1,4 @@
-"""Both sides of the vision part for each configuration of the paper: which features feed which adapter.
+"""Vision tower and adapter for each configuration in the paper: which features feed which adapter.
 
 ==================  ===========  ======================  ==========  ===============
 adapter             backbone     block                   final norm  prefix tokens
@@ -10,9 +10,8 @@ transformer
 decoder             aligned      last                    yes         kept, hidden
 truncated           either       third to last; the      in the      kept
                                  adapter holds the rest  adapter
-fused-mlp,          each its     second to last, or of   of the      dropped
-fused-decoder       own          an aligned one the      aligned
-                                 last
+fused-mlp,          several      last if aligned, else   if aligned  dropped
+fused-decoder                    second to last
 ==================  ===========  ======================  ==========  ===============
 """
 
@@ -38,29 +37,29 @@ from localign.vlm.model.vision import TowerConfig, VisionTower
 
 @dataclass(frozen=True)
 class VisionSource:
-    """One backbone to build from; its weights are copied."""
+    """One backbone to build a tower from; its weights are copied."""
 
     backbone: Backbone
-    """The whole ViT."""
+    """The complete ViT."""
     aligned: bool = False
-    """Whether it went through locality alignment, so that its last block and final norm are to be used."""
+    """Whether the backbone was aligned, so that its last block and final norm are used."""
     student: Student | None = None
-    """The alignment it comes from, where the adapter takes its decoder."""
+    """The alignment's student, if the adapter takes its decoder."""
 
 
-def tower_for(
+def build_tower(
     kind: AdapterName, sources: Sequence[VisionSource], *, published_quirks: bool = False
 ) -> VisionTower:
     """The vision tower that feeds an adapter, with the sources' weights.
 
     Args:
-        kind: The adapter.
-        sources: One backbone, or several that are fused on channels in this order.
-        published_quirks: For a truncated baseline, end one block earlier; see
+        kind: Name of the adapter.
+        sources: One backbone, or several whose tokens are concatenated on channels in this order.
+        published_quirks: End a truncated baseline one block earlier; see
             :func:`~localign.vlm.model.pretrained_adapters.adapter_from_backbone`.
 
     Raises:
-        UserError: The adapter does not go with these backbones.
+        UserError: The adapter does not work with these backbones.
     """
     _check(kind, sources)
     configs = [_features(kind, source, len(sources) > 1, published_quirks) for source in sources]
@@ -83,11 +82,11 @@ def _check(kind: AdapterName, sources: Sequence[VisionSource]) -> None:
     if kind in ("decoder", "fused-decoder"):
         aligned = [source for source in sources if source.aligned]
         if len(aligned) != 1 or aligned[0].student is None:
-            raise UserError(f"the {kind} adapter takes one aligned backbone with its decoder; given: {names}")
+            raise UserError(f"the {kind} adapter takes one aligned backbone with its decoder, not {names}")
         check_decoder_fits(aligned[0].student, aligned[0].backbone)
 
 
-def vision_side(
+def build_vision(
     kind: AdapterName,
     sources: Sequence[VisionSource],
     output_width: int,
@@ -95,20 +94,20 @@ def vision_side(
     seed: int = 0,
     published_quirks: bool = False,
 ) -> tuple[VisionTower, Adapter]:
-    """Tower and adapter of a configuration, ready to be trained.
+    """Tower and adapter of a configuration, ready for training.
 
     Args:
-        kind: The adapter.
-        sources: One backbone, or several that are fused on channels in this order.
+        kind: Name of the adapter.
+        sources: One backbone, or several whose tokens are concatenated on channels in this order.
         output_width: Width of the language model.
-        seed: Key of the adapter's random start.
-        published_quirks: Do as the published code where it departs from the paper: a truncated baseline loses
-            its last block and norm; a decoder's blocks have exact GELU.
+        seed: Seed of the adapter's random weights.
+        published_quirks: Reproduce the published code where it differs from the paper: a truncated baseline loses
+            its last block and norm; a decoder's blocks use exact GELU.
 
     Raises:
-        UserError: The adapter does not go with these backbones; both are named.
+        UserError: The adapter does not work with these backbones; the error names both.
     """
-    tower = tower_for(kind, sources, published_quirks=published_quirks)
+    tower = build_tower(kind, sources, published_quirks=published_quirks)
     aligned = next((source for source in sources if source.aligned), None)
     if kind == "truncated":
         quirks = published_quirks and aligned is None

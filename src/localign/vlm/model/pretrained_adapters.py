@@ -1,9 +1,8 @@
-"""Adapters that start from trained weights: an alignment's decoder, or the last blocks of the ViT."""
+"""Adapters initialised from trained weights: an alignment's decoder, or the last blocks of the ViT."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -12,23 +11,32 @@ from torch import nn
 from localign.alignment.student import Decoder, DecoderConfig, Student
 from localign.backbones import Backbone
 from localign.errors import UserError
-from localign.vlm.model.adapters import Adapter, AdapterConfig, build_adapter, describe_tokens, final_norm
+from localign.vlm.model.adapters import (
+    Adapter,
+    AdapterConfig,
+    DecoderAdapter,
+    FusedDecoderAdapter,
+    TruncatedAdapter,
+    build_adapter,
+    describe_tokens,
+    final_norm,
+)
 from localign.vlm.model.vision import TowerConfig, VisionTower
 
 TRUNCATED_BLOCKS = 2
-"""Blocks of the ViT that a truncated adapter takes over."""
+"""ViT blocks in a truncated adapter."""
 
 
 def adapter_from_student(student: Student, output_width: int, *, published_quirks: bool = False) -> Adapter:
-    """The ``decoder`` adapter of an alignment; its weights are copied, its output layer is zero.
+    """The ``decoder`` adapter of an alignment, with copied weights and a zero output layer.
 
     The input projection is the encoder's linear head; position embedding, blocks and norm are the decoder's.
 
     Args:
-        student: Encoder and decoder.
+        student: The alignment's encoder and decoder.
         output_width: Width of the language model.
-        published_quirks: Rebuild the blocks with exact GELU, as the published code does, where alignment
-            trained them with the backbone's activation (quick GELU in CLIP). Without it they keep theirs.
+        published_quirks: Give the blocks exact GELU, as the published code does, instead of the activation that
+            alignment trained them with (the backbone's; quick GELU in CLIP).
 
     Raises:
         UserError: The student has no decoder.
@@ -48,18 +56,18 @@ def adapter_from_student(student: Student, output_width: int, *, published_quirk
 def fused_adapter_from_student(
     student: Student, tower: VisionTower, output_width: int, *, seed: int = 0, published_quirks: bool = False
 ) -> Adapter:
-    """The ``fused-decoder`` adapter: the decoder's weights are copied, the MLP starts at random.
+    """The ``fused-decoder`` adapter: the decoder's weights are copied, the MLP starts from scratch.
 
     Args:
-        student: The alignment of the one backbone of the tower whose final norm is applied.
-        tower: Several backbones.
+        student: The alignment's student, for the tower's one backbone whose final norm is applied.
+        tower: A tower of several backbones.
         output_width: Width of the language model.
-        seed: Key of the MLP's start.
-        published_quirks: As :func:`adapter_from_student`.
+        seed: Seed of the MLP's random weights.
+        published_quirks: As in :func:`adapter_from_student`.
 
     Raises:
-        UserError: The tower has one backbone alone, or not exactly one aligned one, or the decoder belongs to
-            another backbone.
+        UserError: The tower has fewer than two backbones or not exactly one aligned backbone, or the decoder
+            belongs to another backbone.
     """
     aligned = [i for i, config in enumerate(tower.configs) if config.norm]
     if len(tower.configs) < 2 or len(aligned) != 1:
@@ -82,23 +90,23 @@ def fused_adapter_from_student(
 
 
 def check_decoder_fits(student: Student, backbone: Backbone) -> None:
-    """Raise a UserError, naming both, unless the student's decoder takes this backbone's tokens."""
+    """Raise a UserError that names both unless the student's decoder takes this backbone's tokens."""
     decoder = _decoder_of(student)
     source = student.encoder.backbone
-    wanted = (student.encoder.head.in_features, decoder.config.num_tokens, source.num_prefix_tokens)
+    expected = (student.encoder.head.in_features, decoder.config.num_tokens, source.num_prefix_tokens)
     prefix = backbone.num_prefix_tokens
-    given = (backbone.width, prefix + backbone.num_patches, prefix)
-    if wanted != given:
+    actual = (backbone.width, prefix + backbone.num_patches, prefix)
+    if expected != actual:
         raise UserError(
-            f"the decoder trained with {source.name} ({describe_tokens(*wanted)}) "
-            f"does not fit {backbone.name} ({describe_tokens(*given)})"
+            f"the decoder trained with {source.name} ({describe_tokens(*expected)}) "
+            f"does not fit {backbone.name} ({describe_tokens(*actual)})"
         )
 
 
 def _decoder_of(student: Student) -> Decoder:
     if student.decoder is None:
         raise UserError(
-            f"{student.encoder.backbone.name} was aligned without a decoder; there is no adapter in it"
+            f"{student.encoder.backbone.name} was aligned without a decoder, so there is none for the adapter"
         )
     return student.decoder
 
@@ -109,9 +117,9 @@ def _decoder_config(student: Student, output_width: int, published_quirks: bool)
 
 
 def _with_decoder_weights(config: AdapterConfig, student: Student, seed: int) -> Adapter:
-    # A student on the meta device gives an adapter there.
-    with torch.device(student.encoder.head.weight.device):
-        adapter: Any = build_adapter(config, seed)
+    with torch.device(student.encoder.head.weight.device):  # perhaps the meta device
+        adapter = build_adapter(config, seed)
+    assert isinstance(adapter, DecoderAdapter | FusedDecoderAdapter)
     adapter.in_proj.load_state_dict(student.encoder.head.state_dict())
     source, target = _decoder_of(student).state_dict(), adapter.decoder.state_dict()
     trunk = {k: v for k, v in source.items() if not k.startswith("head.")}
@@ -126,13 +134,13 @@ def adapter_from_backbone(
     """The ``truncated`` adapter: a copy of the ViT's last two blocks and final norm, then a zero linear layer.
 
     Args:
-        backbone: The whole ViT; the tower before the adapter ends where its blocks begin.
+        backbone: The complete ViT; the tower in front of the adapter ends before the copied blocks.
         output_width: Width of the language model.
-        published_quirks: Take the two blocks before the last one and no norm, as the published code does for
-            a baseline, which loses the last block and the norm.
+        published_quirks: Leave out the last block and the norm, and copy the two blocks before, as the published
+            code does for a baseline.
 
     Raises:
-        UserError: Its blocks need more than tokens (EVA and BEiT), or there are too few.
+        UserError: The ViT's blocks take more than tokens (EVA and BEiT), or it has too few blocks.
     """
     if not isinstance(backbone.vit, VisionTransformer):
         raise UserError(
@@ -143,7 +151,7 @@ def adapter_from_backbone(
     start = end - TRUNCATED_BLOCKS
     if start < 1:
         raise UserError(
-            f"the truncated adapter leaves nothing of {backbone.name}, which has {backbone.depth} blocks"
+            f"the truncated adapter leaves no block for the tower: {backbone.name} has {backbone.depth} blocks"
         )
     tower = TowerConfig.of(backbone, layer=TRUNCATED_BLOCKS - 1, norm=not published_quirks, keep_prefix=True)
     tower = replace(tower, model_kwargs={**tower.model_kwargs, "depth": TRUNCATED_BLOCKS})
@@ -156,7 +164,8 @@ def adapter_from_backbone(
         blocks=tower,
     )
     with torch.device(next(backbone.parameters()).device):
-        adapter: Any = build_adapter(config)
+        adapter = build_adapter(config)
+    assert isinstance(adapter, TruncatedAdapter)
     adapter.blocks.load_state_dict(nn.Sequential(*backbone.vit.blocks[start:end]).state_dict())
     if not published_quirks:
         adapter.norm.load_state_dict(final_norm(backbone).state_dict())

@@ -1,9 +1,9 @@
-"""From questions and images to what the model takes."""
+"""The processor: from questions and images to model inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Conversation:
-    """Turns, perhaps a last question without an answer, and images, from messages in transformers' form.
+    """A conversation parsed from messages in transformers' format: turns, images, perhaps an open last question.
 
     Raises:
-        UserError: The messages are not of this form.
+        UserError: The messages are not in this format.
     """
 
     def __init__(self, messages: Messages) -> None:
@@ -38,7 +38,7 @@ class Conversation:
         expected = "user" if self.question is None else "assistant"
         if role != expected:
             raise UserError(
-                f"the roles of a conversation alternate, user first; found {role!r}, not {expected!r}"
+                f"roles must alternate, starting with user: expected {expected!r}, found {role!r}"
             )
         if self.question is None:
             self.question = text
@@ -56,40 +56,40 @@ class Conversation:
             elif part["type"] in ("image", "image_url"):
                 self.images.append(_image_of(part))
             else:
-                raise UserError(f"a conversation holds text and images, not {part['type']!r}")
+                raise UserError(f"a message can contain text and images, not {part['type']!r}")
         return "\n".join(texts)
 
-    def prompt(self, form: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-        """The tokens, without the image's."""
+    def prompt(self, prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        """The tokenised text, without image tokens."""
         if self.question is None:
-            return form.conversation(tokenizer, self.turns)
-        return form.question(tokenizer, self.question, self.turns)
+            return prompt_format.conversation(tokenizer, self.turns)
+        return prompt_format.question(tokenizer, self.question, self.turns)
 
 
-class Rendered(str):
-    """The text of a conversation, in the words of its prompt format; no more are to be put around it."""
+class RenderedPrompt(str):
+    """The text of a conversation in its prompt format; the processor does not wrap it again."""
 
     conversation: Conversation
 
 
 class LocalignVLMProcessor(ProcessorMixin):
-    """Questions or conversations, each with one image or none, to a batch padded on the left.
+    """Turns questions or conversations, each with at most one image, into a left-padded batch.
 
-    An image's tokens come after the beginning-of-sequence token, wherever the text has ``<image>``, which is
-    removed. Special tokens written in a question are ordinary text.
+    An image's tokens follow the beginning-of-sequence token; ``<image>`` in the text is removed, wherever it is.
+    Special tokens written in a question are ordinary text.
 
     Args:
-        tokenizer: Knows the image token and a padding token; see
+        tokenizer: Has the image token and a padding token; see
             :func:`localign.vlm.data.vocabulary.add_special_tokens`.
-        image_size: The vision tower's, rows and columns.
+        image_size: Rows and columns of the vision tower's input, pixels.
         num_image_tokens: Tokens per image.
-        prompt_format: Words around questions and answers, by name.
+        prompt_format: Name of the prompt format.
         resize: ``naive``, ``letterbox`` or ``crop``.
-        mean: RGB, 0..1, that letterbox pads with.
-        chat_template: Not used; the prompt format may use the tokenizer's.
+        mean: RGB fill colour of letterbox padding, 0..1.
+        chat_template: Ignored; the prompt format may use the tokenizer's.
 
     Raises:
-        UserError: The tokenizer lacks a token, or there is no such prompt format or way to resize.
+        UserError: The tokenizer lacks a token, or the prompt format or the way to resize is unknown.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class LocalignVLMProcessor(ProcessorMixin):
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         chat_template: str | None = None,
     ) -> None:
-        super().__init__(tokenizer, chat_template=chat_template)
+        cast(Any, super()).__init__(tokenizer, chat_template=chat_template)  # untyped in transformers
         if IMAGE_MARK not in tokenizer.get_vocab() or tokenizer.pad_token_id is None:
             raise UserError(f"the tokenizer lacks {IMAGE_MARK} or a padding token")
         self.image_size = [int(side) for side in image_size]
@@ -111,7 +111,7 @@ class LocalignVLMProcessor(ProcessorMixin):
         self.resize = resize
         self.mean = [float(m) for m in mean]
         self.image_token_id = image_token_id(tokenizer)
-        self.form()
+        self._format()
         self.image_transform()
 
     @classmethod
@@ -128,15 +128,14 @@ class LocalignVLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What a batch may hold."""
+        """Keys that a batch can have."""
         return ["input_ids", "attention_mask", "pixel_values"]
 
-    def form(self) -> PromptFormat:
-        """The prompt format."""
+    def _format(self) -> PromptFormat:
         return prompt_format(self.prompt_format)
 
     def image_transform(self) -> ImageTransform:
-        """From an image to one of ``pixel_values``."""
+        """The transform from an image to an entry of ``pixel_values``."""
         return ImageTransform(self.image_size, self.resize, self.mean)
 
     def __call__(
@@ -146,15 +145,15 @@ class LocalignVLMProcessor(ProcessorMixin):
         return_tensors: str = "pt",
         padding: bool = True,
     ) -> BatchFeature:
-        """Questions and their images.
+        """Make a batch of questions and their images.
 
         Args:
-            images: One image for one question; or a list with an image, or None, for each question. An image
-                is a PIL image, a path or a URL.
-            text: A question or several, without the prompt format's words; or what
-                :meth:`apply_chat_template` gave.
-            return_tensors: ``pt``; nothing else.
-            padding: Always done.
+            images: One image for one question; or a list with an image or None per question. An image is a PIL
+                image, a path or a URL.
+            text: One or several questions, without the prompt format around them; or texts that
+                :meth:`apply_chat_template` returned.
+            return_tensors: Must be ``pt``.
+            padding: Ignored; batches are always padded.
 
         Returns:
             ``input_ids`` and ``attention_mask``, int64 ``(questions, tokens)``, padded on the left; and
@@ -167,12 +166,12 @@ class LocalignVLMProcessor(ProcessorMixin):
             raise UserError("an image needs a question")
         texts = [text] if isinstance(text, str) else list(text)
         parts = []
-        for question, its_images in zip(texts, _per_text(images, len(texts)), strict=True):
-            if isinstance(question, Rendered):
+        for question, question_images in zip(texts, _images_per_text(images, len(texts)), strict=True):
+            if isinstance(question, RenderedPrompt):
                 conversation = question.conversation
             else:
                 conversation = Conversation([{"role": "user", "content": question}])
-            parts.append((conversation, its_images or conversation.images))
+            parts.append((conversation, question_images or conversation.images))
         return self._batch(parts, return_tensors)
 
     def apply_chat_template(  # type: ignore[override]
@@ -186,30 +185,30 @@ class LocalignVLMProcessor(ProcessorMixin):
         continue_final_message: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Conversations in transformers' form, in the words of the model's prompt format.
+        """Apply the model's prompt format to conversations in transformers' format.
 
         Args:
-            conversation: One, or several. Roles alternate, the user first; there is no system message.
-                Contents are text, or lists of ``{"type": "text", "text": ...}`` and at most one
+            conversation: One conversation, or several. Roles alternate, starting with the user; there is no system
+                message. Contents are text, or lists of ``{"type": "text", "text": ...}`` and at most one
                 ``{"type": "image", "image" or "path" or "url": ...}``.
-            chat_template: None; the prompt format decides.
-            tokenize: Give a batch instead of text.
-            return_dict: Of a batch, give everything instead of ``input_ids``.
-            return_tensors: ``pt``.
-            add_generation_prompt: Always done after a question.
-            continue_final_message: Not possible.
-            processor_kwargs: Further arguments of the processor's call, all of which are defaults.
+            chat_template: Must be None; the prompt format decides.
+            tokenize: Return a batch instead of text.
+            return_dict: With ``tokenize``, return the whole batch instead of its ``input_ids``.
+            return_tensors: Must be ``pt``.
+            add_generation_prompt: Ignored; a final question is always followed by the start of an answer.
+            continue_final_message: Must be False.
+            processor_kwargs: Ignored.
 
         Returns:
-            With ``tokenize`` a batch as of calling the processor, or its ``input_ids``; else text, which the
-            processor takes (with the images) without putting words around it again.
+            With ``tokenize``, a batch as from calling the processor, or its ``input_ids``; else text, which the
+            processor accepts, with the images, and does not wrap again.
 
         Raises:
-            UserError: A conversation is not of this form.
+            UserError: A conversation is not in this format.
         """
         if chat_template is not None or continue_final_message:
             raise UserError(
-                "chat_template and continue_final_message do not go with a model's own prompt format"
+                "the model has its own prompt format: leave out chat_template and continue_final_message"
             )
         single = isinstance(conversation[0], Mapping)
         many: Any = [conversation] if single else conversation
@@ -217,39 +216,39 @@ class LocalignVLMProcessor(ProcessorMixin):
         if tokenize:
             batch = self._batch([(c, c.images) for c in conversations], return_tensors)
             return batch if return_dict else batch["input_ids"]
-        texts = [self._rendered(c) for c in conversations]
+        texts = [self._render(c) for c in conversations]
         return texts[0] if single else texts
 
-    def _rendered(self, conversation: Conversation) -> Rendered:
+    def _render(self, conversation: Conversation) -> RenderedPrompt:
         if conversation.question is None:
             raise UserError(
-                "a conversation is given as text up to a question; tokenize one that ends otherwise"
+                "only a conversation that ends with a question has a text form; use tokenize=True"
             )
-        text = self.form().text(self.tokenizer, conversation.question, conversation.turns)
-        rendered = Rendered(text)
+        text = self._format().text(self.tokenizer, conversation.question, conversation.turns)
+        rendered = RenderedPrompt(text)
         rendered.conversation = conversation
         return rendered
 
     def _batch(self, parts: Sequence[tuple[Conversation, list[Any]]], return_tensors: str) -> BatchFeature:
         if return_tensors != "pt":
             raise UserError(f"batches are PyTorch tensors (return_tensors='pt'), not {return_tensors!r}")
-        form, transform = self.form(), self.image_transform()
+        chosen_format, transform = self._format(), self.image_transform()
         rows, pixels = [], []
         for number, (conversation, images) in enumerate(parts):
-            ids, _, position = conversation.prompt(form, self.tokenizer)
+            ids, _, position = conversation.prompt(chosen_format, self.tokenizer)
             if len(images) > 1:
-                raise UserError(f"conversation {number} has {len(images)} images; one at most")
+                raise UserError(f"conversation {number} has {len(images)} images; at most one is allowed")
             if images:
                 pixels.append(transform(open_image(images[0])))
                 ids = [*ids[:position], *[self.image_token_id] * self.num_image_tokens, *ids[position:]]
             rows.append(ids)
-        data = _left_padded(rows, int(self.tokenizer.pad_token_id))
+        data = _pad_left(rows, int(self.tokenizer.pad_token_id))
         if pixels:
             data["pixel_values"] = torch.stack(pixels)
         return BatchFeature(data)
 
 
-def _left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
+def _pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
     longest = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), longest), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
@@ -259,21 +258,20 @@ def _left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, 
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def _per_text(images: Any, texts: int) -> list[list[Any]]:
-    """For each text, its images."""
+def _images_per_text(images: Any, texts: int) -> list[list[Any]]:
     if images is None:
         return [[] for _ in range(texts)]
     listed = list(images) if isinstance(images, (list, tuple)) else [images]
     if len(listed) != texts:
         raise UserError(
-            f"{texts} questions and {len(listed)} images; give None for a question without an image"
+            f"{texts} questions but {len(listed)} images; give None for a question without an image"
         )
-    each = [image if isinstance(image, (list, tuple)) else [image] for image in listed]
-    return [[image for image in group if image is not None] for group in each]
+    groups = [image if isinstance(image, (list, tuple)) else [image] for image in listed]
+    return [[image for image in group if image is not None] for group in groups]
 
 
 def _image_of(part: Mapping[str, Any]) -> Any:
-    """Where a message's image is; None where it comes beside the text."""
+    """The image of a message's part, or its path or URL; None if the caller passes the image separately."""
     for name in ("image", "path", "url", "image_url"):
         if part.get(name) is not None:
             value = part[name]

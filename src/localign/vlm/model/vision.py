@@ -1,4 +1,4 @@
-"""The vision side: one or several frozen ViTs that turn pixels into one token sequence."""
+"""The vision tower: one or several frozen ViTs that turn pixels into one token sequence."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ from localign.errors import UserError
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """What it takes to build one backbone again, without its weights, and which of its tokens are wanted.
+    """Everything needed to rebuild one backbone except its weights, and which of its tokens to use.
 
-    ``dataclasses.asdict`` gives what JSON can hold, and ``TowerConfig(**that)`` gives an equal config.
+    ``dataclasses.asdict`` returns JSON-compatible values, from which ``TowerConfig(**values)`` restores an equal
+    config.
     """
 
     name: str
-    """How errors and reports call the backbone."""
+    """Name of the backbone in errors and reports."""
     architecture: str
     """timm's registered name."""
     model_kwargs: dict[str, Any]
-    """Arguments for timm beside the name."""
+    """Further arguments for timm."""
     mean: tuple[float, ...]
     """Pixel mean per RGB channel, for pixels in 0..1."""
     std: tuple[float, ...]
-    """Pixel standard deviation per RGB channel."""
+    """Pixel standard deviation per RGB channel, for pixels in 0..1."""
     layer: int
-    """The block whose output is wanted, counted from 0; later blocks are left out of the tower."""
+    """The block whose output is used, counted from 0; the tower has no later blocks."""
     norm: bool
-    """Apply the final norm; without it the norm is left out of the tower."""
+    """Whether to apply the final norm; if False, the tower has none."""
     keep_prefix: bool
     """Whether class and register tokens stay in the sequence, before the patches."""
     soft_cap: float | None = None
-    """Bound of the attention logits, or None for ordinary attention."""
+    """Soft cap of the attention logits, or None for ordinary attention."""
     final_norm: FinalNorm = "norm"
-    """Which of the ViT's norms is the final one."""
+    """Attribute name of the ViT's final norm."""
     norm_class: str | None = None
-    """Class name of the final norm; ``"LayerNorm"`` where alignment renewed a norm of another kind."""
+    """Class name of the final norm; ``"LayerNorm"`` if alignment replaced a norm of another class."""
     norm_eps: float | None = None
-    """eps of the final norm as it was trained, which timm's own value need not be."""
+    """eps of the final norm in training, which may differ from timm's value."""
 
     def __post_init__(self) -> None:
         kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in self.model_kwargs.items()}
-        object.__setattr__(self, "model_kwargs", kwargs)  # JSON has lists alone
+        object.__setattr__(self, "model_kwargs", kwargs)  # JSON has no tuples
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
 
@@ -77,10 +78,10 @@ class TowerConfig:
         )
 
     def build(self) -> Backbone:
-        """The backbone, cut to what is wanted, with random weights; also under ``torch.device("meta")``.
+        """Build the backbone, cut to the blocks in use, with random weights; works under ``torch.device("meta")``.
 
         Raises:
-            UserError: timm cannot build it, or it has no such block.
+            UserError: timm cannot build the backbone, or it has no such block.
         """
         vit = build_vit(self.architecture, self.model_kwargs, pretrained=False)
         if self.norm_class is not None and self.final_norm != "none":
@@ -103,7 +104,7 @@ class TowerConfig:
         return self.cut(backbone)
 
     def cut(self, backbone: Backbone) -> Backbone:
-        """Remove, in place, the blocks after ``layer``, pooling, and the norms that are not applied."""
+        """Remove the blocks after ``layer``, pooling and unused norms, in place."""
         vit = backbone.vit
         vit.blocks = vit.blocks[: backbone.block_index(self.layer) + 1]
         vit.reset_classifier(0, "")
@@ -114,16 +115,16 @@ class TowerConfig:
 
 
 class VisionTower(nn.Module):
-    """Frozen backbones side by side; the tokens of several are concatenated on channels, in order.
+    """Frozen backbones side by side, whose tokens are concatenated on channels in order.
 
-    It is in eval mode, and gives no gradients, until :meth:`set_trainable` says otherwise.
+    The tower stays in eval mode and computes no gradients until ``set_trainable(True)``.
 
     Args:
-        configs: One per backbone. Several must agree in image size and patch grid, and drop prefix tokens.
-        backbones: Where the weights come from, in the same order; copied. Without them weights are random.
+        configs: One per backbone. Several backbones must share image size and patch grid, and drop prefix tokens.
+        backbones: Backbones whose weights are copied, in the same order; default random weights.
 
     Raises:
-        UserError: No backbone, or several that do not fit together; the two are named.
+        UserError: There is no backbone, or two do not fit together; the error names them.
     """
 
     def __init__(self, configs: Sequence[TowerConfig], backbones: Sequence[Backbone] | None = None) -> None:
@@ -153,12 +154,12 @@ class VisionTower(nn.Module):
 
     @property
     def backbones(self) -> list[Backbone]:
-        """The towers, typed."""
+        """The backbones in order."""
         return cast(list[Backbone], list(self.towers))
 
     @property
     def name(self) -> str:
-        """The backbones' names."""
+        """The backbones' names, joined by ``" + "``."""
         return " + ".join(config.name for config in self.configs)
 
     @property
@@ -172,7 +173,7 @@ class VisionTower(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class and register tokens in the sequence: none where they are dropped."""
+        """Class and register tokens in the sequence; 0 if they are dropped."""
         return self.backbones[0].num_prefix_tokens if self.configs[0].keep_prefix else 0
 
     @property
@@ -191,20 +192,20 @@ class VisionTower(nn.Module):
         return self._trainable
 
     def set_trainable(self, trainable: bool) -> VisionTower:
-        """Freeze the backbones, or let them be trained with the rest."""
+        """Freeze or unfreeze the backbones."""
         self._trainable = trainable
         self.requires_grad_(trainable)
         return self.train(trainable)
 
     def train(self, mode: bool = True) -> VisionTower:
-        """Training mode reaches the backbones only where they are trained."""
+        """Frozen backbones stay in eval mode."""
         super().train(mode and self._trainable)
         return self
 
     def init_non_persistent_buffers(self) -> None:
-        """Compute the buffers that no weight file holds (rotary and relative positions of EVA and BEiT).
+        """Compute the buffers that weight files do not hold (rotary and relative positions of EVA and BEiT).
 
-        Needed once where the tower was built on the meta device and then given memory and weights.
+        Call it once after a tower that was built on the meta device has received its weights.
         """
         for module in self.towers.modules():
             init = getattr(module, "init_non_persistent_buffers", None)
@@ -212,17 +213,17 @@ class VisionTower(nn.Module):
                 init()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Pixels to tokens.
+        """Map pixels to tokens.
 
         Args:
-            pixel_values: uint8 ``(batch, 3, height, width)`` of :attr:`image_size`, not normalised: each
-                backbone applies its own statistics.
+            pixel_values: uint8 ``(batch, 3, height, width)`` of :attr:`image_size`, not normalised; each
+                backbone applies its own mean and standard deviation.
 
         Returns:
             ``(batch, num_tokens, width)`` in the backbones' dtype; without gradient unless trainable.
 
         Raises:
-            ValueError: Another dtype or shape.
+            ValueError: ``pixel_values`` has another dtype or shape.
         """
         if pixel_values.dtype != torch.uint8 or tuple(pixel_values.shape[1:]) != (3, *self.image_size):
             height, width = self.image_size
