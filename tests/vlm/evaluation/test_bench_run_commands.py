@@ -115,7 +115,7 @@ def test_a_finished_evaluation_loads_no_weights(
         ("", "eval needs a model, --benchmarks and --data"),
         ("MODEL --benchmarks gqa", "eval needs a model, --benchmarks and --data"),
         ("MODEL --benchmarks gqx --data DATA", "unknown benchmark 'gqx'; known: "),
-        ("MODEL --benchmarks gqa,gqa --data DATA", "takes names, each once"),
+        ("MODEL --benchmarks gqa,gqa --data DATA", "--benchmarks names a benchmark twice"),
         ("MODEL --benchmarks gqa --data DATA", "the data of gqa are not complete"),
         ("MODEL --benchmarks vsr --data DATA", "there is no file"),
         (
@@ -188,7 +188,7 @@ def test_bad_use_of_score_is_one_line(
     scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = scripted / "one"
-    assert "score what?" in line_of(capsys, "vlm score")
+    assert "score needs one or more folders" in line_of(capsys, "vlm score")
     assert "with itself" in line_of(capsys, f"vlm score {one} {one}")
     assert "--out has no effect" in line_of(capsys, f"vlm score {one} --out x")
     assert "there is no file" in line_of(capsys, f"vlm score {tmp_path}")
@@ -255,7 +255,7 @@ def test_long_and_strange_texts_fit(scripted: Path) -> None:
 def test_bad_use_of_show_is_one_line(
     scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "show what?" in line_of(capsys, "vlm show")
+    assert "show needs an answers.jsonl" in line_of(capsys, "vlm show")
     assert "there is no file" in line_of(capsys, f"vlm show {tmp_path}")
     assert "holds no answers to vsr" in line_of(capsys, f"vlm show {scripted / 'one'} --benchmarks vsr")
     assert "--limit must be at least 1" in line_of(capsys, f"vlm show {scripted / 'one'} --limit 0")
