@@ -13,7 +13,7 @@ IN_LMMS_EVAL = ("tallyqa", "vsr", "ocid-ref")
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluate a vision-language model on benchmarks. An interrupted evaluation continues; no question is asked twice."""
+    """Evaluate a vision-language model on benchmarks. An interrupted evaluation continues; questions are asked once."""
 
     model: str = ""
     """A run folder of `localign vlm train`, its export, or an image-text-to-text model of transformers."""
