@@ -1,4 +1,4 @@
-"""Miniatures of the benchmarks' official files, every field included, and a model that answers from a script."""
+"""Miniatures of the benchmarks' official files with all fields, and answers from a script."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_image(path: Path, size: tuple[int, int] = (8, 6)) -> None:
 
 
 def truncate(path: Path) -> None:
-    """Cut off the end of an image: more than what follows the pixels, without which PNG files can be read."""
+    """Cut the end off an image, including pixels: without the parts after the pixels, PNG files can still be read."""
     path.write_bytes(path.read_bytes()[:-30])
 
 
@@ -83,7 +83,7 @@ def write_refcoco(root: Path) -> Path:
     }
     boxes: dict[int, tuple[int, list[float]]] = {
         42: (123, [20, 10, 80, 40]),
-        43: (123, [120, 60, 80, 40.0000001]),  # up to the right and lower border, and a hair beyond
+        43: (123, [120, 60, 80, 40.0000001]),  # up to the right and lower border, and slightly beyond
         44: (123, [3.2, 3.1, 0.6, 0.5]),  # too small for two decimals
         45: (456, [15, 30, 30, 60]),
     }
@@ -142,7 +142,7 @@ def write_ocid_ref(root: Path) -> Path:
         }
         for name, take in takes.items()
     }
-    content["16"]["bbox"] = "[0, 0, 640, 480]"  # up to every border
+    content["16"]["bbox"] = "[0, 0, 640, 480]"  # the whole image
     folder = root / "download" / "ocid-ref"
     write_json(folder / "val_expressions.json", content)
     for name in takes:
@@ -151,7 +151,7 @@ def write_ocid_ref(root: Path) -> Path:
 
 
 TALLY_ANSWERS = {"1": (0, True), "2": (1, True), "3": (1, True), "4": (15, False), "5": (2, False)}
-"""Answer and simplicity by question id."""
+"""By question id, the answer and whether the question is simple."""
 
 
 def write_tallyqa(root: Path) -> Path:
@@ -236,7 +236,7 @@ def write_textvqa(root: Path, instruction: str = "") -> Path:
 
     Args:
         root: The data root.
-        instruction: What the texts with OCR end in.
+        instruction: Added to the texts with OCR tokens.
     """
     folder = root / "download" / "text-vqa"
     data = [
@@ -334,7 +334,7 @@ def write_vizwiz(root: Path, answers: Sequence[tuple[int, list[str]]] = VIZWIZ_A
 
 
 def write_pope(root: Path, random_labels: Sequence[str] = ("yes", "no")) -> Path:
-    """Two questions in each split, on one image; ids come again in every split."""
+    """Two questions per split, on one image, with the same ids in every split."""
     folder = root / "download" / "pope"
     for split in ("adversarial", "popular", "random"):
         labels = random_labels if split == "random" else ("yes", "no")

@@ -1,4 +1,4 @@
-"""Models that answer questions of benchmarks: from a script, and tiny ones of both kinds that localign opens."""
+"""Models that answer benchmark questions: scripted ones, and tiny exports of localign and transformers."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ ALONE = DistributedContext(0, 1, 0, CPU)
 
 
 class Killed(Exception):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 @dataclass
 class ScriptedModel:
-    """Answers from hashes of the questions, so that different questions have different answers."""
+    """Answers are hashes of the questions, so that different questions get different answers."""
 
     weights: str = "one"
     words: str = "Q: {} A:"
     frame: BoxFrame | None = ORIGINAL
     patience: int | None = None
-    """Batches after which it ends."""
+    """Batches before the simulated end; None for no end."""
     asked: list[str] = field(default_factory=list)
-    """Ids of all questions so far, in order."""
+    """Ids of the questions so far, in order."""
 
     @property
     def identity(self) -> dict[str, str]:
@@ -50,12 +50,12 @@ class ScriptedModel:
             raise UserError("too long")
 
     def answer_texts(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
-        return [self._words(question) for question in self._listened(questions)]
+        return [self._words(question) for question in self._record(questions)]
 
     def choice_probabilities(self, questions: Sequence[Question]) -> list[list[float]]:
-        return [self._numbers(q, len(q.choices)) for q in self._listened(questions)]
+        return [self._numbers(q, len(q.choices)) for q in self._record(questions)]
 
-    def _listened(self, questions: Sequence[Question]) -> Sequence[Question]:
+    def _record(self, questions: Sequence[Question]) -> Sequence[Question]:
         if self.patience is not None:
             self.patience -= 1
             if self.patience < 0:
@@ -76,7 +76,7 @@ class ScriptedModel:
 
 
 def suites(root: Path, *names: str, limit: int | None = None) -> list[tuple[Benchmark, QuestionSet]]:
-    """Miniatures of benchmarks, written and read."""
+    """Write and read miniatures of benchmarks."""
     found = []
     for name in names:
         suite = benchmark(name)
@@ -85,7 +85,7 @@ def suites(root: Path, *names: str, limit: int | None = None) -> list[tuple[Benc
 
 
 def save_tiny_vlm(folder: Path, seed: int = 0, words: Sequence[str] = (), **options: Any) -> Path:
-    """A random model as ``localign vlm export`` writes it; ``words`` are one token each."""
+    """Save a random model as ``localign vlm export`` does; each of the ``words`` is a single token."""
     from vlm_models import tiny_processor, tiny_vlm
 
     from localign.vlm.model.build import save_vlm
@@ -97,11 +97,11 @@ def save_tiny_vlm(folder: Path, seed: int = 0, words: Sequence[str] = (), **opti
 
 
 def save_tiny_llava(folder: Path, before_answers: str = "") -> Path:
-    """A random LLaVA of transformers', with processor and chat template.
+    """Save a random LLaVA of transformers, with processor and chat template.
 
     Args:
-        folder: Where to.
-        before_answers: What the template writes between "ASSISTANT:" and an answer.
+        folder: Folder of the model.
+        before_answers: Text of the template between "ASSISTANT:" and an answer.
     """
     from tiny_vlm import tiny_tokenizer
     from transformers import (
@@ -161,11 +161,10 @@ def save_tiny_llava(folder: Path, before_answers: str = "") -> Path:
 
 
 def save_tiny_idefics(folder: Path) -> Path:
-    """A random Idefics3 of transformers', as SmolVLM is: large images are cut into tiles, of which there are as many
-    as an image's shape asks for.
+    """Save a random Idefics3 of transformers. Like SmolVLM, it cuts an image into tiles according to its shape.
 
     Args:
-        folder: Where to.
+        folder: Folder of the model.
     """
     from tiny_vlm import tiny_tokenizer
     from transformers import (

@@ -1,4 +1,4 @@
-"""Figures of the benchmarks of boxes, worked out by hand from a script's answers to a miniature of their files."""
+"""Metrics of the benchmarks of boxes, worked out by hand from scripted answers to miniatures."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def test_refcoco_as_published(tmp_path: Path) -> None:
     # 3.2 / 200 and 3.8 / 200 both round to 0.02: the true box has no width, so nothing is ever right
     assert figures["accuracy__RefCOCO+"] == 0
     assert figures["invalid__RefCOCO+"] == 0
-    assert figures["accuracy__RefCOCOg"] == 0  # for its words
+    assert figures["accuracy__RefCOCOg"] == 0  # because of the words around the box
     assert figures["invalid__RefCOCOg"] == 100
     with pytest.raises(UserError, match="padded-square:0-1; use --scoring default"):
         scored(suite, data, words(REFCOCO, BoxFrame("padded-square")))
 
 
 def test_refcoco_answered_in_padded_squares(tmp_path: Path) -> None:
-    # 200 x 100 gets 50 rows above; 60 x 120 gets 30 columns on the left; thousandths
+    # 200 x 100 gets 50 rows above, 60 x 120 gets 30 columns on the left; the scale is 1000
     squares = {
         "RefCOCO-7-9": "[100, 300, 500, 500]",
         "RefCOCO-7-10": "[100, 300, 500, 500]",
-        "RefCOCO-8-11": "[600, 550, 1000, 900]",  # right up to y = 750; 150 of 350 on padding do not count
+        "RefCOCO-8-11": "[600, 550, 1000, 900]",  # the part below y = 750 is padding and does not count
         "RefCOCO+-7-9": "[16, 265.5, 19, 268]",
         "RefCOCOg-3-5": "[375, 250, 625, 750]",
     }

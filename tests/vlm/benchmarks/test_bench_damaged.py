@@ -1,4 +1,4 @@
-"""Odd and damaged official files: each is refused in one line that names it, and nothing in it is executed."""
+"""Malformed and damaged official files are refused in one line that names them, and nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def test_pickles_of_every_protocol_are_read(protocol: int, tmp_path: Path) -> No
     assert len(RefCOCO().read(tmp_path, allow_partial=True).questions) == 5
 
 
-def test_a_truncated_image_still_tells_its_size_and_an_empty_one_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_image_has_a_size_and_an_empty_image_is_refused(tmp_path: Path) -> None:
     root = write_refcoco(tmp_path)
-    whole = RefCOCO().read(root, allow_partial=True).questions
+    expected = RefCOCO().read(root, allow_partial=True).questions
     image = root / "download/refcoco/train2014/COCO_train2014_000000000123.jpg"
     truncate(image)
     with pytest.raises(UnreadableImage):
         read_image(image, image.name)
-    assert RefCOCO().read(root, allow_partial=True).questions == whole
+    assert RefCOCO().read(root, allow_partial=True).questions == expected
     image.write_bytes(b"")
     with pytest.raises(UserError, match=r"the size of the image .*123\.jpg cannot be read"):
         RefCOCO().read(root, allow_partial=True)

@@ -1,4 +1,4 @@
-"""Reading official files: what is asked, in which order, and what is refused."""
+"""Reading official files: questions, their order, and refusals."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import LETTERS, SHORT
 
 OFFICIAL = [name for name in BENCHMARKS if name != "scenes"]
-"""Of which there are official files, with known numbers of questions."""
+"""The benchmarks with official files and a known number of questions."""
 
 
 def messages(name: str, root: Path) -> dict[str, str]:
     return {q.id: q.message for q in benchmark(name).read(root, allow_partial=True).questions}
 
 
-# -- all of them ---------------------------------------------------------------------------------------------
+# -- all benchmarks --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_questions_are_whole_and_the_same_wherever_they_are_read(name: str, tmp_path: Path) -> None:
+def test_questions_are_complete_and_reproducible(name: str, tmp_path: Path) -> None:
     suite = benchmark(name)
     assert suite.name == name
     first, second = (suite.read(WRITERS[name](tmp_path / where), allow_partial=True) for where in "ab")
@@ -60,7 +60,7 @@ def test_questions_are_whole_and_the_same_wherever_they_are_read(name: str, tmp_
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_other_letters_than_ascii_are_read_however_they_are_written(name: str, tmp_path: Path) -> None:
+def test_letters_beyond_ascii_are_read_escaped_and_unescaped(name: str, tmp_path: Path) -> None:
     root = WRITERS[name](tmp_path)
     escaped = benchmark(name).read(root, allow_partial=True).questions
     assert any(not (q.message + repr(q.payload)).isascii() for q in escaped)
@@ -92,18 +92,18 @@ def test_missing_files_are_named(name: str, tmp_path: Path) -> None:
 def test_a_missing_image_is_noticed(name: str, tmp_path: Path) -> None:
     root = WRITERS[name](tmp_path)
     suite = benchmark(name)
-    whole = suite.read(root, allow_partial=True)
-    gone = whole.questions[0].image
+    complete = suite.read(root, allow_partial=True)
+    gone = complete.questions[0].image
     os.remove(gone)
     with pytest.raises(UserError, match="their image is missing"):
         suite.read(root)
-    kept = [q.id for q in whole.questions if q.image != gone]
-    if not kept:
+    remaining = [q.id for q in complete.questions if q.image != gone]
+    if not remaining:
         with pytest.raises(UserError, match=f"no question of {name} has its image below"):
             suite.read(root, allow_partial=True)
         return
     partial = suite.read(root, allow_partial=True)
-    assert [q.id for q in partial.questions] == kept
+    assert [q.id for q in partial.questions] == remaining
     assert gone in partial.deviations[-1]
 
 
@@ -122,12 +122,12 @@ def test_official_counts() -> None:
         name: (number,) for name, number in known.items()
     }
     assert counts["pope"] == {"adversarial": (3000,), "popular": (3000,), "random": (2910, 3000)}
-    for numbers in counts.values():  # where all splits are known, they add up
+    for numbers in counts.values():  # the splits add up to the total
         parts = [number for split, (number, *_) in numbers.items() if split != TOTAL]
         assert not parts or TOTAL not in numbers or sum(parts) == numbers[TOTAL][0]
 
 
-def test_whole_data_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_data_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TallyQA, "expected", {"simple": (3,), "complex": (2,), TOTAL: (5,)})
     found = TallyQA().read(write_tallyqa(tmp_path))
     assert (len(found.questions), found.limit, found.deviations) == (5, None, ())
@@ -185,7 +185,7 @@ def test_subsets_nest_and_take_as_many_of_every_split(tmp_path: Path) -> None:
         suite.read(tmp_path, limit=0)
 
 
-def test_images_of_questions_that_are_not_asked_may_be_missing(tmp_path: Path) -> None:
+def test_images_of_questions_outside_the_subset_may_be_missing(tmp_path: Path) -> None:
     suite = benchmark("tallyqa")
     root = write_tallyqa(tmp_path)
     chosen = suite.read(root, limit=1, allow_partial=True).questions
@@ -198,7 +198,7 @@ def test_images_of_questions_that_are_not_asked_may_be_missing(tmp_path: Path) -
     assert not any("image" in line for line in again.deviations)
 
 
-# -- what is asked -------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------------------
 
 
 def test_messages_have_the_published_words(tmp_path: Path) -> None:
@@ -329,5 +329,5 @@ def test_200000_questions_are_read_in_little_time_and_memory(tmp_path: Path) -> 
     )
     count, seconds, megabytes = map(float, done.stdout.split())
     assert count == 200_000
-    assert seconds < 10  # 3 to 5 where the processor is not shared
+    assert seconds < 10  # 3 to 5 on an idle processor
     assert megabytes < 500

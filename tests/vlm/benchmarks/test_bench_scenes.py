@@ -1,4 +1,4 @@
-"""Questions on drawn scenes as a benchmark: what is read and refused, what is right, and what guessing scores."""
+"""Questions on drawn scenes as a benchmark: reading, refusals, scores, and the scores of guessing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def score(question: Question, text: str) -> float:
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-def test_what_was_written_is_asked(tmp_path: Path) -> None:
+def test_questions_are_the_written_ones(tmp_path: Path) -> None:
     data = SUITE.read(write_scenes(tmp_path, scenes=12))
     assert (data.deviations, {q.mode for q in data.questions}) == ((), {"text"})
     world, source = SceneConfig(), SceneSource(None, "test", 12)
@@ -132,7 +132,7 @@ def test_a_box_is_right_from_half_overlap(answer: str, right: float, fault: str 
     assert (sample["score"], sample["fault"]) == (right, fault)
 
 
-def test_boxes_go_by_the_frame_that_the_model_declares() -> None:
+def test_boxes_are_read_in_the_declared_frame() -> None:
     question = box_question(20, 20, 60, 60)
     assert SUITE.score(question, Answer("[200, 200, 600, 600]", frame=BoxFrame(scale=1000)))["score"] == 1
     with pytest.raises(UserError, match="does not declare the frame of its boxes"):
@@ -187,7 +187,7 @@ def test_a_caption_is_scored_by_the_objects_it_names(answer: str, value: float) 
     assert score(question, answer) == pytest.approx(value)
 
 
-def test_figures_are_of_the_kinds_that_are_asked() -> None:
+def test_metrics_cover_the_kinds_that_occur() -> None:
     questions = [
         asking("count", "2"),
         asking("count", "1"),
@@ -213,7 +213,7 @@ def test_figures_are_of_the_kinds_that_are_asked() -> None:
 
 
 def test_intervals_are_over_scenes_not_questions() -> None:
-    """Eight answers on a scene that stand and fall together say no more than one."""
+    """Eight equal answers per scene give the same interval as one answer per scene."""
     scores = [1.0, 0.0, 1.0, 1.0] * 20
 
     def samples(turns: int) -> list[Sample]:
@@ -234,7 +234,7 @@ def test_intervals_are_over_scenes_not_questions() -> None:
     assert intervals(SUITE, samples(8))["accuracy__Scenes-count"] == pytest.approx(expected)
 
 
-def test_an_evaluation_has_a_table_of_the_kinds_that_are_asked(
+def test_the_table_of_an_evaluation_has_the_kinds_that_occur(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = SUITE.read(write_scenes(tmp_path / "data", scenes=6, kinds=("count", "referring")))
@@ -253,7 +253,7 @@ def test_an_evaluation_has_a_table_of_the_kinds_that_are_asked(
     assert len(list((tmp_path / "shown").iterdir())) == 2
 
 
-def test_a_model_without_a_frame_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+def test_a_model_without_a_frame_is_refused_before_it_is_asked(tmp_path: Path) -> None:
     data = SUITE.read(write_scenes(tmp_path / "data", kinds=("count", "referring")))
     model = ScriptedModel(frame=None)
     with pytest.raises(UserError, match="does not declare the frame of its boxes"):
@@ -264,7 +264,7 @@ def test_a_model_without_a_frame_is_refused_before_anything_is_asked(tmp_path: P
 # -- guessing ------------------------------------------------------------------------------------------------
 
 
-def test_guessing_knows_words_by_heart_and_sees_nothing() -> None:
+def test_guessing_memorises_texts_and_sees_no_image() -> None:
     known = [asking("count", "1", "a?")] * 3 + [asking("count", "2", "b?")] * 2
     asked = [asking("count", n, f"{word}?") for word, n in ("a1", "a2", "b2", "b1", "c1", "c2")]
     found = guessing(known, asked)["count"]
@@ -279,7 +279,7 @@ def test_guessing_a_box_takes_the_median() -> None:
     assert guessing(known, [box_question(60, 60, 90, 90)])["referring"] == {"majority": 0.0, "blind": 0.0}
 
 
-def test_guessing_on_scenes_that_were_not_seen_does_not_pay(tmp_path: Path) -> None:
+def test_guessing_scores_low_on_new_scenes(tmp_path: Path) -> None:
     write_dataset(tmp_path / "train", "train", 60, 8)
     known, asked = (
         list(SUITE.questions(tmp_path / "train")),

@@ -1,4 +1,4 @@
-"""Figures of every benchmark, worked out by hand from a script's answers to a miniature of its files."""
+"""Metrics of every benchmark, worked out by hand from scripted answers to miniatures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from localign.vlm.scoring.questions import Answer
 
 
 def sixteen(**probabilities: float) -> list[float]:
-    """Probabilities by answer, as in ``n3=0.5``; elsewhere 0."""
+    """Probabilities by answer, as in ``n3=0.5``; 0 for the other answers."""
     return [probabilities.get(f"n{answer}", 0.0) for answer in range(16)]
 
 
@@ -41,7 +41,7 @@ def test_tallyqa(tmp_path: Path) -> None:
         "2": sixteen(n0=0.7, n1=0.3),  # truth 1: wrong
         "3": sixteen(n0=0.2, n1=0.8),  # truth 1
         "4": sixteen(n15=0.001),  # truth 15; probabilities are divided by their sum
-        "5": sixteen(n2=0.5, n3=0.5),  # truth 2; the first of equals
+        "5": sixteen(n2=0.5, n3=0.5),  # truth 2; the first of equally probable choices
     }
     figures = suite.aggregate(scored(suite, data, likely(script)))
     # simple, 0 against 1: 0.6 lies below one of 0.7 and 0.2, so 1/2; 0.3 and 0.8 around 0.4, so 1/2.
@@ -81,7 +81,7 @@ def test_vsr(tmp_path: Path) -> None:
     [((1, 1), 50.0, 100.0), ((0, 0), 50.0, None)],
     ids=["all true", "all false"],
 )
-def test_a_missing_class_leaves_figures_undefined(
+def test_a_missing_class_leaves_metrics_undefined(
     tmp_path: Path, labels: tuple[int, ...], exact: float, precision: float | None
 ) -> None:
     suite = benchmark("vsr")
@@ -99,7 +99,7 @@ def test_ai2d(tmp_path: Path) -> None:
     data = suite.read(write_ai2d(tmp_path), allow_partial=True)
     script = {
         "2-0": (0.1, 0.2, 0.3, 0.4),  # truth D, the one question of "val"
-        "10-0": (0.25, 0.25, 0.25, 0.25),  # truth A: the first of equals
+        "10-0": (0.25, 0.25, 0.25, 0.25),  # truth A: the first of equally probable choices
         "10-1": (0.5, 0.3, 0.1, 0.1),  # truth B: wrong
     }
     figures = suite.aggregate(scored(suite, data, likely(script)))
@@ -129,7 +129,7 @@ def test_tallyqa_with_classes_and_a_split_missing(tmp_path: Path) -> None:
     suite = benchmark("tallyqa")
     data = suite.read(root, allow_partial=True)
     figures = suite.aggregate(scored(suite, data, likely(dict.fromkeys("123", sixteen(n1=0.7, n2=0.3)))))
-    known = {"Accuracy": 100, "AUCROC": None, "AUCPR": 100}  # one class: nothing to tell it from
+    known = {"Accuracy": 100, "AUCROC": None, "AUCPR": 100}  # a single class has no ROC curve
     expected: dict[str, float | None] = {
         f"accuracy__TallyQA-{part}-{figure}": value if part != "complex" else None
         for part in ("simple", "complex", "final")
@@ -201,10 +201,10 @@ def test_vizwiz(tmp_path: Path) -> None:
     script = {
         "0": "Basil",  # five annotators: 1
         "1": "Unanswerable",  # nine: 1
-        "2": "blurry",  # none, and no answer was to be given
-        "3": "unanswerable.",  # none, although there is an answer
+        "2": "blurry",  # no annotator, and the question cannot be answered
+        "3": "unanswerable.",  # no annotator; the question can be answered
     }
-    # Said to have no answer: 1 and 3; having none: 1 and 2. Precision is 1 of 2 among those, 2 of 4 among all.
+    # Predicted unanswerable: 1 and 3; unanswerable: 1 and 2. Precision is 1 of 2 among these, 2 of 4 among all.
     assert suite.aggregate(scored(suite, data, words(script))) == pytest.approx(
         {
             "accuracy__VizWiz-Overall": 50,
@@ -216,7 +216,7 @@ def test_vizwiz(tmp_path: Path) -> None:
     )
 
 
-def test_vizwiz_compares_with_what_annotators_wrote_unless_strict(tmp_path: Path) -> None:
+def test_vizwiz_normalises_annotators_only_if_strict(tmp_path: Path) -> None:
     data = benchmark("vizwiz").read(write_vizwiz(tmp_path), allow_partial=True)
     for scoring, dont_know, two in (("published", 0.0, 0.6), ("strict", 0.9, 1.0)):
         suite = benchmark("vizwiz", scoring)
@@ -265,7 +265,7 @@ def test_pope(tmp_path: Path) -> None:
         "POPE-adversarial-Recall": 100,
         "POPE-adversarial-F1": 200 / 3,
         "POPE-adversarial-YesShare": 100,
-        "POPE-random-Precision": None,  # nothing is said to be there
+        "POPE-random-Precision": None,  # no answer is yes
         "POPE-random-Recall": 0,
         "POPE-random-F1": 0,
         "POPE-random-YesShare": 0,
@@ -301,7 +301,7 @@ def test_gqa(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "probabilities", [(), (0.5, 0.5, 0.0), (float("nan"), 0.5), (0.0, 0.0), (-0.1, 0.5), (float("inf"), 0.5)]
 )
-def test_what_is_no_probability_stops_the_run(tmp_path: Path, probabilities: tuple[float, ...]) -> None:
+def test_invalid_probabilities_stop_the_run(tmp_path: Path, probabilities: tuple[float, ...]) -> None:
     suite = benchmark("vsr")
     question = suite.read(write_vsr(tmp_path), allow_partial=True).questions[0]
     with pytest.raises(RunFailure, match=f"question {question.id}"):

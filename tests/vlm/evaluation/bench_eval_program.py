@@ -1,4 +1,4 @@
-"""A command line in a process of its own, or in several that torchrun starts."""
+"""Runs a command line in its own process, or in several processes under torchrun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of the Hub, from a cache that a test fills: which commit was evaluated, and no other's answers."""
+"""Models on the Hub, from a cache that the test fills: results name the commit, and commits do not share answers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_revision_is_recorded_pinned_and_part_of_the_answers_keys(tmp_path: Pa
     assert refusal.strip().count("\n") == 0
     assert [model["revision"] for model in models] == [NEW, NEW, OLD, OLD, OLD]
     assert models[0]["weights"] == f"{MODEL}@{NEW}"
-    # A commit by its own name is the same model, and another commit is another one.
+    # A branch and its commit are the same model; another commit is another model.
     assert counts == [counts[0], counts[0], *[2 * counts[0]] * 3]
     one, other = ((tmp_path / name / "answers.jsonl").read_text() for name in ("one", "other"))
     assert one == other

@@ -1,4 +1,4 @@
-"""An evaluation: what is asked, what is remembered, what it leaves behind, whatever interrupts it."""
+"""An evaluation: which questions it asks, which answers it reuses, what it writes, and how it continues."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from localign.vlm.benchmarks.table import BENCHMARKS
 from localign.vlm.benchmarks.vsr import VSR
 from localign.vlm.data.images import open_image
 from localign.vlm.evaluation import run
+from localign.vlm.evaluation.results import write_answers
 from localign.vlm.evaluation.run import Suites, evaluate
 from localign.vlm.scoring.boxes import BoxFrame
 from localign.vlm.scoring.questions import Question
@@ -33,7 +34,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Suites:
 
 @pytest.fixture(scope="module")
 def whole(asked: Suites, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The evaluation that nothing happens to."""
+    """An evaluation without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     evaluate(ScriptedModel(), asked, folder, ALONE, 3)
     return folder
@@ -68,7 +69,7 @@ def test_every_question_is_asked_once_and_logged(asked: Suites, tmp_path: Path) 
     assert results["model"] == {"name": "name", "weights": "one", "boxes": "original:0-1"}
 
 
-def test_results_say_what_they_are_of(asked: Suites, tmp_path: Path) -> None:
+def test_results_describe_questions_and_scoring(asked: Suites, tmp_path: Path) -> None:
     model = ScriptedModel()
     model._words = lambda question: "" if question.id == "RefCOCO-7-9" else "[0, 0, 1, 1]"  # type: ignore[method-assign]
     results = evaluate(model, asked, tmp_path, ALONE, 8)
@@ -96,9 +97,7 @@ def test_an_unchanged_run_asks_nothing(asked: Suites, whole: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("batches", range(7))
-def test_a_run_that_was_cut_off_is_continued(
-    asked: Suites, whole: Path, tmp_path: Path, batches: int
-) -> None:
+def test_an_interrupted_run_continues(asked: Suites, whole: Path, tmp_path: Path, batches: int) -> None:
     first, second = ScriptedModel(patience=batches), ScriptedModel()
     with pytest.raises(Killed):
         evaluate(first, asked, tmp_path, ALONE, 3)
@@ -108,32 +107,31 @@ def test_a_run_that_was_cut_off_is_continued(
     assert_same(tmp_path, whole)
 
 
-def test_a_run_that_ends_while_it_writes_leaves_no_results_of_another_one(
+def test_an_interruption_while_writing_leaves_no_old_results(
     asked: Suites, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(ScriptedModel(weights="two"), asked, tmp_path, ALONE, 3)
-    write = run.write_answers
 
     def killed(*arguments: Any) -> None:
-        write(*arguments)
+        write_answers(*arguments)
         raise Killed
 
-    monkeypatch.setattr(run, "write_answers", killed)
+    monkeypatch.setattr("localign.vlm.evaluation.run.write_answers", killed)
     with pytest.raises(Killed):
         evaluate(ScriptedModel(), asked, tmp_path, ALONE, 3)
-    monkeypatch.setattr(run, "write_answers", write)
+    monkeypatch.setattr("localign.vlm.evaluation.run.write_answers", write_answers)
     assert not (tmp_path / "results.json").exists()
     evaluate(ScriptedModel(patience=0), asked, tmp_path, ALONE, 3)
     assert_same(tmp_path, whole)
 
 
-class LookingModel(ScriptedModel):
-    """Opens the images of what it is asked, as every other model does."""
+class ImageOpeningModel(ScriptedModel):
+    """Opens the images of its questions, as real models do."""
 
-    def _listened(self, questions: Sequence[Question]) -> Sequence[Question]:
+    def _record(self, questions: Sequence[Question]) -> Sequence[Question]:
         for question in questions:
             open_image(question.image)
-        return super()._listened(questions)
+        return super()._record(questions)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -144,7 +142,7 @@ def test_questions_on_a_truncated_image_are_counted_and_named(name: str, tmp_pat
     truncate(broken)
     lost = [question.id for question in data.questions if question.image == str(broken)]
     kept = [question for question in data.questions if question.id not in lost]
-    model = LookingModel()
+    model = ImageOpeningModel()
     if not kept:
         with pytest.raises(
             UserError, match=f"no question of {name} has an image that can be read.*{broken.name}"
@@ -163,31 +161,33 @@ def test_questions_on_a_truncated_image_are_counted_and_named(name: str, tmp_pat
     assert rest is not None
     assert outcome["figures"] == rest["benchmarks"][name]["figures"]
 
-    broken.write_bytes(content)  # once it is mended, what was left out is asked, and nothing else
-    again = LookingModel()
+    broken.write_bytes(content)  # once the image is repaired, only the questions that were left out are asked
+    again = ImageOpeningModel()
     results = evaluate(again, [(suite, data)], tmp_path / "out", ALONE, 3)
     assert sorted(again.asked) == sorted(lost)
     assert results is not None
     assert results["benchmarks"][name]["questions"] == len(data.questions)
 
 
-def test_a_truncated_image_is_refused_where_data_must_be_whole_once_all_others_are_asked(
+def test_a_truncated_image_is_refused_after_all_other_questions_if_data_must_be_complete(
     tmp_path: Path,
 ) -> None:
     [(suite, data)] = suites(tmp_path / "data", "vsr")
     truncate(Path(data.questions[1].image))
-    model, out = LookingModel(), tmp_path / "out"
+    model, out = ImageOpeningModel(), tmp_path / "out"
     with pytest.raises(
         UserError, match=r"vsr are not complete: 1 of 4 questions are left out .*--allow-partial"
     ):
         evaluate(model, [(suite, replace(data, allow_partial=False))], out, ALONE, 2)
     assert len(model.asked) == 3
     assert not (out / "results.json").exists()
-    evaluate(LookingModel(), [(suite, data)], out, ALONE, 2)
+    evaluate(ImageOpeningModel(), [(suite, data)], out, ALONE, 2)
     assert len(lines(out)) == 3
 
 
-def test_answers_cut_off_anywhere_are_asked_again(asked: Suites, whole: Path, tmp_path: Path) -> None:
+def test_questions_with_incomplete_cached_answers_are_asked_again(
+    asked: Suites, whole: Path, tmp_path: Path
+) -> None:
     content = (whole / "responses/rank0.jsonl").read_bytes()
     file = tmp_path / "responses/rank0.jsonl"
     file.parent.mkdir()
@@ -200,16 +200,14 @@ def test_answers_cut_off_anywhere_are_asked_again(asked: Suites, whole: Path, tm
 
 
 @pytest.mark.parametrize(("weights", "words"), [("two", "Q: {} A:"), ("one", "In: {}\nOut:")])
-def test_another_model_or_prompt_gets_no_old_answer(
+def test_another_model_or_prompt_uses_no_cached_answer(
     asked: Suites, whole: Path, tmp_path: Path, weights: str, words: str
 ) -> None:
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     model = ScriptedModel(weights, words)
     evaluate(model, asked, tmp_path, ALONE, 3)
     assert sorted(model.asked) == sorted(ids(asked))
-    evaluate(
-        ScriptedModel(patience=0), asked, tmp_path, ALONE, 3
-    )  # the old answers are still the old model's
+    evaluate(ScriptedModel(patience=0), asked, tmp_path, ALONE, 3)  # the old model's answers are still there
     assert_same(tmp_path, whole)
 
 
@@ -238,7 +236,7 @@ def test_a_changed_question_image_or_version_is_asked_again(
     assert sorted(model.asked) == sorted(ids(data))
 
 
-def test_a_larger_subset_asks_only_what_is_new(tmp_path: Path) -> None:
+def test_a_larger_subset_asks_only_its_new_questions(tmp_path: Path) -> None:
     small, large = ScriptedModel(), ScriptedModel()
     results = evaluate(small, suites(tmp_path, "pope", "gqa", limit=1), tmp_path / "out", ALONE, 3)
     assert results is not None
@@ -254,7 +252,7 @@ def test_ranks_share_the_questions(
 ) -> None:
     monkeypatch.setattr(DistributedContext, "barrier", lambda self: None)
     shares = []
-    for rank in (2, 1):  # the main rank has the last word
+    for rank in (2, 1):  # the main rank comes last
         model = ScriptedModel()
         pending = [run._keyed(model, s, q) for s, data in asked for q in data.questions]
         run.answer_pending(model, pending, tmp_path, DistributedContext(rank, 3, rank, CPU), 2)
@@ -264,11 +262,15 @@ def test_ranks_share_the_questions(
     run.answer_pending(main, pending, tmp_path, DistributedContext(0, 3, 0, CPU), 2)
     assert sorted([*shares[0], *shares[1], *main.asked]) == sorted(ids(asked))
     assert max(map(len, (*shares, main.asked))) - min(map(len, (*shares, main.asked))) <= 1
-    evaluate(ScriptedModel(patience=0), asked, tmp_path, ALONE, 3)  # and one rank goes on from three
+    evaluate(
+        ScriptedModel(patience=0), asked, tmp_path, ALONE, 3
+    )  # one rank continues the evaluation of three
     assert_same(tmp_path, whole)
 
 
-def test_what_cannot_be_scored_is_refused_before_anything_is_asked(asked: Suites, tmp_path: Path) -> None:
+def test_answers_that_cannot_be_scored_are_refused_before_the_model_is_asked(
+    asked: Suites, tmp_path: Path
+) -> None:
     model = ScriptedModel(frame=None)
     with pytest.raises(UserError, match="does not declare the frame of its boxes"):
         evaluate(model, asked, tmp_path, ALONE, 3)

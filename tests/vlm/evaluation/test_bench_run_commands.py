@@ -1,4 +1,4 @@
-"""The commands: eval, score and show, from the command line to files."""
+"""The commands vlm eval, vlm score and vlm show, from the command line to files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An evaluation "one" of a scripted model."""
+    """A folder with the evaluation "one" of a scripted model."""
     root = tmp_path_factory.mktemp("scripted")
     asked = suites(root / "data", "refcoco", "gqa", "vqav2", "pope")
     evaluate(ScriptedModel(), asked, root / "one", ALONE, 8, "one")
@@ -60,7 +60,7 @@ def localign(command: str) -> None:
 
 
 def line_of(capsys: pytest.CaptureFixture[str], command: str) -> str:
-    """The one line of a command that must be refused."""
+    """The single line with which a command is refused."""
     capsys.readouterr()
     assert main(shlex.split(command)) == 2
     said = capsys.readouterr().err.strip()
@@ -115,7 +115,7 @@ def test_a_finished_evaluation_loads_no_weights(
         ("", "eval needs a model, --benchmarks and --data"),
         ("MODEL --benchmarks gqa", "eval needs a model, --benchmarks and --data"),
         ("MODEL --benchmarks gqx --data DATA", "unknown benchmark 'gqx'; known: "),
-        ("MODEL --benchmarks gqa,gqa --data DATA", "takes names, each once"),
+        ("MODEL --benchmarks gqa,gqa --data DATA", "--benchmarks names a benchmark twice"),
         ("MODEL --benchmarks gqa --data DATA", "the data of gqa are not complete"),
         ("MODEL --benchmarks vsr --data DATA", "there is no file"),
         (
@@ -147,7 +147,7 @@ def test_bad_use_is_one_line(
 # -- score ---------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_made_again_without_model_and_data(scripted: Path, tmp_path: Path) -> None:
+def test_rescoring_needs_neither_model_nor_data(scripted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(scripted / "one", folder)
     shutil.rmtree(folder / "responses")
@@ -179,7 +179,7 @@ def test_published_and_strict_scoring_differ(tmp_path: Path) -> None:
         results = content(tmp_path / "out" / "results.json")["benchmarks"]
         return float(results["gqa"]["figures"]["accuracy"]["value"])
 
-    assert accuracy() == 0  # the published rule takes the hyphen out of the prediction alone
+    assert accuracy() == 0  # the published rule deletes the hyphen in the prediction only
     localign(f"vlm score {tmp_path / 'out'} --scoring strict")
     assert accuracy() == 50
 
@@ -188,7 +188,7 @@ def test_bad_use_of_score_is_one_line(
     scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = scripted / "one"
-    assert "score what?" in line_of(capsys, "vlm score")
+    assert "score needs one or more folders" in line_of(capsys, "vlm score")
     assert "with itself" in line_of(capsys, f"vlm score {one} {one}")
     assert "--out has no effect" in line_of(capsys, f"vlm score {one} --out x")
     assert "there is no file" in line_of(capsys, f"vlm score {tmp_path}")
@@ -228,7 +228,7 @@ def test_wrong_answers_are_drawn(scripted: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "pope").iterdir())) == 6
 
 
-def test_both_boxes_are_drawn_where_they_are(scripted: Path) -> None:
+def test_both_boxes_are_drawn_in_their_places(scripted: Path) -> None:
     record = read_answers(scripted / "one" / "answers.jsonl")["refcoco"][0]
     record |= {"truth": [0.0, 0.0, 0.5, 0.5], "parsed": [0.25, 0.25, 1.0, 1.0]}
     picture = draw_record(record)
@@ -255,7 +255,7 @@ def test_long_and_strange_texts_fit(scripted: Path) -> None:
 def test_bad_use_of_show_is_one_line(
     scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "show what?" in line_of(capsys, "vlm show")
+    assert "show needs an answers.jsonl" in line_of(capsys, "vlm show")
     assert "there is no file" in line_of(capsys, f"vlm show {tmp_path}")
     assert "holds no answers to vsr" in line_of(capsys, f"vlm show {scripted / 'one'} --benchmarks vsr")
     assert "--limit must be at least 1" in line_of(capsys, f"vlm show {scripted / 'one'} --limit 0")

@@ -1,4 +1,4 @@
-"""Models behind the interface: the same answers in any batch, choices compared by their first token."""
+"""Models behind the interface: answers do not depend on the batch, and choices are compared by their first token."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def opened(folder: Path, frame: BoxFrame | None = None) -> LazyModel:
 
 
 @pytest.mark.parametrize("kind", SAVERS)
-def test_texts_of_a_batch_are_those_of_single_questions(
+def test_texts_do_not_depend_on_the_batch(
     kind: str, folders: dict[str, Path], questions: dict[str, list[Question]]
 ) -> None:
     model = opened(folders[kind])
@@ -52,7 +52,7 @@ def test_texts_of_a_batch_are_those_of_single_questions(
 
 
 @pytest.mark.parametrize("kind", SAVERS)
-def test_probabilities_of_a_batch_are_those_of_single_questions(
+def test_probabilities_do_not_depend_on_the_batch(
     kind: str, folders: dict[str, Path], questions: dict[str, list[Question]]
 ) -> None:
     model = opened(folders[kind])
@@ -101,7 +101,7 @@ def test_choices_of_several_tokens_are_refused(kind: str, folders: dict[str, Pat
 
 def test_choices_are_taken_as_the_chat_template_writes_them(tmp_path: Path) -> None:
     model = opened(save_tiny_llava(tmp_path, before_answers=" "))
-    with pytest.raises(UserError, match="the choice 'A' is 2 tokens"):  # the space is one of its own
+    with pytest.raises(UserError, match="the choice 'A' is 2 tokens"):  # the space is a token of its own
         model.check_choices(("A", "B"))
 
 
@@ -113,7 +113,7 @@ def test_no_weights_are_loaded_for_prompts_and_checks(folders: dict[str, Path]) 
         assert "model" not in vars(model)
 
 
-def test_image_marks_in_a_question_mark_nothing(
+def test_image_marks_in_a_question_are_ignored(
     folders: dict[str, Path], questions: dict[str, list[Question]]
 ) -> None:
     marked = next(question for question in questions["ai2d"] if "<image>" in question.message)
@@ -141,7 +141,7 @@ def test_a_fingerprint_is_of_the_content(folders: dict[str, Path], tmp_path: Pat
     assert same != fingerprint_of(str(again))
 
 
-def test_what_is_no_model_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_other_folders_are_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=f"{tmp_path} does not hold a model"):
         fingerprint_of(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')

@@ -1,4 +1,4 @@
-"""Our models and benchmarks through lmms-eval: the figures are those of our own engine."""
+"""Our models and benchmarks through lmms-eval: the metrics equal our own engine's."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from localign.vlm.evaluation.models import open_model
 from localign.vlm.evaluation.results import read_answers
 from localign.vlm.scoring.questions import Question
 
-# The package brings ninety others: it is no part of the extra "dev".
+# The package needs ninety others, so the extra "dev" does not contain it.
 lmms_eval = pytest.importorskip("lmms_eval.evaluator", reason="needs the extra localign[lmms-eval]")
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Whatever wants to reach the network fails; caches are the test's own."""
+    """Refuse network access, and give the test its own caches."""
 
     def refuse(*_: Any) -> None:
         raise OSError("there is no network in tests")
@@ -69,13 +69,13 @@ def evaluated(command: str, out: Path) -> dict[str, Any]:
 
 
 def own_samples(out: Path, name: str) -> list[dict[str, Any]]:
-    """What lmms-eval wrote of a task's answers, in the order of the documents."""
+    """lmms-eval's log of a task's answers, in the order of the documents."""
     (path,) = (out / "lmms-eval" / name).rglob(f"*_samples_{name}.jsonl")
     return sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
 
 
 def one_word_tasks(folder: Path) -> None:
-    """lmms-eval's own POPE on local data, and a choice that lmms-eval scores by itself."""
+    """Write lmms-eval's own POPE on local data, and a multiple-choice task that lmms-eval scores."""
     from datasets import Dataset, Image
     from vlm_models import picture
 
@@ -106,7 +106,7 @@ def one_word_tasks(folder: Path) -> None:
         ("llava", "--benchmarks tallyqa,ocid-ref --boxes original:0-1000"),
     ],
 )
-def test_figures_and_answers_are_those_of_our_own_engine(
+def test_metrics_and_answers_equal_our_own_engine(
     model: str, options: str, data: Path, models: Path, tmp_path: Path
 ) -> None:
     command = f"{models / model} {options} --data {data} --allow-partial --batch-size 2"
@@ -155,7 +155,7 @@ class HashedModel(ScriptedModel):
         return self._numbers(asked, 1)[0]
 
 
-def test_answers_right_and_wrong_are_averaged_as_we_do(data: Path) -> None:
+def test_right_and_wrong_answers_are_averaged_as_in_our_own_engine(data: Path) -> None:
     from lmms_eval.tasks import TaskManager
 
     from localign.vlm.lmms.model import LocalignLMM
@@ -180,7 +180,7 @@ def test_answers_right_and_wrong_are_averaged_as_we_do(data: Path) -> None:
         assert len({sample["score"] for sample in samples}) > 1 or name == "tallyqa"
 
 
-def test_scores_are_made_again_from_the_answers(data: Path, models: Path, tmp_path: Path) -> None:
+def test_answers_can_be_rescored(data: Path, models: Path, tmp_path: Path) -> None:
     command = f"{models / 'localign'} --benchmarks vsr,ocid-ref --data {data} --allow-partial"
     before = evaluated(f"{command} --engine lmms-eval", tmp_path)
     assert main(["vlm", "score", str(tmp_path)]) == 0
@@ -190,7 +190,7 @@ def test_scores_are_made_again_from_the_answers(data: Path, models: Path, tmp_pa
 def test_lmms_eval_finds_model_and_tasks_by_name(
     data: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As its own command line does: the entry point's manifest, ``--model_args``, ``--include_path``."""
+    """lmms-eval's own command line uses the entry point's manifest, ``--model_args`` and ``--include_path``."""
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.tasks import TaskManager
 
@@ -274,7 +274,7 @@ def test_its_own_scores_are_kept(
     assert figures["pope_accuracy,none"] == 1
 
 
-# -- what is refused -----------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_several_processes_are_refused(
 
 
 def request(text: str, settings: dict[str, Any], images: int = 1) -> Any:
-    """What lmms-eval asks, of a document that says how many images it has."""
+    """A request of lmms-eval on a document that is its own number of images."""
     from lmms_eval.api.instance import Instance
     from vlm_models import picture
 
@@ -342,7 +342,7 @@ def request(text: str, settings: dict[str, Any], images: int = 1) -> Any:
     return Instance("generate_until", (text, settings, visual, images, "some_task", "test"), 0, metadata)
 
 
-def test_answers_end_where_a_task_wants_it(models: Path) -> None:
+def test_answers_end_at_the_tasks_end_strings(models: Path) -> None:
     from localign.vlm.lmms.model import LocalignLMM
 
     model = LocalignLMM(open_model(str(models / "localign"), "x", CPU, torch.float32), 2)
@@ -373,7 +373,7 @@ def test_answers_end_where_a_task_wants_it(models: Path) -> None:
         ({}, 2, "some_task asks about 2 images at once"),
     ],
 )
-def test_what_our_models_cannot_do_is_refused(
+def test_unsupported_requests_are_refused(
     settings: dict[str, Any], images: int, said: str, models: Path
 ) -> None:
     from localign.vlm.lmms.model import LocalignLMM

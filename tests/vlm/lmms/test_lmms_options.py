@@ -1,4 +1,4 @@
-"""The engine lmms-eval where the package need not be installed: options, refusals, and the task files."""
+"""The engine lmms-eval without its package: options, refusals and task files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boxes: what is read, in which frame, and what is refused."""
+"""Boxes: parsing, frames, overlap, and refusals."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def test_round_trips_are_exact(frame: BoxFrame) -> None:
         ("padded-square:0-1", (0.1, 0.375, 0.5, 0.75)),
         ("padded-square:0-1000", (100, 375, 500, 750)),
         ("letterboxed:336x336:0-1", (0.1, 0.375, 0.5, 0.75)),
-        # an input twice as wide as high takes the image without padding
+        # an input twice as wide as high needs no padding
         ("letterboxed:100x200:0-100", (10, 25, 50, 100)),
-        # one four times as wide as high gets 100 columns on either side: x = 20 is at 120 of 400
+        # an input four times as wide as high adds 100 columns on either side: x = 20 is at 120 of 400
         ("letterboxed:100x400:0-1", (0.3, 0.25, 0.5, 1.0)),
     ],
 )
@@ -94,10 +94,10 @@ def test_boxes_of_different_frames_or_images_are_not_compared() -> None:
     with pytest.raises(UserError, match="100 x 100"):
         iou(truth, Box.of_pixels((20, 25, 100, 100), Size(100, 100)))
     assert iou(answered.to(ORIGINAL), truth) == pytest.approx(1)
-    assert overlap(answered.corners, truth.corners) < 0.6  # what silence would have scored
+    assert overlap(answered.corners, truth.corners) < 0.6  # the score without the conversion
 
 
-def test_padding_is_no_part_of_a_box() -> None:
+def test_padding_is_cut_off() -> None:
     # rows -50..50 of a 200 x 100 image in a square: the upper half lies on padding
     box = Box((0.0, 0.0, 1.0, 0.5), BoxFrame("padded-square"), WIDE)
     assert box.pixels() == pytest.approx((0, -50, 200, 50))
@@ -110,7 +110,7 @@ def test_intersection_over_union_by_hand() -> None:
     assert overlap((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
     assert overlap((0, 0, 1, 1), (1, 0, 2, 1)) == 0
     assert overlap((0, 0, 4, 4), (1, 1, 3, 3)) == pytest.approx(4 / 16)
-    assert overlap((0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5)) == 0  # nothing over nothing
+    assert overlap((0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5)) == 0  # two empty boxes
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_published_boxes(text: str) -> None:
         "\x00",
     ],
 )
-def test_anything_else_is_no_published_box(text: str) -> None:
+def test_other_texts_are_not_published_boxes(text: str) -> None:
     assert parse_published(text, ORIGINAL) is None
 
 
@@ -172,7 +172,7 @@ def test_the_published_truth_is_rounded() -> None:
         "<box>(0.1,0.2),(0.3,0.4)</box>",
     ],
 )
-def test_declared_boxes_are_read_out_of_words(text: str) -> None:
+def test_declared_boxes_are_found_in_sentences(text: str) -> None:
     assert parse_box(text, ORIGINAL, WIDE) == Box((0.1, 0.2, 0.3, 0.4), ORIGINAL, WIDE)
 
 
@@ -190,7 +190,7 @@ def test_declared_boxes_are_read_out_of_words(text: str) -> None:
         ("[0.3, 0.2, 0.3, 0.4]", "corners out of order"),
     ],
 )
-def test_why_an_answer_names_no_place(text: str, fault: str) -> None:
+def test_why_an_answer_names_no_box(text: str, fault: str) -> None:
     assert parse_box(text, ORIGINAL, WIDE) == fault
 
 

@@ -15,7 +15,7 @@ from bench_files import likely, scored, words, write_pope, write_vqav2
 from test_bench_scores import VQA
 
 from localign.errors import UserError
-from localign.statistics import bootstrap as bootstrap_module
+from localign.statistics.bootstrap import replicate_weights
 from localign.statistics.mcnemar import check_same_questions
 from localign.statistics.resampling import ResampledDifference, paired_differences
 from localign.vlm.benchmarks.table import benchmark
@@ -24,7 +24,7 @@ from localign.vlm.scoring.questions import Sample
 
 
 def samples(scores: Iterable[float], per_image: int = 1) -> list[Sample]:
-    """Of VQAv2, whose first figure is the mean score."""
+    """Samples of VQAv2, whose first metric is the mean score."""
     return [
         {
             "id": str(number),
@@ -61,7 +61,7 @@ def test_the_interval_of_a_proportion() -> None:
 
 
 def test_questions_on_one_image_are_drawn_together() -> None:
-    """Ten equal answers on each image say no more than one: the interval is that of the images."""
+    """Ten equal answers per image give the same interval as one answer per image."""
     scores = np.random.default_rng(0).binomial(1, 0.7, 200)
     assert accuracy_interval(samples(np.repeat(scores, 10), per_image=10)) == pytest.approx(
         accuracy_interval(samples(scores))
@@ -71,20 +71,20 @@ def test_questions_on_one_image_are_drawn_together() -> None:
 def test_the_order_of_samples_and_the_size_of_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = samples(np.random.default_rng(0).random(60), per_image=2)
     shuffled = random.Random(0).sample(found, len(found))
-    whole = bootstrap(SUITE, found)["accuracy"]
-    torch.testing.assert_close(bootstrap(SUITE, shuffled)["accuracy"], whole)
-    monkeypatch.setattr(bootstrap_module, "CHUNK_BYTES", 8 * 60 * 7)
-    torch.testing.assert_close(bootstrap(SUITE, found)["accuracy"], whole)
+    expected = bootstrap(SUITE, found)["accuracy"]
+    torch.testing.assert_close(bootstrap(SUITE, shuffled)["accuracy"], expected)
+    monkeypatch.setattr("localign.statistics.bootstrap.CHUNK_BYTES", 8 * 60 * 7)
+    torch.testing.assert_close(bootstrap(SUITE, found)["accuracy"], expected)
 
 
-def test_every_figure_of_a_benchmark_has_an_interval(tmp_path: Path) -> None:
+def test_every_metric_of_a_benchmark_has_an_interval(tmp_path: Path) -> None:
     suite = benchmark("pope")
     data = suite.read(write_pope(tmp_path), allow_partial=True)
     found = scored(suite, data, likely({q.id: (0.9, 0.1) for q in data.questions}))
     assert set(intervals(suite, found, 20)) == set(suite.aggregate(found))
 
 
-def test_figures_that_are_never_defined_have_no_interval(tmp_path: Path) -> None:
+def test_metrics_that_are_never_defined_have_no_interval(tmp_path: Path) -> None:
     suite = benchmark("pope")
     data = suite.read(write_pope(tmp_path, ("no", "no")), allow_partial=True)
     found = scored(suite, data, likely({q.id: (0.9, 0.1) for q in data.questions}))
@@ -92,7 +92,7 @@ def test_figures_that_are_never_defined_have_no_interval(tmp_path: Path) -> None
 
 
 def test_differences_are_paired() -> None:
-    """Both models are right on the same questions but for a few: their difference is far surer than either."""
+    """Two models that differ on few questions: their difference has a much narrower interval than each model."""
     first = np.random.default_rng(0).binomial(1, 0.5, 1000)
     second = first.copy()
     second[np.flatnonzero(first == 0)[:20]] = 1
@@ -114,10 +114,9 @@ def test_models_that_answered_different_questions_are_not_compared(tmp_path: Pat
 
 @pytest.mark.slow
 def test_the_interval_of_a_difference_covers_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1,000 pairs of models whose true difference is 4 points, on 150 images of 1 to 4 questions that hang together."""
-    monkeypatch.setattr(
-        bootstrap_module, "replicate_weights", functools.cache(bootstrap_module.replicate_weights)
-    )
+    """1,000 pairs of models with a true difference of 4 points, on 150 images with 1 to 4 correlated questions each."""
+    cached_weights = functools.cache(replicate_weights)
+    monkeypatch.setattr("localign.statistics.bootstrap.replicate_weights", cached_weights)
     draw = np.random.default_rng(7)
     covered = 0
     for _ in range(1000):

@@ -1,4 +1,4 @@
-"""Figures: values by hand, and on resampled data equal to the figure of the data so resampled."""
+"""Metrics: values by hand; and each replicate equals the metric of the samples that it draws."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from localign.vlm.scoring.metrics import (
 )
 
 Make = Callable[[Rows], Statistic]
-"""A figure of the samples that are named, some of them maybe several times."""
+"""Makes a metric of the given samples; a sample may occur several times."""
 
 
 def brute_auroc(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> float | None:
-    """The share of pairs of a positive and a negative that are in order; a tie is half right."""
+    """The share of pairs of a positive and a negative that are in order; a tie counts half."""
     pairs = [
         (p > n) + (p == n) / 2
         for p, n in itertools.product(
@@ -39,7 +39,7 @@ def brute_auroc(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> float
 
 
 def brute_average_precision(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> float | None:
-    """The mean over positives of the share of positives among what scores as high."""
+    """The mean over positives of the precision among the samples that score at least as high."""
     found = [
         np.mean([label for s, label in zip(scores, labels, strict=True) if s >= score])
         for score, positive in zip(scores, labels, strict=True)
@@ -63,11 +63,11 @@ def test_areas_by_hand() -> None:
     assert Auroc([0.1, 0.4, 0.35, 0.8], [False, False, True, True]).value() == pytest.approx(0.75)
     # 1 at 0.8, 2/3 at 0.35
     assert AveragePrecision([0.1, 0.4, 0.35, 0.8], [False, False, True, True]).value() == pytest.approx(5 / 6)
-    # a sum of probabilities that rounds to more than 1 is still a probability
+    # a sum of probabilities may round to more than 1
     assert Auroc([1 + 1e-15, 0.5, 0.6], [True, False, False]).value() == 1
 
 
-def test_what_is_not_defined_is_none() -> None:
+def test_undefined_values_are_none() -> None:
     assert Auroc([0.1, 0.4], [True, True]).value() is None
     assert Auroc([0.1, 0.4], [False, False]).value() is None
     assert Auroc([], []).value() is None
@@ -81,7 +81,7 @@ def test_what_is_not_defined_is_none() -> None:
     assert one_vs_one_auroc(np.ones((0, 4)), []).value() is None
 
 
-def test_one_against_one_leaves_out_what_does_not_occur() -> None:
+def test_one_against_one_leaves_out_classes_that_do_not_occur() -> None:
     table = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1]])
     # classes 0 and 1 occur. Column 0: 0.6 and 0.5 of class 0 above 0.2. Column 1: 0.7 above 0.3 and 0.4
     assert one_vs_one_auroc(table, [0, 1, 0]).value() == 1
@@ -108,7 +108,7 @@ def table(seed: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 PROBABILITIES, LABELS = table(0)
 SCORES = PROBABILITIES[:, 0]
-FIGURES: dict[str, Make] = {
+METRICS: dict[str, Make] = {
     "ratio": lambda rows: Ratio(SCORES[rows] * (LABELS[rows] == 0), LABELS[rows] == 0),
     "auroc": lambda rows: Auroc(SCORES[rows], LABELS[rows] == 0),
     "average precision": lambda rows: AveragePrecision(SCORES[rows], LABELS[rows] == 0),
@@ -118,9 +118,9 @@ FIGURES: dict[str, Make] = {
 }
 
 
-@pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES)
-def test_replicates_are_the_figure_of_what_was_drawn(make: Make) -> None:
-    unit = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5, 5, 6, 6])  # samples that are drawn together
+@pytest.mark.parametrize("make", METRICS.values(), ids=METRICS)
+def test_replicates_equal_the_metric_of_the_drawn_samples(make: Make) -> None:
+    unit = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5, 5, 6, 6])  # the cluster of each sample
     weights = torch.from_numpy(np.random.default_rng(1).multinomial(7, [1 / 7] * 7, 40)).float()
     replicates = make(np.arange(12)).replicates(Resamples(weights, unit))
     assert replicates.dtype == torch.float64
@@ -132,7 +132,7 @@ def test_replicates_are_the_figure_of_what_was_drawn(make: Make) -> None:
     assert undefined < 20
 
 
-def test_figures_over_some_samples_draw_those() -> None:
+def test_metrics_over_some_samples_draw_those_samples() -> None:
     rows = np.array([3, 4, 5, 10])
     draws = Resamples(torch.rand(9, 12), torch.arange(12))
     for name, part in (
@@ -142,7 +142,7 @@ def test_figures_over_some_samples_draw_those() -> None:
     ):
         chosen = torch.zeros(12)
         chosen[torch.from_numpy(rows)] = 1
-        everything = FIGURES[name] if name != "ratio" else lambda r: Ratio(SCORES[r])
+        everything = METRICS[name] if name != "ratio" else lambda r: Ratio(SCORES[r])
         alone = Resamples(draws.counts(np.arange(12)).T * chosen, torch.arange(12))
         torch.testing.assert_close(
             part.replicates(draws), everything(np.arange(12)).replicates(alone), equal_nan=True

@@ -1,4 +1,4 @@
-"""Normalised answers and soft scores: equal to the published evaluators', and one normaliser that is symmetric."""
+"""Normalisers and soft scores equal the published evaluators; the strict normaliser is symmetric."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_only_the_first_32_full_stops_are_deleted() -> None:
 
 
 def step_by_step(text: str) -> str:
-    """The punctuation step as it is written down, without short cuts."""
+    """The published punctuation step without shortcuts."""
     result = text
     for mark in [*';/[]"{}()=+\\_-><@`,?!']:
         if mark + " " in text or " " + mark in text or re.search(r"\d,\d", text):
@@ -77,7 +77,7 @@ def step_by_step(text: str) -> str:
     return re.sub(r"\.(?!\d)", "", result, count=32)
 
 
-def test_the_short_cuts_of_the_punctuation_step_change_nothing() -> None:
+def test_shortcuts_of_the_punctuation_step_change_nothing() -> None:
     draw = random.Random(0)
     texts = ["".join(draw.choices("ab12 ,.-/?'é\\_", k=draw.randrange(12))) for _ in range(3000)]
     assert [VQAV2.truth(text) for text in texts] == [step_by_step(text) for text in texts]
@@ -88,7 +88,7 @@ def test_there_are_120_contractions_and_most_of_vizwiz_have_backticks() -> None:
     assert len(normalisation.CONTRACTIONS) == len(normalisation.VIZWIZ_CONTRACTIONS) == 120
     assert (
         sum("`" in value for value in normalisation.VIZWIZ_CONTRACTIONS.values()) == 111
-    )  # 8 plain, 1 without any
+    )  # 8 have apostrophes, 1 has neither
     assert normalisation.VIZWIZ_CONTRACTIONS["couldn'tve"] == "couldn`t`ve"
     assert "couldnt've" not in normalisation.VIZWIZ_CONTRACTIONS
 
@@ -122,18 +122,18 @@ def test_published_sides_differ_and_strict_sides_do_not() -> None:
         ("none", "0"),
     ],
 )
-def test_strict_makes_one_form_of_what_means_the_same(one: str, other: str) -> None:
+def test_strict_makes_answers_of_equal_meaning_equal(one: str, other: str) -> None:
     assert strict(one) == strict(other)
 
 
 @pytest.mark.parametrize(
     ("one", "other"), [("3.5", "35"), ("a", "the"), ("7:30", "730"), ("?", "!"), ("1,5", "15")]
 )
-def test_strict_keeps_apart_what_does_not(one: str, other: str) -> None:
+def test_strict_keeps_answers_of_different_meaning_apart(one: str, other: str) -> None:
     assert strict(one) != strict(other)
 
 
-def test_strict_leaves_no_answer_empty_and_is_done_after_once() -> None:
+def test_strict_leaves_no_answer_empty_and_is_idempotent() -> None:
     assert [strict(text) for text in ("A", "the", "?", "'", "", "  ")] == ["a", "the", "?", "'", "", ""]
     draw = random.Random(1)
     for _ in range(3000):

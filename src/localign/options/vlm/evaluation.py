@@ -1,4 +1,4 @@
-"""Config classes of the commands that put benchmarks to models."""
+"""Options of `localign vlm eval`, `vlm score` and `vlm show`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from localign.errors import UserError
 Scoring = Literal["default", "published", "strict"]
 
 IN_LMMS_EVAL = ("tallyqa", "vsr", "ocid-ref")
-"""Our benchmarks that lmms-eval lacks, and has from us; every other name is one of its own tasks."""
+"""The benchmarks that lmms-eval lacks and localign adds as tasks; every other name is a task of lmms-eval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Put benchmarks to a vision-language model; one that was cut off is continued, and nothing is asked twice."""
+    """Evaluate a vision-language model on benchmarks. An interrupted evaluation continues; questions are asked once."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
         "Model": "model revision boxes dtype",
@@ -25,33 +25,33 @@ class EvalConfig:
     model: str = ""
     """A run folder of `localign vlm train`, its export, or an image-text-to-text model of transformers."""
     revision: str | None = None
-    """Of a model of the Hub: its branch, tag or commit; default main. Results hold the commit that it stood for."""
+    """Branch, tag or commit of a model on the Hub; default main. The results name the commit."""
     benchmarks: tuple[str, ...] = ()
-    """Which: refcoco, ocid-ref, tallyqa, vsr, ai2d, textvqa, textvqa-ocr, vqav2, vizwiz, pope, gqa; scenes. With
-    --engine lmms-eval: tallyqa, vsr, ocid-ref, and names of that package's own tasks, as pope or mmstar."""
+    """Benchmarks: refcoco, ocid-ref, tallyqa, vsr, ai2d, textvqa, textvqa-ocr, vqav2, vizwiz, pope, gqa, scenes. With
+    --engine lmms-eval: tallyqa, vsr, ocid-ref, and the package's own tasks, such as pope or mmstar."""
     data: str = ""
-    """Folder that holds download/, with the benchmarks' official files; for scenes, what `vlm demo` wrote as "test".
-    Own tasks of lmms-eval fetch theirs."""
+    """Folder with the benchmarks' official files in download/. For scenes: the folder "test" of `vlm demo`. The own
+    tasks of lmms-eval download their data themselves."""
     engine: Literal["localign", "lmms-eval"] = "localign"
-    """Who asks and averages: localign, or the package lmms-eval (the extra localign[lmms-eval]), in one process and
-    from the beginning each time."""
+    """The engine that asks and averages: localign, or the package lmms-eval (install localign[lmms-eval]). lmms-eval
+    runs in one process and always starts from the beginning."""
     task_folders: tuple[str, ...] = ()
-    """Folders of further tasks, with --engine lmms-eval; for example its own on local data."""
+    """Folders with further tasks for --engine lmms-eval, for example its own tasks on local data."""
     out: str = "eval"
-    """Folder of answers and results."""
+    """Folder for answers and results."""
     limit: int | None = None
-    """Questions of each split, at most; default all. A smaller subset is part of every larger one. Of lmms-eval's own
-    tasks: questions of each task."""
+    """Maximum number of questions per split; default all. A smaller subset is part of every larger one. For the own
+    tasks of lmms-eval: maximum number of questions per task."""
     allow_partial: bool = False
-    """Go on where files hold other numbers of questions than the official ones, or images are missing."""
+    """Accept missing images, and files whose number of questions differs from the official one."""
     batch_size: int = 16
-    """Questions asked together, on each rank; it changes no answer."""
+    """Questions per batch and rank. Answers do not depend on it."""
     scoring: Scoring = "default"
-    """published: all by the published rules, faults included. strict: answers and truth normalised alike, where a
-    benchmark has that. default: words by the published rules, boxes in the frame that the model declares."""
+    """published: the published rules, with their faults. strict: predictions and right answers are normalised alike, in
+    benchmarks with answers in words. default: the published rules for words, and boxes in the model's own frame."""
     boxes: str | None = None
-    """What coordinates in answers mean, as LAYOUT:0-SCALE: original:0-1 (shares of the image), letterboxed:336x336:0-1,
-    ...; default what the model declares."""
+    """Frame of coordinates in answers, as LAYOUT:0-SCALE: original:0-1 (shares of the image), letterboxed:336x336:0-1,
+    padded-square:0-100, ...; default the frame that the model declares."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, float32 elsewhere."""
     device: str = "auto"
@@ -64,13 +64,13 @@ class EvalConfig:
         if self.engine == "localign" and self.task_folders:
             raise UserError("--task-folders has no effect without --engine lmms-eval")
         if without_data:
-            self._refuse_what_is_of_benchmarks()
+            self._refuse_options_of_benchmarks()
         if len(set(self.benchmarks)) < len(self.benchmarks):
-            raise UserError("--benchmarks takes names, each once")
+            raise UserError("--benchmarks names a benchmark twice")
         if self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
 
-    def _refuse_what_is_of_benchmarks(self) -> None:
+    def _refuse_options_of_benchmarks(self) -> None:
         given = {
             "--data": self.data != "",
             "--allow-partial": self.allow_partial,
@@ -79,48 +79,48 @@ class EvalConfig:
         }
         for option in [option for option, is_given in given.items() if is_given]:
             raise UserError(
-                f"{option} has no effect on lmms-eval's own tasks, only on {', '.join(IN_LMMS_EVAL)}"
+                f"{option} has no effect on lmms-eval's own tasks; only {', '.join(IN_LMMS_EVAL)} use it"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """Score answers again, without the model; with several folders compare their models, in tables and figures."""
+    """Score the answers of one evaluation again, or compare the models of several evaluations in tables and charts."""
 
     runs: tuple[str, ...] = ()
-    """Folders that `localign vlm eval` wrote, each maybe as NAME=folder; the first is what the others are compared
-    with. Folders of one NAME (given again, or NAME=runs/eval-seed*) are trainings with different seeds.
-    PANEL/NAME=folder, or FIGURE/PANEL/NAME=folder, puts models into panels, each with a first one of its own."""
+    """Folders of `localign vlm eval`, as FOLDER or NAME=FOLDER. Models are compared with the first one. A NAME given
+    again, or a pattern such as NAME=runs/eval-seed*, adds training seeds. PANEL/NAME=FOLDER and
+    FIGURE/PANEL/NAME=FOLDER put models into panels; each panel is compared with its first model."""
     scoring: Scoring = "default"
     """default, published or strict, as for `localign vlm eval`."""
     out: str | None = None
-    """Folder of the comparison's tables and figures; default "comparison". Of a single folder, scores are written into
-    it."""
+    """Folder for the comparison's tables and charts; default "comparison". The scores of a single evaluation are
+    written into its own folder."""
 
     def __post_init__(self) -> None:
         if not self.runs:
-            raise UserError("score what? give folders of `localign vlm eval`")
+            raise UserError("score needs one or more folders of `localign vlm eval`")
         if len(set(self.runs)) < len(self.runs):
-            raise UserError("a folder is compared with others, not with itself")
+            raise UserError("a folder is given twice; a model cannot be compared with itself")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowConfig:
-    """Draw questions and answers: the picture, the true box and the model's, and the words."""
+    """Draw questions and answers: the image, the true box, the model's box, and the texts."""
 
     answers: str = ""
-    """An answers.jsonl that `localign vlm eval` wrote, or its folder."""
+    """An answers.jsonl of `localign vlm eval`, or its folder."""
     wrong: bool = False
-    """Only answers with less than the full score."""
+    """Draw only answers with less than the full score."""
     benchmarks: tuple[str, ...] = ()
-    """Only questions of these; default all."""
+    """Draw only answers to these benchmarks; default all."""
     limit: int = 20
-    """Pictures, at most."""
+    """Maximum number of pictures."""
     out: str = "shown"
-    """Folder to write PNG files into."""
+    """Folder for the PNG files."""
 
     def __post_init__(self) -> None:
         if not self.answers:
-            raise UserError("show what? give an answers.jsonl of `localign vlm eval`")
+            raise UserError("show needs an answers.jsonl of `localign vlm eval`")
         if self.limit < 1:
             raise UserError(f"--limit must be at least 1, not {self.limit}")

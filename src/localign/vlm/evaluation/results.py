@@ -59,7 +59,7 @@ class OutcomeFacts(TypedDict):
     invalid: int
     """Answers that hold nothing to score."""
     headline: list[str]
-    """The metrics that stand for the benchmark in tables."""
+    """The metrics that represent the benchmark in tables."""
 
 
 class BenchmarkOutcome(OutcomeFacts):
@@ -98,7 +98,7 @@ class ScoredAnswers:
 
 
 def with_scoring(name: str, scoring: str) -> Benchmark:
-    """A benchmark under a command's ``--scoring``; under its default scoring if it has none of that name.
+    """A benchmark under a command's ``--scoring``; under its default scoring if it does not have that one.
 
     Raises:
         UserError: There is no such benchmark.
@@ -118,7 +118,7 @@ def score_answers(
         prompts: One per question.
 
     Raises:
-        UserError: The answers' box frame is missing or not the one that is scored.
+        UserError: The answers' box frame is missing, or not the frame that is scored.
         RunFailure: An answer to choices does not have one probability per choice.
     """
     records = [

@@ -175,7 +175,7 @@ def _run_task(lmm: Any, name: str, task: Any, config: EvalConfig, manager: Any) 
             limit=config.limit if task is None else None,  # our tasks limit each split themselves
             batch_size=config.batch_size,
         )
-    except RetryError as error:  # lmms-eval tries five times, whatever the error is
+    except RetryError as error:  # lmms-eval tries five times, on any error
         cause = error.last_attempt.exception()
         first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise RunFailure(f"lmms-eval fails on {name}: {first}") from cause

@@ -1,7 +1,7 @@
 """What a benchmark is: questions read from its official files, and the scores of answers to them.
 
-A benchmark's own file says where its questions lie, what is asked, and which metrics are reported. This file has what
-all benchmarks share: the order of questions, subsets, checks of counts and images, scoring and averaging.
+A benchmark's own file says where its questions lie, what is asked, and which metrics are reported. This file has the
+parts that all benchmarks share: the order of questions, subsets, checks of counts and images, scoring and averaging.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Benchmark(ABC):
     expected_images: ClassVar[int | None] = None
     """Number of different images; None where it is not known."""
     headline: ClassVar[tuple[str, ...]]
-    """The metrics that stand for the benchmark in tables, where its questions have them."""
+    """The metrics that represent the benchmark in tables, if its questions define them."""
     scorings: ClassVar[tuple[str, ...]] = ("published",)
 
     def __init__(self, scoring: str | None = None) -> None:
@@ -162,7 +162,7 @@ class Benchmark(ABC):
         """Score one answer.
 
         Raises:
-            UserError: The answer's box frame is missing or not the one that is scored.
+            UserError: The answer's box frame is missing, or not the frame that is scored.
             RunFailure: An answer to choices does not have one probability per choice.
         """
         if question.choices:

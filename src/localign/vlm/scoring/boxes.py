@@ -220,8 +220,8 @@ _NUMBERS = re.compile(rf"(?<![\w.]){_NUMBER}")
 def parse_box(text: str, frame: BoxFrame, size: Size) -> Box | Fault:
     """Find the box in an answer: left, top, right and bottom in the declared frame.
 
-    The first bracketed group of four numbers counts, whatever stands around it. Without such a group, the text must
-    hold exactly four numbers, as in ``(10,20),(30,40)``.
+    The first bracketed group of four numbers counts, regardless of the text around it. Without such a group, the
+    text must hold exactly four numbers, as in ``(10,20),(30,40)``.
 
     Returns:
         The box, or why there is none.

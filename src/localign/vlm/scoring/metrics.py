@@ -51,7 +51,7 @@ class Ratio:
 
 
 class Mean:
-    """The mean of the metrics that are defined; undefined where none is."""
+    """The mean of those metrics that are defined; undefined if no metric is."""
 
     def __init__(self, parts: Sequence[Statistic]) -> None:
         self._parts = parts
@@ -123,7 +123,7 @@ class Auroc(_Curve):
         positives, totals = self._weights(resamples)
         in_order = (totals[self._ranks("left")] + totals[self._ranks("right")]) / 2
         count = positives.sum(0)
-        # Pairs of two positives add up to half of their number, whatever the scores are.
+        # Pairs of two positives add up to half of their number, for any scores.
         return ((positives * in_order).sum(0) - count**2 / 2) / (count * (totals[-1] - count))
 
 

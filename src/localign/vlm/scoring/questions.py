@@ -70,7 +70,7 @@ class Answer:
     probabilities: tuple[float, ...] = ()
     """In mode ``choices``: one per choice."""
     frame: BoxFrame | None = None
-    """The frame of coordinates in the text; None for a model that declares none."""
+    """The frame of coordinates in the text; None for a model that does not declare one."""
 
 
 class _AnswerScore(TypedDict):

@@ -1,4 +1,4 @@
-"""Comparisons: of single models, over training seeds, in panels, with gaps, as tables and as figures."""
+"""Comparisons: single models, training seeds, panels, missing benchmarks, tables and charts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def score(command: str, root: Path, out: Path) -> Comparison:
 
 
 def refused(capsys: pytest.CaptureFixture[str], command: str) -> str:
-    """The one line of a comparison that must be refused."""
+    """The single line with which a comparison is refused."""
     capsys.readouterr()
     assert main(["vlm", "score", *shlex.split(command)]) == 2
     said = capsys.readouterr().err.strip()
@@ -112,7 +112,7 @@ def test_models_are_compared(scripted: Path, tmp_path: Path, capsys: pytest.Capt
                 assert outcome["interval_over_seeds"] is None
         for figure, difference in part["differences"]["b1"].items():
             values = [own[name]["figures"][figure]["value"] for own in (one, two)]
-            if None in values:  # an area under a curve, of a class that does not occur
+            if None in values:  # a curve of a class that does not occur
                 assert difference["value"] is None
             else:
                 assert difference["value"] == pytest.approx(values[1] - values[0])
@@ -194,7 +194,7 @@ def test_folders_of_one_name_are_training_seeds(scripted: Path) -> None:
 
 
 def test_an_interval_over_images_is_of_the_mean_over_seeds(scripted: Path) -> None:
-    """A second seed that answered everything alike changes nothing; one that did not makes it narrower or wider."""
+    """A second seed with the same answers changes nothing; a seed with other answers changes the interval."""
     shutil.copytree(scripted / "a1", scripted / "again", dirs_exist_ok=True)
     alone, twice, both = (
         compare([compared_model("m", *(scripted / name for name in names))])["benchmarks"]["vqav2"][
@@ -208,7 +208,7 @@ def test_an_interval_over_images_is_of_the_mean_over_seeds(scripted: Path) -> No
     assert both["figures"]["accuracy"]["interval"] != alone["figures"]["accuracy"]["interval"]
 
 
-def test_a_pattern_stands_for_seeds_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_a_pattern_gives_seeds_in_numerical_order(tmp_path: Path) -> None:
     for number in (10, 2, 1):
         (tmp_path / f"seed{number}").mkdir()
     (entry,) = parse_models([f"m={tmp_path}/seed*"])
@@ -284,7 +284,7 @@ def test_a_model_in_two_figures_counts_once(scripted: Path) -> None:
 
 
 def test_the_papers_figures_are_a_recipe() -> None:
-    """Every training of the recipe has a recipe of its own, and all of them are in one pool."""
+    """Every training run of the recipe has its own recipe, and all runs are in one pool."""
     entries = parse_models(parse("vlm score", ["--config", "vlm-figures"]).runs)
     assert read_recipe("vlm-figures").command == "vlm score"
     assert {entry.figure for entry in entries} == {"figure 5", "figure 11", "figure 12", "figure 13"}
@@ -295,7 +295,7 @@ def test_the_papers_figures_are_a_recipe() -> None:
     assert {entry.name for entry in main_runs} == {"baseline MLP", "aligned decoder"}
 
 
-# -- figures -------------------------------------------------------------------------------------------------
+# -- charts --------------------------------------------------------------------------------------------------
 
 
 def test_the_scaling_is_in_the_radars_data(scripted: Path) -> None:
@@ -320,7 +320,9 @@ def test_the_scaling_is_in_the_radars_data(scripted: Path) -> None:
     assert len({(row["radius_at_mean"], row["radius_per_deviation"]) for row in lines}) == 1
 
 
-def test_fewer_than_three_axes_make_no_radar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fewer_than_three_axes_make_no_radar_chart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = suites(tmp_path / "data", "gqa", "vqav2")
     for name in ("a", "b"):
         evaluate(ScriptedModel(weights=name), asked, tmp_path / name, ALONE, 8, name)
@@ -331,7 +333,7 @@ def test_fewer_than_three_axes_make_no_radar(tmp_path: Path, capsys: pytest.Capt
     assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {"bars.svg"}
 
 
-def test_an_axis_that_one_model_alone_has_is_left_to_the_bars(scripted: Path) -> None:
+def test_an_axis_of_a_single_model_is_in_the_bar_chart_only(scripted: Path) -> None:
     pool = [compared_model("a", scripted / "a1"), compared_model("b", scripted / "less")]
     (radar, bars), notes = comparison_drawings(compare(pool))
     assert "POPE" not in {row[1] for row in radar.rows}
