@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from localign.cli import main
 from localign.data.cached_scenes import CachedScenes
 from localign.data.scenes import SceneConfig, SceneSource
 from localign.errors import UserError
+from localign.options.demo import DemoConfig
 from localign.options.probe import ProbeCommandConfig
 from localign.probing.command import load_backbones
 
@@ -28,10 +31,17 @@ COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco-sample"
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A demo with few steps and small validation sets."""
     out = tmp_path_factory.mktemp("demo") / "run"
-    assert main(shlex.split(f"demo --out {out} --seeds 2 {SMALL}")) == 0
-    return out
+    align_config = DemoConfig.align_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("localign.demo.VALIDATION_SCENES", 24)
+        patch.setattr(
+            DemoConfig, "align_config", lambda *a: replace(align_config(*a), val_images=16, scale_images=16)
+        )
+        assert main(shlex.split(f"demo --out {out} --seeds 2 {SMALL}")) == 0
+        yield out
 
 
 def embedded_backbone() -> Backbone:
@@ -97,6 +107,7 @@ def test_pretraining_exports_a_backbone_that_aligns(tmp_path: Path) -> None:
     assert outcome.results["steps"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COCO.is_dir(), reason="../shared/data/coco-sample is not there")
 def test_probing_real_photographs_with_label_maps(tmp_path: Path) -> None:
     kwargs = "img_size=32 patch_size=8 embed_dim=24 depth=1 num_heads=2"

@@ -41,6 +41,8 @@ from localign.results import PICTURES_FILE, ProbeOutcome, Results
 
 PICTURED_HEAD = HeadSpec("transformer", "local")
 """The head whose predictions the report shows."""
+VALIDATION_SCENES = 1000
+"""Scenes of the heads' validation set."""
 
 
 def run_demo(config: DemoConfig) -> Results:
@@ -59,7 +61,7 @@ def run_demo(config: DemoConfig) -> Results:
     device = choose_device(config.device)
     say("drawing scenes")
     heads_train = labelled_scenes("train", config.train_scenes)
-    validation = labelled_scenes("val", 1000)
+    validation = labelled_scenes("val", VALIDATION_SCENES)
     test = labelled_scenes("test", config.test_scenes)
     timings = {"scenes": clock.elapsed}
     baseline = create_backbone(EMBEDDED).to(device)
