@@ -19,8 +19,9 @@ from localign.data.images import planned_batches
 from localign.data.loader import Batch
 from localign.data.scenes import SceneConfig
 from localign.data.transforms import TrainTransform
-from localign.engine import BatchPlan, StepResult, Task
+from localign.engine import BatchPlan, StepResult, Task, train
 from localign.engine.distributed import DistributedContext
+from localign.engine.log import print_results
 from localign.options.names import EMBEDDED
 from localign.options.pretrain import PretrainConfig
 
@@ -115,3 +116,15 @@ class PretrainTask(Task):
         facts = {"method": "image-level pre-training on scenes", **provenance}
         # float16 halves the size in the package. Everyone starts from these rounded weights.
         save_backbone(module.backbone, folder, provenance=facts, dtype=torch.float16)
+
+
+def run_pretrain(config: PretrainConfig) -> None:
+    """Pre-train the embedded backbone, and print the results.
+
+    Raises:
+        UserError: Bad options.
+        RunFailure: The run cannot continue.
+    """
+    outcome = train(PretrainTask(config), config, "pretrain")
+    if outcome.is_main:
+        print_results(outcome.folder, outcome.results)

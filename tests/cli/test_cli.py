@@ -218,7 +218,7 @@ def test_a_second_run_into_the_same_folder_is_refused(
 ) -> None:
     command = f"align {TINY} --data {photos} --val {photos} --steps 3 --workers 0 --out {run}"
     assert "already holds a run" in line_of(capsys, command)
-    assert "lr: 0.0003 there, 0.5 now" in line_of(capsys, f"{command} --resume --lr 0.5")
+    assert "lr: 0.0003 before, 0.5 now" in line_of(capsys, f"{command} --resume --lr 0.5")
 
 
 def test_export_writes_what_the_run_exported(run: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_run_folder_with_old_names_is_continued(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     check_same_config(tmp_path, "align", config)
     assert read_config(tmp_path)["config"]["ema_decay"] == 0.9
-    with pytest.raises(UserError, match=r"ema_decay: 0\.9 there, 0\.5 now"):
+    with pytest.raises(UserError, match=r"ema_decay: 0\.9 before, 0\.5 now"):
         check_same_config(tmp_path, "align", dataclasses.replace(config, ema_decay=0.5))
 
 

@@ -17,9 +17,9 @@ from localign.data.loader import TrainLoader
 from localign.data.sources import TarSource, open_source
 from localign.data.transforms import TrainTransform
 from localign.datatools import packing
-from localign.datatools.in21k import run_in21k
+from localign.datatools.in21k import write_in21k
 from localign.datatools.packing import member_name
-from localign.datatools.shard import run_shard
+from localign.datatools.shard import write_shards
 from localign.errors import UserError
 from localign.options.datatools import In21kConfig, ShardConfig
 
@@ -70,7 +70,7 @@ def test_an_interrupted_packing_goes_on_and_ends_the_same(
             source=str(pictures), out=str(tmp_path / out), shard_images=4, resize=16, workers=0
         )
 
-    run_shard(config("whole"))
+    write_shards(config("whole"))
     plain, written = packing.Packing.__call__, []
 
     def dying(self, number: int):
@@ -81,7 +81,7 @@ def test_an_interrupted_packing_goes_on_and_ends_the_same(
 
     monkeypatch.setattr(packing.Packing, "__call__", dying)
     with pytest.raises(KeyboardInterrupt):
-        run_shard(config("again"))
+        write_shards(config("again"))
     assert not (tmp_path / "again").exists()
     partial = tmp_path / "again.partial"
     assert len(list(partial.glob("*.tar"))) == 3
@@ -92,10 +92,10 @@ def test_an_interrupted_packing_goes_on_and_ends_the_same(
         source=str(pictures), out=str(tmp_path / "again"), shard_images=5, resize=16, workers=0
     )
     with pytest.raises(UserError, match=r"beginning of other shards .*shard_images"):
-        run_shard(other)
+        write_shards(other)
     written.clear()
     monkeypatch.setattr(packing.Packing, "__call__", lambda self, n: written.append(n) or plain(self, n))
-    run_shard(config("again"))
+    write_shards(config("again"))
     assert written == [1, 3, 4, 5]
     assert files_of(tmp_path / "again") == files_of(tmp_path / "whole")
 
@@ -106,7 +106,7 @@ def test_resizing_brings_the_short_side_down_and_leaves_out_what_does_not_decode
     Image.fromarray(gradient).save(tmp_path / "in" / "a" / "wide.png")
     Image.fromarray(gradient[:20, :40]).save(tmp_path / "in" / "a" / "small.png")
     (tmp_path / "in" / "a" / "bad.jpg").write_bytes(b"\xff\xd8\xff no")
-    about = run_shard(
+    about = write_shards(
         ShardConfig(source=str(tmp_path / "in"), out=str(tmp_path / "out"), resize=30, workers=0)
     )
     assert (about["images"], about["left_out"]) == (2, 1)
@@ -122,16 +122,16 @@ def test_resizing_brings_the_short_side_down_and_leaves_out_what_does_not_decode
 def test_lists_and_rows_keep_their_classes(pictures: Path, rows: Path, tmp_path: Path) -> None:
     lines = [f"{path},{path.parent.name}s" for path in sorted(pictures.rglob("*.jpg"))]
     (tmp_path / "all.csv").write_text("path,label\n" + "\n".join(lines) + "\n")
-    run_shard(ShardConfig(source=str(tmp_path / "all.csv"), out=str(tmp_path / "list"), workers=0))
+    write_shards(ShardConfig(source=str(tmp_path / "all.csv"), out=str(tmp_path / "list"), workers=0))
     source = open_source(str(tmp_path / "list"))
     assert labels_of(source, "list").classes == ("cats", "dogs")
-    run_shard(ShardConfig(source=str(rows), out=str(tmp_path / "rows"), workers=0))
+    write_shards(ShardConfig(source=str(rows), out=str(tmp_path / "rows"), workers=0))
     packed = open_source(str(tmp_path / "rows"))
     assert "dog/train-1/10.jpg" in {packed.name(i) for i in range(23)}
     assert sorted(contents(packed).values()) == sorted(contents(open_source(str(pictures))).values())
     (tmp_path / "twice.txt").write_text(f"{pictures}/cat/00.jpg\n" * 2)
     with pytest.raises(UserError, match="1 images would have the name of another"):
-        run_shard(ShardConfig(source=str(tmp_path / "twice.txt"), out=str(tmp_path / "twice"), workers=0))
+        write_shards(ShardConfig(source=str(tmp_path / "twice.txt"), out=str(tmp_path / "twice"), workers=0))
     assert not (tmp_path / "twice.partial").exists()
 
 
@@ -173,7 +173,7 @@ def test_verify_lists_what_is_bad_and_training_leaves_it_out(
 
 def test_verify_compares_shards_with_their_checksums(pictures: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
-    run_shard(ShardConfig(source=str(pictures), out=str(out), shard_images=9, workers=0))
+    write_shards(ShardConfig(source=str(pictures), out=str(out), shard_images=9, workers=0))
     argv = ["data", "verify", str(out), "--out", str(tmp_path / "bad.jsonl"), "--workers", "0"]
     assert main(argv) == 0
     assert "3 shards compared, 0 differ" in capsys.readouterr().out
@@ -246,7 +246,7 @@ def test_in21k_p_keeps_large_classes_and_splits_each(tmp_path: Path, capsys) -> 
         assert contents(other) == contents(source)
     train, val = (set(contents(open_source(str(tmp_path / "a" / p)))) for p in ("train", "val"))
     assert not train & val
-    run_in21k(
+    write_in21k(
         In21kConfig(source=str(tars), out=str(tmp_path / "c"), min_images=10, val_images=3, seed=1, workers=0)
     )
     assert set(contents(open_source(str(tmp_path / "c" / "val")))) != val
@@ -254,9 +254,9 @@ def test_in21k_p_keeps_large_classes_and_splits_each(tmp_path: Path, capsys) -> 
 
 def test_in21k_p_needs_classes_that_are_large_enough(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of 2 classes has 500 images; the largest has 13"):
-        run_in21k(In21kConfig(source=str(pictures), out=str(tmp_path / "x"), workers=0))
+        write_in21k(In21kConfig(source=str(pictures), out=str(tmp_path / "x"), workers=0))
     with pytest.raises(UserError, match="must hold class folders"):
-        run_in21k(In21kConfig(source=str(pictures / "cat"), out=str(tmp_path / "x"), workers=0))
+        write_in21k(In21kConfig(source=str(pictures / "cat"), out=str(tmp_path / "x"), workers=0))
 
 
 @pytest.mark.parametrize(

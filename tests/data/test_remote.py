@@ -25,7 +25,7 @@ from localign.data.sources import ParquetSource, open_source, remote
 from localign.data.sources.remote import StreamedTarSource
 from localign.data.stream import sample_stream
 from localign.data.transforms import TrainTransform
-from localign.datatools.shard import run_shard
+from localign.datatools.shard import write_shards
 from localign.errors import RunFailure, UserError
 from localign.options.data import DataConfig
 from localign.options.datatools import ShardConfig
@@ -56,7 +56,7 @@ def upload(folder: Path, bucket: str, pattern: str = "*") -> str:
 @pytest.fixture
 def packed(pictures: Path, tmp_path: Path, bucket: str) -> str:
     """Six shards of the pictures elsewhere, as `localign data shard` makes them."""
-    run_shard(ShardConfig(source=str(pictures), out=str(tmp_path / "packed"), shard_images=4, workers=0))
+    write_shards(ShardConfig(source=str(pictures), out=str(tmp_path / "packed"), shard_images=4, workers=0))
     return upload(tmp_path / "packed", bucket)
 
 

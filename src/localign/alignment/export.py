@@ -6,10 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from localign.alignment.published import read_published
+from localign.alignment.setup import resolve_soft_cap, student_of_run
 from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student
-from localign.backbones import load_backbone, save_backbone
+from localign.backbones import create_backbone, load_backbone, save_backbone
 from localign.backbones.export import load_decoder_state, read_config
+from localign.engine.run_folder import provenance
 from localign.errors import UserError
+from localign.options.export import ExportConfig, ImportConfig
 from localign.options.names import AttentionBackend
 from localign.weights import load_strict
 
@@ -60,3 +64,43 @@ def load_student(folder: str | Path, *, attention: AttentionBackend = "auto") ->
         part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         load_strict(module, part, f"{folder} {prefix.rstrip('.')}")
     return Student(encoder, decoder).eval()
+
+
+def run_export(config: ExportConfig) -> None:
+    """Write an export folder, from a run or from a backbone by name.
+
+    Raises:
+        UserError: No such run, checkpoint or backbone, or an option that a run has fixed.
+    """
+    source = Path(config.source)
+    if (source / "checkpoints").is_dir():
+        if config.model_kwargs or config.image_size or config.weights != "pretrained":
+            raise UserError(f"{source} is a run: its weights, image size and arguments are fixed")
+        student, facts = student_of_run(source, config.checkpoint)
+        folder = export_student(
+            student, config.out, decoder=config.decoder, provenance={**facts, **provenance()}
+        )
+    else:
+        backbone = create_backbone(
+            config.source,
+            weights=config.weights,
+            image_size=config.image_size,
+            model_kwargs=config.model_kwargs,
+        )
+        folder = save_backbone(backbone, config.out, provenance={"source": config.source, **provenance()})
+    print(f"export     {folder}")
+
+
+def run_import(config: ImportConfig) -> None:
+    """Convert a checkpoint of the published release to an export folder.
+
+    Raises:
+        UserError: The file or the backbone is unknown, or they do not fit.
+    """
+    backbone = create_backbone(
+        config.backbone, weights="none", image_size=config.image_size, model_kwargs=config.model_kwargs
+    )
+    student = read_published(config.file, backbone, soft_cap=resolve_soft_cap(config.soft_cap, backbone))
+    facts = {"method": "MaskEmbed", "source": Path(config.file).name, "backbone": config.backbone}
+    folder = export_student(student, config.out, decoder=config.decoder, provenance=facts)
+    print(f"imported   {config.file} -> {folder}")

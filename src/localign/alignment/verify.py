@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from localign.alignment.teacher import Teacher, mask_images
 from localign.backbones import Backbone
 from localign.backbones.create import build_vit
 from localign.errors import UserError
+from localign.options.export import VerifyConfig
 from localign.options.names import LossName
 from localign.weights import load_strict
 
@@ -135,3 +138,28 @@ def _student_quantities(
     for name in names:
         total, count = reconstruction_loss(reconstruction, target, name)
         yield f"student.{name}{note}", (total / count).reshape(reference[f"student.{name}"].shape)
+
+
+def run_verify_reference(config: VerifyConfig) -> int:
+    """Show the error of every quantity, and the largest of them as JSON.
+
+    Returns:
+        The exit code: 1 where an error exceeds the tolerance.
+
+    Raises:
+        UserError: See :func:`verify_reference`.
+    """
+    table = Table(caption="error: largest difference over max(1, root mean square of the reference)")
+    for column in ("variant", "quantity", "error", "absolute"):
+        table.add_column(column)
+    results = verify_reference(config.folder)
+    for row in results:
+        style = None if row.max_error <= config.tol else "bold red"
+        table.add_row(
+            row.variant, row.quantity, f"{row.max_error:.1e}", f"{row.max_absolute:.1e}", style=style
+        )
+    Console().print(table)
+    worst = max(results, key=lambda r: r.max_error)
+    summary = {"quantities": len(results), "largest_error": worst.max_error, "of": worst.quantity}
+    print(json.dumps({**summary, "tol": config.tol}))
+    return 0 if worst.max_error <= config.tol else 1

@@ -12,7 +12,7 @@ from PIL import Image
 from localign import rng
 from localign.data.decoding import UnreadableImage, decode_image
 from localign.data.sources import FolderSource
-from localign.datatools.shard import run_shard
+from localign.datatools.shard import write_shards
 from localign.errors import UserError
 from localign.options.datatools import ShardConfig
 
@@ -89,7 +89,7 @@ def packed(folder: Path, out: Path) -> dict[str, str]:
     shards = ShardConfig(
         source=str(folder), out=forms["tar"], workers=0, shard_images=_SHARD_IMAGES, shuffle=False
     )
-    run_shard(shards)
+    write_shards(shards)
     if importlib.util.find_spec("pyarrow") is not None:
         import pyarrow as pa
         import pyarrow.parquet as pq

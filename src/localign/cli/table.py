@@ -22,7 +22,8 @@ class Command:
     """The config class, as ``module:Class``. The module imports no torch, numpy, timm or
     transformers, so that the help and error lines come at once."""
     run_path: str
-    """The function that takes the config and returns an exit code, or None for 0; as ``module:function``."""
+    """The function that takes the config, as ``module:function``. An int that it returns is the exit code; any other
+    result is for Python."""
     help: str
     positional: tuple[str, ...] = ()
     """Fields that may be given without the option's name, in order."""
@@ -40,9 +41,10 @@ class Command:
         return self._imported(self.config_path)
 
     def run(self, config: Any) -> int | None:
-        """Do what the command does."""
-        function: Callable[[Any], int | None] = self._imported(self.run_path)
-        return function(config)
+        """Do what the command does; returns the exit code, None for 0."""
+        function: Callable[[Any], object] = self._imported(self.run_path)
+        result = function(config)
+        return result if isinstance(result, int) else None
 
     def _imported(self, path: str) -> Any:
         module, _, name = path.partition(":")
@@ -52,34 +54,34 @@ class Command:
 # name, config class, function, help, positional fields
 # fmt: off
 _TABLE: tuple[Command, ...] = (
-    Command("demo", "options.demo:DemoConfig", "commands:demo", "align the embedded backbone, probe before and after, report"),
-    Command("align", "options.align:AlignConfig", "commands:align", "locality alignment of a backbone"),
+    Command("demo", "options.demo:DemoConfig", "demo:run_demo", "align the embedded backbone, probe before and after, report"),
+    Command("align", "options.align:AlignConfig", "alignment.command:run_align", "locality alignment of a backbone"),
     Command("plan", "options.plan:PlanConfig", "planning.show:run_plan", "what a run takes before it runs: arithmetic, memory, hours", recipes_of="align", ignored_in_files=("out",), sibling="vlm plan"),
-    Command("pretrain", "options.pretrain:PretrainConfig", "commands:pretrain", "make the embedded backbone"),
-    Command("finetune", "options.finetune:FinetuneConfig", "commands:finetune", "classification fine-tuning under a transformer head"),
-    Command("probe", "options.probe:ProbeCommandConfig", "commands:probe", "what backbones know about patches and images", ("backbone",)),
-    Command("vlm train", "options.vlm.train:VLMConfig", "commands:vlm_train", "a ViT, an adapter and a language model, trained on conversations"),
+    Command("pretrain", "options.pretrain:PretrainConfig", "pretraining:run_pretrain", "make the embedded backbone"),
+    Command("finetune", "options.finetune:FinetuneConfig", "finetuning.task:run_finetune", "classification fine-tuning under a transformer head"),
+    Command("probe", "options.probe:ProbeCommandConfig", "probing.command:run_probe", "what backbones know about patches and images", ("backbone",)),
+    Command("vlm train", "options.vlm.train:VLMConfig", "vlm.commands:run_vlm_train", "a ViT, an adapter and a language model, trained on conversations"),
     Command("vlm plan", "options.vlm.plan:VLMPlanConfig", "planning.show:run_vlm_plan", "what a VLM training takes before it runs: parameters, memory, steps", recipes_of="vlm train", ignored_in_files=("out",)),
-    Command("vlm chat", "options.vlm.tools:ChatConfig", "commands:vlm_chat", "ask a model about an image", ("model", "image")),
-    Command("vlm export", "options.vlm.tools:VLMExportConfig", "commands:vlm_export", "write a model as a transformers folder", ("model",)),
-    Command("vlm check", "options.vlm.tools:CheckConfig", "commands:vlm_check", "look for what is wrong with conversations", ("data",)),
-    Command("vlm convert", "options.vlm.tools:ConvertConfig", "commands:vlm_convert", "make the published mixtures of conversations", ("what",)),
-    Command("vlm eval", "options.vlm.evaluation:EvalConfig", "commands:vlm_eval", "put benchmarks to a vision-language model", ("model",)),
-    Command("vlm score", "options.vlm.evaluation:ScoreConfig", "commands:vlm_score", "score answers again, or compare models", ("runs",)),
-    Command("vlm show", "options.vlm.evaluation:ShowConfig", "commands:vlm_show", "draw questions with true and answered boxes", ("answers",)),
-    Command("vlm demo", "options.vlm.demo:VLMDemoConfig", "commands:vlm_demo", "compare models with and without alignment, on drawn scenes"),
-    Command("data shard", "options.datatools:ShardConfig", "commands:data_shard", "pack images into tar shards", ("source", "out")),
-    Command("data verify", "options.datatools:DataVerifyConfig", "commands:data_verify", "decode every image, list the bad ones", ("source",)),
-    Command("data stats", "options.datatools:StatsConfig", "commands:data_stats", "how many images, how large, in which classes", ("source",)),
-    Command("data in21k-p", "options.datatools:In21kConfig", "commands:data_in21k", "make the processed ImageNet-21k and its validation split", ("source", "out")),
+    Command("vlm chat", "options.vlm.tools:ChatConfig", "vlm.chat:run_chat", "ask a model about an image", ("model", "image")),
+    Command("vlm export", "options.vlm.tools:VLMExportConfig", "vlm.commands:run_vlm_export", "write a model as a transformers folder", ("model",)),
+    Command("vlm check", "options.vlm.tools:CheckConfig", "vlm.commands:run_check", "look for what is wrong with conversations", ("data",)),
+    Command("vlm convert", "options.vlm.tools:ConvertConfig", "vlm.commands:run_convert", "make the published mixtures of conversations", ("what",)),
+    Command("vlm eval", "options.vlm.evaluation:EvalConfig", "vlm.commands:run_eval", "put benchmarks to a vision-language model", ("model",)),
+    Command("vlm score", "options.vlm.evaluation:ScoreConfig", "vlm.evaluation.score:run_score", "score answers again, or compare models", ("runs",)),
+    Command("vlm show", "options.vlm.evaluation:ShowConfig", "vlm.evaluation.show:run_show", "draw questions with true and answered boxes", ("answers",)),
+    Command("vlm demo", "options.vlm.demo:VLMDemoConfig", "vlm.demo.run:run_vlm_demo", "compare models with and without alignment, on drawn scenes"),
+    Command("data shard", "options.datatools:ShardConfig", "datatools.shard:run_shard", "pack images into tar shards", ("source", "out")),
+    Command("data verify", "options.datatools:DataVerifyConfig", "datatools.verify:run_verify", "decode every image, list the bad ones", ("source",)),
+    Command("data stats", "options.datatools:StatsConfig", "datatools.stats:run_stats", "how many images, how large, in which classes", ("source",)),
+    Command("data in21k-p", "options.datatools:In21kConfig", "datatools.in21k:run_in21k", "make the processed ImageNet-21k and its validation split", ("source", "out")),
     Command("bench align", "options.bench:AlignBenchConfig", "bench.align:run_bench_align", "alignment steps against the same mathematics written out plainly"),
     Command("bench loader", "options.bench:LoaderBenchConfig", "bench.loader:run_bench_loader", "loading of training crops against torchvision's loader"),
-    Command("reproduce", "options.reproduce:ReproduceConfig", "commands:reproduce", "a table or figure of the paper, with all runs it takes", ("target",)),
-    Command("export", "options.export:ExportConfig", "commands:export", "write a backbone for use elsewhere", ("source",)),
-    Command("import", "options.export:ImportConfig", "commands:import_", "convert a published checkpoint (.pth.tar)", ("file",)),
+    Command("reproduce", "options.reproduce:ReproduceConfig", "reproduce.run:run_reproduce", "a table or figure of the paper, with all runs it takes", ("target",)),
+    Command("export", "options.export:ExportConfig", "alignment.export:run_export", "write a backbone for use elsewhere", ("source",)),
+    Command("import", "options.export:ImportConfig", "alignment.export:run_import", "convert a published checkpoint (.pth.tar)", ("file",)),
     Command("list", "cli.listing:ListConfig", "cli.listing:run_list", "what there is: backbones, recipes", ("what",)),
-    Command("report", "options.export:ReportConfig", "commands:report", "write report.html of a run again", ("run",)),
-    Command("verify-reference", "options.export:VerifyConfig", "commands:verify_reference", "recompute a folder of reference numbers", ("folder",)),
+    Command("report", "options.export:ReportConfig", "report.build:run_report", "write report.html of a run again", ("run",)),
+    Command("verify-reference", "options.export:VerifyConfig", "alignment.verify:run_verify_reference", "recompute a folder of reference numbers", ("folder",)),
     Command("completion", "cli.completion:CompletionConfig", "cli.completion:run_completion", "a script that completes options in a shell", ("shell",)),
 )
 # fmt: on

@@ -6,6 +6,7 @@ made smaller. The choice of validation images is theirs to draw; here it is a fu
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,27 @@ from numpy.typing import NDArray
 from localign import rng
 from localign.data.sources import ExcludingSource, ImageSource, TarSource
 from localign.data.sources.tar_index import SHARD
-from localign.datatools.packing import QUALITY, Packing, facts_of, pack, partial, put_whole
+from localign.datatools.packing import QUALITY, Packing, facts_of, pack, partial, put_whole, show_packed
 from localign.datatools.reading import open_files
 from localign.datatools.shard import finished
 from localign.errors import UserError
 from localign.options.datatools import In21kConfig
 
 
-def run_in21k(config: In21kConfig) -> dict[str, Any]:
+def run_in21k(config: In21kConfig) -> None:
+    """Pack both splits, and print what was packed.
+
+    Raises:
+        UserError: See :func:`write_in21k`.
+        RunFailure: A process died.
+    """
+    made = write_in21k(config)
+    print(f"classes    {made['kept']:,} of {made['classes']:,} have {config.min_images} images")
+    for part in ("train", "val"):
+        show_packed(made[part], Path(config.out) / part)
+
+
+def write_in21k(config: In21kConfig) -> dict[str, Any]:
     """Pack both splits; returns how many classes were kept, and what ``about.json`` says of each split.
 
     Raises:

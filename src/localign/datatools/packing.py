@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -260,3 +260,11 @@ def facts_of(source: ImageSource, config: Any) -> dict[str, Any]:
     """What packed shards are a function of: the images and the options but for workers and places."""
     options = {k: v for k, v in asdict(config).items() if k not in ("source", "out", "exclude", "workers")}
     return {"source": source.fingerprint(), **options}
+
+
+def show_packed(about: Mapping[str, Any], folder: Path) -> None:
+    """Print what ``about.json`` of a folder says."""
+    size = about["bytes"] / 2**20
+    print(f"packed     {about['images']:,} images, {size:,.1f} MiB, {about['shards']:,} shards: {folder}")
+    if about["left_out"]:
+        print(f"left out   {about['left_out']:,} images, see {folder / 'left-out.jsonl'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,32 @@ import numpy as np
 from localign.data.classification import ClassLabels, labels_of
 from localign.data.sources import ExcludingSource, FileListSource, ImageSource, ParquetSource
 from localign.data.stream import sample_stream
-from localign.datatools.packing import ABOUT, QUALITY, Packing, facts_of, pack, partial, put_whole
+from localign.datatools.packing import (
+    ABOUT,
+    QUALITY,
+    Packing,
+    facts_of,
+    pack,
+    partial,
+    put_whole,
+    show_packed,
+)
 from localign.datatools.reading import open_files
 from localign.errors import UserError
 from localign.options.datatools import ShardConfig
 
 
-def run_shard(config: ShardConfig) -> dict[str, Any]:
+def run_shard(config: ShardConfig) -> None:
+    """Pack a source, and print what was packed.
+
+    Raises:
+        UserError: See :func:`write_shards`.
+        RunFailure: A process died.
+    """
+    show_packed(write_shards(config), Path(config.out))
+
+
+def write_shards(config: ShardConfig) -> dict[str, Any]:
     """Pack a source; returns what ``about.json`` says.
 
     Raises:

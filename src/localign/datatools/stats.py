@@ -43,7 +43,26 @@ class _Look:
         return seen
 
 
-def run_stats(config: StatsConfig) -> dict[str, Any]:
+def run_stats(config: StatsConfig) -> None:
+    """Look at the images, and print how many and how large they are.
+
+    Raises:
+        UserError: The source does not exist, or no image can be opened.
+        RunFailure: A process died.
+    """
+    found = image_stats(config)
+    print(
+        f"images     {found['images']:,}; of {found['opened']:,} opened {found['unreadable']:,} are unreadable"
+    )
+    print("formats    " + ", ".join(f"{name} {count:,}" for name, count in found["formats"].items()))
+    spread = "{min:,.0f} to {max:,.0f}, median {median:,.0f}, mean {mean:,.1f}"
+    for name in ("width", "height", "bytes"):
+        print(f"{name:<10} {spread.format(**found[name])}")
+    if (classes := found["classes"]) is not None:
+        print(f"classes    {classes['count']:,}; images in each {spread.format(**classes)}")
+
+
+def image_stats(config: StatsConfig) -> dict[str, Any]:
     """Look at the images.
 
     Returns:

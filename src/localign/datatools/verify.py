@@ -32,7 +32,29 @@ class _Judge:
         return bad
 
 
-def run_verify(config: DataVerifyConfig) -> dict[str, Any]:
+def run_verify(config: DataVerifyConfig) -> int:
+    """Go through all images, write the list, and print what is bad.
+
+    Returns:
+        The exit code: 1 where anything is bad.
+
+    Raises:
+        UserError: The source does not exist.
+        RunFailure: A process died.
+    """
+    found = verify_images(config)
+    print(f"images     {found['images']:,} decoded, {len(found['bad']):,} bad")
+    for name, reason in list(found["bad"].items())[:5]:
+        print(f"           {name}: {reason}")
+    if found["checked"]:
+        print(f"checksums  {found['checked']:,} shards compared, {len(found['shards']):,} differ")
+        for name in found["shards"][:5]:
+            print(f"           {name}")
+    print(f"list       {config.out}, for --exclude")
+    return 1 if found["bad"] or found["shards"] else 0
+
+
+def verify_images(config: DataVerifyConfig) -> dict[str, Any]:
     """Go through all images and write the list.
 
     Returns:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -249,3 +249,22 @@ class Stopwatch:
             yield
         finally:
             self.waited += time.perf_counter() - before
+
+
+def print_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Print the last lines of a training command on standard output.
+
+    Args:
+        folder: The run folder.
+        results: The content of ``results.json``.
+    """
+    rate = results["images_per_second"]
+    print(f"trained    {results['steps']} steps, {results['images']} images, {rate:.1f} images/s")
+    if results["final"]:
+        print("validation " + ", ".join(f"{k} {v:.4f}" for k, v in results["final"].items()))
+    skipped = results["skipped_images"]
+    if skipped["count"]:
+        names = ", ".join(list(skipped["images"])[:5]) + (", ..." if skipped["count"] > 5 else "")
+        print(f"skipped    {skipped['count']} unreadable images ({skipped['share']:.2%}): {names}")
+    print(f"results    {folder / 'results.json'}")
+    print(f"export     {folder / 'export'}")

@@ -21,6 +21,7 @@ from localign.data.loader import Batch
 from localign.data.mixing import mix_labels
 from localign.engine import BatchPlan, Outcome, StepResult, Task, train
 from localign.engine.distributed import DistributedContext, choose_device
+from localign.engine.log import print_results
 from localign.errors import UserError
 from localign.finetuning.model import ImageClassifier, export_classifier
 from localign.options.data import written_decode
@@ -29,6 +30,18 @@ from localign.options.finetune import LABEL_SMOOTHING, FinetuneConfig
 SCENES_PER_VALIDATION = 2048
 TOP_FIVE_FROM = 6
 """Smallest number of classes for which top-5 accuracy is reported."""
+
+
+def run_finetune(config: FinetuneConfig) -> None:
+    """Fine-tune a backbone, and print the results.
+
+    Raises:
+        UserError: Bad options or data.
+        RunFailure: The run cannot continue.
+    """
+    outcome = finetune(config)
+    if outcome.is_main:
+        print_results(outcome.folder, outcome.results)
 
 
 def finetune(config: FinetuneConfig, backbone: Backbone | None = None) -> Outcome:

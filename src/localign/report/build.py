@@ -13,6 +13,7 @@ from localign.engine.log import LOG_FILE, read_log
 from localign.engine.run_folder import CONFIG_FILE, RESULTS_FILE, read_config, read_results
 from localign.errors import UserError
 from localign.files import replace_text
+from localign.options.export import ReportConfig
 from localign.report import captions, html, probepage
 from localign.report.curves import heads_figure, training_figure
 from localign.report.figures.predictions import predictions_figure
@@ -52,6 +53,15 @@ class Run:
     arrays: Pictures
     missing: list[str] = field(default_factory=list)
     """What the report lacks and why, one line each."""
+
+
+def run_report(config: ReportConfig) -> None:
+    """Write the report of a run folder again.
+
+    Raises:
+        UserError: See :func:`build_report`.
+    """
+    print(f"report     {build_report(Path(config.run))}")
 
 
 def build_report(run_folder: str | Path) -> Path:

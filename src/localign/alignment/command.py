@@ -1,0 +1,27 @@
+"""`localign align`: align, then say what came of it and write the report."""
+
+from __future__ import annotations
+
+from localign.alignment.setup import resolve_align
+from localign.alignment.task import AlignTask
+from localign.engine import train
+from localign.engine.log import print_results
+from localign.options.align import AlignConfig
+from localign.pictures import example_images, save_pictures
+from localign.report import build_report
+
+
+def run_align(config: AlignConfig) -> None:
+    """Align a backbone, print the results, and write pictures and the report.
+
+    Raises:
+        UserError: Bad options or data.
+        RunFailure: The run cannot continue.
+    """
+    config = resolve_align(config)
+    task = AlignTask(config)
+    outcome = train(task, config, "align")
+    if outcome.is_main:
+        save_pictures(outcome.folder, task, example_images(task))
+        print_results(outcome.folder, outcome.results)
+        print(f"report     {build_report(outcome.folder)}")

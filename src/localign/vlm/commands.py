@@ -1,0 +1,129 @@
+"""`localign vlm train`, `check`, `convert`, `export`, and `eval` with either engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from localign.engine import train
+from localign.engine.log import print_results
+from localign.options.vlm.evaluation import EvalConfig
+from localign.options.vlm.tools import CheckConfig, ConvertConfig, VLMExportConfig
+from localign.options.vlm.train import VLMConfig
+from localign.planning.vlm import plan_vlm, print_vlm_plan
+from localign.vlm.data import mixtures
+from localign.vlm.data.checks import CheckResult, check
+from localign.vlm.data.examples import ConversationTokenizer
+from localign.vlm.data.prompts import prompt_format
+from localign.vlm.data.vocabulary import add_special_tokens
+from localign.vlm.evaluation.run import run_eval as run_own_eval
+from localign.vlm.model.build import load_vlm, save_vlm, tokenizer_of
+from localign.vlm.model.processing import LocalignVLMProcessor
+from localign.vlm.task import VLMTask
+
+
+def run_vlm_train(config: VLMConfig) -> None:
+    """Train a vision-language model and print the results, or print the plan of a dry run.
+
+    Raises:
+        UserError: Bad options or data.
+        RunFailure: The run cannot continue.
+    """
+    if config.dry_run:
+        print_vlm_plan(plan_vlm(config)[1], config.plan_ranks)
+        return
+    outcome = train(VLMTask(config), config, "vlm train")
+    if outcome.is_main:
+        print_results(outcome.folder, outcome.results)
+
+
+def run_check(config: CheckConfig) -> int:
+    """Go through conversations and print what is wrong with them.
+
+    Returns:
+        The exit code: 2 where training would refuse to start.
+
+    Raises:
+        UserError: A file or the tokenizer cannot be read.
+    """
+    encoder = None
+    if config.llm is not None:
+        tokenizer = tokenizer_of(config.llm)
+        add_special_tokens(tokenizer)
+        encoder = ConversationTokenizer(
+            prompt_format(config.prompt), tokenizer, config.image_tokens, config.max_length
+        )
+    found = check(config.data, config.images, encoder=encoder, missing_list=config.missing_list)
+    _show_checked(found)
+    return 0 if found.ready else 2
+
+
+def _show_checked(found: CheckResult) -> None:
+    print(f"records    {found.records:,}, {found.text_only:,} of them text alone; {found.turns:,} turns")
+    print(
+        f"images     {found.images:,}, {len(found.missing):,} missing (in {found.missing_records:,} records)"
+    )
+    for name in found.missing[:5]:
+        print(f"           missing: {name}")
+    for title, finding in (
+        ("malformed", found.malformed),
+        ("empty", found.empty_answers),
+        ("unanswered", found.unanswered),
+        ("same id", found.repeated_ids),
+        ("cut", found.over_long),
+        ("unusable", found.nothing_to_learn),
+    ):
+        if finding.count:
+            print(f"{title:<10} {finding.count:,}: {'; '.join(finding.first[:3])}")
+    for length in found.lengths or ():
+        print(f"tokens     {length.at_least:>6,} and more: {length.records:,} records")
+    print("ready      yes" if found.ready else "ready      no: training would refuse to start")
+
+
+def run_convert(config: ConvertConfig) -> None:
+    """Make a published mixture of conversations.
+
+    Raises:
+        UserError: A file cannot be read, or lacks what the mixture takes from it.
+    """
+    if config.what == "ocr-vqa":
+        done = mixtures.prepare_ocr_vqa(config.add or "")
+        print(f"written    {done.written:,} JPEG files; {done.present:,} were there")
+        for unreadable in done.unreadable:
+            print(f"unreadable {unreadable}")
+        return
+    base, add, out = config.base or "", config.add or "", config.out or ""
+    if config.what == "lvis":
+        written = mixtures.merge_lvis_instruct(base, add, config.images, out)
+    elif config.what == "lrv":
+        written = mixtures.merge_lrv_instruct(base, add, config.images, out, before=config.before)
+    else:
+        written = mixtures.strip_text_only(base, out)
+    print(f"written    {written.file}: {written.records:,} records")
+
+
+def run_vlm_export(config: VLMExportConfig) -> None:
+    """Write a trained model as a transformers folder.
+
+    Raises:
+        UserError: No such model.
+    """
+    model, tokenizer = load_vlm(config.model)
+    model.to(dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
+    processor = LocalignVLMProcessor.for_model(model, tokenizer)
+    print(f"export     {save_vlm(model, processor, Path(config.out))}")
+
+
+def run_eval(config: EvalConfig) -> None:
+    """Put benchmarks to a model, with our engine or lmms-eval.
+
+    Raises:
+        UserError: Bad options, files or answers.
+    """
+    if config.engine == "lmms-eval":
+        from localign.vlm.lmms.run import run_lmms_eval  # needs an extra of the package
+
+        run_lmms_eval(config)
+    else:
+        run_own_eval(config)
