@@ -1,1 +1,1 @@
-"""Measurements against plain ways, behind the figures of RESULTS.md; run from the repository, not installed."""
+"""The benchmarks behind the figures of RESULTS.md; they run from the repository and are not installed."""

@@ -1,7 +1,7 @@
-"""Reading VQAv2's files and scoring answers to them, against the plain way: JSON as it is, and every word each time.
+"""Reading VQAv2's files and scoring answers, against a plain script that parses all JSON and normalises every answer.
 
-The files are drawn, in the official layout and as large as the official ones: with a question on each of which ten
-annotators said something, mostly the same.
+The files are synthetic. They have the layout and the size of the official files, with ten annotators' answers to each
+question, most of which agree.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from localign.vlm.scoring.normalisation import VQAV2
 from localign.vlm.scoring.questions import Answer
 
 QUESTIONS, PER_IMAGE = 214_354, 5.292
-"""Of the official validation files."""
+"""Number of questions, and questions per image, of the official validation files."""
 VOCABULARY = 20_000
 OURS, PLAIN = "localign", "plain"
 CPU = torch.device("cpu")
@@ -39,16 +39,16 @@ _NAMES = ("v2_val2014_questions.json", "v2_val2014_annotations.json")
 
 
 def run_bench_answers(config: AnswersConfig) -> None:
-    """Measure, write the JSON file, show the tables."""
+    """Run the benchmark, write its JSON file, and print its tables."""
     content = write_measurements(config, bench_answers(config))
     show(answers_tables(content), config)
 
 
 def bench_answers(config: AnswersConfig) -> dict[str, Any]:
-    """Draw the files, and measure each way in a process of its own.
+    """Draw the files, and measure each implementation in its own process.
 
     Raises:
-        RunFailure: The ways disagree about a score.
+        RunFailure: The implementations disagree about a score.
     """
     count = config.questions or QUESTIONS
     with TemporaryDirectory() as folder:
@@ -72,25 +72,25 @@ def _best(way: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_equal(first: dict[str, float], second: dict[str, float]) -> None:
-    """Raises RunFailure if scores differ."""
+    """Raises RunFailure if the scores differ."""
     if first != second:
         different = next(name for name in first if first[name] != second.get(name))
-        raise RunFailure(f"the ways disagree about the score of question {different}")
+        raise RunFailure(f"the implementations disagree about the score of question {different}")
 
 
 # -- files ---------------------------------------------------------------------------------------------------
 
 
 def write_files(root: Path, count: int, seed: int) -> dict[str, str]:
-    """Questions and annotations below a data root, and empty files for the images.
+    """Write questions, annotations and empty image files below a data root.
 
     Returns:
-        A prediction by question id.
+        Question id -> predicted answer.
     """
     draw = rng.generator(seed, "bench answers")
     words = _vocabulary(draw)
     frequent = 1 / np.arange(1, len(words) + 1)
-    # Three different answers to a question, given by about seven, two and one of ten.
+    # Three candidate answers per question, given by about seven, two and one of the ten annotators.
     candidates = draw.choice(len(words), (count, 3), p=frequent / frequent.sum())
     given = draw.choice(3, (count, 10), p=(0.7, 0.2, 0.1))
     images = (np.arange(count) / PER_IMAGE).astype(int)
@@ -111,7 +111,7 @@ def write_files(root: Path, count: int, seed: int) -> dict[str, str]:
                 ],
             }
         )
-        predictions[str(i)] = _as_said(answers[int(draw.integers(10))], i)
+        predictions[str(i)] = _as_model_output(answers[int(draw.integers(10))], i)
     folder = root / _FOLDER
     (folder / "images_val2014").mkdir(parents=True)
     for name, part in zip(_NAMES, ({"questions": questions}, {"annotations": annotations}), strict=True):
@@ -122,7 +122,7 @@ def write_files(root: Path, count: int, seed: int) -> dict[str, str]:
 
 
 def _vocabulary(draw: np.random.Generator) -> list[str]:
-    """The commonest answers, then drawn words, some of two and some with punctuation."""
+    """The most common answers, then random words, some of them pairs of words."""
     words = ["yes", "no", "2", "white", "1", "3", "0", "black", "t-shirt", "don't know", "10:30", "1,000"]
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     while len(words) < VOCABULARY:
@@ -131,22 +131,22 @@ def _vocabulary(draw: np.random.Generator) -> list[str]:
     return words
 
 
-def _as_said(answer: str, number: int) -> str:
-    """As a model may write it."""
+def _as_model_output(answer: str, number: int) -> str:
+    """The answer in one of several forms in which a model may write it."""
     return (answer, answer.capitalize(), f"{answer}.", f"the {answer}")[number % 4]
 
 
-# -- ways ----------------------------------------------------------------------------------------------------
+# -- implementations -----------------------------------------------------------------------------------------
 
 
 def _in_own_process(way: str, root: str) -> dict[str, Any]:
-    """In a fresh process, so that the peak of its memory is its own."""
+    """Measure in a fresh process, so that the peak memory is that of the implementation."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measured, way, root).result()
 
 
 def measured(way: str, root: str) -> dict[str, Any]:
-    """Seconds of loading and scoring, bytes that loading took at its peak, and the scores by question."""
+    """Times of loading and scoring, peak memory of loading in bytes, and the scores by question."""
     torch.set_num_threads(1)
     predictions = json.loads((Path(root) / "predictions.json").read_text(encoding="utf-8"))
     load, score = _WAYS[way]
@@ -154,12 +154,12 @@ def measured(way: str, root: str) -> dict[str, Any]:
     content, loading = timed(functools.partial(load, Path(root)), CPU)
     peak = _memory("VmHWM")
     scores, scoring = timed(functools.partial(score, content, predictions), CPU)
-    taken = None if peak is None or before is None else peak - before
-    return {"loading": loading, "scoring": scoring, "peak_bytes": taken, "scores": scores}
+    growth = None if peak is None or before is None else peak - before
+    return {"loading": loading, "scoring": scoring, "peak_bytes": growth, "scores": scores}
 
 
 def _memory(field: str) -> int | None:
-    """Resident bytes of this process; None where the system does not tell."""
+    """A memory figure of this process in bytes; None if the system has no /proc."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -183,17 +183,17 @@ def _load_plainly(root: Path) -> Any:
 
 
 def _score_plainly(content: Any, predictions: dict[str, str]) -> dict[str, float]:
-    """Annotator by annotator, each against the others, and every answer rewritten where it comes."""
+    """Score by leaving out each annotator in turn, and normalise every answer again."""
     truth: Callable[[str], str] = getattr(VQAV2.truth, "__wrapped__", VQAV2.truth)
     scores = {}
     for annotation in content[1]["annotations"]:
         name = str(annotation["question_id"])
-        said = VQAV2.prediction(predictions[name])
+        prediction = VQAV2.prediction(predictions[name])
         answers = [truth(answer["answer"]) for answer in annotation["answers"]]
         shares = []
         for left_out in range(len(answers)):
             others = [answer for k, answer in enumerate(answers) if k != left_out]
-            shares.append(min(1.0, sum(answer == said for answer in others) / 3))
+            shares.append(min(1.0, sum(answer == prediction for answer in others) / 3))
         scores[name] = sum(shares) / len(shares)
     return scores
 
@@ -205,12 +205,12 @@ _WAYS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, float]]]] = {
 
 
 def answers_tables(content: dict[str, Any]) -> list[Table]:
-    """What each way takes to read the files and to score an answer to every question."""
+    """A table of the time and memory to read the files, and of the time to score an answer to every question."""
     title = "{questions:,} questions of VQAv2, ten annotators each".format(**content)
-    numbers = ("loading, s", "memory at its peak, MB", "scoring, s")
+    numbers = ("loading, s", "peak memory, MB", "scoring, s")
     table = timing_table(title, content, ("way",), numbers)
     for row in content["ways"]:
         peak = row["peak_bytes"]
-        loading, scoring = (both_times(row[part], ".1f", wall_alone=False) for part in ("loading", "scoring"))
+        loading, scoring = (both_times(row[part], ".1f", wall_only=False) for part in ("loading", "scoring"))
         table.add_row(row["way"], loading, "–" if peak is None else f"{peak / 1e6:,.0f}", scoring)
     return [table]

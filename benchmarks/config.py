@@ -1,6 +1,6 @@
 """Options of the benchmarks."""
 
-# Annotations stay types here: the command line is made from this module's config classes.
+# No `from __future__ import annotations`: the command line is built from the types of these config classes.
 
 import math
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from localign.options.bench import MeasurementConfig
 class LabelsConfig(MeasurementConfig):
     """Measure the reduction of label maps against loops over patches."""
 
-    what = "labels"
+    benchmark = "labels"
 
     data: str | None = None
-    """A folder of label maps (PNG); default drawn label maps."""
+    """A folder of label maps (PNG); default synthetic label maps."""
     images: int | None = None
-    """Label maps that are drawn; default 64."""
+    """Number of synthetic label maps; default 64."""
     image_size: int | None = None
     """Side of the maps, pixels; default 384."""
     patch_size: int | None = None
     """Side of a patch, pixels; default 14."""
     repeats: int | None = None
-    """Measurements of each way, the fastest of which counts; default 5, and 1 for the loops."""
+    """Measurements of each implementation; the fastest is reported. Default 5, and 1 for the loops."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -33,26 +33,26 @@ class LabelsConfig(MeasurementConfig):
         self.check_positive("images", "image_size", "patch_size", "repeats")
         if self.data is not None and self.images is not None:
             raise UserError(
-                "--images is how many label maps are drawn; with --data all of the folder are taken"
+                "--images is the number of synthetic label maps; with --data all maps of the folder are used"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbingConfig(MeasurementConfig):
-    """Measure all probing heads in one pass against one run for each head."""
+    """Measure training of all probing heads in one pass against one run per head."""
 
-    what = "probe"
+    benchmark = "probe"
 
     backbone: str | None = None
-    """Name or export folder; default scenes-vit."""
+    """Name or export folder of the backbone; default scenes-vit."""
     weights: str | None = None
-    """Weights of a name: pretrained (default), none, or a weight file."""
+    """Weights of a named backbone: pretrained (default), none, or a weight file."""
     images: int | None = None
-    """Scenes that heads are trained on; default 600. A quarter as many judge them."""
+    """Training scenes; default 600. A quarter as many scenes are used for testing."""
     epochs: float | None = None
     """Passes over the training scenes; default 5."""
     repeats: int | None = None
-    """Measurements of each way, the fastest of which counts; default 1."""
+    """Measurements of each implementation; the fastest is reported. Default 1."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -62,14 +62,14 @@ class ProbingConfig(MeasurementConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AnswersConfig(MeasurementConfig):
-    """Measure reading VQAv2's files and scoring answers against the plain way."""
+    """Measure reading VQAv2's files and scoring answers against a plain script."""
 
-    what = "answers"
+    benchmark = "answers"
 
     questions: int | None = None
-    """Questions; default as many as VQAv2 has, 214354."""
+    """Number of questions; default 214354, as in VQAv2."""
     repeats: int | None = None
-    """Measurements of each way, the fastest of which counts; default 1."""
+    """Measurements of each implementation; the fastest is reported. Default 1."""
 
     def __post_init__(self) -> None:
         self.check_positive("questions", "repeats")
@@ -79,56 +79,57 @@ class AnswersConfig(MeasurementConfig):
 class ScalingConfig(MeasurementConfig):
     """Measure alignment steps with more ranks, more images and more tokens."""
 
-    what = "scaling"
+    benchmark = "scaling"
 
     backbone: str | None = None
-    """A timm name; default vit_tiny_patch16_224. The weights are random."""
+    """timm name of the backbone, which gets random weights; default vit_tiny_patch16_224."""
     image_size: int | None = None
     """Side of the images, pixels; default 224. One case doubles it."""
     batch_size: int | None = None
-    """Images per step, a multiple of 4; default 8. Further cases take two and four times as many."""
+    """Images per step, a multiple of 4; default 8. Further cases double and quadruple it."""
     steps: int | None = None
-    """Measured steps, whose median counts; default 8."""
+    """Number of measured steps; the median is reported. Default 8."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
         self.check_positive("image_size", "batch_size", "steps")
         if self.batch_size is not None and self.batch_size % 4:
-            raise UserError(f"--batch-size is a multiple of 4, for 4 ranks, not {self.batch_size}")
+            raise UserError(f"--batch-size must be a multiple of 4, for 4 ranks, not {self.batch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VLMBenchConfig(MeasurementConfig):
     """Measure training steps of a vision-language model on packed batches against padded batches."""
 
-    what = "vlm"
+    benchmark = "vlm"
 
     llm: str | None = None
-    """tiny (default, 3.7 million parameters), 1b or 7b for Llama's shapes, or a folder with another config.json.
-    The weights are random."""
+    """Language model with random weights: tiny (default, 3.7 million parameters), 1b or 7b (Llama shapes), or a folder
+    with a config.json."""
     image_tokens: int | None = None
-    """Tokens per image, a square number; default 576, for small language models 64. Below 576, texts are shorter than
-    in LLaVA's mixture by the same factor."""
+    """Tokens per image, a square number; default 576, or 64 for small language models. Texts are scaled by the same
+    factor, relative to LLaVA's mixture with 576."""
     stage: Literal["align", "finetune", "lora"] | None = None
-    """The part that is trained, as in vlm train; default finetune."""
+    """Training stage, as in `localign vlm train`; default finetune."""
     batch_size: int | None = None
     """Conversations per optimizer step; default 16."""
     micro_batch: int | None = None
-    """Conversations per forward pass; default all of a step."""
+    """Conversations per forward pass; default --batch-size."""
     steps: int | None = None
-    """Optimizer steps of a pass, a multiple of 16, since one step in 16 has conversations without images; default
-    16."""
+    """Optimizer steps per pass, a multiple of 16, because one conversation in 16 has no image; default 16."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     repeats: int | None = None
-    """Passes of each way; the median of every step counts. Default 3."""
+    """Passes of each implementation; the median of every step is reported. Default 3."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
         self.check_positive("image_tokens", "batch_size", "micro_batch", "steps", "repeats")
         if self.image_tokens is not None and math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
-            raise UserError(f"--image-tokens is a square number, such as 64 or 576, not {self.image_tokens}")
+            raise UserError(
+                f"--image-tokens must be a square number, such as 64 or 576, not {self.image_tokens}"
+            )
         if self.steps is not None and self.steps % 16:
-            raise UserError(f"--steps is a multiple of 16, not {self.steps}")
+            raise UserError(f"--steps must be a multiple of 16, not {self.steps}")

@@ -1,8 +1,7 @@
-"""A drawn stand-in for the conversations that LLaVA-1.5 was trained on: their turns, lengths and images.
+"""Synthetic conversations with the turns, lengths and images of LLaVA-1.5's training mixture.
 
-Which parts there are, and how large, is what the authors state. How long the conversations of a part are is
-estimated: turns are drawn evenly between two bounds, the length of a turn is an average, and each conversation
-is longer or shorter than that by a log-normal factor.
+The parts of the mixture and their sizes are published. The lengths are estimates: the number of turns is uniform
+between two bounds, turns have an average length, and a log-normal factor scales each conversation.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from localign.vlm.demo.tinytokenizer import train_tokenizer
 
 @dataclass(frozen=True)
 class Part:
-    """One of the mix's sources; lengths in tokens of Llama-2."""
+    """One source of the mixture; lengths are Llama-2 tokens."""
 
     thousands: int
-    """Conversations."""
+    """Thousands of conversations."""
     turns: tuple[int, int]
-    """Fewest and most questions with answers."""
+    """Minimum and maximum number of question-answer pairs."""
     question: int
     """Average length of a question."""
     answer: int
@@ -58,12 +57,12 @@ MIX = {
     "Visual Genome": Part(86, (8, 10), 26, 16),
 }
 IMAGE_TOKENS, MAX_LENGTH = 576, 2048
-"""Of an image, and of the longest conversation with its image, in the training of the 7B model."""
+"""Tokens per image, and the maximum length of a conversation with its image, in the training of the 7B model."""
 
 WRAPPING = 6
 """Tokens around a question and its answer: In, colon, newline, Out, colon, end of sequence."""
 SHORTEST_TURN = 12
-"""Tokens with their wrapping; where the scale leaves a turn less, a conversation has fewer turns."""
+"""Minimum tokens of a turn with its wrapping; a short conversation gets fewer turns instead of shorter turns."""
 WORDS = (
     "a", "all", "and", "are", "at", "back", "been", "big", "blue", "by", "can", "car", "cat", "day",
     "dog", "down", "each", "find", "first", "food", "for", "from", "green", "had", "has", "have", "her",
@@ -73,11 +72,11 @@ WORDS = (
     "water", "what", "white", "who", "with", "woman",
 )  # fmt: skip
 PICTURES = 8
-"""Different images."""
+"""Number of different images."""
 
 
 class Drawn(NamedTuple):
-    """One conversation before it has words."""
+    """The lengths of one conversation."""
 
     image: bool
     turns: list[tuple[int, int]]
@@ -85,30 +84,32 @@ class Drawn(NamedTuple):
 
 
 def drawn_conversations(with_image: int, text_only: int, scale: float, seed: int) -> list[Drawn]:
-    """Conversations of the mix's lengths, each part with its share.
+    """Draw conversation lengths, with each part's share of the mixture.
 
     Args:
-        with_image: How many have an image.
-        text_only: How many have none.
-        scale: Of text lengths; 1 is that of the mix.
-        seed: Of turns and lengths.
+        with_image: Number of conversations with an image.
+        text_only: Number of conversations without an image.
+        scale: Factor on text lengths; 1 gives the lengths of the mixture.
+        seed: Seed of the turns and lengths.
     """
     draw = rng.generator(seed, "bench conversations")
     drawn = []
     for image, count in ((True, with_image), (False, text_only)):
         parts = [part for part in MIX.values() if part.image == image]
         counts = _shares([part.thousands for part in parts], count)
-        drawn += [_drawn(part, scale, draw) for part, n in zip(parts, counts, strict=True) for _ in range(n)]
+        drawn += [
+            _draw_lengths(part, scale, draw) for part, n in zip(parts, counts, strict=True) for _ in range(n)
+        ]
     return [drawn[i] for i in draw.permutation(len(drawn))]
 
 
 def _shares(weights: Sequence[int], count: int) -> list[int]:
-    """Whole numbers in the proportion of the weights, whose sum is ``count``."""
+    """Split ``count`` into whole numbers in proportion to the weights."""
     borders = np.rint(np.cumsum([0, *weights]) * count / sum(weights)).astype(int)
-    return np.diff(borders).tolist()
+    return [int(share) for share in np.diff(borders)]
 
 
-def _drawn(part: Part, scale: float, draw: np.random.Generator) -> Drawn:
+def _draw_lengths(part: Part, scale: float, draw: np.random.Generator) -> Drawn:
     turns = int(draw.integers(part.turns[0], part.turns[1] + 1))
     factor = float(np.exp(part.spread * draw.standard_normal() - part.spread**2 / 2))
     words = turns * (part.question + part.answer) * factor
@@ -120,20 +121,20 @@ def _drawn(part: Part, scale: float, draw: np.random.Generator) -> Drawn:
 
 
 def drawn_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer to which each of :data:`WORDS` is one token."""
+    """A tokenizer with one token for each of :data:`WORDS`."""
     prompt = prompt_format(PROMPT)
     texts = [" ".join(WORDS), " " + " ".join(WORDS), *WORDS, prompt.text(train_tokenizer((), 0), "a")]
     return train_tokenizer(texts, 1022, across_words=False)
 
 
 def write_conversations(drawn: Sequence[Drawn], folder: Path, image_size: tuple[int, int], seed: int) -> Path:
-    """The conversations in random words, a LLaVA-format file with its images beside it.
+    """Write conversations of random words as a JSON file in LLaVA's format, and their images.
 
     Args:
-        drawn: What to write.
-        folder: Where to.
+        drawn: The lengths of the conversations.
+        folder: The output folder.
         image_size: Width and height of the images, pixels.
-        seed: Of words and images.
+        seed: Seed of the words and images.
 
     Returns:
         The JSON file.
@@ -157,7 +158,7 @@ def _words(count: int, draw: np.random.Generator) -> str:
 
 
 def picture(size: tuple[int, int], seed: int, index: int) -> Image.Image:
-    """An image of smooth colours, ``size`` being width and height."""
+    """An image of smooth colours; ``size`` is (width, height)."""
     draw = rng.generator(seed, "bench pictures", index)
     knots = torch.from_numpy(draw.random((1, 3, 6, 8), dtype=np.float32))
     colours = F.interpolate(knots, size=size[::-1], mode="bicubic")[0].clamp(0, 1)

@@ -1,4 +1,4 @@
-"""How much arithmetic a training step of a vision-language model needs, and how much a GPU could do."""
+"""Floating-point operations of a training step of a vision-language model, and a GPU's peak rate."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 operations per second that a CUDA device is made for; None for one that is not known."""
+    """Peak rate of dense bfloat16 operations of a CUDA device, per second; None if the device is unknown."""
     card = gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if card is None else 1e12 * card.bf16
 
 
 def useful_flops(model: LocalignVLM, lengths: Sequence[int], labelled: int, images: int) -> float:
-    """Operations of one forward and backward pass that no implementation could leave out.
+    """Floating-point operations of one forward and backward pass that no implementation can avoid.
 
-    Two for each weight of a matrix and each token it is applied to, and as many again for each gradient that
-    is wanted: of the input, and of the weight where it is trained. Attention is causal, which halves it. Not
-    counted: padding, logits of tokens without a label, what is computed twice to save memory.
+    Counts two operations per matrix weight and token, and two more for each gradient: of the input, and of the weight
+    if it is trained. Causal attention counts half. Padding, logits of tokens without a label and recomputation are
+    not counted.
 
     Args:
-        model: Its stage is set: trained is what requires a gradient.
-        lengths: Tokens of each sequence, those of images included.
-        labelled: Tokens with a label.
-        images: Images.
+        model: The model, with ``requires_grad`` set for the training stage.
+        lengths: Tokens of each sequence, including image tokens.
+        labelled: Number of tokens with a label.
+        images: Number of images.
     """
     llm: Any = model.language_model
     config = model.config.text_config.get_text_config()
@@ -49,7 +49,7 @@ def _weights(parameters: Sequence[torch.nn.Parameter]) -> float:
 
 
 def _image_flops(model: LocalignVLM) -> float:
-    """The frozen tower's forward pass, and the adapter both ways."""
+    """Operations per image: the forward pass of the frozen tower, and the forward and backward pass of the adapter."""
     adapter = _weights([p for p in model.adapter.parameters() if p.ndim == 2])
     flops = adapter * model.adapter.config.num_tokens
     for backbone in model.vision.backbones:

@@ -1,4 +1,4 @@
-"""Reducing label maps to patch labels, against loops over patches that call ``unique`` on each."""
+"""Reducing label maps to patch labels, against loops that call ``unique`` on each patch."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from localign.probing import PatchLabels, reduce_labels
 
 IMAGES, IMAGE_SIZE, PATCH_SIZE = 64, 384, 14
 CLASSES = 183
-"""Of drawn maps, as many as COCO-Stuff has."""
+"""Classes of the synthetic maps, as many as in COCO-Stuff."""
 CLASSES_PER_IMAGE, CELLS = 8, 4
-"""Of drawn maps: classes in each, and knots along a side of the smooth fields that part them. At 384 pixels a
-quarter of the patches of 14 hold several classes; of COCO-Stuff's maps it is a fifth."""
+"""Classes per synthetic map, and knots along a side of the smooth fields that separate them. At 384 pixels a quarter
+of the 14-pixel patches hold several classes; in COCO-Stuff's maps it is a fifth."""
 REPEATS = 5
 OURS = "reduce_labels"
 BATCH = 32
-"""Label maps per call, as in a training."""
+"""Label maps per call, as in training."""
 
 
 def drawn_maps(count: int, size: int, seed: int) -> Tensor:
-    """Label maps of smooth regions: each of a few classes has a random field, and the largest one wins.
+    """Synthetic label maps of smooth regions: each class has a random field, and each pixel takes the largest field.
 
     Returns:
         uint8 ``(count, size, size)``, values below ``CLASSES``.
@@ -54,10 +54,10 @@ def drawn_maps(count: int, size: int, seed: int) -> Tensor:
 
 
 def read_maps(folder: Path, size: int) -> Tensor:
-    """The label maps of a folder as the benchmark sees them, uint8 ``(N, size, size)``.
+    """The label maps of a folder, cropped and resized: uint8 ``(maps, size, size)``.
 
     Raises:
-        UserError: there are none, or one is no single-channel map of ids up to 255.
+        UserError: There are no maps, or a file is not a single-channel map of ids up to 255.
     """
     paths = sorted(folder.glob("*.png"))
     if not paths:
@@ -71,29 +71,29 @@ def read_maps(folder: Path, size: int) -> Tensor:
         except OSError as error:
             raise UserError(f"cannot read the label map {path}: {error}") from None
         if ids.ndim != 2 or ids.dtype.kind not in "ui" or int(ids.max()) > 255:
-            raise UserError(f"the label map {path} is not of one channel with ids up to 255")
+            raise UserError(f"the label map {path} must have one channel with ids up to 255")
         maps.append(view.labels(ids).to(torch.uint8))
     return torch.stack(maps)
 
 
 def torch_loop(maps: Tensor, patch: int, classes: int) -> PatchLabels:
-    """The plain way, as a data loader would: ``torch.unique`` on each patch."""
+    """The reduction as in a plain data loader: ``torch.unique`` on each patch."""
     rows, columns = maps.shape[1] // patch, maps.shape[2] // patch
     targets, images, majorities = [], [], []
     for labels in maps:
-        whole = torch.zeros(classes, dtype=torch.bool)
+        image_target = torch.zeros(classes, dtype=torch.bool)
         for row in range(rows):
             for column in range(columns):
                 tile = labels[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
                 codes, counts = torch.unique(tile, return_counts=True)
                 target = torch.zeros(classes, dtype=torch.bool)
                 target[codes.long()] = True
-                whole |= target
+                image_target |= target
                 if len(codes) > 1:
                     target[0] = False
                 targets.append(target)
                 majorities.append(codes[counts.argmax()].long())
-        images.append(whole)
+        images.append(image_target)
     shape = len(maps), rows * columns
     patches = torch.stack(targets).view(*shape, classes)
     return PatchLabels(patches, torch.stack(images), torch.stack(majorities).view(shape), classes)
@@ -102,22 +102,22 @@ def torch_loop(maps: Tensor, patch: int, classes: int) -> PatchLabels:
 def numpy_loop(
     maps: Tensor, patch: int, classes: int, attributes: NDArray[np.bool_] | None = None
 ) -> PatchLabels:
-    """The same with ``numpy.unique``, writing into arrays: about as fast as a loop over patches gets."""
+    """The same with ``numpy.unique`` and preallocated arrays, about the fastest loop over patches."""
     labels = maps.numpy()
     rows, columns = labels.shape[1] // patch, labels.shape[2] // patch
     table = np.eye(classes, dtype=bool) if attributes is None else attributes
     patches = np.zeros((len(labels), rows * columns, classes), dtype=bool)
     images = np.zeros((len(labels), classes), dtype=bool)
     majorities = np.zeros((len(labels), rows * columns), dtype=np.int64)
-    for i, one in enumerate(labels):
+    for i, label_map in enumerate(labels):
         for n in range(rows * columns):
             row, column = divmod(n, columns)
-            tile = one[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+            tile = label_map[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
             codes, counts = np.unique(tile, return_counts=True)
-            there = table[codes[0]] if len(codes) == 1 else table[codes].any(axis=0)
-            patches[i, n] = there
-            images[i] |= there
-            patches[i, n, 0] &= there.sum() == 1
+            present = table[codes[0]] if len(codes) == 1 else table[codes].any(axis=0)
+            patches[i, n] = present
+            images[i] |= present
+            patches[i, n, 0] &= present.sum() == 1
             majorities[i, n] = codes[counts.argmax()]
     return PatchLabels(
         torch.from_numpy(patches), torch.from_numpy(images), torch.from_numpy(majorities), len(table)
@@ -125,17 +125,17 @@ def numpy_loop(
 
 
 def run_bench_labels(config: LabelsConfig) -> None:
-    """Measure, write the JSON file, show the tables."""
+    """Run the benchmark, write its JSON file, and print its tables."""
     content = write_measurements(config, bench_labels(config))
     show(labels_tables(content), config)
 
 
 def bench_labels(config: LabelsConfig) -> dict[str, Any]:
-    """Time all ways on the same maps, after a check that they agree.
+    """Time all implementations on the same maps, and check that their results agree.
 
     Raises:
-        UserError: unusable label maps or sizes.
-        RunFailure: the ways do not agree.
+        UserError: The label maps or sizes are unusable.
+        RunFailure: The results differ.
     """
     device = choose_device(config.device)
     size, patch = config.image_size or IMAGE_SIZE, config.patch_size or PATCH_SIZE
@@ -146,8 +146,7 @@ def bench_labels(config: LabelsConfig) -> dict[str, Any]:
         classes = int(maps.max()) + 1
     else:
         maps, classes = drawn_maps(config.images or IMAGES, size, config.seed), CLASSES
-    there = maps.to(device)
-    batches = there.split(BATCH)
+    batches = maps.to(device).split(BATCH)
 
     def vectorised() -> PatchLabels:
         return PatchLabels.cat([reduce_labels(batch, patch, classes) for batch in batches])
@@ -160,9 +159,9 @@ def bench_labels(config: LabelsConfig) -> dict[str, Any]:
     timings, results = {}, {}
     for name, way in ways.items():
         repeats = config.repeats or (REPEATS if name == OURS else 1)
-        found = [timed(way, device) for _ in range(repeats)]
-        results[name] = found[0][0].to("cpu")
-        timings[name] = Timing.best([timing for _, timing in found])
+        runs = [timed(way, device) for _ in range(repeats)]
+        results[name] = runs[0][0].to("cpu")
+        timings[name] = Timing.best([timing for _, timing in runs])
     for name in ways:
         _check_equal(name, results[name], results[OURS])
     return {
@@ -191,7 +190,7 @@ def _row(name: str, timing: Timing, ours: Timing, count: int) -> dict[str, Any]:
 
 
 def labels_tables(content: dict[str, Any]) -> list[Table]:
-    """How many label maps a second each way reduces."""
+    """A table of the label maps that each implementation reduces per second."""
     title = "{maps} label maps of {size} pixels, patches of {patch}, {classes} classes".format(**content)
     table = timing_table(title, content, ("way",), ("images/s", "times slower", "in CPU time"))
     for row in content["ways"]:

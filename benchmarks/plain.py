@@ -1,8 +1,8 @@
-"""One head trained and judged the plain way, as a script does: what the suite is held against.
+"""Training and testing of one probing head in a plain script, to which the suite is compared.
 
-At every step images are loaded and run through the frozen backbone, patch labels come from a loop over patches,
-the head's blocks are run whole, and PyTorch's AdamW steps as it comes. Initialisation, order of the samples and
-schedule are the suite's, so recalls are comparable.
+Each step loads images and runs them through the frozen backbone, computes patch labels in a loop over patches, runs
+the head's blocks at all tokens, and uses PyTorch's AdamW. Initialisation, order of the samples and schedule are those
+of the suite, so that recalls are comparable.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from localign.probing.training import ORDER_SEED, head_loss, learning_rate
 
 
 class PlainBatches:
-    """Images and label maps of a source under the benchmark's view, and what follows from them."""
+    """Tokens and patch labels of a source's images."""
 
     def __init__(self, backbone: Backbone, source: LabelledSource, device: torch.device) -> None:
         self.backbone, self.source, self.device = backbone, source, device
         self.view = EvalTransform(backbone.image_size, mode="square")
 
     def __call__(self, rows: Any) -> tuple[Tensor, PatchLabels]:
-        """Tokens and targets of some images."""
+        """The tokens and targets of the given images."""
         pairs = [self.source.load_labelled(int(row)) for row in rows]
         images = torch.stack([self.view(image) for image, _ in pairs])
         maps = torch.stack([self.view.labels(labels) for _, labels in pairs])
@@ -51,7 +51,7 @@ def plain_run(
     config: ProbeConfig,
     device: torch.device,
 ) -> float:
-    """Macro recall of one head on the test source, over the classes that occur there."""
+    """Macro recall of one trained head on the test source, over the classes that occur in it."""
     backbone.eval()
     with rng.seeded_globals(config.seed, f"probe head {spec.label} {spec.task}"):
         head = build_head(spec.head, Geometry.of(backbone), len(train.classes), spec.task).to(device)
@@ -62,15 +62,15 @@ def plain_run(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, warmup, config.lr, config.final_lr)
         tokens, labels = batches(stream.indices(step * config.batch, (step + 1) * config.batch))
-        loss = head_loss(spec, whole(head, tokens), labels)
+        loss = head_loss(spec, full_logits(head, tokens), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return _macro_recall(head, spec, PlainBatches(backbone, test, device), config.batch)
 
 
-def whole(head: nn.Module, tokens: Tensor) -> Tensor:
-    """A head's logits, with every block run at every token."""
+def full_logits(head: nn.Module, tokens: Tensor) -> Tensor:
+    """A head's logits, computed by running every block at every token."""
     if not isinstance(head, TransformerHead):
         return head(tokens)
     outputs = head.norm(head.blocks(head.norm_pre(tokens + head.positions)))
@@ -87,7 +87,7 @@ def _macro_recall(head: nn.Module, spec: HeadSpec, batches: PlainBatches, batch:
     for begin in range(0, count, batch):
         tokens, labels = batches(np.arange(begin, min(begin + batch, count)))
         target = (labels.patch if spec.task == "local" else labels.image).flatten(0, -2)
-        predicted = whole(head, tokens).flatten(0, -2) > 0
+        predicted = full_logits(head, tokens).flatten(0, -2) > 0
         hits = hits + (predicted & target).sum(0).cpu()
         positives = positives + target.sum(0).cpu()
     return float((hits / positives).nanmean())

@@ -1,4 +1,4 @@
-"""All heads in one pass, against a run for each that makes its features at every step."""
+"""Training of all probing heads in one pass, against one run per head that computes features at every step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from localign.results import ProbeOutcome
 
 IMAGES, EPOCHS, REPEATS = 600, 5.0, 1
 NOISE_SEEDS = 3
-"""Seeds behind the scatter that differences are held against."""
+"""Number of seeds for the scatter, to which differences are compared."""
 PLAIN, SEPARATE = "plain runs", "runs of the suite"
 WAYS: dict[str, Cache] = {
     "one pass, no cache": "none",
     "one pass, in memory": "device",
     "one pass, on the disk": "disk",
 }
-"""The one pass in its modes: name -> cache."""
+"""Modes of the one pass: name -> cache."""
 
 Recalls = dict[HeadSpec, float | None]
 
@@ -43,25 +43,25 @@ class ProbeJob:
     """One timed run."""
 
     way: str
-    what: str
-    """Which run of the way."""
+    name: str
+    """Name of the run, unique for its way."""
     run: Callable[[], Recalls]
 
 
 def run_bench_probe(config: ProbingConfig) -> None:
-    """Measure, write the JSON file, show the tables."""
+    """Run the benchmark, write its JSON file, and print its tables."""
     content = write_measurements(config, bench_probe(config))
     show(probe_tables(content), config)
 
 
 def bench_probe(config: ProbingConfig) -> dict[str, Any]:
-    """Time a run for each head and task, plain and by the suite without a cache; and one pass in each mode.
+    """Time one run per head and task, in a plain script and in the suite without a cache, and one pass in each mode.
 
-    Every run draws its scenes, as a command of its own would. With repeats, the runs take turns and the best
-    time of each counts.
+    Every run draws its scenes, as a separate command would. With repeats, the runs take turns, and the fastest time
+    of each run counts.
 
     Raises:
-        UserError: an unknown backbone.
+        UserError: The backbone is unknown.
     """
     device = choose_device(config.device)
     options: dict[str, Any] = {} if config.weights is None else {"weights": config.weights}
@@ -76,7 +76,7 @@ def bench_probe(config: ProbingConfig) -> dict[str, Any]:
     def plain(spec: HeadSpec) -> Recalls:
         return {spec: plain_run(backbone, *sources(), spec, suite, device)}
 
-    def suited(probe_config: ProbeConfig) -> list[Recalls]:
+    def run_suite(probe_config: ProbeConfig) -> list[Recalls]:
         with tempfile.TemporaryDirectory() as folder:
             outcomes = probe(backbone, *sources(), probe_config, device=device, cache_folder=Path(folder))
         return [{spec: _recall(outcome, spec) for spec in probe_config.specs()} for outcome in outcomes]
@@ -85,22 +85,22 @@ def bench_probe(config: ProbingConfig) -> dict[str, Any]:
         for spec in suite.specs():
             name, alone = f"{spec.label}, {spec.task}", replace(suite, heads=(spec.head,), tasks=(spec.task,))
             yield ProbeJob(PLAIN, name, partial(plain, spec))
-            yield ProbeJob(SEPARATE, name, lambda alone=alone: suited(alone)[0])  # type: ignore[misc]
+            yield ProbeJob(SEPARATE, name, lambda alone=alone: run_suite(alone)[0])  # type: ignore[misc]
         for way, cache in WAYS.items():
             together = replace(suite, cache=cache)
-            yield ProbeJob(way, "all", lambda together=together: suited(together)[0])  # type: ignore[misc]
+            yield ProbeJob(way, "all", lambda together=together: run_suite(together)[0])  # type: ignore[misc]
 
-    suited(replace(suite, steps=1))  # what only a first run pays
+    run_suite(replace(suite, steps=1))  # warm-up
     recalls: dict[str, Recalls] = {}
     timings: dict[tuple[str, str], list[Timing]] = {}
     for _ in range(config.repeats or REPEATS):
         for job in jobs():
-            say(f"{job.way}: {job.what}")
-            found, timing = timed(job.run, device)
-            recalls.setdefault(job.way, {}).update(found)
-            timings.setdefault((job.way, job.what), []).append(timing)
+            say(f"{job.way}: {job.name}")
+            measured, timing = timed(job.run, device)
+            recalls.setdefault(job.way, {}).update(measured)
+            timings.setdefault((job.way, job.name), []).append(timing)
     say(f"{NOISE_SEEDS} seeds, for the scatter over seeds")
-    seeds = suited(replace(suite, cache="device", seeds=NOISE_SEEDS))
+    seeds = run_suite(replace(suite, cache="device", seeds=NOISE_SEEDS))
     costs = {
         way: Timing.total(Timing.best(t) for (w, _), t in timings.items() if w == way) for way in recalls
     }
@@ -114,7 +114,7 @@ def bench_probe(config: ProbingConfig) -> dict[str, Any]:
             {
                 "head": spec.label,
                 "task": spec.task,
-                **{way: found[spec] for way, found in recalls.items()},
+                **{way: by_spec[spec] for way, by_spec in recalls.items()},
                 "scatter": _deviation(seed[spec] for seed in seeds),
             }
             for spec in suite.specs()
@@ -132,13 +132,13 @@ def _deviation(recalls: Iterable[float | None]) -> float | None:
 
 
 def _cost(cost: Timing, costs: dict[str, Timing]) -> dict[str, Any]:
-    """Seconds, and how many times cheaper than the separate runs of both kinds."""
+    """Seconds, and the ratio to the seconds of both kinds of separate runs."""
     cheaper = {way: asdict(costs[way].over(cost)) for way in (PLAIN, SEPARATE)}
     return {"seconds": asdict(cost), "times_cheaper": cheaper}
 
 
 def probe_tables(content: dict[str, Any]) -> list[Table]:
-    """What each way costs, and that all come to the same recall."""
+    """Tables of the cost of each way, and of the recalls, which should agree."""
     images = content["images"]
     title = f"6 heads on {content['backbone']}, {content['steps']} steps on {images['train']} scenes"
     numbers = ("wall, s", "CPU, s", f"times cheaper than {PLAIN}", f"than {SEPARATE}")

@@ -17,16 +17,16 @@ BENCHMARKS = {
     name: Command(name, f"config:{config}", f"{name}:run_bench_{name}", about, package="benchmarks")
     for name, config, about in (
         ("labels", "LabelsConfig", "reduce label maps, against loops over patches"),
-        ("probe", "ProbingConfig", "train all heads in one pass, against one run for each head"),
+        ("probe", "ProbingConfig", "train all heads in one pass, against one run per head"),
         ("vlm", "VLMBenchConfig", "train on packed batches, against padded batches"),
-        ("answers", "AnswersConfig", "read and score VQAv2, against the plain way"),
+        ("answers", "AnswersConfig", "read and score VQAv2, against a plain script"),
         ("scaling", "ScalingConfig", "alignment steps with more ranks, images and tokens"),
     )
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one benchmark; returns the exit code as ``localign`` does."""
+    """Run one benchmark; returns an exit code with the meaning of ``localign``'s exit codes."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__, *(f"  {b.name:<10}{b.help}" for b in BENCHMARKS.values()), sep="\n")
@@ -38,7 +38,9 @@ def _run(arguments: Sequence[str]) -> int | None:
     name, *rest = arguments
     if name not in BENCHMARKS:
         known = ", ".join(BENCHMARKS)
-        raise UserError(f"unknown benchmark {name!r}{did_you_mean(name, BENCHMARKS)}; there are {known}")
+        raise UserError(
+            f"unknown benchmark {name!r}{did_you_mean(name, BENCHMARKS)}; the benchmarks are {known}"
+        )
     return BENCHMARKS[name].run(parse(BENCHMARKS[name], rest))
 
 

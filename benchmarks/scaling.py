@@ -1,10 +1,11 @@
-"""What an alignment's step costs with more ranks, more images, more tokens: each case a run of its own.
+"""The cost of an alignment step with more ranks, more images and more tokens; each case is a separate run.
 
-As a program it is one rank of a case: `torchrun ... -m benchmarks.scaling '{"config": ..., "notes": ...}'`.
+`torchrun ... -m benchmarks.scaling '{"config": ..., "notes": ...}'` runs one rank of a case.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -33,24 +34,24 @@ from localign.engine import StepResult, train
 from localign.engine.distributed import choose_device
 from localign.errors import RunFailure
 
-BACKBONE, IMAGE_SIZE, BATCH, STEPS, WARM = "vit_tiny_patch16_224", 224, 8, 8, 2
+BACKBONE, IMAGE_SIZE, BATCH, STEPS, WARMUP_STEPS = "vit_tiny_patch16_224", 224, 8, 8, 2
 RANKS = (1, 2, 4)
 _COUNTERS = Path("/proc/net/dev")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run that is measured."""
+    """One measured run."""
 
     ranks: int
     images: int
-    """Per step, over all ranks."""
+    """Images per step, over all ranks."""
     image_size: int
-    """Pixels."""
+    """Side of the images, pixels."""
 
 
 def cases(config: ScalingConfig) -> list[Case]:
-    """As many images on more ranks; then more images, and larger ones, on one."""
+    """The same number of images on more ranks; then more images, and larger images, on one rank."""
     base = Case(1, config.batch_size or BATCH, config.image_size or IMAGE_SIZE)
     more_ranks = [replace(base, ranks=ranks) for ranks in RANKS]
     more_images = [replace(base, images=times * base.images) for times in (2, 4)]
@@ -58,16 +59,16 @@ def cases(config: ScalingConfig) -> list[Case]:
 
 
 def run_bench_scaling(config: ScalingConfig) -> None:
-    """Measure, write the JSON file, show the tables."""
+    """Run the benchmark, write its JSON file, and print its tables."""
     content = write_measurements(config, bench_scaling(config))
     show(scaling_tables(content), config)
 
 
 def bench_scaling(config: ScalingConfig) -> dict[str, Any]:
-    """Measure all cases, each in processes of its own, one thread each.
+    """Measure all cases, each in its own processes with one thread per process.
 
     Raises:
-        RunFailure: A case failed, as where there are fewer GPUs than ranks.
+        RunFailure: A case failed, for example because there are fewer GPUs than ranks.
     """
     device = choose_device(config.device)
     with TemporaryDirectory() as folder:
@@ -77,9 +78,7 @@ def bench_scaling(config: ScalingConfig) -> dict[str, Any]:
         for number in range(16):
             small = Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8))
             small.resize((256, 256), Image.Resampling.BICUBIC).save(images / f"{number}.png")
-        rows = [
-            _measured(case, config, images, Path(folder) / str(n)) for n, case in enumerate(cases(config))
-        ]
+        rows = [_measure(case, config, images, Path(folder) / str(n)) for n, case in enumerate(cases(config))]
     parameters = rows[0]["parameters"]
     return {
         "backbone": config.backbone or BACKBONE,
@@ -90,17 +89,17 @@ def bench_scaling(config: ScalingConfig) -> dict[str, Any]:
 
 
 def all_reduce_bytes(parameters: int, ranks: int) -> int:
-    """What all ranks together send in a ring's sum over gradients of 4 bytes: each 2 (N - 1) / N of them."""
+    """Bytes that all ranks send in a ring all-reduce of float32 gradients; each sends 2 (N - 1) / N of them."""
     return 2 * (ranks - 1) * 4 * parameters
 
 
-def _measured(case: Case, config: ScalingConfig, images: Path, folder: Path) -> dict[str, Any]:
+def _measure(case: Case, config: ScalingConfig, images: Path, folder: Path) -> dict[str, Any]:
     steps = config.steps or STEPS
     run = AlignConfig(
         backbone=config.backbone or BACKBONE, weights="none", image_size=case.image_size, data=str(images),
-        seed=config.seed, batch_size=case.images, steps=WARM + steps + 1, workers=0, device=config.device,
+        seed=config.seed, batch_size=case.images, steps=WARMUP_STEPS + steps + 1, workers=0, device=config.device,
         out=str(folder), log_every=10**6,
-        loss="cosine",  # no search for a scale
+        loss="cosine",  # cosine needs no scale of the targets
     )  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)]
     argument = json.dumps({"config": asdict(run), "notes": str(folder)})
@@ -115,7 +114,7 @@ def _measured(case: Case, config: ScalingConfig, images: Path, folder: Path) -> 
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         raise RunFailure(
-            f"bench scaling with {case.ranks} ranks failed: {lines[-1] if lines else 'without a word'}"
+            f"bench scaling with {case.ranks} ranks failed: {lines[-1] if lines else 'no message'}"
         )
     notes = [json.loads(Path(f"{folder}.{rank}.json").read_text()) for rank in range(case.ranks)]
     first = notes[0]
@@ -123,19 +122,20 @@ def _measured(case: Case, config: ScalingConfig, images: Path, folder: Path) -> 
         **asdict(case),
         "tokens": first["tokens"],
         "parameters": first["parameters"],
-        "cpu_seconds": sum(_typical(note["cpu"]) for note in notes),
-        "wall_seconds": _typical(first["wall"]),
-        "sent_bytes": _typical(first["sent"]) if first["sent"] else None,
+        "cpu_seconds": sum(_median_step(note["cpu"]) for note in notes),
+        "wall_seconds": _median_step(first["wall"]),
+        "sent_bytes": _median_step(first["sent"]) if first["sent"] else None,
     }
 
 
-def _typical(counts: list[float]) -> float:
-    """The middle difference between steps, without the first ones."""
-    return statistics.median(b - a for a, b in zip(counts[WARM:-1], counts[WARM + 1 :], strict=True))
+def _median_step(counts: list[float]) -> float:
+    """The median difference between consecutive steps after the warm-up."""
+    measured = counts[WARMUP_STEPS:]
+    return statistics.median(b - a for a, b in itertools.pairwise(measured))
 
 
-class Noted(AlignTask):
-    """An alignment that writes down what has been spent when a step begins."""
+class RecordingTask(AlignTask):
+    """An alignment task that records the time and network traffic at the beginning of each step."""
 
     def __init__(self, config: AlignConfig) -> None:
         with rng.seeded_globals(config.seed, "bench"):
@@ -152,7 +152,7 @@ class Noted(AlignTask):
 
 
 def loopback_bytes() -> Iterator[float]:
-    """Bytes that processes of this machine have sent one another over the network, where the system counts them."""
+    """Bytes sent over the loopback interface so far; yields nothing if the system has no counter."""
     if _COUNTERS.is_file():
         for line in _COUNTERS.read_text().splitlines():
             if line.strip().startswith("lo:"):
@@ -163,7 +163,7 @@ def _rank(argument: str) -> None:
     values = json.loads(argument)
     torch.set_num_threads(1)
     config = AlignConfig(**values["config"])
-    task = Noted(config)
+    task = RecordingTask(config)
     train(task, config, "align")
     facts = {
         "tokens": task.student.encoder.backbone.num_patches,
@@ -178,16 +178,16 @@ if __name__ == "__main__":
 
 
 def scaling_tables(content: dict[str, Any]) -> list[Table]:
-    """What a step costs in each case, and what goes over the network."""
+    """A table of the cost and the network traffic of a step in each case."""
     title = "A step of aligning {backbone}, {parameters:,} trained parameters".format(**content)
     numbers = (
         "ranks",
-        "images a step",
-        "patches an image",
-        "CPU, s, all ranks",
+        "images/step",
+        "patches/image",
+        "CPU of all ranks, s",
         "wall, s",
         "sent, MB",
-        "foreseen",
+        "expected, MB",
     )
     table = timing_table(title, content, (), numbers)
     for row in content["cases"]:

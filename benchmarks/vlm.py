@@ -1,4 +1,4 @@
-"""Training a vision-language model on packed batches against padded ones, through the code of `localign vlm train`."""
+"""Training of a vision-language model on packed and on padded batches, through the code of `localign vlm train`."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class VLMWay:
     batching: Batching
     sampler: Sampler
     whole_logits: bool
-    """Logits of every token at once and transformers' mean loss, instead of labelled tokens chunk by chunk."""
+    """Compute the logits of all tokens at once and transformers' mean loss, instead of labelled tokens in chunks."""
     cross_entropy: CrossEntropy = "chunked"
-    """How the loss is computed without whole logits."""
+    """The loss implementation, if ``whole_logits`` is False."""
 
 
 PADDED, PLAIN = "padded", "padded, whole logits"
@@ -60,41 +60,41 @@ WAYS = (
     VLMWay("padded, grouped", "padded", "grouped", False),
     VLMWay("padded, grouped, whole logits", "padded", "grouped", True),
 )
-"""The last is what the published code does."""
+"""The last way is that of the published code."""
 LIGER = VLMWay("packed, liger", "packed", "shuffled", False, "liger")
 
 
 def ways(device: torch.device) -> tuple[VLMWay, ...]:
-    """The ways that can be measured on a device: liger-kernel's only on CUDA, where it is installed."""
+    """The ways to measure on a device; liger-kernel only on CUDA, if it is installed."""
     return (*WAYS, LIGER) if device.type == "cuda" and find_spec("liger_kernel") else WAYS
 
 
 @dataclass
 class Pass:
-    """All steps of a pass over the conversations, and what loading them took."""
+    """All steps of a pass over the conversations, and the time to load them."""
 
     steps: list[list[VLMBatch]]
     loading: Timing
     tokens: int
-    """Of conversations and their images, without padding."""
+    """Tokens of conversations and their images, without padding."""
     flops: float
-    """Without those on padding."""
+    """Floating-point operations, without operations on padding."""
 
     @property
     def padding(self) -> float:
-        """Share of the tokens computed that are padding."""
+        """Share of padding in the computed tokens."""
         computed = sum(batch.input_ids.numel() for step in self.steps for batch in step)
         return 1 - self.tokens / computed
 
     @property
     def records(self) -> list[int]:
-        """Which conversations the pass has, in order of their numbers."""
+        """The sorted indices of the pass's conversations."""
         return sorted(i for step in self.steps for batch in step for i in batch.indices.tolist())
 
 
 @dataclass
 class VLMTimings:
-    """What the repeats of one way gave."""
+    """The measurements of one way."""
 
     timings: dict[tuple[int, int], Timing] = field(default_factory=dict)
     """(repeat, step) -> seconds."""
@@ -102,36 +102,36 @@ class VLMTimings:
     """Step -> float64 ``(2,)``, summed loss and labelled tokens."""
     peak_bytes: int = 0
     fits: bool = True
-    """Whether the device's memory sufficed."""
+    """False if the device ran out of memory."""
 
     def cost(self) -> Timing:
-        """Of a pass: the medians of its steps over the repeats, summed."""
+        """The time of a pass: the sum over steps of the median over repeats."""
         steps = {step for _, step in self.timings}
         return Timing.total(
             Timing.median([t for (_, s), t in self.timings.items() if s == step]) for step in steps
         )
 
     def repeats(self) -> list[Timing]:
-        """Of each repeat."""
+        """The time of each repeat."""
         repeats = sorted({repeat for repeat, _ in self.timings})
         return [Timing.total(t for (r, _), t in self.timings.items() if r == repeat) for repeat in repeats]
 
 
 def run_bench_vlm(config: VLMBenchConfig) -> None:
-    """Measure, write the JSON file, show the tables."""
+    """Run the benchmark, write its JSON file, and print its tables."""
     content = write_measurements(config, bench_vlm(config))
     show(vlm_tables(content), config)
 
 
 def bench_vlm(config: VLMBenchConfig) -> dict[str, Any]:
-    """Time whole optimizer steps of each way on the same drawn conversations; the ways take turns, step by step.
+    """Time whole optimizer steps of each way on the same synthetic conversations; the ways take turns, step by step.
 
-    The learning rate is 0, so every way meets the same weights, and all must come to the same loss. Loading is
-    timed by itself.
+    The learning rate is 0, so all ways see the same weights and must compute the same loss. Loading is timed
+    separately.
 
     Raises:
-        UserError: A language model that cannot be had, or sizes that do not fit.
-        RunFailure: The ways disagree about the loss.
+        UserError: The language model is not available, or sizes do not match.
+        RunFailure: The ways compute different losses.
     """
     device = choose_device(config.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +202,7 @@ def _measure(
     measured = {way: VLMTimings() for way in ways(task.device)}
     for repeat in range(-1, repeats):
         say(f"repeat {repeat + 1} of {repeats}" if repeat >= 0 else "warming up")
-        # Before the first repeat a step of each: what only a first one pays.
+        # Repeat -1 is the warm-up: one step of each way.
         for step in range(len(passes["packed", "shuffled"].steps) if repeat >= 0 else 1):
             for way, found in measured.items():
                 if not found.fits:
@@ -212,7 +212,7 @@ def _measure(
                     sums, timing, peak = _timed_step(task, optimizer, way, batches)
                 except torch.OutOfMemoryError:
                     found.fits = False
-                    say(f"{way.name}: the device's memory does not suffice")
+                    say(f"{way.name}: out of memory")
                     optimizer.zero_grad(set_to_none=True)
                     continue
                 found.peak_bytes = max(found.peak_bytes, peak)
@@ -225,7 +225,7 @@ def _measure(
 def _timed_step(
     task: VLMTask, optimizer: torch.optim.Optimizer, way: VLMWay, batches: Sequence[VLMBatch]
 ) -> tuple[Tensor, Timing, int]:
-    """One step's float64 sums of loss and labelled tokens, its time, and CUDA memory at its peak, bytes."""
+    """One step's float64 sums of loss and labelled tokens, its time, and its peak CUDA memory in bytes."""
     cuda = task.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(task.device)
@@ -241,7 +241,7 @@ def _step(
     batches: Sequence[VLMBatch],
     loss: Callable[[LocalignVLM, VLMBatch], StepResult],
 ) -> Tensor:
-    """As the loop takes a step; returns the float64 sums of loss and labelled tokens."""
+    """Take a step as the training loop does; returns the float64 sums of loss and labelled tokens."""
     model, device = task.model, task.device
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -258,9 +258,9 @@ def _step(
 
 
 def whole_logits_loss(model: LocalignVLM, batch: VLMBatch) -> StepResult:
-    """The straightforward loss: every token's logits, and transformers' mean over the labelled ones.
+    """The straightforward loss: the logits of all tokens, and transformers' mean over the labelled tokens.
 
-    In a packed row no sequence predicts the next one's first token, for that has no label.
+    In a packed row no sequence predicts the first token of the next sequence, because that token has no label.
     """
     output = model(
         input_ids=batch.input_ids,
@@ -278,7 +278,7 @@ def whole_logits_loss(model: LocalignVLM, batch: VLMBatch) -> StepResult:
 def _check_equal_losses(
     measured: dict[VLMWay, VLMTimings], passes: dict[tuple[Batching, Sampler], Pass], tolerance: float
 ) -> None:
-    """Of the ways whose passes have the same conversations; samplers may fill up with some more."""
+    """Compare ways whose passes have the same conversations; some samplers add conversations to fill batches."""
     losses: dict[str, float] = {}
     first = passes["packed", "shuffled"].records
     for way, found in measured.items():
@@ -286,8 +286,8 @@ def _check_equal_losses(
             loss, count = torch.stack(list(found.sums.values())).sum(dim=0).tolist()
             losses[way.name] = loss / count
     if losses and max(losses.values()) - min(losses.values()) > tolerance * max(losses.values()):
-        said = ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
-        raise RunFailure(f"the ways disagree about the loss per token: {said}")
+        values = ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
+        raise RunFailure(f"the ways disagree about the loss per token: {values}")
 
 
 def _rows(
@@ -314,7 +314,7 @@ def _rows(
                 for other in (PADDED, PLAIN)
                 if other in seconds_per_token
             }
-            # Peaks are of bfloat16, in which CUDA computes here.
+            # The peak rate is for bfloat16, which this benchmark uses on CUDA.
             row["mfu"] = done.flops / cost.wall / peak if peak else None
             row["peak_bytes"] = found.peak_bytes or None
         rows.append(row)
@@ -328,10 +328,10 @@ def _times_faster(this: tuple[Timing, int], other: tuple[Timing, int]) -> dict[s
 
 
 def vlm_tables(content: dict[str, Any]) -> list[Table]:
-    """What each way trains on in a second, and where the difference comes from."""
+    """A table of the speed of each way, with the padding and memory that explain it."""
     title = (
-        "Training with the language model {llm}, {image_tokens} tokens an image\n"
-        "{conversations} conversations ({text_only} of text alone), {micro_batch} to a micro-batch"
+        "Training with the language model {llm}, {image_tokens} tokens per image\n"
+        "{conversations} conversations ({text_only} text only), {micro_batch} per micro-batch"
     ).format(**content)
     cuda = content["hardware"]["device"].startswith("cuda")
     others = next((list(row["times_faster"]) for row in content["ways"] if row["fits"]), [])
@@ -339,7 +339,7 @@ def vlm_tables(content: dict[str, Any]) -> list[Table]:
     table = timing_table(title, content, ("way",), (*numbers, *(("MFU, %", "peak, GiB") if cuda else ())))
     loading = max(row["loading_seconds"]["wall"] for row in content["ways"])
     table.caption = (
-        f"{table.caption}\nwithout loading, which took at most {loading:.1f} s for all conversations"
+        f"{table.caption}\nloading is not included; it took at most {loading:.1f} s for all conversations"
     )
     for row in content["ways"]:
         if not row["fits"]:
@@ -347,7 +347,7 @@ def vlm_tables(content: dict[str, Any]) -> list[Table]:
             continue
         speeds = [(row["tokens_per_second"], ",.0f")]
         speeds += [(row["times_faster"][other], ".2f") for other in others]
-        speed, *faster = (both_times(*s, wall_alone=cuda) for s in speeds)
+        speed, *faster = (both_times(*s, wall_only=cuda) for s in speeds)
         cells = [speed, f"{100 * row['padding']:.0f}", *faster]
         if cuda:
             mfu = "–" if row["mfu"] is None else f"{100 * row['mfu']:.0f}"

@@ -1,4 +1,4 @@
-"""What the VLM benchmark trains: a language model's sizes, a ViT's, and conversations of the mix."""
+"""The model and data of the VLM benchmark: a language model, a ViT, and synthetic conversations."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from localign.options.vlm.train import VLMConfig
 from localign.planning.llms import text_config
 
 BATCH, STEPS = 16, 16
-"""16 conversations are one rank's share of the published 128 over 8 ranks."""
+"""16 conversations are one rank's share of the published batch of 128 on 8 ranks."""
 SMALL_WIDTH, FEW_IMAGE_TOKENS = 1024, 64
-"""Language models narrower than that see through a small ViT, by default in so many tokens; others through CLIP's
-ViT-L/14."""
+"""Language models narrower than ``SMALL_WIDTH`` get a small ViT with ``FEW_IMAGE_TOKENS`` tokens by default, other
+language models get CLIP's ViT-L/14."""
 LLAMAS: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 1024,
@@ -42,12 +42,12 @@ LLAMAS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""Arguments of the Llama architecture; 1b has the shapes of Llama 3.2."""
+"""Arguments of ``LlamaConfig``; 1b has the shapes of Llama 3.2."""
 LLAMA_7B = "meta-llama/Llama-2-7b-hf"
 
 
 def training_options(config: VLMBenchConfig, folder: Path) -> VLMConfig:
-    """Draw conversations and a language model's config into the folder, and name them as a training would."""
+    """Write conversations and a language model's config to the folder, and return the training options for them."""
     llm_config = _llm_config(config.llm or "tiny")
     width = llm_config.get_text_config().hidden_size
     image_tokens = config.image_tokens or (FEW_IMAGE_TOKENS if width < SMALL_WIDTH else IMAGE_TOKENS)
@@ -61,7 +61,7 @@ def training_options(config: VLMBenchConfig, folder: Path) -> VLMConfig:
     batch, steps = config.batch_size or BATCH, config.steps or STEPS
     text_only = batch * (steps // STEPS)
     drawn = drawn_conversations(batch * steps - text_only, text_only, scale, config.seed)
-    size = round(640 * math.sqrt(scale)), round(480 * math.sqrt(scale))  # as large beside the ViT's input
+    size = round(640 * math.sqrt(scale)), round(480 * math.sqrt(scale))  # keeps the ratio to the ViT's input
     vit: dict[str, Any] = {"backbone": ("clip-vit-l",), "image_size": 14 * side}
     if width < SMALL_WIDTH:
         sizes = {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}

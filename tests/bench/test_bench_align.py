@@ -1,4 +1,4 @@
-"""`localign bench align`: both ways are the same mathematics, and only what agrees is compared."""
+"""`localign bench align`: both implementations compute the same loss, and speeds are compared only if losses agree."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def config(images: Path, **values: Any) -> AlignConfig:
 
 
 @pytest.mark.parametrize("soft_cap", ["auto", None])
-def test_the_plain_way_is_the_same_mathematics(images: Path, soft_cap: str | None) -> None:
+def test_the_plain_implementation_computes_the_same_loss_and_gradients(
+    images: Path, soft_cap: str | None
+) -> None:
     options = config(images, soft_cap=soft_cap, decoder_layer_scale=0.5)
     task = AlignTask(options)
     task.to(torch.device("cpu"))
@@ -111,9 +113,9 @@ def test_the_command_measures_both_ways(
 
 
 class Measured:
-    """Stands for a way whose steps are done."""
+    """Replaces a process that has taken its steps."""
 
-    full = False
+    out_of_memory = False
 
     def __init__(self, name: str, loss: float, options: AlignConfig, wall: float = 2.0) -> None:
         self.name, self.config = name, options
@@ -122,7 +124,7 @@ class Measured:
 
 def shown(losses: tuple[float, float], options: AlignConfig) -> tuple[dict[str, Any], list[str]]:
     ways = [Measured("ours", losses[0], options, wall=1.0), Measured("plain", losses[1], options)]
-    part = bench._part("the same images", ways, 2e9)  # type: ignore[arg-type]
+    part = bench._summarise("the same images", ways, 2e9)  # type: ignore[arg-type]
     rows = [row | {"mfu": 0.5, "flops_per_second": 1e9} for row in part["ways"]]
     hardware = {"device": "cpu", "processor": "x", "threads": 1}
     content = {"backbone": "b", "precision": "fp32", "size": 32, "hardware": hardware, "ceiling_flops": 2e9}
@@ -130,7 +132,7 @@ def shown(losses: tuple[float, float], options: AlignConfig) -> tuple[dict[str, 
     return part, [str(column.header) for column in table.columns]
 
 
-def test_ways_that_disagree_are_not_compared(images: Path) -> None:
+def test_implementations_with_different_losses_are_not_compared(images: Path) -> None:
     part, columns = shown((1.0, 1.001), config(images))
     assert part["ways"][0]["times_faster"]["wall"] == 2
     assert part["ways"][0]["times_faster_without_loading"]["wall"] == 3

@@ -1,4 +1,4 @@
-"""`localign bench loader`: every way loads the same photographs, and what is shown was measured."""
+"""`localign bench loader`: all loaders load the same photographs, and the table shows the measurements."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SIDES = (320, 240)
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawn photographs that are drawn and decoded at once."""
+    """Make synthetic photographs small, so that they are drawn and decoded quickly."""
     draw = photographs.draw
     monkeypatch.setattr(photographs, "draw", lambda folder, count, seed: draw(folder, count, seed, SIDES))
 
 
-def test_drawn_photographs_differ_and_are_drawn_again_alike(tmp_path: Path) -> None:
+def test_synthetic_photographs_differ_and_are_reproducible(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         photographs.draw(tmp_path / name, 6, 3, SIDES)
@@ -73,7 +73,7 @@ def test_the_command_measures_every_way(
     assert (content["images"], content["batch_size"], content["size"]) == (10, 4, 32)
     assert content["megapixels"] == pytest.approx(320 * 240 / 1e6)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "10 drawn photographs" in shown
+    assert "10 synthetic photographs" in shown
     assert f"{workers or 'no'} workers" in shown
 
 
@@ -91,7 +91,7 @@ def test_photographs_of_a_folder_are_taken_at_even_distances(
     assert content["mean_difference"] == 0  # only JPEG is scaled
     assert "3 photographs of photographs" in capsys.readouterr().out
     (tmp_path / "out").mkdir()
-    photographs.take(tmp_path / "out", str(source), 3)
+    photographs.copy_from(tmp_path / "out", str(source), 3)
     assert [Image.open(f).width for f in sorted((tmp_path / "out").iterdir())] == [
         60,
         66,
@@ -128,7 +128,7 @@ def test_sources_that_disagree_are_a_failure(tmp_path: Path) -> None:
     ("command", "said"),
     [
         ("bench loader --device cuda", "unknown option --device"),
-        ("bench loader --workers -1", "there cannot be -1 loader workers"),
+        ("bench loader --workers -1", "--workers must not be negative, not -1"),
         ("bench loader --epochs 2", "unknown option --epochs"),
         ("bench loader --image-size 0", "--image-size must be above 0"),
         ("bench loader --data /nonexistent", "there is no folder /nonexistent"),

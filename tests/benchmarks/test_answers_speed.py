@@ -18,7 +18,7 @@ def test_both_ways_score_drawn_answers_alike(tmp_path: Path) -> None:
     ours, plain = (measured(way, str(tmp_path)) for way in (OURS, PLAIN))
     assert ours["scores"].keys() == plain["scores"].keys() == predictions.keys()
     check_equal(ours["scores"], plain["scores"])
-    assert 0.6 < sum(ours["scores"].values()) / 600 < 1  # mostly the answer of most
+    assert 0.6 < sum(ours["scores"].values()) / 600 < 1  # predictions mostly match the majority
     ours["scores"]["7"] += 0.1
     with pytest.raises(RunFailure, match="disagree about the score of question 7"):
         check_equal(ours["scores"], plain["scores"])

@@ -203,7 +203,7 @@ def test_bench_vlm_measures_every_way(llm: Path, tmp_path: Path, capsys: pytest.
     assert (mfu.header, [*mfu.cells]) == ("MFU, %", [*["43"] * 5, "–"])
     assert (peak.header, [*peak.cells]) == ("peak, GiB", ["3.0"] * 6)
     shown = capsys.readouterr().out
-    assert "64 conversations (4 of text alone), 2 to a micro-batch" in shown
+    assert "64 conversations (4 text only), 2 per micro-batch" in shown
     assert str(out) in shown
 
 
@@ -263,8 +263,8 @@ def test_ways_that_disagree_are_a_failure(llm: Path, tmp_path: Path, monkeypatch
         ("vlm --images 3", "unknown option --images"),
         ("labels --llm tiny", "unknown option --llm"),
         ("probe --grad-checkpointing", "unknown option --grad-checkpointing"),
-        ("vlm --image-tokens 60", "--image-tokens is a square number, such as 64 or 576, not 60"),
-        ("vlm --steps 20", "--steps is a multiple of 16, not 20"),
+        ("vlm --image-tokens 60", "--image-tokens must be a square number, such as 64 or 576, not 60"),
+        ("vlm --steps 20", "--steps must be a multiple of 16, not 20"),
         ("vlm --batch-size 0", "--batch-size must be above 0"),
         ("vlm --llm /nonexistent/llm", "cannot read the language model's config, /nonexistent/llm"),
     ],

@@ -1,4 +1,4 @@
-"""The measurements compare ways that agree, and say what they measured."""
+"""The benchmarks compare implementations that agree, and report what they measured."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def test_drawn_maps_have_regions_and_borders() -> None:
     maps = bench_labels.drawn_maps(3, 384, seed=0)
     again = bench_labels.drawn_maps(3, 384, seed=0)
     assert torch.equal(maps, again)
-    for one in maps:
-        assert 2 <= len(one.unique()) <= bench_labels.CLASSES_PER_IMAGE
-        assert 0.002 < float((one[:, 1:] != one[:, :-1]).float().mean()) < 0.2
+    for label_map in maps:
+        assert 2 <= len(torch.unique(label_map)) <= bench_labels.CLASSES_PER_IMAGE
+        assert 0.002 < float((label_map[:, 1:] != label_map[:, :-1]).float().mean()) < 0.2
     several = reduce_labels(maps, 14, bench_labels.CLASSES).patch.sum(-1) > 1
     assert 0.15 < float(several.float().mean()) < 0.35  # of photographs about 0.18
 
@@ -98,17 +98,17 @@ def test_bench_probe_shows_equal_recalls(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("cats", "unknown benchmark 'cats'; there are labels, probe, vlm, answers, scaling"),
+        ("cats", "unknown benchmark 'cats'; the benchmarks are labels, probe, vlm, answers, scaling"),
         ("answers --device cuda", "unknown option --device"),
         ("answers --images 3", "unknown option --images"),
         ("answers --questions 0", "--questions must be above 0"),
         ("scaling --repeats 2", "unknown option --repeats"),
-        ("scaling --batch-size 6", "--batch-size is a multiple of 4"),
+        ("scaling --batch-size 6", "--batch-size must be a multiple of 4"),
         ("scaling --questions 6", "unknown option --questions"),
         ("labels --epochs 2", "unknown option --epochs"),
         ("probe --patch-size 14", "unknown option --patch-size"),
         ("labels --images 0", "--images must be above 0"),
-        ("labels --data x --images 3", "with --data all of the folder are taken"),
+        ("labels --data x --images 3", "with --data all maps of the folder are used"),
         ("labels --data /nonexistent", "no label maps (*.png) in the folder /nonexistent"),
         ("labels --image-size 8 --images 1", "maps of 8 pixels hold no patch of 14"),
     ],
@@ -141,4 +141,4 @@ def test_bench_scaling_measures_what_was_foreseen(tmp_path: Path, capsys: pytest
         for row in cases[1:3]:
             # No upper bound: whatever runs beside this test may use the network too.
             assert row["sent_bytes"] > 0.9 * row["foreseen_bytes"]
-    assert "patches an image" in capsys.readouterr().out
+    assert "patches/image" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""One small folder of photographs and the same photographs as shards, rows and lists."""
+"""The same small pictures as a folder, tar shards, parquet files and a mixture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of three tar shards of the pictures, each with a text beside its images."""
+    """A folder of three tar shards of the pictures, with a text file after each image."""
     root = tmp_path_factory.mktemp("shards")
     files = sorted(pictures.rglob("*.jpg"))
     for number, first in enumerate(range(0, COUNT, 9)):
@@ -40,7 +40,7 @@ def shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rows(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two parquet files of the pictures, in row groups of five, as the library `datasets` writes them."""
+    """A folder of two parquet files of the pictures, in row groups of five, written as by the library `datasets`."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
@@ -57,7 +57,7 @@ def rows(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mixture(pictures: Path, shards: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture of all three, the parquet files by far the most often."""
+    """A mixture of all three; the parquet files have the largest weight."""
     file = tmp_path_factory.mktemp("mixture") / "mix.yaml"
     (file.parent / "bad.txt").write_text("cat/03.jpg\ndog/20.jpg\n")
     file.write_text(

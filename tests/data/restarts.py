@@ -1,4 +1,4 @@
-"""What a run over some ranks and workers sees."""
+"""The samples that a run sees with a given number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BATCH = 12
 def samples(
     opened: Callable[[], ImageSource], start: int, end: int, world: int, workers: int
 ) -> dict[int, tuple[int, bytes]]:
-    """By global position: the image's index, and its pixels after augmentation. Each rank opens the source."""
+    """Global position -> (image index, pixels after augmentation). Each rank opens the source itself."""
     found: dict[int, tuple[int, bytes]] = {}
     for rank in range(world):
         loader = TrainLoader(

@@ -1,4 +1,4 @@
-"""Labels of whole images come from folders, lists and scenes, and are by index what the source holds there."""
+"""Labels of whole images come from folders, lists and scenes, and follow the source's indices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def images(root: Path, *names: str) -> Path:
 
 
 def test_class_folders_are_classes_as_torchvision_has_them(tmp_path: Path) -> None:
-    # "a-b/" sorts before "a/" as a path, after it as a name; an image may lie deeper.
+    # "a-b/" sorts before "a/" as a path but after it as a name; images may be nested deeper.
     root = images(tmp_path, "b/1.png", "a-b/1.png", "a/x/2.png", "a/1.png", "B/1.png")
     (root / ".cache").mkdir()
     source = open_source(str(root))
@@ -47,32 +47,32 @@ def test_class_folders_are_classes_as_torchvision_has_them(tmp_path: Path) -> No
     }
 
 
-def test_the_order_of_indices_asked_for_is_that_of_the_targets() -> None:
+def test_targets_follow_the_order_of_the_indices() -> None:
     labels = ClassLabels(("x", "y", "z"), np.array([2, 0, 1]))
     assert torch.equal(labels.targets(torch.tensor([1, 0, 0])), torch.eye(3)[[0, 2, 2]])
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         (("1.png", "2.png"), "has no class folders"),
-        (("a/1.png", "b/1.png", "stray.png"), "stray.png lies in none of them"),
+        (("a/1.png", "b/1.png", "stray.png"), "stray.png is not in a class folder"),
         (("a/1.png", "a/2.png"), "has a single class, 'a'"),
     ],
 )
-def test_folders_that_are_no_classes_are_refused(tmp_path: Path, names: tuple[str, ...], said: str) -> None:
+def test_folders_without_classes_are_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
     source = open_source(str(images(tmp_path, *names)))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         labels_of(source, str(tmp_path))
 
 
 def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
     source = open_source(str(images(tmp_path, "a/1.png", "b/1.png")))
     (tmp_path / "c" / "deeper").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"class folder .*/c holds no image"):
+    with pytest.raises(UserError, match=r"class folder .*/c holds no images"):
         labels_of(source, str(tmp_path))
     (tmp_path / "d").mkdir()
-    with pytest.raises(UserError, match=r"/c \(and 1 others\) holds no image"):
+    with pytest.raises(UserError, match=r"/c \(and 1 others\) holds no images"):
         labels_of(source, str(tmp_path))
 
 
@@ -94,9 +94,9 @@ def test_a_list_gives_labels_in_a_column(tmp_path: Path, lines: list[str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("file", "lines", "said"),
+    ("file", "lines", "message"),
     [
-        ("list.txt", ["1.png", "2.png"], "has no labels; a list with classes is a .csv"),
+        ("list.txt", ["1.png", "2.png"], "has no labels; use a .csv file"),
         ("list.csv", ["1.png", "2.png"], "has no labels"),
         ("list.csv", ["path,size", "1.png,3", "2.png,4"], "has no labels"),
         ("list.csv", ["1.png,a", "2.png"], "gives no label for 2.png"),
@@ -104,11 +104,11 @@ def test_a_list_gives_labels_in_a_column(tmp_path: Path, lines: list[str]) -> No
         ("list.csv", ["1.png,a", "2.png,a"], "has a single class, 'a'"),
     ],
 )
-def test_lists_without_labels_are_refused(tmp_path: Path, file: str, lines: list[str], said: str) -> None:
+def test_lists_without_labels_are_refused(tmp_path: Path, file: str, lines: list[str], message: str) -> None:
     images(tmp_path, "1.png", "2.png")
     (tmp_path / file).write_text("\n".join(lines) + "\n")
     source = open_source(str(tmp_path / file))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         labels_of(source, str(tmp_path / file))
 
 
@@ -117,7 +117,7 @@ def test_scenes_show_their_objects() -> None:
     labels = labels_of(source, "scenes:val")
     assert labels.multi_label
     indices = torch.tensor([4, 1, 4])
-    for _ in range(2):  # drawn, then remembered
+    for _ in range(2):  # drawn, then cached
         for index, row in zip(indices.tolist(), labels.targets(indices), strict=True):
             shown = {labels.classes[i] for i in row.nonzero()[:, 0].tolist()}
             assert shown == {o.name for o in source.scene(index).objects}
@@ -137,9 +137,11 @@ def test_differing_classes_are_named() -> None:
         return ClassLabels(tuple(classes), np.zeros(1, np.int64))
 
     check_same_classes(labels("abc"), labels("abc"), "val")
-    with pytest.raises(UserError, match=r"val has other classes .* it lacks a and adds d$"):
+    with pytest.raises(
+        UserError, match=r"^val and the training data have different classes: val lacks a and adds d$"
+    ):
         check_same_classes(labels("abc"), labels("bcd"), "val")
-    with pytest.raises(UserError, match=r"it lacks a, b, c and 2 others$"):
+    with pytest.raises(UserError, match=r"val lacks a, b, c and 2 others$"):
         check_same_classes(labels("abcdefg"), labels("fg"), "val")
 
 

@@ -1,4 +1,4 @@
-"""`localign data`: shards are what they were made of and the same whenever made; what is bad is found and left out."""
+"""`localign data`: shards hold their source's images, with reproducible bytes; bad images are found and left out."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_packed_files_are_those_of_the_folder(pictures: Path, tmp_path: Path, wo
     assert [r["images"] for r in records] == [9, 9, 5]
     assert [packing.sha256(tmp_path / "out" / r["shard"]) for r in records] == [r["sha256"] for r in records]
     assert not (tmp_path / "out.partial").exists()
-    assert main(argv) == 0  # it is there already
+    assert main(argv) == 0  # the shards exist already
     assert main([*argv[:4], "--shard-images", "8"]) == 2
     assert "holds something else" in capsys.readouterr().err
 
@@ -85,13 +85,13 @@ def test_an_interrupted_packing_goes_on_and_ends_the_same(
     assert not (tmp_path / "again").exists()
     partial = tmp_path / "again.partial"
     assert len(list(partial.glob("*.tar"))) == 3
-    (partial / "000001.tar").write_bytes(b"cut")  # is not taken for whole
+    (partial / "000001.tar").write_bytes(b"cut")  # an incomplete shard
     with open(partial / "shards.jsonl", "a") as file:
         file.write('{"shard": "0000')
     other = ShardConfig(
         source=str(pictures), out=str(tmp_path / "again"), shard_images=5, resize=16, workers=0
     )
-    with pytest.raises(UserError, match=r"beginning of other shards .*shard_images"):
+    with pytest.raises(UserError, match=r"holds unfinished shards that differ in shard_images;"):
         write_shards(other)
     written.clear()
     monkeypatch.setattr(packing.Packing, "__call__", lambda self, n: written.append(n) or plain(self, n))
@@ -100,7 +100,7 @@ def test_an_interrupted_packing_goes_on_and_ends_the_same(
     assert files_of(tmp_path / "again") == files_of(tmp_path / "whole")
 
 
-def test_resizing_brings_the_short_side_down_and_leaves_out_what_does_not_decode(tmp_path: Path) -> None:
+def test_resizing_shrinks_the_short_side_and_leaves_out_unreadable_images(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     gradient = np.linspace(0, 255, 90 * 160 * 3).reshape(90, 160, 3).astype(np.uint8)
     Image.fromarray(gradient).save(tmp_path / "in" / "a" / "wide.png")
@@ -130,12 +130,12 @@ def test_lists_and_rows_keep_their_classes(pictures: Path, rows: Path, tmp_path:
     assert "dog/train-1/10.jpg" in {packed.name(i) for i in range(23)}
     assert sorted(contents(packed).values()) == sorted(contents(open_source(str(pictures))).values())
     (tmp_path / "twice.txt").write_text(f"{pictures}/cat/00.jpg\n" * 2)
-    with pytest.raises(UserError, match="1 images would have the name of another"):
+    with pytest.raises(UserError, match="1 images would have the same name as another"):
         write_shards(ShardConfig(source=str(tmp_path / "twice.txt"), out=str(tmp_path / "twice"), workers=0))
     assert not (tmp_path / "twice.partial").exists()
 
 
-def test_names_in_shards_lead_downwards_and_say_what_the_file_is() -> None:
+def test_names_in_shards_are_relative_and_have_the_suffix_of_the_format() -> None:
     assert member_name("../../etc/x.jpg", "", b"\xff\xd8\xff") == "etc/x.jpg"
     assert member_name("/data/./x.png", "../cat", b"\x89PNG") == "cat/data/x.png"
     assert member_name("x.parquet:17", "", b"RIFF") == "x/17.webp"
@@ -153,7 +153,7 @@ def broken(pictures: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_verify_lists_what_is_bad_and_training_leaves_it_out(
+def test_verify_lists_bad_images_and_training_leaves_them_out(
     pictures: Path, tmp_path: Path, workers: str, capsys
 ) -> None:
     data, listed = broken(pictures, tmp_path / "data"), tmp_path / "bad.jsonl"
@@ -253,24 +253,24 @@ def test_in21k_p_keeps_large_classes_and_splits_each(tmp_path: Path, capsys) -> 
 
 
 def test_in21k_p_needs_classes_that_are_large_enough(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none of 2 classes has 500 images; the largest has 13"):
+    with pytest.raises(UserError, match="none of 2 classes has 500 images; the largest class has 13"):
         write_in21k(In21kConfig(source=str(pictures), out=str(tmp_path / "x"), workers=0))
-    with pytest.raises(UserError, match="must hold class folders"):
+    with pytest.raises(UserError, match="must hold one folder or one tar file per class"):
         write_in21k(In21kConfig(source=str(pictures / "cat"), out=str(tmp_path / "x"), workers=0))
 
 
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["data shard"], "which images"),
-        (["data shard", "scenes", "x"], "drawn when they are needed"),
-        (["data shard", "a"], "where to"),
+        (["data shard"], "no images given"),
+        (["data shard", "scenes", "x"], "scenes are drawn on demand"),
+        (["data shard", "a"], "no output folder given"),
         (["data shard", "a", "b", "--quality", "80"], "no effect without --resize"),
         (["data shard", "a", "b", "--resize", "0"], "--resize must be above 0"),
-        (["data shard", "a", "b", "--resize", "9", "--quality", "101"], "lies in 1..100"),
+        (["data shard", "a", "b", "--resize", "9", "--quality", "101"], "--quality must lie in 1..100"),
         (["data shard", "a", "b", "--seed", "1", "--shuffle", "false"], "--seed has no effect"),
         (["data shard", "a", "b", "--shard-images", "0"], "--shard-images must be above 0"),
-        (["data verify", "a", "--workers", "-1"], "-1 workers"),
+        (["data verify", "a", "--workers", "-1"], "--workers must not be negative, not -1"),
         (["data stats", "a", "--images", "0"], "--images must be above 0"),
         (["data in21k-p", "a", "b", "--val-images", "500"], "below --min-images"),
     ],
@@ -280,6 +280,6 @@ def test_bad_use_is_one_line(argv: list[str], line: str) -> None:
         parse(argv[0], argv[1:])
 
 
-def test_a_mixture_is_to_be_judged_source_by_source(mixture: Path, capsys) -> None:
+def test_a_mixture_is_refused(mixture: Path, capsys) -> None:
     assert main(["data", "verify", str(mixture)]) == 2
-    assert "is a mixture; give its sources one at a time" in capsys.readouterr().err
+    assert "is a mixture; run the command on each of its sources instead" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from localign.data.loader import BadImages, Batch, EvalLoader, TrainLoader
-from localign.data.sources import FileListSource, FolderSource, UnreadableImage, open_source
+from localign.data.sources import FileListSource, FolderSource, ImageSource, UnreadableImage, open_source
 from localign.data.stream import SampleStream
 from localign.data.transforms import EvalTransform, TrainTransform
 from localign.errors import RunFailure, UserError
@@ -21,8 +21,8 @@ from localign.errors import RunFailure, UserError
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-sample" / "train"
 
 
-class Numbers:
-    """A source whose images show their own index; those in ``bad`` do not open."""
+class Numbers(ImageSource):
+    """A source whose images show their own index; the images in ``bad`` are unreadable."""
 
     kind = "numbers"
 
@@ -139,7 +139,7 @@ def test_every_image_comes_once_per_epoch_in_a_new_order() -> None:
     assert stream.indices(30, 40).tolist() == [stream(p)[1] for p in range(30, 40)]
     assert [SampleStream(0, 37, shuffle=False)(p)[1] for p in (0, 36, 37, 75)] == [0, 36, 0, 1]
     assert SampleStream(1, 37).indices(0, 37).tolist() != stream.indices(0, 37).tolist()
-    with pytest.raises(UserError, match="without images"):
+    with pytest.raises(UserError, match="holds no images"):
         SampleStream(0, 0)
 
 

@@ -14,7 +14,7 @@ from restarts import BATCH, samples
 from localign.data.classification import labels_of
 from localign.data.images import ImageData
 from localign.data.sources import ExcludingSource, MixtureSource, UnreadableImage, open_source
-from localign.data.sources.mixture import apportioned
+from localign.data.sources.mixture import apportion
 from localign.data.stream import sample_stream
 from localign.errors import UserError
 from localign.options.data import DataConfig
@@ -61,24 +61,26 @@ def test_every_kind_holds_the_same_images(specs) -> None:
         ]
 
 
-def test_a_mixture_draws_by_weight_and_uses_every_source_up(specs) -> None:
+def test_a_mixture_draws_by_weight_and_passes_whole_sources(specs) -> None:
     source = open_source(specs["mixture"][0])
     assert isinstance(source, MixtureSource)
     assert source.sizes == [21, 23, 23]
     stream = sample_stream(source, 1)
     assert stream.length == 67
-    epochs = [[source.place(i) for i in stream.indices(67 * e, 67 * e + 67)] for e in range(6)]
+    epochs = [[source.locate(i) for i in stream.indices(67 * e, 67 * e + 67)] for e in range(6)]
     for epoch in epochs:
         counts = np.bincount([number for number, _ in epoch], minlength=3)
-        assert counts.tolist() == apportioned(67, [1 / 8, 2 / 8, 5 / 8])
+        assert counts.tolist() == apportion(67, [1 / 8, 2 / 8, 5 / 8])
     for number, size in enumerate(source.sizes):
         within = [index for epoch in epochs for n, index in epoch if n == number]
-        for first in range(0, len(within) - size + 1, size):  # a source is used up before it begins anew
+        for first in range(
+            0, len(within) - size + 1, size
+        ):  # all images are used before the source is reshuffled
             assert sorted(within[first : first + size]) == list(range(size))
     assert epochs[0] != epochs[1]
     assert [number for number, _ in epochs[0]] != sorted(number for number, _ in epochs[0])
     ordered = sample_stream(source, 1, shuffle=False).indices(0, 67)
-    assert [source.place(i)[0] for i in ordered[:8]].count(2) == 5
+    assert [source.locate(i)[0] for i in ordered[:8]].count(2) == 5
 
 
 def test_a_mixture_without_weights_takes_every_image_equally_often(
@@ -102,37 +104,37 @@ def test_scenes_mix_with_photographs(pictures: Path, tmp_path: Path) -> None:
         f"mixture: [{{data: scenes, weight: 1}}, {{data: {pictures}, weight: 1}}]"
     )
     source = open_source(str(tmp_path / "m.yaml"), image_size=(48, 48))
-    drawn = {source.place(int(i))[0] for i in sample_stream(source, 0).indices(0, 20)}
+    drawn = {source.locate(int(i))[0] for i in sample_stream(source, 0).indices(0, 20)}
     assert drawn == {0, 1}
 
 
-def test_an_unreadable_image_of_a_mixture_is_called_by_its_source(pictures: Path, tmp_path: Path) -> None:
+def test_an_unreadable_image_of_a_mixture_is_named_with_its_source(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(f"{pictures}/cat/00.jpg\n{tmp_path}/gone.jpg\n")
     (tmp_path / "m.yaml").write_text(f"mixture: [{{data: {pictures}}}, {{data: list.txt}}]\n")
     source = open_source(str(tmp_path / "m.yaml"))
     name = f"{tmp_path}/gone.jpg"
     with pytest.raises(UnreadableImage, match=r"list\.txt: .*gone\.jpg: no such file"):
         source.load(24)
-    assert source.unreadable == ((f"list.txt: {name}", "no such file"),)  # type: ignore[attr-defined]
+    assert source.unreadable == ((f"list.txt: {name}", "no such file"),)
 
 
 def test_apportioning_gives_all_and_rounds_the_largest_remainders_up() -> None:
-    assert apportioned(10, [1 / 3, 1 / 3, 1 / 3]) == [4, 3, 3]
-    assert apportioned(7, [0.5, 0.25, 0.25]) == [3, 2, 2]
+    assert apportion(10, [1 / 3, 1 / 3, 1 / 3]) == [4, 3, 3]
+    assert apportion(7, [0.5, 0.25, 0.25]) == [3, 2, 2]
     for total in range(1, 40):
-        assert sum(apportioned(total, [0.123, 0.456, 0.421])) == total
+        assert sum(apportion(total, [0.123, 0.456, 0.421])) == total
 
 
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("mixture: []", "is no mixture"),
-        ("mixture: {data: x}", "is no mixture"),
-        ("- x", "is no mixture"),
+        ("mixture: []", "is not a mixture"),
+        ("mixture: {data: x}", "is not a mixture"),
+        ("- x", "is not a mixture"),
         ("mixture: [{data: PHOTOS}]", "two sources or more, not 1"),
-        ("mixture: [{data: PHOTOS, weight: 1}, {data: PHOTOS}]", "a weight to some"),
-        ("mixture: [{data: PHOTOS, weight: 0}, {data: PHOTOS, weight: 1}]", "above 0"),
-        ("mixture: [{data: PHOTOS, weight: .nan}, {data: PHOTOS, weight: 1}]", "above 0"),
+        ("mixture: [{data: PHOTOS, weight: 1}, {data: PHOTOS}]", "gives a weight to some"),
+        ("mixture: [{data: PHOTOS, weight: 0}, {data: PHOTOS, weight: 1}]", "must be above 0"),
+        ("mixture: [{data: PHOTOS, weight: .nan}, {data: PHOTOS, weight: 1}]", "must be above 0"),
         ("mixture: [{data: PHOTOS, weight: yes}, {data: PHOTOS, weight: 1}]", "not weight: True"),
         ("mixture: [{data: PHOTOS, wieght: 1}, {data: PHOTOS}]", "not wieght: 1"),
         ("mixture: [{data: m.yaml}, {data: PHOTOS}]", "mixture of mixtures"),
@@ -153,9 +155,9 @@ def test_a_manifest_of_objects_gives_paths_and_labels(specs, pictures: Path, tmp
     assert torch.equal(labels.targets(torch.tensor([0, 22])), torch.eye(2))
     for text, line in (
         ('{"path": 3}', "line 1, names no image"),
-        ('["a.jpg"]', "line 1, is no JSON object"),
-        ('{"path": "a.jpg"', "no JSON object"),
-        ("[" * 100_000, "no JSON object"),
+        ('["a.jpg"]', "line 1, is not a JSON object"),
+        ('{"path": "a.jpg"', "not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
         ('{"label": "cat"}', "names no image"),
     ):
         (tmp_path / "x.jsonl").write_text(text + "\n")
@@ -168,7 +170,7 @@ def test_a_manifest_of_objects_gives_paths_and_labels(specs, pictures: Path, tmp
         labels_of(plain, "y.jsonl")
 
 
-def test_what_a_list_excludes_never_comes_and_the_rest_keeps_its_labels(specs, shards: Path) -> None:
+def test_excluded_images_never_come_and_the_rest_keep_their_labels(specs, shards: Path) -> None:
     source = open_source(*specs["tar"][:1], exclude=specs["tar"][1])
     assert isinstance(source, ExcludingSource)
     assert (len(source), source.excluded) == (21, 2)
@@ -182,18 +184,19 @@ def test_what_a_list_excludes_never_comes_and_the_rest_keeps_its_labels(specs, s
 
 def test_exclusion_keeps_row_groups_together(specs) -> None:
     source = open_source(specs["parquet"][0], exclude=specs["parquet"][1])
-    assert source.blocks.tolist() == [4, 5, 2, 4, 5, 1]  # type: ignore[attr-defined]
+    assert source.blocks is not None
+    assert source.blocks.tolist() == [4, 5, 2, 4, 5, 1]
     assert sorted(sample_stream(source, 0).indices(0, 21).tolist()) == list(range(21))
 
 
 def test_an_exclusion_list_of_other_data_is_refused(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_text("n0144/x.jpg\n")
-    with pytest.raises(UserError, match=r"names nothing in the data: 'n0144/x.jpg' against 'cat/00.jpg'"):
+    with pytest.raises(UserError, match=r"names no image of the data: 'n0144/x.jpg' against 'cat/00.jpg'"):
         ImageData(DataConfig(data=str(pictures), exclude=str(tmp_path / "bad.txt")), (8, 8))
     (tmp_path / "all.txt").write_text(
         "\n".join(str(p.relative_to(pictures)) for p in pictures.rglob("*.jpg"))
     )
-    with pytest.raises(UserError, match="leaves no image"):
+    with pytest.raises(UserError, match="excludes every image"):
         open_source(str(pictures), exclude=str(tmp_path / "all.txt"))
     with pytest.raises(UserError, match="there is no file"):
         open_source(str(pictures), exclude=str(tmp_path / "gone.txt"))

@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere are fetched one by one into a bounded folder, in an order that any restart continues."""
+"""Remote shards are fetched into a cache of bounded size, in an order that does not depend on restarts."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ NUMBERS = itertools.count()
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(remote, "RETRY_DELAYS", (0.0, 0.0))
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def bucket() -> str:
-    """An empty place elsewhere."""
+    """The URL of an empty remote folder."""
     return f"memory://bucket-{next(NUMBERS)}"
 
 
@@ -55,7 +55,7 @@ def upload(folder: Path, bucket: str, pattern: str = "*") -> str:
 
 @pytest.fixture
 def packed(pictures: Path, tmp_path: Path, bucket: str) -> str:
-    """Six shards of the pictures elsewhere, as `localign data shard` makes them."""
+    """Six remote shards of the pictures, made by `localign data shard`."""
     write_shards(ShardConfig(source=str(pictures), out=str(tmp_path / "packed"), shard_images=4, workers=0))
     return upload(tmp_path / "packed", bucket)
 
@@ -68,7 +68,7 @@ def test_the_images_are_those_of_the_folder(packed: str, pictures: Path, capsys)
     source = open_source(packed)
     assert isinstance(source, StreamedTarSource)
     assert contents(source) == contents(open_source(str(pictures)))
-    assert capsys.readouterr().err == ""  # the index lay beside the shards
+    assert capsys.readouterr().err == ""  # the index was in the shards' folder
     assert open_source(f"{packed}/{{000000..000005}}.tar").fingerprint() == source.fingerprint()
     assert open_source(f"{packed}/*.tar").fingerprint() == source.fingerprint()
     travelled = pickle.loads(pickle.dumps(source))
@@ -76,7 +76,7 @@ def test_the_images_are_those_of_the_folder(packed: str, pictures: Path, capsys)
 
 
 @pytest.mark.parametrize("damage", ["missing", "other", "objects", "rubbish", "numbers"])
-def test_without_a_fitting_index_the_shards_are_read_once_for_one(
+def test_without_a_matching_index_the_shards_are_indexed_once(
     packed: str, pictures: Path, damage, capsys
 ) -> None:
     path = f"{packed}/index.npz"
@@ -97,21 +97,21 @@ def test_without_a_fitting_index_the_shards_are_read_once_for_one(
     assert contents(open_source(packed)) == contents(open_source(str(pictures)))
     assert "indexing 6 shards" in capsys.readouterr().err
     open_source(packed)
-    assert capsys.readouterr().err == ""  # it is kept
+    assert capsys.readouterr().err == ""  # it is cached
 
 
-def test_shards_that_changed_at_their_address_are_fetched_anew(packed: str, pictures: Path) -> None:
-    open_source(packed).load(0)  # so that its shard is kept here
+def test_shards_that_changed_at_their_url_are_fetched_again(packed: str, pictures: Path) -> None:
+    open_source(packed).load(0)  # puts its shard into the cache
     files = sorted(pictures.rglob("*.jpg"))
     with fsspec.open(f"{packed}/000000.tar", "wb") as out, tarfile.open(fileobj=out, mode="w") as tar:
-        for file in files:  # more than before: that a file is another one is seen by its size
+        for file in files:  # more than before, because changes are detected by size
             tar.add(file, f"another-{file.name}")
     source = open_source(packed)
     assert source.name(0) == "another-00.jpg"
     assert source.load(0).tobytes() == read_image(files[0], "another-00.jpg").tobytes()
 
 
-def test_only_so_many_shards_are_kept_here(packed: str, cache: Path, monkeypatch) -> None:
+def test_the_cache_holds_a_bounded_number_of_shards(packed: str, cache: Path, monkeypatch) -> None:
     monkeypatch.setattr(remote, "WINDOW", 1)
     source = open_source(packed)
     for index in sample_stream(source, 0).indices(0, 46):
@@ -128,7 +128,9 @@ def test_shards_come_one_after_the_other_in_a_new_order_each_epoch(packed: str, 
     orders = []
     for epoch in epochs:
         assert sorted(epoch.tolist()) == list(range(23))
-        orders.append(set(shard[epoch[:7]]))  # two of six shards, of which one alone holds less than four
+        orders.append(
+            set(shard[epoch[:7]])
+        )  # from two of the six shards; one shard holds four images at most
         assert len(orders[-1]) == 2
     assert len({tuple(order) for order in orders}) > 1
 
@@ -147,7 +149,7 @@ def test_three_restarts_on_other_ranks_and_workers_change_nothing(
     assert parts == whole
 
 
-def test_parquet_elsewhere_is_read_by_row_groups(rows: Path, bucket: str, pictures: Path) -> None:
+def test_remote_parquet_is_read_by_row_groups(rows: Path, bucket: str, pictures: Path) -> None:
     source = open_source(upload(rows, bucket, "*.parquet"))
     assert isinstance(source, ParquetSource)
     assert list(contents(source).values()) == list(contents(open_source(str(pictures))).values())
@@ -155,17 +157,15 @@ def test_parquet_elsewhere_is_read_by_row_groups(rows: Path, bucket: str, pictur
     assert "each loader worker fetches every row group" in source.notice
 
 
-def test_files_by_a_file_address_are_shards_elsewhere_too(shards: Path, pictures: Path) -> None:
+def test_file_urls_are_remote_shards_too(shards: Path, pictures: Path) -> None:
     assert contents(open_source(f"file://{shards}")) == contents(open_source(str(pictures)))
 
 
-def test_what_can_be_promised_is_said_before_a_run_starts(
-    packed: str, tmp_path: Path, rows: Path, capsys
-) -> None:
+def test_the_notice_is_printed_before_a_run_starts(packed: str, tmp_path: Path, rows: Path, capsys) -> None:
     ImageData(DataConfig(data=packed), (8, 8))
     said = capsys.readouterr().err
     assert "6 shards are fetched from memory://" in said
-    assert "continues exactly at its sample" in said
+    assert "resumes exactly at its sample" in said
     (tmp_path / "m.yaml").write_text(f"mixture: [{{data: '{packed}'}}, {{data: {rows}}}]")
     ImageData(DataConfig(data=str(tmp_path / "m.yaml")), (8, 8))
     said = capsys.readouterr().err
@@ -174,9 +174,7 @@ def test_what_can_be_promised_is_said_before_a_run_starts(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_line_that_stays_broken_ends_the_run_and_hides_no_image(
-    packed: str, workers: int, monkeypatch
-) -> None:
+def test_a_permanent_failure_ends_the_run_and_skips_no_image(packed: str, workers: int, monkeypatch) -> None:
     source = open_source(packed)
     fsspec.filesystem("memory").rm(f"{packed}/000002.tar")
     loader = TrainLoader(
@@ -186,7 +184,7 @@ def test_a_line_that_stays_broken_ends_the_run_and_hides_no_image(
         list(loader)
 
 
-def test_a_line_that_breaks_once_is_tried_again(packed: str, monkeypatch) -> None:
+def test_a_failed_request_is_retried(packed: str, monkeypatch) -> None:
     source = open_source(packed)
     plain, failed = MemoryFileSystem.get_file, []
 
@@ -206,12 +204,12 @@ def test_a_shard_that_changed_since_the_start_ends_the_run(packed: str) -> None:
     source = open_source(packed)
     with fsspec.open(f"{packed}/000000.tar", "wb") as file:
         file.write(b"x" * 100)
-    with pytest.raises(RunFailure, match="100 bytes came of"):
+    with pytest.raises(RunFailure, match=r"received 100 bytes instead of \d+$"):
         source.load(0)
 
 
 class Slow:
-    """Counts what a file system is asked about files, how much of it at the same time, and takes a while to answer."""
+    """Records the requests to a file system, counts concurrent requests, and delays each request."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -242,17 +240,19 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
 
 @pytest.fixture
 def many(bucket: str) -> list[str]:
-    """Addresses of eighty files, each a byte larger than the one before."""
+    """URLs of eighty files, each one byte larger than the previous file."""
     urls = [f"{bucket}/{number:03}.tar" for number in range(80)]
     for number, url in enumerate(urls):
         fsspec.filesystem("memory").pipe(url, bytes(number))
     return urls
 
 
-def test_many_shards_are_asked_for_their_sizes_at_once(many: list[str], slow: Slow, bucket: str) -> None:
+def test_the_sizes_of_many_shards_are_requested_concurrently(
+    many: list[str], slow: Slow, bucket: str
+) -> None:
     assert remote.sizes_of(many) == list(range(80))
     assert sorted(slow.asked) == [f"{number:03}.tar" for number in range(80)]  # once each
-    assert 8 < slow.most <= remote.AT_ONCE
+    assert 8 < slow.most <= remote.MAX_CONCURRENT
     for gone in ("017", "005"):
         fsspec.filesystem("memory").rm(f"{bucket}/{gone}.tar")
     with pytest.raises(UserError, match=r"^there is no memory://bucket-\d+/005\.tar$"):  # the first in order
@@ -260,7 +260,7 @@ def test_many_shards_are_asked_for_their_sizes_at_once(many: list[str], slow: Sl
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
-def test_a_source_elsewhere_opens_with_its_questions_at_once(
+def test_a_remote_source_opens_with_concurrent_requests(
     packed: str, rows: Path, bucket: str, kind: str, slow: Slow
 ) -> None:
     at = packed if kind == "tar" else upload(rows, f"{bucket}-rows", "*.parquet")
@@ -271,13 +271,13 @@ def test_a_source_elsewhere_opens_with_its_questions_at_once(
     assert source.fingerprint() == open_source(at).fingerprint()
 
 
-def test_addresses_that_lead_nowhere_are_one_line(bucket: str, shards: Path) -> None:
+def test_bad_urls_are_refused_in_one_line(bucket: str, shards: Path) -> None:
     for spec, line in (
         (f"{bucket}/x.tar", "there is no memory://.*x.tar"),
-        (f"{bucket}/*.tar", "no .tar or .parquet file is called like"),
-        (bucket, "no .tar or .parquet file is called like"),
+        (f"{bucket}/*.tar", "no .tar or .parquet file matches"),
+        (bucket, "no .tar or .parquet file matches"),
         ("nonsense://x/y.tar", "cannot reach nonsense://x/y.tar: Protocol not known"),
-        (f"{bucket}/{{a.tar,b.parquet}}", "must be .tar or .parquet alone"),
+        (f"{bucket}/{{a.tar,b.parquet}}", "must match only .tar or only .parquet files"),
     ):
         with pytest.raises(UserError, match=line):
             open_source(spec)

@@ -1,4 +1,4 @@
-"""A random resized crop of a large JPEG is decoded at a fraction, and stays what a full decode gives."""
+"""A random resized crop decodes large JPEGs at reduced size, and stays close to the crop of a full decode."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def jpeg(image: Image.Image, **options: object) -> bytes:
 
 
 def both(data: bytes, position: int, size: int = SIZE) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sample at a position from a file decoded as its crop needs, and from one decoded in full."""
+    """The sample at a position, from a file decoded for its crop, and from the file decoded in full."""
     transform = TrainTransform(size, "rrc")
     scaled = transform(open_image(data, "x"), 3, position)
     return scaled.int(), transform(decode_image(data, "x"), 3, position).int()
@@ -50,7 +50,7 @@ def both(data: bytes, position: int, size: int = SIZE) -> tuple[torch.Tensor, to
 
 @pytest.fixture
 def fractions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """At which fractions JPEGs have been decoded."""
+    """The fractions at which JPEGs have been decoded."""
     met: list[int] = []
     decode = UndecodedJpeg.decode
 
@@ -90,7 +90,7 @@ def test_turned_photographs_are_cropped_where_a_full_decode_is(
         part = image.resized_crop((left, top, 280, 240), (SIZE, SIZE), Image.Resampling.BICUBIC)
         whole = full.crop((left, top, left + 280, top + 240)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         difference = np.abs(np.asarray(part).astype(int) - np.asarray(whole))
-        assert difference.mean() < 2, (left, top)  # were the odd end disregarded: 3 to 18
+        assert difference.mean() < 2, (left, top)  # 3 to 18 without the correction for odd sizes
 
 
 def test_the_fraction_leaves_the_crop_its_margin(fractions: list[int]) -> None:
@@ -136,7 +136,7 @@ def test_every_kind_of_jpeg_is_decoded_at_a_fraction(mode: str, fractions: list[
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "I;16"])
-def test_other_formats_give_what_they_gave(mode: str, tmp_path: Path) -> None:
+def test_other_formats_are_decoded_as_before(mode: str, tmp_path: Path) -> None:
     image = waves(300, 400)
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 256)
@@ -174,7 +174,7 @@ def test_bounds_on_size_hold_before_anything_is_decoded(monkeypatch: pytest.Monk
     with pytest.raises(UnreadableImage, match="400 x 300 pixels"):
         open_image(data, "x")
     monkeypatch.setattr(decoding, "MAX_BYTES", 100)
-    with pytest.raises(UnreadableImage, match="at most 100 are read"):
+    with pytest.raises(UnreadableImage, match=r"the limit is 100$"):
         open_image(data, "x")
     with pytest.raises(UnreadableImage, match="empty file"):
         open_image(b"", "x")
@@ -184,7 +184,7 @@ def test_bounds_on_size_hold_before_anything_is_decoded(monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve JPEGs far larger than SIZE, of which one is cut short and one is none, and a PNG."""
+    """A PNG and twelve JPEGs far larger than SIZE, one of them truncated and one not an image."""
     root = tmp_path_factory.mktemp("large")
     for i in range(12):
         data = jpeg(waves(400 + 8 * i, 520))
@@ -207,7 +207,7 @@ def seen(*loaders: TrainLoader) -> dict[int, tuple[int, bytes]]:
     }
 
 
-def test_a_run_continues_exactly_and_counts_bad_files_as_ever(large: Path, fractions: list[int]) -> None:
+def test_a_run_resumes_exactly_and_counts_the_same_bad_files(large: Path, fractions: list[int]) -> None:
     transform = TrainTransform(SIZE, "rrc")
     whole = train_loader(large, transform)
     reference = seen(whole)
@@ -236,7 +236,7 @@ def test_sources_of_sources_pass_undecoded_images_on(large: Path, tmp_path: Path
         image = load_undecoded(source, index)
         assert isinstance(image, UndecodedJpeg)
         assert image.decode().tobytes() == source.load(index).tobytes()
-    with pytest.raises(UnreadableImage) as caught:  # cut short, which shows when it is decoded
+    with pytest.raises(UnreadableImage) as caught:  # truncated, which decoding finds
         load_undecoded(mixture, 3).decode()
     assert caught.value.name == mixture.name(3)
     assert caught.value.name.endswith(": 04.jpg")
@@ -269,7 +269,7 @@ def test_the_option_decides_for_both_crops_and_never_for_validation(
     assert fractions == []
 
 
-def test_a_random_resized_crop_writes_down_how_it_is_decoded() -> None:
+def test_a_random_resized_crop_records_its_decode_mode() -> None:
     for given in ("rrc", "published", None):
         expected = "scaled" if given == "rrc" else None
         assert AlignConfig(crop=given, data="photographs").decode == expected  # type: ignore[arg-type]
@@ -279,7 +279,7 @@ def test_a_random_resized_crop_writes_down_how_it_is_decoded() -> None:
     assert resolve_finetune(FinetuneConfig(data="scenes")).decode is None
 
 
-def test_random_resized_crops_of_scenes_say_nothing_of_decoding() -> None:
+def test_random_resized_crops_of_scenes_set_no_decode_mode() -> None:
     aligned = AlignConfig(data="scenes", crop="rrc")
     finetuned = resolve_finetune(FinetuneConfig(data="scenes", crop="rrc"))
     for config in (aligned, finetuned):
@@ -290,7 +290,7 @@ def test_random_resized_crops_of_scenes_say_nothing_of_decoding() -> None:
 def test_scenes_are_not_decoded() -> None:
     with pytest.raises(UserError, match="--decode has no effect on scenes"):
         opened(data="scenes", decode="full")
-    with pytest.raises(UserError, match="unknown way to decode 'half'"):
+    with pytest.raises(UserError, match="unknown decode mode 'half'"):
         TrainTransform(8, decode="half")  # type: ignore[arg-type]
 
 

@@ -91,11 +91,11 @@ def test_pair_presence_is_the_set_of_objects() -> None:
 
 
 def test_relations_follow_the_longer_axis() -> None:
-    here = SceneObject("circle", "red", (0, 0, 4, 4))
-    assert scenes.relation(here, SceneObject("square", "blue", (10, 5, 14, 9))) == "left of"
-    assert scenes.relation(here, SceneObject("square", "blue", (5, 10, 9, 14))) == "above"
-    assert scenes.relation(SceneObject("square", "blue", (5, 10, 9, 14)), here) == "below"
-    assert scenes.relation(SceneObject("square", "blue", (10, 5, 14, 9)), here) == "right of"
+    origin = SceneObject("circle", "red", (0, 0, 4, 4))
+    assert scenes.relation(origin, SceneObject("square", "blue", (10, 5, 14, 9))) == "left of"
+    assert scenes.relation(origin, SceneObject("square", "blue", (5, 10, 9, 14))) == "above"
+    assert scenes.relation(SceneObject("square", "blue", (5, 10, 9, 14)), origin) == "below"
+    assert scenes.relation(SceneObject("square", "blue", (10, 5, 14, 9)), origin) == "right of"
 
 
 def test_captions_name_every_object_and_the_first_relation() -> None:
@@ -146,14 +146,14 @@ def test_fingerprints_differ_wherever_the_images_may() -> None:
     ("change", "message"),
     [
         ({"shapes": ("circel",)}, "did you mean 'circle'"),
-        ({"colors": ()}, "must be named"),
+        ({"colors": ()}, "must be one or more different names"),
         ({"min_objects": 5, "max_objects": 4}, "min_objects <= max_objects"),
         ({"max_object_size": 100}, "max_object_size <= image_size"),
         ({"noise": 128}, "noise"),
         ({"texture_cells": 1}, "texture_cells"),
     ],
 )
-def test_impossible_worlds_are_refused(change: dict[str, object], message: str) -> None:
+def test_impossible_configs_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SceneConfig(**change)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Sources give every readable image as upright RGB, and say of every other why it is not."""
+"""Sources return every readable image as upright RGB, and give a reason for every unreadable image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def picture(height: int = 40, width: int = 60, seed: int = 0) -> Image.Image:
 
 
 def write_bad_files(folder: Path) -> dict[str, str]:
-    """Files that are no images; name -> a word of the reason expected."""
+    """Write unreadable files; returns name -> a word of the expected reason."""
     picture(200, 200).save(folder / "whole.jpg")
     whole = (folder / "whole.jpg").read_bytes()
     (folder / "whole.jpg").unlink()
@@ -69,15 +69,17 @@ def test_a_folder_is_read_at_every_depth_in_the_order_of_names(tmp_path: Path) -
         source.name(4)
 
 
-def test_a_source_travels_to_a_worker_and_keeps_its_fingerprint(tmp_path: Path) -> None:
+def test_a_pickled_source_keeps_its_fingerprint(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         picture().save(tmp_path / folder / "ä b.png")
     one, two = FolderSource(tmp_path / "one"), FolderSource(tmp_path / "two")
     again = pickle.loads(pickle.dumps(one))
     assert again.name(0) == "ä b.png"
-    assert again.fingerprint() == one.fingerprint() == two.fingerprint()  # where it lies does not matter
-    assert one.fingerprint() != FolderSource(tmp_path / "one", (8, 8)).fingerprint()  # how it decodes does
+    assert again.fingerprint() == one.fingerprint() == two.fingerprint()  # the location does not matter
+    assert (
+        one.fingerprint() != FolderSource(tmp_path / "one", (8, 8)).fingerprint()
+    )  # the decoding scale does
     picture().save(tmp_path / "two" / "c.png")
     assert FolderSource(tmp_path / "two").fingerprint() != one.fingerprint()
 
@@ -202,7 +204,7 @@ def test_exif_orientation_is_undone_as_pillow_does(tmp_path: Path, orientation: 
     assert np.array_equal(np.asarray(read_image(tmp_path / "x.png", "x")), expected)
 
 
-def test_scaled_decoding_keeps_the_room_the_crop_needs(tmp_path: Path) -> None:
+def test_scaled_decoding_keeps_the_resolution_that_the_crop_needs(tmp_path: Path) -> None:
     picture(800, 1200).save(tmp_path / "big.jpg")
     picture(100, 1200).save(tmp_path / "flat.jpg")
     assert read_image(tmp_path / "big.jpg", "x").size == (1200, 800)

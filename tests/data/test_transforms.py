@@ -1,4 +1,4 @@
-"""A transformed sample is a function of (image, seed, position), of the size asked for."""
+"""A transformed sample is a pure function of (image, seed, position), and has the configured size."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_sample_is_a_function_of_seed_and_position(crop, auto_augment, size) -
     ("crop", "mode", "auto_augment"),
     [("published", "rkrc", None), ("published", "rkrc", "rand-m9-mstd0.5-inc1"), ("rrc", "rrc", None)],
 )
-def test_it_is_the_recipe_of_timm(crop, mode, auto_augment) -> None:
+def test_samples_equal_those_of_timm(crop, mode, auto_augment) -> None:
     reference = transforms_imagenet_train(
         32,
         train_crop_mode=mode,
@@ -62,7 +62,7 @@ def test_it_is_the_recipe_of_timm(crop, mode, auto_augment) -> None:
         assert torch.equal(TrainTransform(32, crop, auto_augment)(picture(), 5, position), expected)
 
 
-def test_the_published_crop_never_magnifies_beyond_the_room_decoding_leaves() -> None:
+def test_the_published_crop_never_magnifies_beyond_the_decoding_headroom() -> None:
     from localign.data.sources import DECODE_HEADROOM
     from localign.data.transforms import PUBLISHED_ASPECT, PUBLISHED_SCALE
 

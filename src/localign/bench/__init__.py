@@ -1,1 +1,1 @@
-"""`localign bench`: speed of alignment steps and of loading on this machine, against plain ways in the same run."""
+"""`localign bench`: the speed of alignment steps and loading on this machine, against plain PyTorch in one run."""

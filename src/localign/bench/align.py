@@ -1,7 +1,7 @@
-"""Alignment steps as `localign align` takes them, against the same mathematics written out plainly.
+"""`localign bench align`: alignment steps of `localign align` against a plain implementation of the same method.
 
-Each way has a process of its own, as what one does to its allocator or its products must not help the other; they
-take turns, step by step, on the same images. See :mod:`localign.bench.align_ways`.
+Each implementation runs in its own process, so that settings of one process, such as its allocator, do not affect the
+other. They take turns, step by step, on the same images. See :mod:`localign.bench.align_ways`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from rich.table import Table
@@ -24,7 +24,7 @@ from rich.table import Table
 from localign.alignment import AlignConfig
 from localign.backbones import create_backbone
 from localign.bench import photographs
-from localign.bench.align_ways import COMPILED, FULL, OURS, PLAIN
+from localign.bench.align_ways import COMPILED, OURS, OUT_OF_MEMORY, PLAIN
 from localign.bench.ceiling import Ceiling
 from localign.bench.show import both_times, show, timing_table, write_measurements
 from localign.bench.timing import Timing, hardware
@@ -35,22 +35,35 @@ from localign.errors import RunFailure, UserError
 from localign.options.bench import AlignBenchConfig
 from localign.planning.counting import CountedAlignment
 
-BACKBONE, BATCH, STEPS, WARM = "vit_tiny_patch16_224", 32, 8, 2
+BACKBONE, BATCH, STEPS, WARMUP_STEPS = "vit_tiny_patch16_224", 32, 8, 2
 CUDA_WORKERS = 8
 PHOTOGRAPHS, SIZE = 64, (500, 375)
-"""Drawn photographs have the size that is common in ImageNet."""
+"""Number and size (width, height) of synthetic photographs; the size is common in ImageNet."""
 TOLERANCE = 5e-3
-"""Relative difference of losses from which on ways are not compared."""
-_MOST = 1 << 20
+"""Relative difference of losses above which speeds are not compared."""
+_UNLIMITED = 1 << 20
+
+
+class StepCost(TypedDict):
+    """What one step of a process cost."""
+
+    wall: float
+    """Seconds."""
+    cpu: float
+    """Seconds of CPU time of the process."""
+    data_wait: float
+    """Seconds spent waiting for the batch."""
+    loss: float
+    peak_bytes: int
 
 
 class AlignWay:
-    """A process that takes steps when it is told to."""
+    """A process that takes a step on request."""
 
     def __init__(self, name: str, config: AlignConfig, folder: Path) -> None:
         self.name, self.config = name, config
-        self.steps: list[dict[str, Any]] = []
-        self.full = False
+        self.steps: list[StepCost] = []
+        self.out_of_memory = False
         self._errors = (folder / "errors").open("w+")
         argument = {"way": name, "config": asdict(config)}
         self._process = subprocess.Popen(
@@ -62,19 +75,19 @@ class AlignWay:
         )
 
     def wait(self) -> None:
-        """Until it is ready for steps."""
-        self._answer()
+        """Wait until the process is ready for steps."""
+        self._read_reply()
 
-    def step(self, counts: bool) -> None:
-        """Take a step, unless the device's memory did not suffice for an earlier one."""
-        if self.full:
+    def step(self, measured: bool) -> None:
+        """Take a step, and record its cost if ``measured``. Does nothing after the process ran out of memory."""
+        if self.out_of_memory:
             return
         assert self._process.stdin is not None
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
-        answer = self._answer()
-        if counts and not self.full:
-            self.steps.append(answer)
+        reply = self._read_reply()
+        if measured and not self.out_of_memory:
+            self.steps.append(cast(StepCost, reply))
 
     def close(self) -> None:
         """End the process."""
@@ -82,33 +95,38 @@ class AlignWay:
         self._process.communicate()
         self._errors.close()
 
-    def _answer(self) -> dict[str, Any]:
+    def _read_reply(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self._errors.seek(0)
-            said = self._errors.read().strip().splitlines()
-            raise RunFailure(f"bench align, {self.name}, ended: {said[-1] if said else 'without a word'}")
-        answer: dict[str, Any] = json.loads(line)
-        self.full = answer.get("error") == FULL
-        return answer
+            errors = self._errors.read().strip().splitlines()
+            raise RunFailure(
+                f"the process {self.name!r} of bench align died: {errors[-1] if errors else 'no message'}"
+            )
+        reply: dict[str, Any] = json.loads(line)
+        self.out_of_memory = reply.get("error") == OUT_OF_MEMORY
+        return reply
 
 
 def run_bench_align(config: AlignBenchConfig) -> None:
-    """Measure, write the JSON file, show the tables."""
+    """Run the benchmark, write its JSON file, and print its tables."""
     content = write_measurements(config, bench_align(config))
     show(align_tables(content), config)
 
 
 def bench_align(config: AlignBenchConfig) -> dict[str, Any]:
-    """Time whole optimizer steps of each way, and a product of matrices between them.
+    """Time whole optimizer steps of each implementation, and matrix products between them.
+
+    Returns:
+        The content of the JSON file, except for the command, the options and the versions.
 
     Raises:
-        UserError: An unknown backbone, or no folder of readable photographs.
-        RunFailure: A way ended.
+        UserError: The backbone is unknown, or the folder has no readable photographs.
+        RunFailure: A process died.
     """
     device = choose_device(config.device)
-    # Both processes would fail on a name that is none; this one says so. A backbone without weights takes a moment.
+    # Built here first, so that an unknown name gives a clear error before the processes start.
     backbone = create_backbone(
         config.backbone or BACKBONE, weights="none", image_size=config.image_size, seed=config.seed
     )
@@ -117,19 +135,21 @@ def bench_align(config: AlignBenchConfig) -> dict[str, Any]:
         images = _photographs(config, folder)
         options = AlignConfig(
             backbone=config.backbone or BACKBONE, weights="none", image_size=config.image_size, data=str(images),
-            seed=config.seed, batch_size=config.batch_size or BATCH, steps=_MOST, device=str(device),
-            precision=config.precision or "auto", log_every=_MOST, checkpoint_every=_MOST,
+            seed=config.seed, batch_size=config.batch_size or BATCH, steps=_UNLIMITED, device=str(device),
+            precision=config.precision or "auto", log_every=_UNLIMITED, checkpoint_every=_UNLIMITED,
             workers=config.workers if config.workers is not None else CUDA_WORKERS * (device.type == "cuda"),
         )  # fmt: skip
-        # The target scale of a batch, in both ways.
+        # Both implementations estimate the scale of the targets from the first batch.
         options = replace(options, scale_images=options.batch_size)
         names = [OURS, *([COMPILED] if config.compile else []), PLAIN]
         bf16 = computes_in_bf16(options, device.type)
         ceiling = Ceiling(device, torch.bfloat16 if bf16 else torch.float32)
         flops = CountedAlignment(options).flops().total
-        parts = [_together(names, options, config.steps or STEPS, ceiling, folder, flops)]
+        parts = [_measure_same_batch(names, options, config.steps or STEPS, ceiling, folder, flops)]
         if device.type == "cuda":
-            parts.append(_alone(names, options, config.steps or STEPS, ceiling, folder, flops))
+            parts.append(
+                _measure_largest_batch(names, options, config.steps or STEPS, ceiling, folder, flops)
+            )
     return {
         "backbone": options.backbone,
         "precision": "bf16" if bf16 else "fp32",
@@ -149,47 +169,47 @@ def _photographs(config: AlignBenchConfig, folder: Path) -> Path:
         return images
     if not Path(config.data).is_dir():
         raise UserError(f"there is no folder {config.data}")
-    photographs.take(images, config.data, 4 * PHOTOGRAPHS)
+    photographs.copy_from(images, config.data, 4 * PHOTOGRAPHS)
     return images
 
 
-def _together(
+def _measure_same_batch(
     names: Sequence[str], options: AlignConfig, steps: int, ceiling: Ceiling, folder: Path, flops: float
 ) -> dict[str, Any]:
-    """All ways with the same batch, taking turns."""
+    """Measure all implementations with the same batches, taking turns."""
     with _ways(names, options, folder) as ways:
         for way in ways:
             way.wait()
-        for step in range(-WARM, steps):
+        for step in range(-WARMUP_STEPS, steps):
             say(f"step {step + 1} of {steps}" if step >= 0 else "warming up")
             for way in ways:
-                way.step(counts=step >= 0)
+                way.step(measured=step >= 0)
             ceiling()
-    return _part("the same images", ways, flops)
+    return _summarise("the same images", ways, flops)
 
 
-def _alone(
+def _measure_largest_batch(
     names: Sequence[str], options: AlignConfig, steps: int, ceiling: Ceiling, folder: Path, flops: float
 ) -> dict[str, Any]:
-    """Each way with the largest batch that fits, looked for by doubling."""
-    found = []
+    """Measure each implementation alone with the largest batch that fits, found by doubling."""
+    largest = []
     for name in names:
         fitting: AlignWay | None = None
         batch = options.batch_size
-        while fitting is None or not fitting.full:
+        while fitting is None or not fitting.out_of_memory:
             say(f"{name}: {batch} images")
             sized = replace(options, batch_size=batch, scale_images=batch)
             with _ways([name], sized, folder) as (way,):
                 way.wait()
-                for step in range(-WARM, steps):
-                    way.step(counts=step >= 0)
+                for step in range(-WARMUP_STEPS, steps):
+                    way.step(measured=step >= 0)
                 ceiling()
-            if way.full:
+            if way.out_of_memory:
                 fitting = fitting or way
                 break
             fitting, batch = way, 2 * batch
-        found.append(fitting)
-    return _part("as many as fit", found, flops, compare=True)
+        largest.append(fitting)
+    return _summarise("as many as fit", largest, flops, always_compare=True)
 
 
 @contextmanager
@@ -197,28 +217,34 @@ def _ways(names: Sequence[str], options: AlignConfig, folder: Path) -> Iterator[
     with ExitStack() as stack:
         ways = []
         for name in names:
-            room = Path(stack.enter_context(TemporaryDirectory(dir=folder)))
-            config = replace(options, out=str(room / "run"), compile=name == COMPILED)
-            ways.append(AlignWay(name, config, room))
+            own_folder = Path(stack.enter_context(TemporaryDirectory(dir=folder)))
+            config = replace(options, out=str(own_folder / "run"), compile=name == COMPILED)
+            ways.append(AlignWay(name, config, own_folder))
             stack.callback(ways[-1].close)
         yield ways
 
 
-def _part(images: str, ways: Sequence[AlignWay], flops: float, compare: bool = False) -> dict[str, Any]:
-    """What was measured.
+def _summarise(
+    images: str, ways: Sequence[AlignWay], flops: float, always_compare: bool = False
+) -> dict[str, Any]:
+    """The results of one part of the benchmark.
 
     Args:
-        images: What the part's batches are.
-        ways: After their steps.
-        flops: Operations per image, of any way.
-        compare: Whether speeds may be compared though batches, and so losses, differ.
+        images: Description of the batches.
+        ways: The processes, after their steps.
+        flops: Floating-point operations per image, which are the same for all implementations.
+        always_compare: Compare speeds although batches, and therefore losses, differ.
     """
     rows = []
     for way in ways:
-        row: dict[str, Any] = {"way": way.name, "batch_size": way.config.batch_size, "fits": not way.full}
-        if not way.full:
+        row: dict[str, Any] = {
+            "way": way.name,
+            "batch_size": way.config.batch_size,
+            "fits": not way.out_of_memory,
+        }
+        if not way.out_of_memory:
             cost = Timing.median([Timing(step["wall"], step["cpu"]) for step in way.steps])
-            waited = statistics.median(step["data_wait"] for step in way.steps)
+            data_wait = statistics.median(step["data_wait"] for step in way.steps)
             row |= {
                 "seconds": asdict(cost),
                 "seconds_of_steps": [step["wall"] for step in way.steps],
@@ -226,15 +252,17 @@ def _part(images: str, ways: Sequence[AlignWay], flops: float, compare: bool = F
                     "wall": way.config.batch_size / cost.wall,
                     "cpu": way.config.batch_size / cost.cpu,
                 },
-                "data_wait": waited / cost.wall,
-                "data_wait_seconds": waited,
+                "data_wait": data_wait / cost.wall,
+                "data_wait_seconds": data_wait,
                 "flops": flops * way.config.batch_size,
                 "peak_bytes": max(step["peak_bytes"] for step in way.steps),
                 "loss": statistics.mean(step["loss"] for step in way.steps),
             }
         rows.append(row)
     losses = [row["loss"] for row in rows if row["fits"]]
-    agree = compare or (math.isfinite(sum(losses)) and max(losses) - min(losses) <= TOLERANCE * max(losses))
+    agree = always_compare or (
+        math.isfinite(sum(losses)) and max(losses) - min(losses) <= TOLERANCE * max(losses)
+    )
     plain = next(row for row in rows if row["way"] == PLAIN)
     for row in rows:
         if agree and row["fits"] and plain["fits"]:
@@ -244,11 +272,11 @@ def _part(images: str, ways: Sequence[AlignWay], flops: float, compare: bool = F
 
 
 def _ratio(row: dict[str, Any], plain: dict[str, Any], loading: bool) -> dict[str, float]:
-    """How many times as many images per second, by either clock; loading is done by the processor."""
+    """Images per second relative to the plain implementation, by wall and by CPU time, with or without loading."""
 
-    def seconds_per_image(of: dict[str, Any], clock: str) -> float:
-        spent = of["seconds"][clock] - (0.0 if loading else of["data_wait_seconds"])
-        return spent / of["batch_size"]
+    def seconds_per_image(measured: dict[str, Any], clock: str) -> float:
+        seconds: float = measured["seconds"][clock] - (0.0 if loading else measured["data_wait_seconds"])
+        return seconds / measured["batch_size"]
 
     return {
         clock: seconds_per_image(plain, clock) / seconds_per_image(row, clock) for clock in ("wall", "cpu")
@@ -258,13 +286,13 @@ def _ratio(row: dict[str, Any], plain: dict[str, Any], loading: bool) -> dict[st
 def _with_mfu(row: dict[str, Any], ceiling: Ceiling) -> dict[str, Any]:
     if not row["fits"]:
         return row
-    clock = "cpu" if ceiling.by_processor_time else "wall"
+    clock = "cpu" if ceiling.by_cpu_time else "wall"
     speed = row["flops"] / row["seconds"][clock]
     return row | {"flops_per_second": speed, "mfu": speed / ceiling.flops}
 
 
 def align_tables(content: dict[str, Any]) -> list[Table]:
-    """What a step of either way costs, and how much of the ceiling it comes to."""
+    """Tables of the cost of a step, and of its share of the measured ceiling."""
     cuda = content["hardware"]["device"].startswith("cuda")
     tables = []
     for part in content["parts"]:
@@ -275,8 +303,8 @@ def align_tables(content: dict[str, Any]) -> list[Table]:
         numbers = ("images/s", *ratios, "TFLOP/s", "MFU, %", "peak, GiB", "data wait, %", "loss")
         table = timing_table(title, content, ("way", "batch"), numbers)
         table.caption = (
-            f"{table.caption}\nMFU: of {content['ceiling_flops'] / 1e12:.3g} TFLOP/s, the fastest product of matrices"
-            + ("" if part["agree"] else "\nthe ways disagree about the loss: nothing is compared")
+            f"{table.caption}\nMFU: share of {content['ceiling_flops'] / 1e12:.3g} TFLOP/s, the fastest matrix product"
+            + ("" if part["agree"] else "\nthe losses differ, so speeds are not compared")
         )
         for row in part["ways"]:
             if not row["fits"]:
@@ -286,8 +314,8 @@ def align_tables(content: dict[str, Any]) -> list[Table]:
             table.add_row(
                 row["way"],
                 str(row["batch_size"]),
-                both_times(row["images_per_second"], ".2f", wall_alone=cuda),
-                *(both_times(row[name], ".2f", wall_alone=cuda) for name in named),
+                both_times(row["images_per_second"], ".2f", wall_only=cuda),
+                *(both_times(row[name], ".2f", wall_only=cuda) for name in named),
                 f"{row['flops_per_second'] / 1e12:.3f}",
                 f"{100 * row['mfu']:.0f}",
                 f"{row['peak_bytes'] / 2**30:.2f}",

@@ -1,7 +1,7 @@
-"""The two ways to take alignment steps that `localign bench align` compares, each in a process of its own.
+"""The two implementations of alignment steps that `localign bench align` compares, each in its own process.
 
-As a program it is one of them: `python -m localign.bench.align_ways '{"way": ..., "config": ...}'` takes a step for
-each line it reads and answers with a line of JSON that says what the step cost.
+`python -m localign.bench.align_ways '{"way": ..., "config": ...}'` runs one of them. It takes a step for each line on
+standard input, and replies with a line of JSON that holds the cost of the step.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ from localign.engine.schedule import computes_in_bf16
 from localign.engine.task import BatchPlan
 
 OURS, COMPILED, PLAIN = "ours", "ours, compiled", "plain"
-FULL = "out of memory"
+OUT_OF_MEMORY = "out of memory"
 
 
-class Turns:
-    """A step for each line that is read; a line of JSON about each."""
+class StepServer:
+    """Waits for a line on standard input before each step, and writes the step's cost as a line of JSON."""
 
-    def __init__(self, device: torch.device, answers: TextIO) -> None:
-        self.device, self.answers = device, answers
-        self.waited = 0.0
+    def __init__(self, device: torch.device, replies: TextIO) -> None:
+        self.device, self.replies = device, replies
+        self.data_wait = 0.0
         self._begun: tuple[float, float] | None = None
 
-    def say(self, **facts: Any) -> None:
-        """Answer with a line."""
-        self.answers.write(json.dumps(facts) + "\n")
-        self.answers.flush()
+    def reply(self, **facts: Any) -> None:
+        """Write a line of JSON."""
+        self.replies.write(json.dumps(facts) + "\n")
+        self.replies.flush()
 
     def begin(self) -> None:
-        """Wait for a turn and start the clock.
+        """Wait for the request of a step, then start the clock.
 
         Raises:
-            SystemExit: There are no more turns.
+            SystemExit: There are no more requests.
         """
         if not sys.stdin.readline():
             raise SystemExit
@@ -68,22 +68,22 @@ class Turns:
         self._begun = time.perf_counter(), time.process_time()
 
     def load(self, batches: Iterator[Any]) -> Any:
-        """The next batch; what it takes to get it is waiting for data."""
+        """The next batch. The time to get it counts as waiting for data."""
         begun = time.perf_counter()
         batch = next(batches)
-        self.waited = time.perf_counter() - begun
+        self.data_wait = time.perf_counter() - begun
         return batch
 
     def end(self, loss: float) -> None:
-        """Stop the clock, if it runs, and tell."""
+        """Stop the clock and reply with the step's cost; does nothing if no step has begun."""
         if self._begun is None:
             return
         self._synchronise()
         wall, cpu = self._begun
-        self.say(
+        self.reply(
             wall=time.perf_counter() - wall,
             cpu=time.process_time() - cpu,
-            data_wait=self.waited,
+            data_wait=self.data_wait,
             loss=loss,
             peak_bytes=self._peak_bytes(),
         )
@@ -94,47 +94,47 @@ class Turns:
             torch.cuda.synchronize(self.device)
 
     def _peak_bytes(self) -> int:
-        """On a GPU of the allocator, elsewhere of the process, from its start."""
+        """Peak memory since the start: of the allocator on CUDA, else of the process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-class TurnTask(AlignTask):
-    """The task of `localign align`, which takes its steps by turns."""
+class ServedTask(AlignTask):
+    """The task of `localign align`, which takes steps on request."""
 
-    def __init__(self, config: AlignConfig, turns: Turns) -> None:
+    def __init__(self, config: AlignConfig, server: StepServer) -> None:
         super().__init__(config)
-        self.turns = turns
+        self.server = server
         self.result: StepResult | None = None
 
     def batches(self, plan: BatchPlan) -> Iterator[Batch]:
         batches = super().batches(plan)
         while True:
-            self.turns.begin()
-            yield self.turns.load(batches)
-            # The loop asks for the next batch when it is through with a step.
+            self.server.begin()
+            yield self.server.load(batches)
+            # The loop asks for the next batch after it has finished the step.
             assert self.result is not None
-            self.turns.end(float(self.result.loss_sum.detach() / self.result.weight))
+            self.server.end(float(self.result.loss_sum.detach() / self.result.weight))
 
     def step(self, model: nn.Module, batch: Batch) -> StepResult:
         self.result = super().step(model, batch)
         return self.result
 
 
-def ours(config: AlignConfig, turns: Turns) -> None:
-    """Through the training loop."""
-    task = TurnTask(config, turns)
-    turns.say(ready=True)
+def ours(config: AlignConfig, server: StepServer) -> None:
+    """Take steps through the training loop of `localign align`."""
+    task = ServedTask(config, server)
+    server.reply(ready=True)
     train(task, config, "align")
 
 
-# -- the plain way ----------------------------------------------------------------------------------
+# -- the plain implementation -----------------------------------------------------------------------
 
 
 class PlainImages(Dataset[Tensor]):
-    """Position in the stream -> the image there: decoded by Pillow, cropped as published, normalised; float32."""
+    """Maps a stream position to its image: decoded by Pillow, cropped as published, normalised, float32."""
 
     def __init__(self, config: AlignConfig, backbone: Backbone) -> None:
         self.source = FolderSource(config.data)
@@ -146,11 +146,12 @@ class PlainImages(Dataset[Tensor]):
         _, index = self.order(position)
         with Image.open(self.source.path(index)) as image:
             pixels = self.crop(image.convert("RGB"), self.seed, position)
-        return normalize(pixels.float() / 255, self.mean, self.std, inplace=True)
+        normalised: Tensor = normalize(pixels.float() / 255, self.mean, self.std, inplace=True)
+        return normalised
 
 
 class PlainAttention(nn.Module):
-    """Soft-capped attention written out: logits, cap, softmax, sum. Takes over another's weights."""
+    """Soft-capped attention written out: logits, cap, softmax, sum. Uses the weights of the given module."""
 
     def __init__(self, given: SoftCapAttention) -> None:
         super().__init__()
@@ -165,11 +166,12 @@ class PlainAttention(nn.Module):
         logits = (query * given.head_dim**-0.5) @ key.transpose(-2, -1)
         logits = given.cap * torch.tanh(logits / given.cap)
         out = logits.softmax(dim=-1) @ value
-        return given.proj(given.norm(out.transpose(1, 2).reshape(batch, tokens, width)))
+        projected: Tensor = given.proj(given.norm(out.transpose(1, 2).reshape(batch, tokens, width)))
+        return projected
 
 
 def plain_tokens(backbone: Backbone, images: Tensor, layer: int) -> Tensor:
-    """Tokens after a block, after the final norm; all blocks are run."""
+    """Tokens ``(batch, tokens, width)`` after a block and the final norm; runs all blocks."""
     vit, prefix = backbone.vit, backbone.num_prefix_tokens
     features = vit.forward_intermediates(
         images,
@@ -179,11 +181,12 @@ def plain_tokens(backbone: Backbone, images: Tensor, layer: int) -> Tensor:
         intermediates_only=True,
     )[0]
     tokens = torch.cat([features[1], features[0]], dim=1) if prefix else features
-    return getattr(vit, backbone.final_norm)(tokens)
+    normed: Tensor = getattr(vit, backbone.final_norm)(tokens)
+    return normed
 
 
 def plain_student(config: AlignConfig, backbone: Backbone) -> Student:
-    """The student as it starts, with soft-capped attention written out."""
+    """The student at the start of training, with soft-capped attention written out."""
     student = fresh_student(config, backbone)
     for block in student.encoder.backbone.vit.blocks:
         if isinstance(block.attn, SoftCapAttention):
@@ -194,24 +197,24 @@ def plain_student(config: AlignConfig, backbone: Backbone) -> Student:
 def plain_loss(
     student: Student, teacher: Backbone, images: Tensor, keep_masks: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, one set of masks after the other; and the scale of the targets.
+    """The loss of a batch, computed mask by mask, and the scale of the targets.
 
     Args:
-        student: As :func:`plain_student` builds it.
-        teacher: Frozen.
-        images: Normalised, ``(batch, 3, height, width)``.
+        student: Built by :func:`plain_student`.
+        teacher: The frozen teacher.
+        images: Normalised images ``(batch, 3, height, width)``.
         keep_masks: bool ``(batch, masks, patches)``, True = visible.
-        scale: Of the targets; None: their standard deviation.
+        scale: Scale of the targets; None uses their standard deviation.
     """
     masks = [mask.view(-1, 1, *teacher.grid).to(images.dtype) for mask in keep_masks.unbind(1)]
     with torch.no_grad():
         targets = []
         for mask in masks:
             pixels = F.interpolate(mask, scale_factor=tuple(map(float, teacher.patch_size)))
-            below, right = (
-                whole - part for whole, part in zip(images.shape[2:], pixels.shape[2:], strict=True)
+            bottom, right = (
+                full - covered for full, covered in zip(images.shape[2:], pixels.shape[2:], strict=True)
             )
-            pixels = F.pad(pixels, (0, right, 0, below))
+            pixels = F.pad(pixels, (0, right, 0, bottom))
             targets.append(plain_tokens(teacher, images * pixels, -2))
         if scale is None:
             scale = torch.cat(targets).float().std(correction=0)
@@ -226,17 +229,17 @@ def plain_loss(
     return torch.stack(losses).mean(), scale
 
 
-def plain(config: AlignConfig, turns: Turns) -> None:
-    """The same steps as a script takes them."""
-    device = turns.device
+def plain(config: AlignConfig, server: StepServer) -> None:
+    """Take the same steps in a plain training script."""
+    device = server.device
     backbone = starting_backbone(config)
     student = plain_student(config, backbone).to(device).train()
     teacher = backbone.to(device).eval().requires_grad_(False)
     decayed = decayed_names(student)
     named = dict(student.named_parameters())
     groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in named.items() if (n in decayed) == yes], "weight_decay": decay}
-        for yes, decay in ((True, config.weight_decay), (False, 0.0))
+        {"params": [p for n, p in named.items() if (n in decayed) == is_decayed], "weight_decay": decay}
+        for is_decayed, decay in ((True, config.weight_decay), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=config.betas, eps=config.eps)
     loader = iter(
@@ -250,10 +253,10 @@ def plain(config: AlignConfig, turns: Turns) -> None:
     )
     sampler, scale = MaskSampler.of(config.masks()), None
     bf16 = computes_in_bf16(config, device.type)
-    turns.say(ready=True)
+    server.reply(ready=True)
     for step in range(config.steps or 0):
-        turns.begin()
-        images = turns.load(loader).to(device, non_blocking=True)
+        server.begin()
+        images = server.load(loader).to(device, non_blocking=True)
         positions = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
         keep_masks = sampler(config.seed, positions, teacher.grid).to(device)
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
@@ -262,21 +265,21 @@ def plain(config: AlignConfig, turns: Turns) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), config.clip_grad or float("inf"))
         optimizer.step()
-        turns.end(loss.item())
+        server.end(loss.item())
 
 
 def _main(argument: str) -> None:
-    # What anything else prints is no answer.
-    answers = os.fdopen(os.dup(1), "w")
+    # Standard output carries replies only; everything that is printed goes to standard error.
+    replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     values = json.loads(argument)
     config = AlignConfig(**{**values["config"], "betas": tuple(values["config"]["betas"])})
-    turns = Turns(choose_device(config.device), answers)
+    server = StepServer(choose_device(config.device), replies)
     try:
         with rng.seeded_globals(config.seed, "bench"):
-            (plain if values["way"] == PLAIN else ours)(config, turns)
+            (plain if values["way"] == PLAIN else ours)(config, server)
     except torch.OutOfMemoryError:
-        turns.say(error=FULL)
+        server.reply(error=OUT_OF_MEMORY)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Loading training crops of photographs, against the plain way: Pillow and torchvision's transforms in a DataLoader."""
+"""`localign bench loader`: loading of training crops against Pillow and torchvision transforms in a DataLoader."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class LoaderWay:
-    """One way to load: a pass over the photographs."""
+    """One loader of the photographs."""
 
     name: str
     decode: Decode
     batches: Iterable[Any]
-    """Begins a pass whenever it is gone through."""
+    """Each iteration is one pass."""
 
 
 class PillowImages(Dataset[Tensor]):
-    """Files as scripts load them: opened and converted by Pillow, transformed by torchvision."""
+    """Image files loaded as in a plain script: opened and converted by Pillow, transformed by torchvision."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self.files = sorted(folder.iterdir())
@@ -65,20 +65,23 @@ class PillowImages(Dataset[Tensor]):
 
 
 def run_bench_loader(config: LoaderBenchConfig) -> None:
-    """Measure, write the JSON file, show the tables."""
+    """Run the benchmark, write its JSON file, and print its tables."""
     content = write_measurements(config, bench_loader(config))
     show(loader_tables(content), config)
 
 
 def bench_loader(config: LoaderBenchConfig) -> dict[str, Any]:
-    """Time passes over the same photographs, the ways taking turns; of each the median counts.
+    """Time passes over the same photographs; the loaders take turns, and the median of each loader counts.
 
-    Ours give uint8 crops, which are normalised on the device; the plain way normalises in the loader. Both draw random
-    resized crops and flips; ours draw the interpolation, too, bilinear or bicubic, where the plain way's is bilinear.
+    Our loaders return uint8 crops, which are normalised on the device; the plain loader normalises. All draw random
+    resized crops and flips. Ours also draw the interpolation, bilinear or bicubic; the plain loader's is bilinear.
+
+    Returns:
+        The content of the JSON file, except for the command, the options and the versions.
 
     Raises:
-        UserError: No folder of readable photographs.
-        RunFailure: Sources disagree about pixels.
+        UserError: The folder has no readable photographs.
+        RunFailure: The folder and the tar shards give different crops.
     """
     with TemporaryDirectory() as temporary, _one_thread():
         folder = Path(temporary) / "photographs"
@@ -87,11 +90,11 @@ def bench_loader(config: LoaderBenchConfig) -> dict[str, Any]:
             say("drawing photographs")
             photographs.draw(folder, config.images or DRAWN, config.seed)
         else:
-            photographs.take(folder, config.data, config.images or TAKEN)
+            photographs.copy_from(folder, config.data, config.images or TAKEN)
         files = sorted(folder.iterdir())
         facts = _facts(files, config)
         batch = min(config.batch_size or BATCH, len(files))
-        forms = photographs.packed(folder, Path(temporary))
+        forms = photographs.pack_forms(folder, Path(temporary))
         ways = [_plain(folder, config, batch), *_ours(forms, config, len(files), batch)]
         difference = _differences(ways)
         timings = _measure(ways, config.repeats or REPEATS)
@@ -110,7 +113,7 @@ def _facts(files: list[Path], config: LoaderBenchConfig) -> dict[str, Any]:
         with Image.open(file) as image:
             pixels.append(image.width * image.height)
     return {
-        "photographs": "drawn photographs"
+        "photographs": "synthetic photographs"
         if config.data is None
         else f"photographs of {Path(config.data).name}",
         "images": len(files),
@@ -151,10 +154,13 @@ def _ours(forms: dict[str, str], config: LoaderBenchConfig, images: int, batch: 
 
 
 def _differences(ways: list[LoaderWay]) -> float:
-    """Passes that are not timed, which warm up: the mean absolute difference of scaled crops to full ones, in levels.
+    """Run untimed passes, which also warm up, and compare their crops.
+
+    Returns:
+        The mean absolute difference between crops of scaled and full decodes, levels of 0..255.
 
     Raises:
-        RunFailure: The tar shards give other pixels than the folder, from which they were packed in its order.
+        RunFailure: The tar shards, which hold the folder's images in its order, give different crops.
     """
     by_name = {(way.name, way.decode): way.batches for way in ways}
     for batches in by_name.values():
@@ -172,11 +178,11 @@ def _measure(ways: list[LoaderWay], repeats: int) -> dict[LoaderWay, Timing]:
     timings: dict[LoaderWay, list[Timing]] = {way: [] for way in ways}
     for repeat in range(repeats):
         say(f"pass {repeat + 1} of {repeats}")
-        for way, found in timings.items():
+        for way, passes in timings.items():
             before = _workers_cpu()
             _, timing = timed(partial(_exhaust, way.batches), CPU)
-            found.append(Timing(timing.wall, timing.cpu + _workers_cpu() - before))
-    return {way: Timing.median(found) for way, found in timings.items()}
+            passes.append(Timing(timing.wall, timing.cpu + _workers_cpu() - before))
+    return {way: Timing.median(passes) for way, passes in timings.items()}
 
 
 def _exhaust(batches: Iterable[Any]) -> None:
@@ -185,7 +191,7 @@ def _exhaust(batches: Iterable[Any]) -> None:
 
 
 def _workers_cpu() -> float:
-    """Seconds of processor time of the processes that have ended."""
+    """CPU time of the worker processes that have ended, seconds."""
     times = os.times()
     return times.children_user + times.children_system
 
@@ -197,7 +203,7 @@ def _rows(timings: dict[LoaderWay, Timing], images: int) -> list[dict[str, Any]]
             "way": way.name,
             "decode": way.decode,
             "seconds": asdict(timing),
-            # By processor time they are images per second of one core, whatever else the machine does.
+            # By CPU time: images per second on one core, independent of other load.
             "images_per_second": {"wall": images / timing.wall, "cpu": images / timing.cpu},
             "times_faster": asdict(plain.over(timing)),
         }
@@ -207,7 +213,7 @@ def _rows(timings: dict[LoaderWay, Timing], images: int) -> list[dict[str, Any]]
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """As loader workers compute."""
+    """Use one thread, as loader workers do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -217,15 +223,15 @@ def _one_thread() -> Iterator[None]:
 
 
 def loader_tables(content: dict[str, Any]) -> list[Table]:
-    """How many crops each way loads in a second of one core."""
+    """A table of the crops that each loader loads per second on one core."""
     title = "{images} {photographs}, {megapixels:.1f} megapixels and {kilobytes:,.0f} KB each, to {size} pixels".format(
         **content
     )
-    numbers = ("images/s and core", "times faster than plain", "images/s")
+    numbers = ("images/s per core", "times faster than plain", "images/s")
     table = timing_table(title, content, ("way", "decode"), numbers)
     table.caption = (
         f"{table.caption}, {content['workers'] or 'no'} workers\n"
-        f"scaled crops are {content['mean_difference']:.2f} of 255 levels away from full ones, on average"
+        f"crops of scaled decodes differ from crops of full decodes by {content['mean_difference']:.2f} of 255 levels"
     )
     for row in content["ways"]:
         speed, faster = row["images_per_second"], row["times_faster"]

@@ -1,4 +1,4 @@
-"""Photographs to load: drawn ones, or some of a folder; as a folder, as tar shards and as parquet."""
+"""Photographs for the benchmarks, synthetic or copied from a folder; as a folder, tar shards and a parquet file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ _SHARD_IMAGES = 64
 
 
 def draw(folder: Path, count: int, seed: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> None:
-    """Write JPEGs of 2.6 bits per pixel, as photographs have at that quality that are not enlarged.
+    """Write synthetic photographs as JPEG files of about 2.6 bits per pixel, like real photographs at this quality.
 
-    Their spectrum falls as photographs' does, amplitude by a power of frequency, colour sooner than brightness.
+    As in photographs, the amplitude of their spectrum falls with a power of the frequency, faster for colour than for
+    brightness.
 
     Args:
-        folder: Where to.
-        count: How many.
-        seed: Of what they show.
+        folder: The output folder.
+        count: Number of files.
+        seed: Seed of the content.
         size: Width and height, pixels.
     """
     width, height = size
@@ -37,14 +38,14 @@ def draw(folder: Path, count: int, seed: int, size: tuple[int, int] = (WIDTH, HE
     for number in range(count):
         draws = rng.generator(seed, "photograph", number)
         shift = int(draws.integers(height)), int(draws.integers(width))
-        # Fields are periodic, so that a shifted one has no seam.
+        # Fields are periodic, so that a shift leaves no seam.
         values = np.roll(fields[number % _FIELDS], shift, (0, 1)) * draws.uniform(0.7, 1.1)
         levels = (values + draws.uniform(90, 150)).clip(0, 255).astype(np.uint8)
         Image.fromarray(levels).save(folder / f"{number:05}.jpg", quality=QUALITY)
 
 
 def _field(seed: int, number: int, height: int, width: int) -> NDArray[np.float32]:
-    """Random texture ``(height, width, 3)`` of mean 0 and a standard deviation of about 50 levels."""
+    """Random texture, float32 ``(height, width, 3)``, with mean 0 and a standard deviation of about 50 levels."""
     draws = rng.generator(seed, "photographs' texture", number)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
@@ -54,14 +55,17 @@ def _field(seed: int, number: int, height: int, width: int) -> NDArray[np.float3
         part = np.fft.irfft2(phases / frequency**power, (height, width))
         parts.append((part / part.std()).astype(np.float32))
     brightness, red, blue = parts
-    return 50 * np.stack([brightness + 0.3 * red, brightness, brightness + 0.3 * blue], axis=-1)
+    texture: NDArray[np.float32] = 50 * np.stack(
+        [brightness + 0.3 * red, brightness, brightness + 0.3 * blue], axis=-1
+    )
+    return texture
 
 
-def take(folder: Path, source: str, count: int) -> None:
-    """Copy images of a folder, at even distances.
+def copy_from(folder: Path, source: str, count: int) -> None:
+    """Copy ``count`` evenly spaced images of the folder ``source`` into ``folder``.
 
     Raises:
-        UserError: It is no folder of images, or one of those images is unreadable.
+        UserError: The source is not a folder of images, or one of these images is unreadable.
     """
     images = FolderSource(source)
     count = min(count, len(images))
@@ -75,15 +79,15 @@ def take(folder: Path, source: str, count: int) -> None:
         (folder / f"{number:05}{images.path(index).suffix}").write_bytes(data)
 
 
-def packed(folder: Path, out: Path) -> dict[str, str]:
-    """The images of a folder in other forms, too.
+def pack_forms(folder: Path, out: Path) -> dict[str, str]:
+    """Pack the images of a folder into tar shards and a parquet file.
 
     Args:
-        folder: Its images have no other folder.
-        out: Where to.
+        folder: A folder of images without sub-folders.
+        out: The output folder.
 
     Returns:
-        By the form's name what ``--data`` would name; without parquet where pyarrow is not installed.
+        Name of the form -> value of ``--data``. Without parquet if pyarrow is not installed.
     """
     forms = {"folder": str(folder), "tar": str(out / "tar")}
     shards = ShardConfig(

@@ -1,4 +1,4 @@
-"""Measurements as a table on the screen and a JSON file."""
+"""Writes measurements to a JSON file and prints them as tables."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from localign.options.bench import MeasurementConfig
 
 
 def write_measurements(config: MeasurementConfig, measured: dict[str, Any]) -> dict[str, Any]:
-    """Write what was measured to the JSON file that the config names; returns what the file holds."""
+    """Write measurements to the config's JSON file; returns the content of the file."""
     content = {
         "command": "bench",
-        "config": {"what": config.what, **run_folder.to_dict(config)},
+        "config": {"what": config.benchmark, **run_folder.to_dict(config)},
         "versions": run_folder.provenance(),
         **measured,
     }
@@ -39,10 +39,10 @@ def show(tables: Sequence[Table], config: MeasurementConfig) -> None:
 
 
 def timing_table(title: str, content: dict[str, Any], texts: Sequence[str], numbers: Sequence[str]) -> Table:
-    """An empty table whose caption names the hardware; columns of text, then columns of numbers."""
-    where = content["hardware"]
-    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
-    table = Table(title=title, caption=f"{where['processor']}, {where['device']}, {threads}")
+    """An empty table with columns of text, then columns of numbers; its caption names the hardware."""
+    hardware = content["hardware"]
+    threads = f"{hardware['threads']} thread{'s' if hardware['threads'] > 1 else ''}"
+    table = Table(title=title, caption=f"{hardware['processor']}, {hardware['device']}, {threads}")
     for name in texts:
         table.add_column(name)
     for name in numbers:
@@ -50,6 +50,6 @@ def timing_table(title: str, content: dict[str, Any], texts: Sequence[str], numb
     return table
 
 
-def both_times(value: dict[str, float], form: str, wall_alone: bool) -> str:
-    """A figure by wall time, with the figure by CPU time in brackets unless ``wall_alone``."""
-    return f"{value['wall']:{form}}" + ("" if wall_alone else f" (CPU {value['cpu']:{form}})")
+def both_times(value: dict[str, float], form: str, wall_only: bool) -> str:
+    """A figure by wall time, with the figure by CPU time in brackets unless ``wall_only``."""
+    return f"{value['wall']:{form}}" + ("" if wall_only else f" (CPU {value['cpu']:{form}})")

@@ -1,4 +1,4 @@
-"""Wall and processor time of a call, and what it ran on."""
+"""Wall and CPU time of a call, and the hardware."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
 
@@ -16,35 +16,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Timing:
-    """How long something took, in seconds."""
+    """Seconds that something took."""
 
     wall: float
     cpu: float
-    """Of this process and all its threads; on a busy machine the steadier of the two."""
+    """CPU time of this process and all its threads, which is steadier on a busy machine."""
 
     def over(self, other: Timing) -> Timing:
-        """How many times the other's time this is."""
+        """The ratio of this time to another time."""
         return Timing(self.wall / other.wall, self.cpu / other.cpu)
 
     @staticmethod
     def best(timings: Sequence[Timing]) -> Timing:
-        """The least of repeated measurements."""
+        """The minimum of repeated measurements, for each clock."""
         return Timing(min(t.wall for t in timings), min(t.cpu for t in timings))
 
     @staticmethod
     def median(timings: Sequence[Timing]) -> Timing:
-        """The middle one of repeated measurements, of either time."""
+        """The median of repeated measurements, for each clock."""
         return Timing(statistics.median(t.wall for t in timings), statistics.median(t.cpu for t in timings))
 
     @staticmethod
     def total(timings: Iterable[Timing]) -> Timing:
-        """Of one thing after the other."""
+        """The sum of several times."""
         walls, cpus = zip(*((t.wall, t.cpu) for t in timings), strict=True)
         return Timing(sum(walls), sum(cpus))
 
 
 def timed(function: Callable[[], T], device: torch.device) -> tuple[T, Timing]:
-    """A call's result and its time, with what the device still had to do."""
+    """A call's result and its time, including the work that the device still has to finish."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = function()
     if device.type == "cuda":
@@ -52,8 +52,17 @@ def timed(function: Callable[[], T], device: torch.device) -> tuple[T, Timing]:
     return result, Timing(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What a measurement ran on."""
+class Hardware(TypedDict):
+    """The hardware of a measurement."""
+
+    device: str
+    processor: str
+    """Name of the GPU or CPU."""
+    threads: int
+
+
+def hardware(device: torch.device) -> Hardware:
+    """The hardware of a measurement on a device."""
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -1,1 +1,1 @@
-"""Sources of images, transforms, and the stream of samples that can be continued anywhere."""
+"""Image sources, transforms, and the stream of samples, which resumes at any step."""

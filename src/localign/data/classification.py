@@ -1,7 +1,7 @@
-"""Labels of whole images: class folders, lists with a label column, scenes.
+"""Labels of whole images, from class folders, lists or parquet files with a label column, or scenes.
 
-Labels lie beside a source, by index, and never travel through the loader: a batch's ``indices`` are enough to
-look them up, also where an unreadable image was replaced by another.
+Labels do not pass through the loader. They are looked up by a batch's ``indices``, which also name the image
+that replaced an unreadable image.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from localign.data.image_source import ImageSource
 from localign.data.scenes import SceneSource, pair_presence
 from localign.data.sources import (
     ExcludingSource,
     FileListSource,
     FolderSource,
-    ImageSource,
     ParquetSource,
     TarSource,
 )
@@ -35,26 +35,26 @@ from localign.errors import UserError
 
 
 class ImageLabels(Protocol):
-    """What each image of a source shows."""
+    """The labels of all images of a source."""
 
     classes: tuple[str, ...]
-    """Names, sorted where they come from folders or lists."""
+    """Class names; sorted if they come from folders or lists."""
     multi_label: bool
-    """An image may show any number of the classes, rather than exactly one."""
+    """True if an image may show any number of classes; False if it shows exactly one."""
 
     def targets(self, indices: Tensor) -> Tensor:
-        """Presence of each class: float32 ``(batch, classes)``, 0 or 1, of int64 ``(batch,)`` images."""
+        """float32 ``(batch, classes)``, 1 where the image shows the class, for int64 indices ``(batch,)``."""
 
     def fingerprint(self) -> str:
-        """A short hash of classes and labels."""
+        """A short hash of the classes and labels."""
 
 
 class ClassLabels:
     """One class per image.
 
     Args:
-        classes: Names.
-        codes: Integers ``(images,)``, the class of each image as a place in ``classes``.
+        classes: Class names.
+        codes: Integers ``(images,)``: each image's class as an index into ``classes``.
     """
 
     multi_label = False
@@ -74,7 +74,7 @@ class ClassLabels:
 
 
 class SceneLabels:
-    """The shape-colour pairs that a scene shows, drawn when first asked for and then kept."""
+    """The shape-colour pairs that each scene shows. A scene is drawn on first use, and its labels are cached."""
 
     multi_label = True
 
@@ -85,11 +85,11 @@ class SceneLabels:
         self._known = np.zeros(len(source), dtype=bool)
 
     def targets(self, indices: Tensor) -> Tensor:
-        wanted = indices.numpy()
-        for index in wanted[~self._known[wanted]].tolist():
+        rows = indices.numpy()
+        for index in rows[~self._known[rows]].tolist():
             self._presence[index] = pair_presence(self._source.config, self._source.load_labelled(index)[1])
             self._known[index] = True
-        return torch.from_numpy(self._presence[wanted]).float()
+        return torch.from_numpy(self._presence[rows]).float()
 
     def fingerprint(self) -> str:
         return self._source.fingerprint()
@@ -99,18 +99,20 @@ def labels_of(source: ImageSource, spec: str) -> ImageLabels:
     """The labels of an opened source.
 
     Args:
-        source: Of class folders, also inside of tar shards, of a list or parquet files with a label column, or of
-            scenes; or such a source without some of its images.
-        spec: What it was opened by, for the error's line.
+        source: Class folders (also inside tar shards), a list or parquet files with a label column, scenes, or
+            such a source with an exclusion list.
+        spec: The ``--data`` value, for error messages.
 
     Raises:
-        UserError: It has no labels, labels for some images only, an empty class folder, or a single class.
+        UserError: The source has no labels, unlabelled images, an empty class folder, or a single class.
     """
     if isinstance(source, SceneSource):
         return SceneLabels(source)
     labels = _class_labels(source, spec)
     if len(labels.classes) == 1:
-        raise UserError(f"{spec} has a single class, {labels.classes[0]!r}; classification needs two")
+        raise UserError(
+            f"{spec} has a single class, {labels.classes[0]!r}; classification needs at least two"
+        )
     return labels
 
 
@@ -126,55 +128,55 @@ def _class_labels(source: ImageSource, spec: str) -> ClassLabels:
         return ClassLabels(*found)
     if isinstance(source, ExcludingSource):
         labels = _class_labels(source.source, spec)
-        return ClassLabels(labels.classes, labels.codes[source.kept])
-    raise UserError(f"{spec} has no labels of whole images")
+        return ClassLabels(labels.classes, labels.codes[source.indices])
+    raise UserError(f"{spec} has no labels for whole images")
 
 
 def _folder_labels(source: FolderSource) -> ClassLabels:
-    """The first folder of each name is its class, as torchvision's ImageFolder has it."""
+    """Each image's class is its top-level folder, as in torchvision's ImageFolder."""
     root = source.root
     with os.scandir(root) as entries:
         folders = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if not folders:
-        raise UserError(f"{root} has no class folders: its images must lie in one folder per class")
+        raise UserError(f"{root} has no class folders; put the images into one folder per class")
     codes = _first_folders(source, folders, str(root))
     empty = np.flatnonzero(np.bincount(codes, minlength=len(folders)) == 0)
     if len(empty):
         more = f" (and {len(empty) - 1} others)" if len(empty) > 1 else ""
-        raise UserError(f"the class folder {root / folders[empty[0]]}{more} holds no image")
+        raise UserError(f"the class folder {root / folders[empty[0]]}{more} holds no images")
     return ClassLabels(folders, codes)
 
 
 def _first_folders(source: ImageSource, folders: Sequence[str], spec: str) -> NDArray[np.int32]:
-    place = {name: number for number, name in enumerate(folders)}
+    code_of = {name: code for code, name in enumerate(folders)}
     codes = np.empty(len(source), dtype=np.int32)
     for index in range(len(source)):
         name = source.name(index)
         folder, slash, _ = name.partition("/")
         if not slash:
-            raise UserError(f"{spec} has class folders, but {name} lies in none of them")
-        codes[index] = place[folder]
+            raise UserError(f"{spec} has class folders, but {name} is not in a class folder")
+        codes[index] = code_of[folder]
     return codes
 
 
 def _list_labels(source: FileListSource) -> ClassLabels:
-    """The column headed ``label`` or ``class``; without a heading, the second."""
+    """Labels from the column headed ``label`` or ``class``, or from the second column if there is no heading."""
     path = source.file
     rows = list_rows(path)
     first = next(rows)
     headed = is_heading(path, first)
     column = _label_column(path, first, headed)
-    met: dict[str, int] = {}
+    first_seen: dict[str, int] = {}
     codes = []
     for row in rows if headed else itertools.chain([first], rows):
         label = row[column] if len(row) > column else ""
         if not label:
             raise UserError(f"{path} gives no label for {row[0]}")
-        codes.append(met.setdefault(label, len(met)))
-    classes = sorted(met)
-    place = np.empty(len(met), dtype=np.int32)
-    place[[met[name] for name in classes]] = np.arange(len(met))
-    return ClassLabels(classes, place[codes])
+        codes.append(first_seen.setdefault(label, len(first_seen)))
+    classes = sorted(first_seen)
+    sorted_code = np.empty(len(classes), dtype=np.int32)
+    sorted_code[[first_seen[name] for name in classes]] = np.arange(len(classes))
+    return ClassLabels(classes, sorted_code[codes])
 
 
 def _label_column(path: Path, first_row: list[str], headed: bool) -> int:
@@ -183,39 +185,39 @@ def _label_column(path: Path, first_row: list[str], headed: bool) -> int:
     else:
         column = 1 if len(first_row) > 1 else None
     if column is None:
-        raise UserError(f"{path} has no labels; a list with classes is a .csv with the columns path,label")
+        raise UserError(f"{path} has no labels; use a .csv file with the columns path,label")
     return column
 
 
 def check_same_classes(train: ImageLabels, val: ImageLabels, spec: str) -> None:
-    """Refuse validation data that is labelled otherwise than the training data.
+    """Check that training and validation data have the same classes.
 
     Args:
         train: Labels of the training images.
         val: Labels of the validation images.
-        spec: What the validation data was opened by.
+        spec: The ``--val`` value, for error messages.
 
     Raises:
-        UserError: Names classes that only one of the two has.
+        UserError: The classes differ; the message names the classes that only one data set has.
     """
     if train.classes == val.classes:
         return
     missing = sorted(set(train.classes) - set(val.classes))
     extra = sorted(set(val.classes) - set(train.classes))
-    parts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("adds", extra)) if names]
-    raise UserError(f"{spec} has other classes than the training data: it {' and '.join(parts)}")
+    parts = [f"{verb} {_shortened(names)}" for verb, names in (("lacks", missing), ("adds", extra)) if names]
+    raise UserError(f"{spec} and the training data have different classes: {spec} {' and '.join(parts)}")
 
 
-def _some(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} others" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _shortened(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} others" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
-class SpreadSource:
-    """So many images of a source, at even distances: of sorted class folders the first ones are few classes.
+class SpreadSource(ImageSource):
+    """``count`` evenly spaced images of a source; the first images of sorted class folders show few classes.
 
     Attributes:
-        indices: int64 ``(count,)``, their places in the source.
+        indices: int64 ``(count,)``, their indices in the source.
     """
 
     def __init__(self, source: ImageSource, count: int) -> None:

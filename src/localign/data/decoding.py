@@ -1,7 +1,7 @@
-"""From the bytes of an image file to RGB pixels, or to the reason why there are none.
+"""Decodes image files to RGB pixels, or says why a file cannot be decoded.
 
-Decoders are given bytes that anybody may have written: only formats of pixels are tried (Pillow knows some that start
-other programs), sizes are judged before anything is decoded, and whatever goes wrong is one exception.
+The files are untrusted: only bitmap formats are tried (Pillow starts other programs for some formats), sizes are
+checked before decoding, and every failure raises the same exception.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from localign.errors import RunFailure
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # announced for a later torchvision: Pillow then decodes everything, to the same pixels
+except ImportError:  # a later torchvision will remove it; Pillow decodes to the same pixels
     decode_jpeg = None
 
 MAX_PIXELS = 2**27
-"""An image that claims more pixels than this is refused before it is decoded (a decompression bomb)."""
+"""Images with more pixels, such as decompression bombs, are refused before decoding."""
 
 MAX_BYTES = 2**28
-"""A file that is larger is refused before it is read."""
+"""Larger files are refused before they are read."""
 
 CROP_MARGIN = 1.25
-"""A crop is decoded at a fraction that leaves each side at least this many times what is wanted. Crops of photographs
-are then 0.5 to 1.2 of 255 levels away from those of a full decode, on average (with 1: 0.6 to 1.6; with 1.5: 0.3 to
-0.8, and a tenth slower)."""
+"""A crop is decoded at a size that leaves each side at least this many times its target. On average, crops of
+photographs then differ by 0.5 to 1.2 of 255 levels from crops of a full decode (with a margin of 1: 0.6 to 1.6; with
+1.5: 0.3 to 0.8, but 10 % slower)."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-"""What files are tried for, whatever they are called."""
+"""Pillow's names of the formats that are tried, whatever a file's suffix."""
 
 _JPEG = ("JPEG", "MPO")
 _EXIF_ORIENTATION = 0x0112
@@ -51,17 +51,17 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Orientations in which what the file has at its right or lower end comes out at the left or at the top.
-_ENDS_LEFT, _ENDS_ABOVE = frozenset({2, 3, 6, 7}), frozenset({3, 4, 7, 8})
-# The machine's shortage, not the file's fault: passing over the image would quietly change the data.
-_MACHINE_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+# Orientations whose upright image starts, in x and in y, at the stored right or lower end.
+_STARTS_AT_END_X, _STARTS_AT_END_Y = frozenset({2, 3, 6, 7}), frozenset({3, 4, 7, 8})
+# The machine is short of resources and the file is not at fault: skipping the image would silently change the data.
+_RESOURCE_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class UnreadableImage(Exception):
-    """One file that gives no image: its ``name`` in the source, and the ``reason`` on one line."""
+    """An image cannot be read: its ``name`` in the source, and the ``reason`` on one line."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)  # both, so that it survives pickling between processes
+        super().__init__(name, reason)  # both arguments, so that it can be pickled
         self.name = name
         self.reason = reason
 
@@ -76,42 +76,42 @@ def read_image(
 
     Args:
         path: The file.
-        name: How the image is called in ``UnreadableImage``.
-        at_least: Pixels; a JPEG at least twice this on both sides is decoded at 1/2, 1/4 or 1/8, both sides
-            staying at or above it. None decodes in full.
-        upright: Turn the image as its EXIF orientation says; False gives the pixels as they are stored.
+        name: The image's name in ``UnreadableImage``.
+        at_least: Pixels; a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides stay at or above this.
+            None decodes in full.
+        upright: Apply the EXIF orientation; False returns the pixels as they are stored.
 
     Raises:
-        UnreadableImage: The file is missing, empty, truncated, corrupt, no image, or larger than MAX_BYTES or
+        UnreadableImage: The file is missing, empty, truncated, corrupt, not an image, or larger than MAX_BYTES or
             MAX_PIXELS.
     """
     return decode_image(read_bytes(path, name), name, at_least, upright=upright)
 
 
 def read_bytes(path: str | os.PathLike[str], name: str) -> bytes:
-    """The content of a file of at most MAX_BYTES. Raises UnreadableImage as :func:`read_image`."""
+    """The content of a file of at most MAX_BYTES. Raises UnreadableImage as :func:`read_image` does."""
     with unreadable_on_failure(name, path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         check_bytes(size, name)
-        return file.read(size + 1)  # not to the end: a device's never comes
+        return file.read(size + 1)  # not read(): a device file never ends
 
 
 def check_bytes(size: int, name: str) -> None:
-    """Raises UnreadableImage where so many bytes are too many."""
+    """Raises UnreadableImage if a file of ``size`` bytes is too large."""
     if size > MAX_BYTES:
-        raise UnreadableImage(name, f"{size} bytes; at most {MAX_BYTES} are read")
+        raise UnreadableImage(name, f"{size} bytes; the limit is {MAX_BYTES}")
 
 
 def decode_image(data: bytes, name: str, at_least: int | None = None, *, upright: bool = True) -> Image.Image:
     """Decode the bytes of a file to an RGB image; see :func:`read_image`."""
-    room = None if at_least is None else (at_least, at_least)
+    min_size = None if at_least is None else (at_least, at_least)
     with unreadable_on_failure(name), _opened(data, name) as image:
-        return _decode(image, name, room, upright)
+        return _decode(image, name, min_size, upright)
 
 
 def open_image(data: bytes, name: str) -> Image.Image | UndecodedJpeg:
-    """A JPEG still to be decoded; of every other format the RGB image, upright. Raises UnreadableImage."""
-    with unreadable_on_failure(name), _quiet():
+    """Open an image: a JPEG undecoded, any other format in RGB and upright. Raises UnreadableImage."""
+    with unreadable_on_failure(name), _without_warnings():
         image = _open(data, name)
         if image.format in _JPEG:
             return UndecodedJpeg(data, name, image)
@@ -120,18 +120,18 @@ def open_image(data: bytes, name: str) -> Image.Image | UndecodedJpeg:
 
 
 class UndecodedJpeg:
-    """A JPEG that is decoded when it is known how much of its resolution a crop needs.
+    """A JPEG that is decoded once a crop determines the resolution it needs.
 
-    Whatever the crop, the file is read to its end: one that is cut short is unreadable in all of them.
+    Decoding always reads the whole file, so a truncated file is unreadable for every crop.
 
     Args:
-        data: The file.
-        name: How the image is called in ``UnreadableImage``.
-        opened: What Pillow makes of it before it is decoded.
+        data: The file's content.
+        name: The image's name in ``UnreadableImage``.
+        opened: Pillow's image, opened but not decoded.
 
     Attributes:
-        name: As given; a source of sources puts its own word in front.
-        size: (width, height) upright, pixels.
+        name: As given; a mixture adds the source's title in front.
+        size: (width, height) of the upright image, pixels.
     """
 
     def __init__(self, data: bytes, name: str, opened: Image.Image) -> None:
@@ -140,36 +140,36 @@ class UndecodedJpeg:
         self.size = self._stored if self._orientation < 5 else self._stored[::-1]
 
     def decode(self, fraction: int = 1) -> Image.Image:
-        """In RGB, upright, both sides divided by 1, 2, 4 or 8 and rounded up. Raises UnreadableImage."""
-        room = None if fraction == 1 else (self._stored[0] // fraction, self._stored[1] // fraction)
-        with unreadable_on_failure(self.name), _quiet():
+        """Decode to RGB, upright, both sides divided by 1, 2, 4 or 8 and rounded up. Raises UnreadableImage."""
+        min_size = None if fraction == 1 else (self._stored[0] // fraction, self._stored[1] // fraction)
+        with unreadable_on_failure(self.name), _without_warnings():
             image = self._opened or _open(self._data, self.name)
-            self._opened = None  # an opened image is decoded once
+            self._opened = None  # Pillow decodes an opened image only once
             with image:
-                return _decode(image, self.name, room, upright=True)
+                return _decode(image, self.name, min_size, upright=True)
 
     def resized_crop(
         self, box: tuple[int, int, int, int], size: tuple[int, int], resample: Image.Resampling
     ) -> Image.Image:
-        """A part of the image, resized; decoded at the smallest fraction that CROP_MARGIN allows.
+        """Crop a part and resize it, from an image decoded at the smallest size that CROP_MARGIN allows.
 
         Args:
-            box: Left, top, width and height, pixels of the upright image in full.
+            box: Left, top, width and height, in pixels of the full upright image.
             size: Rows and columns of the result.
-            resample: How it is resized.
+            resample: The resampling filter.
 
         Raises:
-            UnreadableImage: As :func:`read_image`.
+            UnreadableImage: As :func:`read_image` does.
         """
         left, top, width, height = box
         rows, columns = size
-        room = min(width / columns, height / rows) / CROP_MARGIN
-        fraction = next((f for f in (8, 4, 2) if room >= f), 1)
+        reduction = min(width / columns, height / rows) / CROP_MARGIN
+        fraction = next((f for f in (8, 4, 2) if reduction >= f), 1)
         image = self.decode(fraction)
-        # The last pixel of a fraction may stand for fewer of the file's, and is the first once the image is turned.
-        across = image.width - self.size[0] / fraction if self._orientation in _ENDS_LEFT else 0.0
-        down = image.height - self.size[1] / fraction if self._orientation in _ENDS_ABOVE else 0.0
-        x, y = across + left / fraction, down + top / fraction
+        # The last decoded pixel may cover fewer stored pixels. In some orientations it is the first upright pixel.
+        x_offset = image.width - self.size[0] / fraction if self._orientation in _STARTS_AT_END_X else 0.0
+        y_offset = image.height - self.size[1] / fraction if self._orientation in _STARTS_AT_END_Y else 0.0
+        x, y = x_offset + left / fraction, y_offset + top / fraction
         right, bottom = x + width / fraction, y + height / fraction
         part = image.crop((math.floor(x), math.floor(y), math.ceil(right), math.ceil(bottom)))
         inside = x - math.floor(x), y - math.floor(y), right - math.floor(x), bottom - math.floor(y)
@@ -177,52 +177,53 @@ class UndecodedJpeg:
 
 
 def decode_pixels(data: bytes, name: str, at_least: int | None = None) -> Tensor:
-    """What :func:`decode_image` gives, upright, as uint8 ``(3, H, W)``, channels last in memory, and sooner.
+    """Decode as :func:`decode_image`, upright, to uint8 ``(3, H, W)``, channels last in memory, but faster.
 
-    A JPEG that is not decoded at a fraction goes through torchvision, whose libjpeg-turbo gives the same pixels.
+    JPEGs that are decoded in full go through torchvision, whose libjpeg-turbo gives the same pixels.
 
     Raises:
-        UnreadableImage: As :func:`read_image`.
+        UnreadableImage: As :func:`read_image` does.
     """
     with unreadable_on_failure(name), _opened(data, name) as image:
         if decode_jpeg is not None and _is_plain_jpeg(image, at_least):
             try:
-                return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
+                decoded: Tensor = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
+                return decoded
             except RuntimeError:
-                pass  # Pillow judges whether it is readable, and says why not
-        room = None if at_least is None else (at_least, at_least)
-        pixels = np.array(_decode(image, name, room, upright=True))
+                pass  # let Pillow decide whether the file is readable and give the reason
+        min_size = None if at_least is None else (at_least, at_least)
+        pixels = np.array(_decode(image, name, min_size, upright=True))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 @contextmanager
 def unreadable_on_failure(name: str, path: str | os.PathLike[str] = "") -> Iterator[None]:
-    """Whatever fails inside makes the image unreadable, but for a shortage of the machine's.
+    """Turn every exception into UnreadableImage, except shortages of memory and file descriptors.
 
     Args:
-        name: The image's.
-        path: Left out of the reason.
+        name: The image's name.
+        path: The file's path, which is removed from the reason.
     """
     try:
         yield
     except (UnreadableImage, RunFailure):
         raise
     except Exception as error:  # decoders raise SyntaxError, struct.error, IndexError, ... on corrupt files
-        if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+        if isinstance(error, OSError) and error.errno in _RESOURCE_ERRORS:
             raise
         raise UnreadableImage(name, _reason(error, path)) from None
 
 
 @contextmanager
 def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
-    """The image before it is decoded, of a size that may be."""
-    with _quiet(), _open(data, name) as image:
+    """Pillow's image, opened but not decoded, after a check of its size."""
+    with _without_warnings(), _open(data, name) as image:
         yield image
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings about odd metadata, nor Pillow's about size: the size is judged here instead."""
+def _without_warnings() -> Iterator[None]:
+    """Silence warnings about metadata and about size, which is checked here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -233,10 +234,10 @@ def _open(data: bytes, name: str) -> Image.Image:
         raise UnreadableImage(name, "empty file")
     check_bytes(len(data), name)
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    image.decodermaxblock = len(data)  # in one piece, which copies nothing
+    image.decodermaxblock = len(data)  # one block, which avoids copies
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise UnreadableImage(name, f"{width} x {height} pixels; at most {MAX_PIXELS} are decoded")
+        raise UnreadableImage(name, f"{width} x {height} pixels; the limit is {MAX_PIXELS} pixels")
     return image
 
 
@@ -247,19 +248,19 @@ def _is_plain_jpeg(image: Image.Image, at_least: int | None) -> bool:
     return not scaled and _orientation(image) == 1
 
 
-def _decode(image: Image.Image, name: str, room: tuple[int, int] | None, upright: bool) -> Image.Image:
-    """RGB, of a JPEG at the smallest fraction whose width and height are not below ``room``."""
-    if room is not None:
-        image.draft(None, room)  # only JPEG can; other formats ignore it
+def _decode(image: Image.Image, name: str, min_size: tuple[int, int] | None, upright: bool) -> Image.Image:
+    """Decode to RGB; a JPEG at the smallest fraction whose width and height are not below ``min_size``."""
+    if min_size is not None:
+        image.draft(None, min_size)  # formats other than JPEG ignore it
     tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # whatever another library set: a half-grey image is not data
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it; a half-grey image is not data
     try:
         image.load()
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
-    # Only now: to read a PNG's metadata is to load it, and a failure there would leave a blank image.
+    # After loading, because reading a PNG's metadata loads the image, and a failure there leaves a blank image.
     turn = _UPRIGHT.get(_orientation(image)) if upright else None
-    # A JPEG's pixels stay when its file is closed; to copy them takes a tenth of the time of decoding them.
+    # A JPEG's pixels survive the closing of its file. A copy would take a tenth of the decoding time.
     rgb = image if image.format == "JPEG" and image.mode == "RGB" else to_rgb(image, name)
     return rgb if turn is None else rgb.transpose(turn)
 
@@ -272,9 +273,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """RGB from any mode: transparency over white, 16 bits by their upper eight."""
+    """Convert any mode to RGB: transparent pixels are drawn over white, 16-bit levels keep their upper 8 bits."""
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image.copy()  # the file's own object closes with the file
+        return image.copy()  # the original is closed with its file
     if image.mode == "F":
         raise UnreadableImage(name, "floating-point pixels have no known range")
     if image.mode.startswith("I"):
@@ -284,8 +285,8 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, rgba).convert("RGB")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
 
 
@@ -293,10 +294,9 @@ def _reason(error: Exception, path: str | os.PathLike[str]) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image of a known format"
+        return "not an image in a supported format"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS} pixels"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = " ".join(text.replace(str(path), "").split() if str(path) else text.split())
-    plain = isinstance(error, OSError) and text
-    return text if plain else f"{type(error).__name__}: {text}".rstrip(": ")
+    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -1,4 +1,4 @@
-"""The images of a run: training stream and validation set, opened as the options say."""
+"""A run's training stream and validation set, opened from its options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from localign.options.names import TrainCrop
 def planned_batches(
     source: ImageSource, transform: TrainTransform, plan: BatchPlan, max_bad_share: float = 0.01
 ) -> Iterator[Batch]:
-    """The micro-batches of one rank's plan, in order."""
+    """One rank's micro-batches, in order."""
     return iter(
         TrainLoader(
             source,
@@ -39,19 +39,18 @@ def planned_batches(
     )
 
 
-def say_notice(source: ImageSource) -> None:
-    """Say what is special about a source before a run starts, on one rank."""
-    notice = getattr(source, "notice", None)
-    if notice and os.environ.get("RANK", "0") == "0":
-        print(f"data       {notice}", file=sys.stderr)
+def print_notice(source: ImageSource) -> None:
+    """Print the source's notice, if it has one, on rank 0."""
+    if source.notice and os.environ.get("RANK", "0") == "0":
+        print(f"data       {source.notice}", file=sys.stderr)
 
 
 class ImageData:
-    """The images of a run, opened: training stream and validation set.
+    """A run's training stream and validation set.
 
     Args:
         config: See :class:`DataConfig`.
-        image_size: Rows and columns the backbone takes.
+        image_size: Rows and columns of the backbone's input.
 
     Raises:
         UserError: A source does not exist or holds no images, or an option is out of range.
@@ -63,7 +62,7 @@ class ImageData:
         crop: TrainCrop = config.crop or ("none" if scenes else "published")
         hflip = config.hflip if config.hflip is not None else (0.0 if scenes else 0.5)
         if scenes and config.decode is not None:
-            raise UserError("--decode has no effect on scenes: they are drawn, not decoded")
+            raise UserError("--decode has no effect on scenes, which are drawn, not decoded")
         self.transform = TrainTransform(
             image_size, crop, config.auto_augment, hflip, decode=config.decode or "scaled"
         )
@@ -71,11 +70,13 @@ class ImageData:
         self.source: ImageSource = open_source(
             config.data, image_size=image_size, scaled_decode=scaled, exclude=config.exclude
         )
-        say_notice(self.source)
+        print_notice(self.source)
         if config.crop == "none" and not scenes:
-            raise UserError("--crop none is for scenes, which have the right size; photographs need a crop")
+            raise UserError(
+                "--crop none works for scenes only, which have the right size; photographs need a crop"
+            )
         val = config.val or ("scenes:val" if scenes else None)
-        # In full, whatever is trained on: its numbers are compared with others'.
+        # Validation always decodes in full, so that results stay comparable with published ones.
         self.val_source = open_source(val, image_size=image_size, scaled_decode=False) if val else None
         self.val_transform = EvalTransform(image_size)
         mixes = config.mixup is not None or config.cutmix is not None
@@ -83,19 +84,19 @@ class ImageData:
 
     @property
     def micro_batch_multiple(self) -> int:
-        """Neighbours in the stream that a forward pass must hold together: pairs that are mixed."""
+        """2 if neighbouring images are mixed in pairs, which a micro-batch must not split; else 1."""
         return 1 if self.mixing is None else 2
 
     def train_batches(self, plan: BatchPlan) -> Iterator[Batch]:
-        """This rank's micro-batches of the plan, in order."""
+        """This rank's training micro-batches, in order."""
         return planned_batches(self.source, self.transform, plan, self.config.max_bad_share)
 
     def check_skipped(self, images: Mapping[str, str]) -> None:
-        """Refuse to go on where more than the allowed share of the training images is unreadable."""
+        """Raise UserError if more than ``max_bad_share`` of the training images are unreadable."""
         BadImages(len(self.source), self.config.max_bad_share).add(tuple(images.items()))
 
     def val_batches(self, context: DistributedContext, batch: int) -> Iterator[Batch]:
-        """This rank's part of the validation images, in order; empty without any."""
+        """This rank's share of the validation images, in order; empty if there is no validation set."""
         if self.val_source is None:
             return iter(())
         return iter(

@@ -1,4 +1,4 @@
-"""Independent work on many items, in several processes."""
+"""A function mapped over many items in several processes."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ class _Worker(Dataset[Any]):
 
 
 def in_processes(
-    function: Callable[[Any], T], items: Iterable[Any], count: int, processes: int, what: str
+    function: Callable[[Any], T], items: Iterable[Any], count: int, processes: int, description: str
 ) -> Iterator[T]:
-    """What a function makes of each item, in order, with a bar on a terminal.
+    """Apply a function to each item and yield the results in order, with a progress bar on a terminal.
 
     Args:
-        function: Goes to other processes, with whatever it holds.
-        items: What it takes, ``count`` of them.
-        count: How many.
-        processes: 0 works in this one.
-        what: Is done, for the bar.
+        function: Picklable; it is sent to the worker processes.
+        items: ``count`` arguments of the function.
+        count: Number of items.
+        processes: Worker processes; 0 runs the function in this process.
+        description: Label of the progress bar.
 
     Raises:
-        RunFailure: A process died.
+        RunFailure: A worker process died.
     """
     loader = data_loader(_Worker(function), lambda: ([item] for item in items), processes, False, None)
     console = Console(stderr=True)
-    yield from track(served(loader), what, count, console=console, disable=not sys.stderr.isatty())
+    yield from track(served(loader), description, count, console=console, disable=not sys.stderr.isatty())
 
 
-def parts(count: int, most: int = 256) -> list[tuple[int, int]]:
-    """0..count in consecutive (begin, end) of at most so many."""
-    return [(begin, min(begin + most, count)) for begin in range(0, count, most)]
+def parts(count: int, size: int = 256) -> list[tuple[int, int]]:
+    """Split 0..count into consecutive ranges (begin, end) of at most ``size`` items."""
+    return [(begin, min(begin + size, count)) for begin in range(0, count, size)]

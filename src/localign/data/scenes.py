@@ -1,11 +1,11 @@
-"""The embedded world: procedurally drawn scenes with exact labels.
+"""The built-in scenes: procedurally drawn images with exact labels.
 
-A scene is a handful of coloured shapes on a textured ground. It exists so that alignment, probing and the
-vision-language path run on a machine that has nothing else; the code that consumes it is the code that
-consumes real images. A scene is a pure function of (config, seed, split, index), so none is ever stored.
+A scene shows a few coloured shapes on a textured ground. With scenes, alignment, probing and the vision-language
+path run on a machine without any data set, through the same code as real images. A scene is a pure function of
+(config, seed, split, index), so scenes are never stored.
 
-A pixel's *code* names the shape-colour pair that covers it: 0 is ground, and ``1 + shape * colours + colour``
-an object. Everything else (attribute labels, presence of pairs) follows from the codes by a table.
+A pixel's *code* names the shape-colour pair that covers it: 0 is ground, and ``1 + shape * colours + colour`` is an
+object. All other labels (attributes, presence of pairs) follow from the codes by a table.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from localign import rng
+from localign.data.image_source import ImageSource
 from localign.errors import UserError, did_you_mean
 
 GROUND = "ground"
 SPLITS = ("pretrain", "train", "val", "test")
-"""Disjoint streams of scenes: each has its own random key, so none shares a scene with another."""
+"""Disjoint sets of scenes. Each split has its own random key, so that no two splits share a scene."""
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (205, 50, 50),
@@ -38,7 +39,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "cyan": (60, 190, 200),
     "white": (240, 240, 240),
 }
-"""Mean RGB of every colour a config may name."""
+"""Mean RGB of every colour that a config may name."""
 
 Grid = NDArray[np.float32]
 SHAPES: dict[str, Callable[[Grid, Grid], NDArray[np.bool_]]] = {
@@ -51,46 +52,46 @@ SHAPES: dict[str, Callable[[Grid, Grid], NDArray[np.bool_]]] = {
     "hourglass": lambda x, y: abs(x) <= abs(y) * 0.9 + 0.08,
     "bar": lambda x, y: (abs(y) <= 0.4) & (abs(x) <= 1.0),
 }
-"""Inside-tests over a unit box, x to the right and y downwards, both in (-1, 1)."""
+"""Tests whether points lie inside a shape; x points right and y down, both in (-1, 1)."""
 
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What the world looks like."""
+    """How scenes look."""
 
     image_size: int = 48
     """Side of the square image, pixels."""
     min_objects: int = 1
-    """Fewest objects asked for per scene, at least 1."""
+    """Minimum number of objects that are drawn per scene, at least 1."""
     max_objects: int = 5
-    """Most objects per scene; a scene holds fewer where there is no free place left."""
+    """Maximum number of objects per scene; a scene has fewer if no free space is left."""
     min_object_size: int = 12
     """Smallest side of an object's box, pixels."""
     max_object_size: int = 20
     """Largest side of an object's box, pixels, at most ``image_size``."""
     shapes: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross")
-    """Shapes objects may have, keys of ``SHAPES``."""
+    """Shapes of the objects, keys of ``SHAPES``."""
     colors: tuple[str, ...] = ("red", "green", "blue", "yellow")
-    """Colours objects may have, keys of ``PALETTE``."""
+    """Colours of the objects, keys of ``PALETTE``."""
     color_jitter: int = 25
-    """Largest change of an object's mean colour, levels of 0..255 per channel."""
+    """Maximum change of an object's mean colour, levels of 0..255 per channel."""
     texture: float = 40.0
     """Amplitude of the ground's smooth texture, levels of 0..255."""
     texture_cells: int = 6
-    """Knots of the texture along a side; more means finer texture."""
+    """Knots of the texture along a side; more knots make a finer texture."""
     noise: int = 24
     """Amplitude of the noise on every pixel, levels of 0..255, at most 127."""
     max_distractors: int = 0
-    """Most unlabelled flecks per scene: small rectangles in the objects' colours that count as ground."""
+    """Maximum number of distractors per scene: small rectangles in the objects' colours, labelled as ground."""
 
     def __post_init__(self) -> None:
         for name, known in (("shapes", SHAPES), ("colors", PALETTE)):
             values = getattr(self, name)
             unknown = [v for v in values if v not in known]
             if unknown:
-                raise UserError(f"scenes know no {name[:-1]} {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+                raise UserError(f"unknown scene {name[:-1]} {unknown[0]!r}{did_you_mean(unknown[0], known)}")
             if not values or len(set(values)) != len(values):
-                raise UserError(f"scene {name} must be named, each once: {list(values)}")
+                raise UserError(f"scene {name} must be one or more different names, not {list(values)}")
         if not 1 <= self.min_objects <= self.max_objects <= len(self.shapes) * len(self.colors):
             raise UserError(
                 "scenes need 1 <= min_objects <= max_objects <= shapes x colours, "
@@ -110,7 +111,7 @@ class SceneConfig:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the pixel codes: ``ground`` and then every shape-colour pair, as in "red circle"."""
+        """Names of the pixel codes: ``ground``, then every shape-colour pair, such as "red circle"."""
         return (GROUND, *(f"{color} {shape}" for shape in self.shapes for color in self.colors))
 
     @property
@@ -123,10 +124,10 @@ class SceneConfig:
         return 1 + self.shapes.index(shape) * len(self.colors) + self.colors.index(color)
 
     def attribute_table(self) -> NDArray[np.bool_]:
-        """Which attributes a pixel code has.
+        """The attributes of each pixel code.
 
         Returns:
-            bool ``(classes, attributes)``: ground has one attribute, a pair its shape and its colour.
+            bool ``(classes, attributes)``: ground has one attribute, a pair has its shape and its colour.
         """
         table = np.zeros((len(self.classes), len(self.attributes)), dtype=bool)
         table[0, 0] = True
@@ -138,12 +139,12 @@ class SceneConfig:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn object; objects of a scene never overlap, and no two share both shape and colour."""
+    """A drawn object. Objects of a scene never overlap, and no two have the same shape and colour."""
 
     shape: str
     color: str
     box: tuple[float, float, float, float]
-    """Tight box of its pixels, ``(left, top, right, bottom)``; right and bottom are exclusive."""
+    """Tight bounding box in pixels, ``(left, top, right, bottom)``; right and bottom are exclusive."""
 
     @property
     def name(self) -> str:
@@ -162,16 +163,16 @@ class Scene:
     image: NDArray[np.uint8]
     """``(H, W, 3)`` RGB."""
     labels: NDArray[np.uint8]
-    """``(H, W)`` pixel codes, an index into ``SceneConfig.classes``."""
+    """``(H, W)`` pixel codes, indices into ``SceneConfig.classes``."""
     objects: tuple[SceneObject, ...]
     caption: str
     """"a red circle left of a blue square, and a green cross"."""
 
 
 def relation(first: SceneObject, second: SceneObject) -> str:
-    """Where ``first`` lies as seen from ``second``: "left of", "right of", "above" or "below".
+    """The position of ``first`` relative to ``second``: "left of", "right of", "above" or "below".
 
-    The axis on which the centres are further apart decides; a tie goes to left and right.
+    The axis along which the centres are further apart decides; the horizontal axis decides ties.
     """
     (x1, y1), (x2, y2) = first.center, second.center
     if abs(x1 - x2) >= abs(y1 - y2):
@@ -180,7 +181,7 @@ def relation(first: SceneObject, second: SceneObject) -> str:
 
 
 def caption_of(objects: tuple[SceneObject, ...]) -> str:
-    """A sentence without a full stop: the relation of the first two objects, and then the others."""
+    """A caption without a full stop: the relation of the first two objects, then the other objects."""
     names = [_article(o.name) for o in objects]
     if len(objects) < 2:
         return names[0] if names else "an empty ground"
@@ -196,7 +197,7 @@ def _article(name: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _stencil(shape: str, size: int) -> tuple[NDArray[np.bool_], tuple[int, int, int, int]]:
-    """The pixels of a shape in a ``size`` x ``size`` box, and their tight box (left, top, right, bottom)."""
+    """The pixels of a shape in a ``size`` x ``size`` box, and their bounding box (left, top, right, bottom)."""
     centers: Grid = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
     inside = np.asarray(SHAPES[shape](centers[None, :], centers[:, None])) & np.ones((size, size), dtype=bool)
     columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
@@ -206,13 +207,14 @@ def _stencil(shape: str, size: int) -> tuple[NDArray[np.bool_], tuple[int, int, 
 
 @functools.lru_cache(maxsize=64)
 def _upsampling(cells: int, size: int) -> Grid:
-    """Linear interpolation from ``cells`` knots to ``size`` pixels, ``(size, cells)``."""
-    at = np.linspace(0, cells - 1, size, dtype=np.float32)
-    return np.maximum(0, 1 - abs(at[:, None] - np.arange(cells, dtype=np.float32)))
+    """The matrix ``(size, cells)`` of linear interpolation from ``cells`` knots to ``size`` pixels."""
+    positions = np.linspace(0, cells - 1, size, dtype=np.float32)
+    weights: Grid = np.maximum(0, 1 - abs(positions[:, None] - np.arange(cells, dtype=np.float32)))
+    return weights
 
 
-def _place(config: SceneConfig, draws: NDArray[np.float64]) -> list[tuple[int, int, int]]:
-    """Boxes (left, top, size) that do not touch, the largest number of tries per object being eight."""
+def _place_boxes(config: SceneConfig, draws: NDArray[np.float64]) -> list[tuple[int, int, int]]:
+    """Boxes (left, top, size) that do not overlap. An object is dropped after eight failed placements."""
     boxes: list[tuple[int, int, int]] = []
     for sizes, *tries in draws.tolist():
         size = config.min_object_size + int(sizes * (config.max_object_size - config.min_object_size + 1))
@@ -226,14 +228,14 @@ def _place(config: SceneConfig, draws: NDArray[np.float64]) -> list[tuple[int, i
 
 
 def _paint_ground(config: SceneConfig, random: np.random.Generator) -> Grid:
-    """Textured ground of a random mean colour, float32 ``(H, W, 3)`` in levels."""
+    """Textured ground of a random mean colour, float32 ``(H, W, 3)``, levels of 0..255."""
     size, cells = config.image_size, config.texture_cells
     knots = random.random((3, cells, cells), dtype=np.float32) * 2 - 1
     knots = knots * np.float32(config.texture) + random.integers(70, 186, (3, 1, 1)).astype(np.float32)
-    # a third of the texture is the same in all channels, so that light changes more than hue
+    # each channel is averaged with the mean of all channels, so that brightness varies more than hue
     knots = 0.5 * knots + 0.5 * knots.mean(axis=0, keepdims=True)
     up = _upsampling(cells, size)
-    ground = (up @ knots @ up.T).transpose(1, 2, 0)
+    ground: Grid = (up @ knots @ up.T).transpose(1, 2, 0)
     for u, v, w, h, c in random.random((random.integers(config.max_distractors + 1), 5)).tolist():
         left, top = int(u * (size - 3)), int(v * (size - 3))
         color = PALETTE[config.colors[int(c * len(config.colors))]]
@@ -242,13 +244,13 @@ def _paint_ground(config: SceneConfig, random: np.random.Generator) -> Grid:
 
 
 def draw_scene(config: SceneConfig, seed: int, index: int, split: str = "train") -> Scene:
-    """Draw one scene: a pure function of its arguments.
+    """Draw one scene, a pure function of the arguments.
 
     Args:
-        config: The world.
-        seed: The world's seed.
-        index: Position in the split, any number from 0.
-        split: One of ``SPLITS``; scenes of different splits are drawn from different keys.
+        config: How scenes look.
+        seed: Seed of the scenes.
+        index: Index in the split, 0 or more.
+        split: One of ``SPLITS``.
 
     Raises:
         UserError: The split is unknown.
@@ -259,7 +261,7 @@ def draw_scene(config: SceneConfig, seed: int, index: int, split: str = "train")
     size = config.image_size
     labels = np.zeros((size, size), dtype=np.uint8)
     count = int(random.integers(config.min_objects, config.max_objects + 1))
-    boxes = _place(config, random.random((count, 17)))
+    boxes = _place_boxes(config, random.random((count, 17)))
     pairs = random.permutation(len(config.shapes) * len(config.colors))[: len(boxes)].tolist()
     shades = random.integers(-config.color_jitter, config.color_jitter + 1, (len(boxes), 3))
     objects = []
@@ -280,7 +282,7 @@ def draw_scene(config: SceneConfig, seed: int, index: int, split: str = "train")
 
 def _check_split(split: str) -> None:
     if split not in SPLITS:
-        raise UserError(f"scenes have no split {split!r}; known: {', '.join(SPLITS)}")
+        raise UserError(f"scenes have no split {split!r}; the splits are {', '.join(SPLITS)}")
 
 
 def draw_batch(
@@ -289,23 +291,23 @@ def draw_batch(
     """Draw many scenes into two arrays.
 
     Returns:
-        Images ``(N, H, W, 3)`` and pixel codes ``(N, H, W)``, both uint8.
+        Images ``(scenes, H, W, 3)`` and pixel codes ``(scenes, H, W)``, both uint8.
     """
-    wanted = list(indices)
+    scenes = list(indices)
     size = config.image_size
-    images = np.empty((len(wanted), size, size, 3), dtype=np.uint8)
-    labels = np.empty((len(wanted), size, size), dtype=np.uint8)
-    for i, index in enumerate(wanted):
+    images = np.empty((len(scenes), size, size, 3), dtype=np.uint8)
+    labels = np.empty((len(scenes), size, size), dtype=np.uint8)
+    for i, index in enumerate(scenes):
         scene = draw_scene(config, seed, index, split)
         images[i], labels[i] = scene.image, scene.labels
     return images, labels
 
 
 def pair_presence(config: SceneConfig, labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which shape-colour pairs an image shows: the image-level supervision of the shipped backbone.
+    """The shape-colour pairs that each image shows, on which the shipped backbone is pretrained.
 
     Args:
-        config: The world the labels come from.
+        config: The config of the scenes.
         labels: Pixel codes ``(..., H, W)``.
 
     Returns:
@@ -317,14 +319,14 @@ def pair_presence(config: SceneConfig, labels: NDArray[np.uint8]) -> NDArray[np.
     return present[:, 1:].reshape(*labels.shape[:-2], -1)
 
 
-class SceneSource:
-    """A split of the embedded world as a source of images and of labelled images.
+class SceneSource(ImageSource):
+    """A split of the built-in scenes, as a source of images and of labelled images.
 
     Args:
-        config: The world.
+        config: How scenes look.
         split: One of ``SPLITS``.
-        length: How many scenes the split holds.
-        seed: The world's seed.
+        length: Number of scenes in the split.
+        seed: Seed of the scenes.
 
     Raises:
         UserError: The split is unknown or the length negative.
@@ -339,7 +341,7 @@ class SceneSource:
     ) -> None:
         _check_split(split)
         if length < 0:
-            raise UserError(f"a source of scenes cannot hold {length} scenes")
+            raise UserError(f"the number of scenes must not be negative, but it is {length}")
         self.config = config if config is not None else SceneConfig()
         self.split, self.length, self.seed = split, length, seed
         self.classes = self.config.classes
@@ -349,18 +351,18 @@ class SceneSource:
 
     def name(self, index: int) -> str:
         """The scene's stable name, ``scene-<index>``."""
-        return f"scene-{self._within(index)}"
+        return f"scene-{self._checked(index)}"
 
     def scene(self, index: int) -> Scene:
-        """The whole scene, objects and caption included."""
-        return draw_scene(self.config, self.seed, self._within(index), self.split)
+        """The scene with its objects and caption."""
+        return draw_scene(self.config, self.seed, self._checked(index), self.split)
 
     def load(self, index: int) -> Image.Image:
-        """The image alone."""
+        """The image in RGB."""
         return Image.fromarray(self.scene(index).image)
 
     def load_labelled(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """The image and its pixel codes ``(H, W)``, an index into ``classes``."""
+        """The image and its pixel codes: uint8 ``(H, W)``, indices into ``classes``."""
         scene = self.scene(index)
         return Image.fromarray(scene.image), scene.labels
 
@@ -369,7 +371,7 @@ class SceneSource:
         parts = [dataclasses.asdict(self.config), self.split, self.length, self.seed]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _within(self, index: int) -> int:
+    def _checked(self, index: int) -> int:
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
         return index

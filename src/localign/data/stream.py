@@ -1,8 +1,8 @@
-"""Which sample comes at which global position: pure functions of (seed, epoch, position)."""
+"""The order of samples: which image comes at which global position, as a pure function of the seed."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,22 +12,31 @@ from localign.errors import UserError
 
 
 class SampleStream:
-    """Global position -> (epoch, index): each of ``length`` images once per epoch."""
+    """Maps a global position to (epoch, index). Each of ``length`` images comes once per epoch.
+
+    Args:
+        seed: The run's seed.
+        length: Number of images.
+        shuffle: Draw a new order in each epoch; False keeps the images' own order.
+
+    Raises:
+        UserError: There are no images.
+    """
 
     def __init__(self, seed: int, length: int, shuffle: bool = True) -> None:
         if length < 1:
-            raise UserError("a source without images gives no stream of samples")
+            raise UserError("the source holds no images: there are no samples to stream")
         self.seed, self.length, self.shuffle = seed, length, shuffle
         self._epoch = -1
         self._order: NDArray[np.integer] = np.empty(0, np.int64)
 
     def __call__(self, position: int) -> tuple[int, int]:
-        """(epoch, index) of one position."""
+        """The (epoch, index) of one position."""
         epoch, within = divmod(position, self.length)
         return epoch, int(self.epoch_order(epoch)[within]) if self.shuffle else within
 
     def indices(self, begin: int, end: int) -> NDArray[np.int64]:
-        """The indices of positions begin..end-1, int64 ``(end - begin,)``."""
+        """The indices at positions begin..end-1, int64 ``(end - begin,)``."""
         if not self.shuffle:
             return np.arange(begin, end, dtype=np.int64) % self.length
         parts = []
@@ -38,7 +47,7 @@ class SampleStream:
         return np.concatenate(parts, dtype=np.int64) if parts else np.empty(0, np.int64)
 
     def epoch_order(self, epoch: int) -> NDArray[np.integer]:
-        """The indices of an epoch in their order, ``(length,)``; the last one asked for is kept."""
+        """The order of one epoch, integers ``(length,)``. The order of the last epoch used is cached."""
         if epoch != self._epoch:
             self._order = self._shuffled(epoch).astype(np.int32 if self.length <= 2**31 else np.int64)
             self._epoch = epoch
@@ -49,15 +58,15 @@ class SampleStream:
 
 
 class BlockStream(SampleStream):
-    """A stream over images of which it is cheap to read those that lie together: a row group's, a remote shard's.
+    """A stream that reads images block by block, for sources that read a whole row group or remote shard at once.
 
-    In each epoch the blocks come in a new order, and the images are shuffled within ``window`` blocks at a time.
+    Each epoch visits the blocks in a new order and shuffles the images within ``window`` blocks at a time.
 
     Args:
         seed: The run's seed.
-        blocks: int64 ``(blocks,)``, how many consecutive images each block holds.
-        window: Blocks that a reader can keep at hand.
-        shuffle: False gives the images in their own order.
+        blocks: int64 ``(blocks,)``, the number of consecutive images in each block.
+        window: Number of blocks that a reader keeps in its cache.
+        shuffle: Draw a new order in each epoch; False keeps the images' own order.
     """
 
     def __init__(self, seed: int, blocks: NDArray[np.int64], window: int, shuffle: bool = True) -> None:
@@ -70,23 +79,25 @@ class BlockStream(SampleStream):
         begins = np.cumsum(self.blocks) - self.blocks
         windows = []
         for first in range(0, len(order), self.window):
-            chosen = order[first : first + self.window]
-            held = [np.arange(begins[b], begins[b] + self.blocks[b]) for b in chosen]
-            windows.append(draw.permutation(np.concatenate(held)))
+            window = order[first : first + self.window]
+            images = [np.arange(begins[b], begins[b] + self.blocks[b]) for b in window]
+            windows.append(draw.permutation(np.concatenate(images)))
         return np.concatenate(windows)
 
 
-def sample_stream(source: Any, seed: int, shuffle: bool = True) -> SampleStream:
-    """The order in which the images of a source come.
+class Streamed(Protocol):
+    """Anything that defines the order of its samples, such as an ``ImageSource``."""
+
+    def stream(self, seed: int, shuffle: bool = True) -> SampleStream:
+        """The order of the samples."""
+
+
+def sample_stream(source: Streamed, seed: int, shuffle: bool = True) -> SampleStream:
+    """The order of a source's images.
 
     Args:
-        source: An ``ImageSource``. Of a mixture, its own; where it has ``blocks`` and ``window``, images that lie
-            together come near one another, as reading them needs it; else all are shuffled.
+        source: An ``ImageSource``.
         seed: The run's seed.
-        shuffle: A new order for each epoch.
+        shuffle: Draw a new order in each epoch; False keeps the source's order.
     """
-    if hasattr(source, "stream"):
-        return source.stream(seed, shuffle)
-    if getattr(source, "blocks", None) is not None:
-        return BlockStream(seed, source.blocks, source.window, shuffle)
-    return SampleStream(seed, len(source), shuffle)
+    return source.stream(seed, shuffle)

@@ -1,7 +1,7 @@
-"""From a decoded image to a uint8 tensor; normalisation happens on the device.
+"""Transforms from a decoded image to a uint8 tensor. Normalisation happens later, on the device.
 
-The published crop is timm's: resize keeping the aspect so that the image covers the target, with a random
-scale and aspect, then a centre crop that pads by reflection.
+The published crop comes from timm: a resize that keeps the aspect ratio until the image covers the target, with a
+random scale and aspect, then a centre crop that pads by reflection.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ Size = int | tuple[int, int]
 PUBLISHED_SCALE = (0.8, 1.0)
 PUBLISHED_ASPECT = (0.9, 1 / 0.9)
 _RAND_AUGMENT = re.compile(r"rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]|tweights|t3aw?))*")
-# A strip a few pixels high, resized until it covers the target, would fill the memory, and only its middle is
-# ever seen. Photographs never come near.
-_LONGEST_ASPECT = 16.0
+# A strip a few pixels high would fill the memory when it is resized to cover the target, and the crop shows only its
+# middle. Photographs have far smaller aspect ratios.
+_MAX_ASPECT = 16.0
 
 
 class TrainTransform:
-    """Crop, flip and augment, as a pure function of (image, seed, position).
+    """Crop, flip and augment an image, as a pure function of (image, seed, position).
 
     Args:
-        size: Pixels, or (rows, columns).
-        crop: ``published`` (area 0.8..1 and aspect 0.9..1/0.9, each with probability 0.5, random
-            interpolation, centre crop with reflection), ``rrc`` (random resized crop, area 0.08..1) or
-            ``none`` (the image has the size already; where not it is resized without regard to its aspect).
+        size: Side in pixels, or (rows, columns).
+        crop: ``published`` (area 0.8..1 and aspect 0.9..1/0.9, each with probability 0.5, random interpolation,
+            centre crop with reflection), ``rrc`` (random resized crop, area 0.08..1) or ``none`` (a resize that
+            ignores the aspect ratio, or nothing if the image already has the size).
         auto_augment: A RandAugment string such as ``rand-m9-mstd0.5-inc1``, or None.
         hflip: Probability of a horizontal flip.
-        fill: RGB for what RandAugment's geometry leaves empty.
-        decode: ``scaled``: a JPEG far larger than what becomes of it is decoded at a fraction, of the whole
-            (``published``) or of what its crop needs (``rrc``). ``full``: every JPEG is decoded in full.
+        fill: RGB of the areas that RandAugment's geometric operations leave empty.
+        decode: ``scaled`` decodes JPEGs at reduced size if the image (``published``) or its crop (``rrc``) is much
+            larger than the target; ``full`` decodes every JPEG in full.
 
     Raises:
         UserError: An option is unknown or out of range.
@@ -65,7 +65,7 @@ class TrainTransform:
         decode: Decode = "scaled",
     ) -> None:
         self.size = _rows_columns(size)
-        _check_choice("way to decode", decode, get_args(Decode))
+        _check_choice("decode mode", decode, get_args(Decode))
         self.crop, self.decode = crop, decode
         if not 0.0 <= hflip <= 1.0:
             raise UserError(f"the flip probability must lie in 0..1, not {hflip}")
@@ -75,19 +75,19 @@ class TrainTransform:
 
     @property
     def scaled_decode(self) -> bool:
-        """Whether the source may decode images at a fraction: not where the crop magnifies a part."""
+        """Whether the source may decode whole images at reduced size; not if the crop magnifies a part."""
         return self.decode == "scaled" and self.crop != "rrc"
 
     @property
     def takes_undecoded(self) -> bool:
-        """Whether JPEGs should come undecoded, as the crop decides at which fraction they are decoded."""
+        """Whether the transform takes undecoded JPEGs, because the crop determines at which size to decode."""
         return self.decode == "scaled" and self.crop == "rrc"
 
     def __call__(self, image: Image.Image | UndecodedJpeg, seed: int, position: int) -> Tensor:
         """The sample at one global position.
 
         Args:
-            image: RGB, or a JPEG that is not decoded yet.
+            image: An RGB image, or a JPEG that is not decoded yet.
             seed: The run's seed.
             position: Global position in the stream of samples.
 
@@ -107,20 +107,23 @@ class TrainTransform:
 
     def _cropped(self, image: Image.Image | UndecodedJpeg) -> Image.Image:
         if isinstance(image, UndecodedJpeg):
-            if isinstance(self._crop, _RandomResizedCrop) and _seen(image.size, self.size) == image.size:
-                return self._crop.decoded(image)
+            if (
+                isinstance(self._crop, _RandomResizedCrop)
+                and _trimmed_size(image.size, self.size) == image.size
+            ):
+                return self._crop.crop_undecoded(image)
             image = image.decode()
-        return self._crop(_middle(image, self.size))
+        return self._crop(_trim_strip(image, self.size))
 
 
 class EvalTransform:
-    """The deterministic view for measurements.
+    """The deterministic transform for evaluation.
 
     Args:
-        size: Pixels, or (rows, columns).
-        mode: ``crop`` resizes keeping the aspect until the image covers the size, then crops the centre
-            (bicubic). ``square`` crops the largest centre piece of the target's aspect, then resizes it
-            (bilinear; label maps by nearest neighbour), as the probing benchmark does.
+        size: Side in pixels, or (rows, columns).
+        mode: ``crop`` resizes until the image covers the size, keeping the aspect ratio, then crops the centre
+            (bicubic). ``square`` crops the largest centred piece with the target's aspect ratio, then resizes it
+            (bilinear; nearest neighbour for label maps), as the probing benchmark does.
 
     Raises:
         UserError: The size or mode is unknown.
@@ -136,20 +139,20 @@ class EvalTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB image -> uint8 ``(3, rows, columns)``."""
         if self.mode == "crop":
-            return to_tensor(self._centre(self._resize(_middle(image, self.size))))
+            return to_tensor(self._centre(self._resize(_trim_strip(image, self.size))))
         return to_tensor(self._square(image, InterpolationMode.BILINEAR))
 
     def labels(self, labels: NDArray[np.integer]) -> Tensor:
-        """The label map of an image under the same view.
+        """Transform the label map of an image in the same way.
 
         Args:
-            labels: Integers ``(H, W)``, of the image's own size.
+            labels: Integers ``(H, W)``, of the image's original size.
 
         Returns:
             int64 ``(rows, columns)``.
 
         Raises:
-            UserError: The mode is ``crop``, whose interpolation has no counterpart for labels.
+            UserError: The mode is ``crop``, whose interpolation does not work for labels.
         """
         if self.mode != "square":
             raise UserError("label maps need the eval transform 'square'")
@@ -172,13 +175,14 @@ def to_tensor(image: Image.Image) -> Tensor:
 def _rows_columns(size: Size) -> tuple[int, int]:
     rows, columns = (size, size) if isinstance(size, int) else size
     if rows < 1 or columns < 1:
-        raise UserError(f"an image cannot have {rows} x {columns} pixels")
+        raise UserError(f"an image size must be above 0, not {rows} x {columns} pixels")
     return rows, columns
 
 
-def _check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}{did_you_mean(value, known)}")
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        hint = did_you_mean(value, choices)
+        raise UserError(f"unknown {option} {value!r}; the choices are {', '.join(choices)}{hint}")
 
 
 def _train_crop(crop: TrainCrop, size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
@@ -200,12 +204,12 @@ def _train_crop(crop: TrainCrop, size: tuple[int, int]) -> Callable[[Image.Image
 
 
 class _RandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's, and the same of a JPEG that is not decoded yet."""
+    """timm's random resized crop, which can also crop a JPEG that is not decoded yet."""
 
-    def decoded(self, image: UndecodedJpeg) -> Image.Image:
-        """With the draws of a decoded image of that size."""
-        stand_in = Image.new("1", image.size, None)  # timm asks an image how large it is; no pixel is touched
-        top, left, height, width = self.get_params(stand_in, self.scale, self.ratio)
+    def crop_undecoded(self, image: UndecodedJpeg) -> Image.Image:
+        """Crop with the same random draws as for a decoded image of the same size."""
+        placeholder = Image.new("1", image.size, None)  # timm reads only the size
+        top, left, height, width = self.get_params(placeholder, self.scale, self.ratio)
         interpolation = random.choice(self.interpolation)
         return image.resized_crop((left, top, width, height), self.size, Image.Resampling[interpolation.name])
 
@@ -235,8 +239,8 @@ def _rand_augment(
 ) -> Callable[[Image.Image], Image.Image] | None:
     if config is None:
         return None
-    if not _RAND_AUGMENT.fullmatch(config):  # timm passes over sections it does not know
-        raise UserError(f"unknown augmentation {config!r}; expected the like of 'rand-m9-mstd0.5-inc1'")
+    if not _RAND_AUGMENT.fullmatch(config):  # timm ignores unknown sections
+        raise UserError(f"unknown augmentation {config!r}; write it like 'rand-m9-mstd0.5-inc1'")
     hparams = {"translate_const": int(min(size) * 0.45), "img_mean": fill}
     try:
         transform = rand_augment_transform(config, hparams)
@@ -249,20 +253,20 @@ def _rand_augment(
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
-    """timm's, which at its strongest keeps no bit at all, a black image, which newer versions of Pillow refuse."""
+    """timm's posterize, which at full strength keeps 0 bits; newer versions of Pillow refuse that."""
     return posterize(image, max(1, bits_to_keep), **kwargs)
 
 
-def _middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The image without the ends of an extreme strip; every other image as it is."""
-    width, height = _seen(image.size, size)
+def _trim_strip(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cut the ends off an extreme strip; return any other image unchanged."""
+    width, height = _trimmed_size(image.size, size)
     if (width, height) == image.size:
         return image
     return F.center_crop(image, [max(1, height), max(1, width)])
 
 
-def _seen(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of what is left of an image without the ends of an extreme strip."""
+def _trimmed_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of an image after the ends of an extreme strip are cut off."""
     (width, height), (rows, columns) = image_size, size
-    scale = _LONGEST_ASPECT * min(height / rows, width / columns)
+    scale = _MAX_ASPECT * min(height / rows, width / columns)
     return min(width, int(columns * scale)), min(height, int(rows * scale))

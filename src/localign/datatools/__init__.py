@@ -1,1 +1,1 @@
-"""Commands that prepare and judge images before a run: shard, verify, stats, in21k-p."""
+"""The commands `localign data ...`, which prepare and check images before a run."""

@@ -1,7 +1,7 @@
 """`localign data in21k-p`: the processed ImageNet-21k of Ridnik et al. (2021), as shards.
 
-Their rules: classes with few images go, 50 images of each other class become its validation images, and images are
-made smaller. The choice of validation images is theirs to draw; here it is a function of the seed and of the names.
+The authors drop classes with few images, take 50 images of every other class for validation, and shrink the images.
+They draw the validation images at random; here the choice is a function of the seed and the image names.
 """
 
 from __future__ import annotations
@@ -13,11 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localign import rng
-from localign.data.sources import ExcludingSource, ImageSource, TarSource
+from localign.data.image_source import ImageSource
+from localign.data.sources import ExcludingSource, TarSource
 from localign.data.sources.tar_index import SHARD
-from localign.datatools.packing import QUALITY, Packing, facts_of, pack, partial, put_whole, show_packed
+from localign.datatools.packing import (
+    QUALITY,
+    Facts,
+    Packing,
+    facts_of,
+    output_folders,
+    pack,
+    publish,
+    show_packed,
+)
 from localign.datatools.reading import open_files
-from localign.datatools.shard import finished
+from localign.datatools.shard import read_about
 from localign.errors import UserError
 from localign.options.datatools import In21kConfig
 
@@ -36,22 +46,26 @@ def run_in21k(config: In21kConfig) -> None:
 
 
 def write_in21k(config: In21kConfig) -> dict[str, Any]:
-    """Pack both splits; returns how many classes were kept, and what ``about.json`` says of each split.
+    """Pack the training and validation split.
+
+    Returns:
+        ``classes``, the number of classes in the source; ``kept``, the number of classes with enough images; and
+        ``train`` and ``val``, the content of ``about.json`` of each split.
 
     Raises:
-        UserError: The source has no classes, or none that is large enough, or the folder holds something else.
-        RunFailure: A process died.
+        UserError: The source has no classes, no class is large enough, or the output folder holds something else.
+        RunFailure: A worker process died.
     """
     source = open_files(config.source, config.exclude)
     names, codes, inside = classes_of(source, config.source)
     kept, train, val = split(names, codes, source, config)
-    final, temporary = partial(config.out)
+    final, temporary = output_folders(config.out)
     facts = facts_of(source, config)
-    outcome: dict[str, Any] = {"classes": len(names), "kept": len(kept)}
+    result: dict[str, Any] = {"classes": len(names), "kept": len(kept)}
     for part, order in (("train", train), ("val", val)):
-        part_facts = facts | {"split": part, "classes": len(kept)}
+        part_facts: Facts = {**facts, "split": part, "classes": len(kept)}
         if final.exists():
-            outcome[part] = finished(final / part, part_facts)
+            result[part] = read_about(final / part, part_facts)
             continue
         folders = None if inside else [names[code] for code in codes[order]]
         packing = Packing(
@@ -63,44 +77,44 @@ def write_in21k(config: In21kConfig) -> dict[str, Any]:
             config.quality or QUALITY,
             temporary / part,
         )
-        outcome[part] = pack(packing, config.processes, part_facts)
+        result[part] = pack(packing, config.processes, part_facts)
     if not final.exists():
-        put_whole(temporary, final)
-    return outcome
+        publish(temporary, final)
+    return result
 
 
 def classes_of(source: ImageSource, spec: str) -> tuple[list[str], NDArray[np.int64], bool]:
-    """Classes, the class of each image, and whether the images' names begin with it.
+    """Class names, the class of each image as an index into them, and whether image names begin with the class.
 
     Raises:
-        UserError: An image has none.
+        UserError: An image has no class.
     """
-    of_tars = _class_tars(source)
-    if of_tars is not None:
-        return *of_tars, False
-    firsts = [source.name(i).partition("/") for i in range(len(source))]
-    if not all(slash for _, slash, _ in firsts):
-        raise UserError(f"{spec} must hold class folders, or a tar file of each class")
-    names = sorted({first for first, _, _ in firsts})
-    place = {name: number for number, name in enumerate(names)}
-    return names, np.array([place[first] for first, _, _ in firsts]), True
+    class_tars = _class_tars(source)
+    if class_tars is not None:
+        return *class_tars, False
+    split_names = [source.name(i).partition("/") for i in range(len(source))]
+    if not all(slash for _, slash, _ in split_names):
+        raise UserError(f"{spec} must hold one folder or one tar file per class")
+    names = sorted({folder for folder, _, _ in split_names})
+    code_of = {name: code for code, name in enumerate(names)}
+    return names, np.array([code_of[folder] for folder, _, _ in split_names]), True
 
 
 def _class_tars(source: ImageSource) -> tuple[list[str], NDArray[np.int64]] | None:
-    """Of tar files whose images lie in no folders: the files' names as classes."""
+    """Class names and codes from the names of tar files, if no image in them lies in a folder; else None."""
     inner = source.source if isinstance(source, ExcludingSource) else source
     if not isinstance(inner, TarSource) or any("/" in source.name(i) for i in range(len(source))):
         return None
     codes = np.array(inner.index.records[:, SHARD])
     if isinstance(source, ExcludingSource):
-        codes = codes[source.kept]
+        codes = codes[source.indices]
     return [shard.stem for shard in inner.shards], codes
 
 
 def split(
     names: list[str], codes: NDArray[np.int64], source: ImageSource, config: In21kConfig
 ) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
-    """Classes that are large enough, and the places of their training and validation images, shuffled.
+    """The classes with enough images, and the shuffled indices of their training and validation images.
 
     Raises:
         UserError: No class is large enough.
@@ -113,7 +127,7 @@ def split(
         if count < config.min_images:
             continue
         kept.append(name)
-        # In the order of their names: it must not matter how files lie on a disk or in a tar file.
+        # Sorted by name, so that the order of files on the disk or in a tar file does not matter.
         images = sorted(by_class[end - count : end].tolist(), key=source.name)
         draw = rng.generator(config.seed, f"in21k-p {name}").permutation(int(count))
         shuffled = np.array(images)[draw]
@@ -121,7 +135,7 @@ def split(
         train.append(shuffled[config.val_images :])
     if not kept:
         raise UserError(
-            f"none of {len(names)} classes has {config.min_images} images; the largest has {counts.max()}"
+            f"none of {len(names)} classes has {config.min_images} images; the largest class has {counts.max()}"
         )
     order = rng.generator(config.seed, "in21k-p order")
     return kept, order.permutation(np.concatenate(train)), order.permutation(np.concatenate(val))

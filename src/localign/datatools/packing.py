@@ -1,4 +1,4 @@
-"""Images into tar shards: in parallel, resumable, the same bytes whenever it is done."""
+"""Packs images into tar shards: in parallel, resumable, with reproducible bytes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from localign.data.decoding import UnreadableImage, decode_image
+from localign.data.image_source import ImageSource
 from localign.data.parallel import in_processes
-from localign.data.sources import SUFFIXES, ImageSource
+from localign.data.sources import SUFFIXES
 from localign.data.sources.tar_index import tar_index, write_portable
-from localign.datatools.reading import encoded
+from localign.datatools.reading import encoded_image
 from localign.errors import UserError
 from localign.files import fsync_path, replace_text, replacing
+from localign.options.datatools import In21kConfig, ShardConfig
+
+Facts = dict[str, Any]
+"""The options and the source fingerprint on which the bytes of the shards depend."""
 
 ABOUT, SHARDS, LEFT_OUT = "about.json", "shards.jsonl", "left-out.jsonl"
 QUALITY = 92
@@ -32,18 +37,42 @@ _JPEG = b"\xff\xd8\xff"
 _KINDS = ((_JPEG, ".jpg"), (b"\x89PNG", ".png"), (b"RIFF", ".webp"), (b"GIF8", ".gif"), (b"BM", ".bmp"))
 
 
+class ShardRecord(TypedDict):
+    """A line of ``shards.jsonl``."""
+
+    shard: str
+    """File name."""
+    images: int
+    bytes: int
+    """Size of the file."""
+    sha256: str
+    left_out: list[tuple[str, str]]
+    """(name, reason) of the unreadable images."""
+
+
+class About(TypedDict):
+    """The counts in ``about.json``, which also holds the :data:`Facts`."""
+
+    images: int
+    bytes: int
+    """Total size of the shards."""
+    shards: int
+    left_out: int
+    """Number of unreadable images, which are not in the shards."""
+
+
 @dataclass(frozen=True)
 class Packing:
-    """Packs shard after shard; goes to worker processes.
+    """A function that packs one shard; it is sent to worker processes.
 
     Attributes:
-        source: Images.
-        order: int64, which of them, in the order of packing.
-        folders: What to put in front of each image's name, by its place in ``order``; None: nothing.
-        per_shard: Images of a shard.
-        resize: The short side, pixels; None copies files.
-        quality: Of JPEG.
-        folder: Where to.
+        source: The images.
+        order: int64, the indices of the images to pack, in packing order.
+        folders: The folder to put in front of each image's name, in packing order; None for no folders.
+        per_shard: Images per shard.
+        resize: Length of the short side, pixels; None copies the files.
+        quality: JPEG quality of resized images, 1..100.
+        folder: The output folder.
     """
 
     source: ImageSource
@@ -56,22 +85,23 @@ class Packing:
 
     @property
     def shards(self) -> int:
-        """How many there will be."""
+        """Number of shards."""
         return -(-len(self.order) // self.per_shard)
 
-    def __call__(self, number: int) -> dict[str, Any]:
-        """Write a shard; returns what is known of it."""
+    def __call__(self, number: int) -> ShardRecord:
+        """Write one shard and return its record."""
         path = self.folder / f"{number:06}.tar"
-        images, left_out = 0, []
+        images = 0
+        left_out: list[tuple[str, str]] = []
         begin = number * self.per_shard
         with replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
             for place in range(begin, min(begin + self.per_shard, len(self.order))):
                 try:
                     name, data = self._member(place)
                 except UnreadableImage as error:
-                    left_out.append([error.name, error.reason])
+                    left_out.append((error.name, error.reason))
                     continue
-                member = tarfile.TarInfo(name)  # of nobody, at no time: the same bytes whoever packs
+                member = tarfile.TarInfo(name)  # without owner and time, so that the bytes are reproducible
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
                 images += 1
@@ -84,13 +114,14 @@ class Packing:
         }
 
     def check_names(self) -> None:
-        """Raises UserError where two images would have one name in the shards."""
-        names = (
-            hash(self._name(place, b"")) for place in range(len(self.order))
-        )  # strings would fill the memory
-        same = len(self.order) - len(np.unique(np.fromiter(names, np.int64, len(self.order))))
-        if same:
-            raise UserError(f"{same} images would have the name of another one in the shards")
+        """Raises UserError if two images would have the same name in the shards."""
+        count = len(self.order)
+        hashes = (
+            hash(self._name(place, b"")) for place in range(count)
+        )  # millions of strings fill the memory
+        duplicates = count - len(np.unique(np.fromiter(hashes, np.int64, count)))
+        if duplicates:
+            raise UserError(f"{duplicates} images would have the same name as another image in the shards")
 
     def _name(self, place: int, data: bytes) -> str:
         folder = "" if self.folders is None else self.folders[place]
@@ -98,19 +129,19 @@ class Packing:
 
     def _member(self, place: int) -> tuple[str, bytes]:
         index = int(self.order[place])
-        name, data = self.source.name(index), encoded(self.source, index)
+        name, data = self.source.name(index), encoded_image(self.source, index)
         if self.resize is not None:
-            data = smaller(data, name, self.resize, self.quality)
+            data = shrink(data, name, self.resize, self.quality)
         return self._name(place, data), data
 
 
-def smaller(data: bytes, name: str, side: int, quality: int) -> bytes:
-    """A JPEG whose short side has so many pixels; the file as it is where that side is not longer.
+def shrink(data: bytes, name: str, side: int, quality: int) -> bytes:
+    """Resize an image to a short side of ``side`` pixels, as JPEG. A file with a shorter side is returned unchanged.
 
     Raises:
-        UnreadableImage: It cannot be decoded.
+        UnreadableImage: The image cannot be decoded.
     """
-    image = decode_image(data, name, at_least=2 * side)  # what a fraction leaves, Lanczos still halves
+    image = decode_image(data, name, at_least=2 * side)  # decoding leaves at least a factor of 2 to Lanczos
     short = min(image.size)
     if short <= side:
         return data
@@ -121,16 +152,16 @@ def smaller(data: bytes, name: str, side: int, quality: int) -> bytes:
 
 
 def member_name(name: str, folder: str, data: bytes) -> str:
-    """A name in a shard: relative, downwards, and with a suffix that says what the file is.
+    """A member's name in a shard: a relative path without ``..``, with the suffix of the file's format.
 
     Args:
-        name: The image's in its source.
-        folder: To be put in front.
-        data: The file.
+        name: The image's name in its source.
+        folder: The folder to put in front, or "".
+        data: The content of the file.
     """
     path = re.sub(r"\.parquet:", "/", name)
-    kept = [part for part in (*folder.split("/"), *path.split("/")) if part not in ("", ".", "..")]
-    path = "/".join(kept)
+    parts = [part for part in (*folder.split("/"), *path.split("/")) if part not in ("", ".", "..")]
+    path = "/".join(parts)
     suffix = PurePosixPath(path).suffix.lower()
     kind = next((kind for magic, kind in _KINDS if data.startswith(magic)), "")
     jpeg = suffix in (".jpg", ".jpeg", ".jpe", ".jfif")
@@ -139,91 +170,84 @@ def member_name(name: str, folder: str, data: bytes) -> str:
     return path
 
 
-def pack(packing: Packing, processes: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write all shards, those that an earlier call wrote excepted, and what is known of them.
-
-    The folder is called ``*.partial`` until it is whole.
+def pack(packing: Packing, processes: int, facts: Facts) -> About:
+    """Write all shards that an interrupted call has not written yet, and the files that describe them.
 
     Args:
-        packing: See there; ``folder`` is the partial one.
-        processes: To work in.
-        facts: What the shards are a function of: a folder of others is not gone on with.
+        packing: Packs one shard; its folder is the ``*.partial`` folder.
+        processes: Worker processes; 0 packs in this process.
+        facts: The facts on which the shards depend; a partial folder with other facts is refused.
 
     Returns:
-        ``about.json``: the facts, and ``images``, ``bytes``, ``shards`` and ``left_out`` as counts.
+        The content of ``about.json``.
 
     Raises:
-        UserError: The folder is of other facts, or names of images coincide.
-        RunFailure: A process died.
+        UserError: The folder holds shards with other facts, or two images have the same name.
+        RunFailure: A worker process died.
     """
     folder = packing.folder
     packing.check_names()
     folder.mkdir(parents=True, exist_ok=True)
-    _check_about(folder, facts)
-    done = {record["shard"]: record for record in _records(folder) if _is_there(folder, record)}
+    _check_facts(folder, facts)
+    done = {record["shard"]: record for record in _records(folder) if _is_complete(folder, record)}
     replace_text(folder / SHARDS, "".join(json.dumps(r) + "\n" for r in done.values()))
     replace_text(folder / ABOUT, json.dumps(facts, indent=1) + "\n")
-    left = [number for number in range(packing.shards) if f"{number:06}.tar" not in done]
+    missing = [number for number in range(packing.shards) if f"{number:06}.tar" not in done]
     with open(folder / SHARDS, "a", encoding="utf-8") as log:
-        for record in in_processes(packing, left, len(left), processes, "packing"):
-            done[record["shard"]] = dict(record)
+        for record in in_processes(packing, missing, len(missing), processes, "packing"):
+            done[record["shard"]] = record
             log.write(json.dumps(record) + "\n")
             log.flush()
     records = [done[f"{number:06}.tar"] for number in range(packing.shards)]
     return _finish(folder, records, facts)
 
 
-def _finish(folder: Path, records: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+def _finish(folder: Path, records: list[ShardRecord], facts: Facts) -> About:
     left_out = [entry for record in records for entry in record["left_out"]]
     paths = [folder / record["shard"] for record in records]
     write_portable(folder, tar_index(paths), paths)
-    about = facts | {
+    counts: About = {
         "images": sum(record["images"] for record in records),
         "bytes": sum(record["bytes"] for record in records),
         "shards": len(records),
         "left_out": len(left_out),
     }
+    about = {**facts, **counts}
     lines = (json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in left_out)
     replace_text(folder / LEFT_OUT, "".join(lines))
     replace_text(folder / SHARDS, "".join(json.dumps(record) + "\n" for record in records))
     replace_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
-    return about
+    return cast(About, about)
 
 
-def _check_about(folder: Path, facts: dict[str, Any]) -> None:
+def _check_facts(folder: Path, facts: Facts) -> None:
     try:
-        there = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
     except ValueError:
-        there = {}
-    different = [name for name, value in facts.items() if there.get(name) != value]
+        found = {}
+    different = [name for name, value in facts.items() if found.get(name) != value]
     if different:
         raise UserError(
-            f"{folder} is the beginning of other shards (another {', '.join(different)}); remove it, or give "
-            "another folder"
+            f"{folder} holds unfinished shards that differ in {', '.join(different)}; remove it, or give another "
+            "folder"
         )
 
 
-def _records(folder: Path) -> list[dict[str, Any]]:
-    """What an earlier call has written of its shards; a line that was cut off counts as not written."""
+def _records(folder: Path) -> list[ShardRecord]:
+    """The records of an earlier call; incomplete lines are skipped."""
     records = []
     with suppress(FileNotFoundError):
         for line in (folder / SHARDS).read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):
                 record = json.loads(line)
-                if isinstance(record, dict) and record.keys() >= {
-                    "shard",
-                    "images",
-                    "bytes",
-                    "sha256",
-                    "left_out",
-                }:
-                    records.append(record)
+                if isinstance(record, dict) and record.keys() >= ShardRecord.__annotations__.keys():
+                    records.append(cast(ShardRecord, record))
     return records
 
 
-def _is_there(folder: Path, record: dict[str, Any]) -> bool:
+def _is_complete(folder: Path, record: ShardRecord) -> bool:
     try:
         return (folder / record["shard"]).stat().st_size == record["bytes"]
     except OSError:
@@ -231,12 +255,12 @@ def _is_there(folder: Path, record: dict[str, Any]) -> bool:
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """sha256 by shard of a folder that :func:`pack` wrote; empty of another one."""
+    """Shard name -> sha256 for a folder that :func:`pack` wrote; {} for any other folder."""
     return {record["shard"]: record["sha256"] for record in _records(folder)}
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hex."""
+    """The SHA-256 checksum of a file, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -244,20 +268,20 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def partial(out: str) -> tuple[Path, Path]:
-    """Where shards are to be, and where they are until they are whole."""
+def output_folders(out: str) -> tuple[Path, Path]:
+    """The final folder, and the ``*.partial`` folder that holds the shards until packing is complete."""
     final = Path(out).expanduser()
     return final, final.with_name(final.name + ".partial")
 
 
-def put_whole(temporary: Path, final: Path) -> None:
-    """Rename the partial folder. Its index files stay valid: they depend on the shards alone."""
-    os.replace(temporary, final)
+def publish(partial: Path, final: Path) -> None:
+    """Rename the partial folder to its final name. Its index stays valid, because it depends only on the shards."""
+    os.replace(partial, final)
     fsync_path(final.parent)
 
 
-def facts_of(source: ImageSource, config: Any) -> dict[str, Any]:
-    """What packed shards are a function of: the images and the options but for workers and places."""
+def facts_of(source: ImageSource, config: ShardConfig | In21kConfig) -> Facts:
+    """The facts on which the shards depend: the source's fingerprint, and all options except paths and workers."""
     options = {k: v for k, v in asdict(config).items() if k not in ("source", "out", "exclude", "workers")}
     return {"source": source.fingerprint(), **options}
 

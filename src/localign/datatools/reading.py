@@ -1,26 +1,27 @@
-"""What the commands on images share: opening a source of encoded files, and reading them."""
+"""Opens sources of encoded files and reads the files, for all commands on images."""
 
 from __future__ import annotations
 
-from localign.data.sources import EncodedSource, ExcludingSource, ImageSource, MixtureSource, open_source
+from localign.data.image_source import ImageSource
+from localign.data.sources import EncodedSource, ExcludingSource, MixtureSource, open_source
 from localign.errors import UserError
 
 
 def open_files(spec: str, exclude: str | None = None) -> ImageSource:
-    """A source whose images are encoded files, in full size.
+    """Open a source of encoded files that decodes images in full.
 
     Raises:
-        UserError: There is none, or it is a mixture.
+        UserError: The source does not exist or holds no images, or it is a mixture.
     """
     source = open_source(spec, exclude=exclude)
     if isinstance(source, MixtureSource):
-        raise UserError(f"{spec} is a mixture; give its sources one at a time")
+        raise UserError(f"{spec} is a mixture; run the command on each of its sources instead")
     return source
 
 
-def encoded(source: ImageSource, index: int) -> bytes:
-    """The file of an image. Raises UnreadableImage."""
+def encoded_image(source: ImageSource, index: int) -> bytes:
+    """The content of an image's file. Raises UnreadableImage."""
     if isinstance(source, ExcludingSource):
-        return encoded(source.source, int(source.kept[index]))
+        return encoded_image(source.source, int(source.indices[index]))
     assert isinstance(source, EncodedSource)
     return source.encoded(index)

@@ -1,24 +1,27 @@
-"""`localign data shard`: any source into tar shards."""
+"""`localign data shard`: packs any source into tar shards."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from localign.data.classification import ClassLabels, labels_of
-from localign.data.sources import ExcludingSource, FileListSource, ImageSource, ParquetSource
-from localign.data.stream import sample_stream
+from localign.data.image_source import ImageSource
+from localign.data.sources import ExcludingSource, FileListSource, ParquetSource
 from localign.datatools.packing import (
     ABOUT,
     QUALITY,
+    About,
+    Facts,
     Packing,
     facts_of,
+    output_folders,
     pack,
-    partial,
-    put_whole,
+    publish,
     show_packed,
 )
 from localign.datatools.reading import open_files
@@ -36,19 +39,19 @@ def run_shard(config: ShardConfig) -> None:
     show_packed(write_shards(config), Path(config.out))
 
 
-def write_shards(config: ShardConfig) -> dict[str, Any]:
-    """Pack a source; returns what ``about.json`` says.
+def write_shards(config: ShardConfig) -> About:
+    """Pack a source into tar shards; returns the content of ``about.json``.
 
     Raises:
-        UserError: The source does not exist, or the folder is there and holds something else.
-        RunFailure: A process died.
+        UserError: The source does not exist, or the output folder exists and holds something else.
+        RunFailure: A worker process died.
     """
     source = open_files(config.source, config.exclude)
-    final, temporary = partial(config.out)
+    final, temporary = output_folders(config.out)
     facts = facts_of(source, config)
     if final.exists():
-        return finished(final, facts)
-    order = sample_stream(source, config.seed, config.shuffle).indices(0, len(source))
+        return read_about(final, facts)
+    order = source.stream(config.seed, config.shuffle).indices(0, len(source))
     packing = Packing(
         source,
         order,
@@ -59,27 +62,27 @@ def write_shards(config: ShardConfig) -> dict[str, Any]:
         temporary,
     )
     about = pack(packing, config.processes, facts)
-    put_whole(temporary, final)
+    publish(temporary, final)
     return about
 
 
-def finished(final: Any, facts: dict[str, Any]) -> dict[str, Any]:
-    """What is there already by the same command.
+def read_about(folder: Path, facts: Facts) -> About:
+    """Read ``about.json`` of a finished folder.
 
     Raises:
-        UserError: It is something else.
+        UserError: The folder was not packed from the same facts.
     """
     try:
-        about = json.loads((final / ABOUT).read_text(encoding="utf-8"))
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         about = {}
     if any(about.get(name) != value for name, value in facts.items()):
-        raise UserError(f"{final} is there already and holds something else; give another folder")
-    return about
+        raise UserError(f"{folder} already exists and holds something else; give another folder")
+    return cast(About, about)
 
 
-def _class_folders(source: ImageSource, spec: str, order: np.ndarray) -> list[str] | None:
-    """Of a list or of parquet files with labels: the class of each image, for the shards to have class folders."""
+def _class_folders(source: ImageSource, spec: str, order: NDArray[np.int64]) -> list[str] | None:
+    """The class of each image of a list or of parquet files with labels, as folders in the shards; else None."""
     inner = source.source if isinstance(source, ExcludingSource) else source
     if not isinstance(inner, FileListSource | ParquetSource):
         return None

@@ -1,4 +1,4 @@
-"""`localign data stats`: how many images and classes there are, and how large they are."""
+"""`localign data stats`: numbers and sizes of images and classes."""
 
 from __future__ import annotations
 
@@ -6,41 +6,58 @@ import io
 import json
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from localign.data.classification import ClassLabels, labels_of
 from localign.data.decoding import FORMATS, UnreadableImage, unreadable_on_failure
+from localign.data.image_source import ImageSource
 from localign.data.parallel import in_processes, parts
-from localign.data.sources import ImageSource
-from localign.datatools.reading import encoded, open_files
+from localign.datatools.reading import encoded_image, open_files
 from localign.errors import UserError
 from localign.files import replace_text
 from localign.options.datatools import StatsConfig
 
 
+class Summary(TypedDict):
+    """Summary statistics of a quantity."""
+
+    min: int
+    median: float
+    mean: float
+    max: int
+
+
+class ClassSummary(Summary):
+    """The number of classes, and summary statistics of the images per class."""
+
+    count: int
+
+
 @dataclass(frozen=True)
-class _Look:
+class _HeaderReader:
     source: ImageSource
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
 
     def __call__(self, part: tuple[int, int]) -> list[tuple[str, int, int, int]]:
-        """(format, width, height, bytes) by the files' headers; of what cannot be opened ("", 0, 0, 0)."""
-        seen = []
-        for index in self.places[slice(*part)]:
+        """(format, width, height, bytes) from each file's header; ("", 0, 0, 0) if the file is unreadable."""
+        headers = []
+        for index in self.indices[slice(*part)]:
             try:
-                data = encoded(self.source, index)
+                data = encoded_image(self.source, index)
                 with unreadable_on_failure(""), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                        seen.append((image.format or "?", *image.size, len(data)))
+                        headers.append((image.format or "?", *image.size, len(data)))
             except UnreadableImage:
-                seen.append(("", 0, 0, 0))
-        return seen
+                headers.append(("", 0, 0, 0))
+        return headers
 
 
 def run_stats(config: StatsConfig) -> None:
@@ -63,33 +80,35 @@ def run_stats(config: StatsConfig) -> None:
 
 
 def image_stats(config: StatsConfig) -> dict[str, Any]:
-    """Look at the images.
+    """Open evenly spaced images and collect statistics; write them to ``config.out`` if it is set.
 
     Returns:
-        ``images``; ``opened`` of them; ``unreadable`` of these; ``formats``, their counts; ``width``, ``height``
-        and ``bytes``, each with min, median, mean and max; ``classes``, None or their ``count`` and the images of
-        the smallest, median and largest.
+        ``images``, the number of images; ``opened``, the number of opened images; ``unreadable``, the number of
+        unreadable images among them; ``formats``, the number of images by format; ``width``, ``height`` and
+        ``bytes``, each a :class:`Summary`; and ``classes``, a :class:`ClassSummary`, or None without labels.
 
     Raises:
         UserError: The source does not exist, or no image can be opened.
-        RunFailure: A process died.
+        RunFailure: A worker process died.
     """
     source = open_files(config.source)
     count = min(config.images or len(source), len(source))
-    places = tuple((np.arange(count) * len(source) // count).tolist())
+    indices = tuple((np.arange(count) * len(source) // count).tolist())
     items = parts(count)
-    look = _Look(source, places)
-    found = [e for part in in_processes(look, items, len(items), config.processes, "opening") for e in part]
-    good = [entry for entry in found if entry[0]]
-    if not good:
+    read = _HeaderReader(source, indices)
+    headers = [h for part in in_processes(read, items, len(items), config.processes, "opening") for h in part]
+    readable = [header for header in headers if header[0]]
+    if not readable:
         raise UserError(f"none of {count} images of {config.source} can be opened")
-    columns = dict(zip(("width", "height", "bytes"), list(zip(*good, strict=True))[1:], strict=True))
+    formats, widths, heights, sizes = zip(*readable, strict=True)
     content = {
         "images": len(source),
         "opened": count,
-        "unreadable": count - len(good),
-        "formats": dict(Counter(entry[0] for entry in good).most_common()),
-        **{name: _spread(values) for name, values in columns.items()},
+        "unreadable": count - len(readable),
+        "formats": dict(Counter(formats).most_common()),
+        "width": _summary(widths),
+        "height": _summary(heights),
+        "bytes": _summary(sizes),
         "classes": _classes(source, config.source),
     }
     if config.out is not None:
@@ -97,7 +116,7 @@ def image_stats(config: StatsConfig) -> dict[str, Any]:
     return content
 
 
-def _spread(values: Any) -> dict[str, float]:
+def _summary(values: Sequence[int] | NDArray[np.integer]) -> Summary:
     return {
         "min": int(min(values)),
         "median": float(np.median(values)),
@@ -106,11 +125,11 @@ def _spread(values: Any) -> dict[str, float]:
     }
 
 
-def _classes(source: ImageSource, spec: str) -> dict[str, float] | None:
+def _classes(source: ImageSource, spec: str) -> ClassSummary | None:
     try:
         labels = labels_of(source, spec)
     except UserError:
         return None
     assert isinstance(labels, ClassLabels)
     counts = np.bincount(labels.codes, minlength=len(labels.classes))
-    return {"count": len(counts), **_spread(counts)}
+    return {"count": len(counts), **_summary(counts)}

@@ -1,34 +1,48 @@
-"""`localign data verify`: which images do not decode, and which shards are not what was packed."""
+"""`localign data verify`: finds images that do not decode and shards that differ from their checksums."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from localign.data.decoding import UnreadableImage, decode_image
+from localign.data.image_source import ImageSource
 from localign.data.parallel import in_processes, parts
-from localign.data.sources import ImageSource, TarSource
+from localign.data.sources import TarSource
 from localign.datatools.packing import read_checksums, sha256
-from localign.datatools.reading import encoded, open_files
+from localign.datatools.reading import encoded_image, open_files
 from localign.files import replace_text
 from localign.options.datatools import DataVerifyConfig
 
 
+class Verification(TypedDict):
+    """What :func:`run_verify` found."""
+
+    images: int
+    """Number of images that were decoded."""
+    bad: dict[str, str]
+    """Name -> reason of each unreadable image."""
+    shards: list[str]
+    """Names of the shards that differ from their checksums."""
+    checked: int
+    """Number of shards that have a checksum."""
+
+
 @dataclass(frozen=True)
-class _Judge:
+class _Verifier:
     source: ImageSource
 
-    def __call__(self, part: tuple[int, int]) -> list[list[str]]:
-        """(name, reason) of what does not decode."""
+    def __call__(self, part: tuple[int, int]) -> list[tuple[str, str]]:
+        """(name, reason) of the unreadable images in a range of indices."""
         bad = []
         for index in range(*part):
             name = self.source.name(index)
             try:
-                decode_image(encoded(self.source, index), name)
+                decode_image(encoded_image(self.source, index), name)
             except UnreadableImage as error:
-                bad.append([name, error.reason])
+                bad.append((name, error.reason))
         return bad
 
 
@@ -54,28 +68,25 @@ def run_verify(config: DataVerifyConfig) -> int:
     return 1 if found["bad"] or found["shards"] else 0
 
 
-def verify_images(config: DataVerifyConfig) -> dict[str, Any]:
-    """Go through all images and write the list.
-
-    Returns:
-        ``images``, how many were looked at; ``bad``, reasons by name; ``shards``, names of those whose checksum
-        differs; ``checked``, how many have one.
+def verify_images(config: DataVerifyConfig) -> Verification:
+    """Decode all images, compare shards with their checksums, and write the list of unreadable images.
 
     Raises:
-        UserError: The source does not exist.
-        RunFailure: A process died.
+        UserError: The source does not exist or holds no images.
+        RunFailure: A worker process died.
     """
     source = open_files(config.source)
     items = parts(len(source))
-    bad = dict(getattr(source, "unreadable", ()))
-    for found in in_processes(_Judge(source), items, len(items), config.processes, "decoding"):
-        bad |= {name: reason for name, reason in found}
-    shards = list(source.shards) if isinstance(source, TarSource) else []
-    sums = {path: known[path.name] for path in shards if path.name in (known := read_checksums(path.parent))}
-    found_sums = in_processes(sha256, list(sums), len(sums), config.processes, "checksums")
-    wrong = [path.name for path, found in zip(sums, found_sums, strict=True) if found != sums[path]]
+    bad = dict(source.unreadable)
+    for found in in_processes(_Verifier(source), items, len(items), config.processes, "decoding"):
+        bad |= dict(found)
+    shards = source.shards if isinstance(source, TarSource) else ()
+    folders = {path.parent: read_checksums(path.parent) for path in shards}
+    expected = {path: sums[path.name] for path in shards if path.name in (sums := folders[path.parent])}
+    actual = in_processes(sha256, list(expected), len(expected), config.processes, "checksums")
+    wrong = [path.name for path, checksum in zip(expected, actual, strict=True) if checksum != expected[path]]
     lines = (json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in bad.items())
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, "".join(lines))
-    return {"images": len(source), "bad": bad, "shards": wrong, "checked": len(sums)}
+    return {"images": len(source), "bad": bad, "shards": wrong, "checked": len(expected)}

@@ -10,21 +10,21 @@ from localign.errors import UserError
 class MeasurementConfig:
     """Options of every measurement."""
 
-    what: ClassVar[str]
-    """Name of the measurement, for its file."""
+    benchmark: ClassVar[str]
+    """Name of the benchmark, for its file."""
 
     out: str | None = None
-    """JSON file of the measurements; default runs/bench-NAME.json."""
+    """JSON file of the results; default runs/bench-NAME.json."""
     seed: int = 0
-    """Seed of everything that is drawn."""
+    """Seed of all random draws."""
 
     @property
     def file(self) -> str:
-        """Where the measurements are written."""
-        return self.out or f"runs/bench-{self.what}.json"
+        """Path of the JSON file."""
+        return self.out or f"runs/bench-{self.benchmark}.json"
 
     def check_positive(self, *names: str) -> None:
-        """Raises UserError where one of the options is given and not above 0."""
+        """Raises UserError if one of the options is given and not above 0."""
         for name in names:
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -33,25 +33,25 @@ class MeasurementConfig:
     def check_workers(self, workers: int | None) -> None:
         """Raises UserError for a negative number of loader workers."""
         if workers is not None and workers < 0:
-            raise UserError(f"there cannot be {workers} loader workers")
+            raise UserError(f"--workers must not be negative, not {workers}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignBenchConfig(MeasurementConfig):
-    """Measure alignment steps against the same mathematics written out plainly, in one run."""
+    """Measure alignment steps against a plain PyTorch implementation of the same method, in one run."""
 
-    what = "align"
+    benchmark = "align"
 
     backbone: str | None = None
-    """A name of the catalogue or of timm; default vit_tiny_patch16_224. The weights are random."""
+    """Catalogue or timm name of the backbone, which gets random weights; default vit_tiny_patch16_224."""
     image_size: int | None = None
-    """Side of the images, pixels; default the backbone's own."""
+    """Side of the images, pixels; default the backbone's size."""
     data: str | None = None
-    """A folder of photographs; default drawn photographs."""
+    """A folder of photographs; default synthetic photographs."""
     batch_size: int | None = None
-    """Images per step; default 32. On CUDA each way is also measured at the largest batch that fits."""
+    """Images per step; default 32. On CUDA each implementation is also measured at its largest batch."""
     steps: int | None = None
-    """Measured steps, whose median counts; default 8."""
+    """Number of measured steps; the median is reported. Default 8."""
     precision: Literal["fp32", "bf16"] | None = None
     """fp32 or bf16 autocast; default bf16 on CUDA, fp32 elsewhere."""
     compile: bool = False
@@ -68,14 +68,14 @@ class AlignBenchConfig(MeasurementConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderBenchConfig(MeasurementConfig):
-    """Measure loading of training crops from a folder, tar shards and parquet against torchvision's loader."""
+    """Measure loading of training crops from a folder, tar shards and parquet files against plain torchvision."""
 
-    what = "loader"
+    benchmark = "loader"
 
     data: str | None = None
-    """A folder of photographs; default drawn photographs."""
+    """A folder of photographs; default synthetic photographs."""
     images: int | None = None
-    """Photographs: 64 drawn ones by default, or 256 of --data, taken at even distances."""
+    """Number of photographs; default 64 synthetic photographs, or 256 evenly spaced photographs of --data."""
     image_size: int | None = None
     """Side of the crops, pixels; default 224."""
     batch_size: int | None = None
@@ -83,7 +83,7 @@ class LoaderBenchConfig(MeasurementConfig):
     workers: int | None = None
     """Image loading processes; default 0, which loads in the main process."""
     repeats: int | None = None
-    """Passes of each way, whose median counts; default 3."""
+    """Passes of each loader; the median is reported. Default 3."""
 
     def __post_init__(self) -> None:
         self.check_workers(self.workers)

@@ -1,4 +1,4 @@
-"""Options of the images that training commands see, and how they see them."""
+"""Options of the training and validation images, shared by training commands."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,41 +16,40 @@ class DataConfig:
     }
 
     data: str = "scenes"
-    """Training images: a folder (with or without class folders); a list of files (.txt, .csv, .jsonl); tar shards or
-    parquet files: one, a folder of them, or a pattern such as shards/{000..099}.tar; a mixture of these (.yaml); or
-    scenes."""
+    """Training images: a folder; a list of files (.txt, .csv, .jsonl); a .tar or .parquet file, a folder of such
+    files, or a pattern such as shards/{000..099}.tar; a mixture of these (.yaml); or scenes."""
     exclude: str | None = None
-    """List of training images to leave out, as `localign data verify` writes it."""
+    """List of training images to leave out, as written by `localign data verify`."""
     val: str | None = None
-    """Validation images, likewise; default none (for scenes: scenes:val)."""
+    """Validation images, given like --data; default none (for scenes: scenes:val)."""
     val_images: int | None = 2048
-    """Images per validation, at most; null for all."""
+    """Maximum number of images per validation; null for all."""
     crop: TrainCrop | None = None
     """published, rrc (random resized crop) or none; default published (for scenes: none)."""
     decode: Decode | None = None
-    """scaled: decode large JPEGs at the fraction of their size that the crop needs; full: all in full, as validation
-    does. Default scaled (scenes are not decoded)."""
+    """scaled: decode large JPEGs at the reduced size that the crop needs; full: decode all JPEGs in full, as
+    validation does. Default scaled."""
     hflip: float | None = None
     """Probability of a horizontal flip; default 0.5 (for scenes: 0)."""
     auto_augment: str | None = None
     """RandAugment string, for example rand-m9-mstd0.5-inc1."""
     mixup: float | None = None
-    """Mixup's alpha (images only)."""
+    """Alpha of Mixup, which mixes images; default off."""
     cutmix: float | None = None
-    """CutMix's alpha (images only)."""
+    """Alpha of CutMix, which mixes images; default off."""
     max_bad_share: float = 0.01
-    """Share of unreadable images at which the run stops."""
+    """Share of unreadable images, 0..1, above which the run stops."""
 
     @property
     def is_scenes(self) -> bool:
-        """Whether the training images are the embedded world."""
+        """Whether the training images are the built-in scenes."""
         return self.data.partition(":")[0] == "scenes"
 
 
 def written_decode(config: DataConfig, crop: TrainCrop | None) -> Decode | None:
-    """What a config says of decoding where nothing is given.
+    """The default of ``decode`` that a config records.
 
-    It is written down for random resized crops of files, which older runs decoded in full: none is continued
-    otherwise.
+    It is recorded for random resized crops of files, which older runs decoded in full, so that no run resumes with
+    another decode mode.
     """
     return "scaled" if crop == "rrc" and not config.is_scenes else None

@@ -1,12 +1,11 @@
-"""Where images come from: folders, lists, tar shards, parquet files, mixtures of them, the embedded scenes."""
+"""Image sources: folders, lists, tar shards, parquet files, mixtures of these, and the built-in scenes."""
 
 from localign.data.decoding import UnreadableImage, read_image, to_rgb
+from localign.data.image_source import ImageSource
 from localign.data.sources.base import (
     DECODE_HEADROOM,
     SUFFIXES,
     EncodedSource,
-    ImageSource,
-    load_pixels,
     load_undecoded,
 )
 from localign.data.sources.excluding import ExcludingSource
@@ -28,7 +27,6 @@ __all__ = [
     "ParquetSource",
     "TarSource",
     "UnreadableImage",
-    "load_pixels",
     "load_undecoded",
     "open_source",
     "read_image",

@@ -1,4 +1,4 @@
-"""What a source of images is, and what those have in common whose images are encoded files."""
+"""The base class of sources whose images are encoded files, and a compact sequence of names."""
 
 from __future__ import annotations
 
@@ -6,76 +6,39 @@ import hashlib
 import math
 import os
 import struct
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from localign.data.decoding import UndecodedJpeg, decode_image, decode_pixels, open_image
+from localign.data.image_source import ImageSource
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
-"""File name endings taken for images, in any case."""
+"""File name suffixes of images, compared in lower case."""
 
 DECODE_HEADROOM = 1.2
-"""Scaled decoding keeps each side at least this many times the wanted one: the published crop enlarges by up
-to 1 / sqrt(0.8 * 0.9) = 1.18."""
-
-
-@runtime_checkable
-class ImageSource(Protocol):
-    """Random access to named images. Instances are picklable: they go to loader workers.
-
-    Beyond these members a source may have ``pixels(index)``, see :func:`load_pixels`; ``undecoded(index)``, see
-    :func:`load_undecoded`; ``unreadable``, (name, reason)
-    of what it knows to be so from the start; ``blocks`` and ``window`` or ``stream(seed, shuffle)``, see
-    :func:`localign.data.stream.sample_stream`; and ``notice``, a line that a run says before it starts.
-    """
-
-    kind: str
-
-    def __len__(self) -> int:
-        """How many images there are, readable or not."""
-
-    def name(self, index: int) -> str:
-        """A stable name for logs, such as ``n01440764/x.jpg``."""
-
-    def load(self, index: int) -> Image.Image:
-        """The image in RGB. Raises UnreadableImage."""
-
-    def fingerprint(self) -> str:
-        """A short hash of what the source holds; a run is not continued on another."""
-
-
-def load_pixels(source: ImageSource, index: int) -> Tensor:
-    """An image of any source as uint8 ``(3, H, W)``, upright, channels last in memory. Raises UnreadableImage."""
-    if hasattr(source, "pixels"):  # sooner than by way of Pillow
-        return source.pixels(index)
-    return torch.from_numpy(np.array(source.load(index))).permute(2, 0, 1)
+"""Scaled decoding keeps each side at least this many times the target size, because the published crop enlarges
+by up to 1 / sqrt(0.8 * 0.9) = 1.18."""
 
 
 def load_undecoded(source: ImageSource, index: int) -> Image.Image | UndecodedJpeg:
-    """An image of any source: a JPEG before it is decoded, where the source has files; else in RGB.
-
-    Raises:
-        UnreadableImage: It is known already to be so; a JPEG may turn out to be when it is decoded.
-    """
-    return source.undecoded(index) if hasattr(source, "undecoded") else source.load(index)
+    """See :meth:`ImageSource.undecoded`."""
+    return source.undecoded(index)
 
 
 class Names:
-    """A read-only sequence of names in one block of bytes.
+    """A read-only sequence of names, stored in one block of bytes.
 
-    For thirteen million files that is a few hundred megabytes which forked workers share, and memory-mapped ones
-    spawned workers too; Python strings they would copy.
+    For thirteen million files the block is a few hundred megabytes. Forked workers share it, and spawned workers
+    share it if it is memory-mapped; each worker would copy Python strings.
 
     Args:
-        ends: int64 ``(names,)``, where each name ends in the block.
-        block: uint8, the names one after the other as the file system encodes them.
+        ends: int64 ``(names,)``, the offset in the block at which each name ends.
+        block: uint8, the concatenated names in the file system's encoding.
     """
 
     def __init__(self, ends: NDArray[np.int64], block: NDArray[np.uint8]) -> None:
@@ -83,14 +46,14 @@ class Names:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
-        """Of strings."""
+        """Build the sequence from strings."""
         encoded = [os.fsencode(name) for name in names]
         ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
         return cls(ends, np.frombuffer(b"".join(encoded), dtype=np.uint8))
 
     @classmethod
     def joined(cls, parts: Sequence[Names]) -> Names:
-        """One sequence of several."""
+        """Concatenate several sequences."""
         before = np.cumsum([0, *(len(part.block) for part in parts)])
         ends = [part.ends + begin for part, begin in zip(parts, before[:-1], strict=True)]
         return cls(np.concatenate(ends), np.concatenate([part.block for part in parts]))
@@ -111,28 +74,18 @@ class Names:
         digest.update(self.block.tobytes())
 
 
-class EncodedSource(ABC):
-    """Images that are the bytes of files, wherever those lie.
+class EncodedSource(ImageSource):
+    """A source whose images are encoded files, on disk, in archives or remote.
 
     Args:
-        image_size: (rows, columns) the images will be brought to; large JPEGs are then decoded at a fraction (see
-            ``read_image``). None decodes in full, as crops that magnify want it.
+        image_size: (rows, columns) to which images will be resized; large JPEGs are then decoded at reduced size
+            (see ``read_image``). None decodes in full, which crops that magnify need.
     """
 
-    kind: str
-
     def __init__(self, image_size: tuple[int, int] | None) -> None:
-        # The larger side for both, for a file may lie on its side until its EXIF orientation is applied.
+        # The larger side counts for both, because an EXIF orientation may swap rows and columns.
         self._at_least = math.ceil(DECODE_HEADROOM * max(image_size)) if image_size else None
         self._fingerprint: str | None = None
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """How many images there are, readable or not."""
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """A stable name for logs."""
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
@@ -140,7 +93,7 @@ class EncodedSource(ABC):
 
     @abstractmethod
     def _digest(self, digest: hashlib.blake2b) -> None:
-        """Feed what is held, and not where it lies, to a hash."""
+        """Feed the content of the source, but not its location, to a hash."""
 
     def load(self, index: int) -> Image.Image:
         """The image in RGB, upright. Raises UnreadableImage."""
@@ -151,11 +104,11 @@ class EncodedSource(ABC):
         return decode_pixels(self.encoded(index), self.name(index), self._at_least)
 
     def undecoded(self, index: int) -> Image.Image | UndecodedJpeg:
-        """A JPEG before it is decoded, any other image as ``load`` gives it. Raises UnreadableImage."""
+        """A JPEG before it is decoded; any other format in RGB, upright. Raises UnreadableImage."""
         return open_image(self.encoded(index), self.name(index))
 
     def fingerprint(self) -> str:
-        """Of the kind, what is held, in order, and the scale of decoding; not of where it lies."""
+        """A hash of the kind, the ordered content and the decoding scale, but not of the location."""
         if self._fingerprint is None:
             digest = hashlib.blake2b(f"{self.kind}|{self._at_least}".encode(), digest_size=8)
             self._digest(digest)
@@ -164,5 +117,5 @@ class EncodedSource(ABC):
 
 
 def is_remote(spec: str) -> bool:
-    """Whether this is an address rather than a path."""
+    """Whether this is a URL rather than a path."""
     return "://" in spec

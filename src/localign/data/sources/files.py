@@ -1,4 +1,4 @@
-"""Images that are files: of a folder, or of a list."""
+"""Sources of image files: a folder, or a list of paths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABEL_HEADERS = frozenset({"label", "class"})
 
 
 class _FileSource(EncodedSource):
-    """Images named by paths below a root."""
+    """Image files named by their paths below a root folder."""
 
     kind = "files"
 
@@ -37,7 +37,7 @@ class _FileSource(EncodedSource):
         return self._names[index]
 
     def path(self, index: int) -> Path:
-        """Where the image lies."""
+        """The image's path."""
         return self.root / self._names[index]
 
     def encoded(self, index: int) -> bytes:
@@ -48,18 +48,18 @@ class _FileSource(EncodedSource):
 
 
 class FolderSource(_FileSource):
-    """Every image below a folder, at any depth, in the order of their names.
+    """Every image below a folder, at any depth, sorted by name.
 
-    Class folders need not be there and mean nothing. Names that begin with a dot are passed over; links to
-    folders are followed, but never round in a circle.
+    Sub-folders have no meaning. Names that begin with a dot are skipped. Links to folders are followed, except
+    links that lead back into the folder.
 
     Args:
         folder: The folder.
-        image_size: (rows, columns) the images will be brought to; large JPEGs are then decoded at a fraction
-            (see ``read_image``). None decodes in full, as crops that magnify want it.
+        image_size: (rows, columns) to which images will be resized; large JPEGs are then decoded at reduced size
+            (see ``read_image``). None decodes in full, which crops that magnify need.
 
     Raises:
-        UserError: There is no such folder, or no image in it.
+        UserError: The folder does not exist or holds no images.
     """
 
     kind = "folder"
@@ -70,7 +70,7 @@ class FolderSource(_FileSource):
         other: Counter[str] = Counter()
         names = sorted(_walk(root, other))
         if not names:
-            raise UserError(_nothing_found(root, other))
+            raise UserError(_no_images_error(root, other))
         super().__init__(root, names, image_size)
 
 
@@ -79,10 +79,10 @@ def _check_folder(root: Path) -> None:
         return
     if root.exists():
         raise UserError(f"{root} is a file, not a folder of images")
-    raise UserError(f"there is no folder {root}{_near_siblings(root)}")
+    raise UserError(f"there is no folder {root}{_sibling_hint(root)}")
 
 
-def _near_siblings(path: Path) -> str:
+def _sibling_hint(path: Path) -> str:
     try:
         return did_you_mean(path.name, os.listdir(path.parent))
     except OSError:
@@ -90,7 +90,7 @@ def _near_siblings(path: Path) -> str:
 
 
 def _walk(root: Path, other: Counter[str]) -> Iterator[str]:
-    """Relative names of the images below ``root``; ``other`` counts the suffixes of what is no image."""
+    """Relative names of the images below ``root``; ``other`` counts the suffixes of all other files."""
     stack: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while stack:
         prefix, links = stack.pop()
@@ -100,7 +100,7 @@ def _walk(root: Path, other: Counter[str]) -> Iterator[str]:
                     if entry.name.startswith("."):
                         continue
                     if entry.is_dir():
-                        chain = _followed(entry, links) if entry.is_symlink() else links
+                        chain = _extended_chain(entry, links) if entry.is_symlink() else links
                         if chain:
                             stack.append((f"{prefix}{entry.name}/", chain))
                     elif (suffix := os.path.splitext(entry.name)[1].lower()) in SUFFIXES:
@@ -111,27 +111,27 @@ def _walk(root: Path, other: Counter[str]) -> Iterator[str]:
             raise UserError(f"cannot list the folder {root / prefix}: {error.strerror}") from None
 
 
-def _followed(entry: os.DirEntry[str], links: tuple[str, ...]) -> tuple[str, ...]:
-    """The chain of followed folders with this link's, or () where the link leads back."""
-    real = os.path.realpath(entry.path)
-    here = os.path.realpath(os.path.dirname(entry.path))
-    leads_back = real in links or here == real or here.startswith(real.rstrip(os.sep) + os.sep)
-    return () if leads_back else (*links, real)
+def _extended_chain(link: os.DirEntry[str], chain: tuple[str, ...]) -> tuple[str, ...]:
+    """The chain of followed folders plus this link's target; () if the link leads back into the chain."""
+    target = os.path.realpath(link.path)
+    parent = os.path.realpath(os.path.dirname(link.path))
+    leads_back = target in chain or parent == target or parent.startswith(target.rstrip(os.sep) + os.sep)
+    return () if leads_back else (*chain, target)
 
 
-def _nothing_found(root: Path, other: Counter[str]) -> str:
+def _no_images_error(root: Path, other: Counter[str]) -> str:
     if not other:
-        return f"the folder {root} is empty: no images to read"
+        return f"the folder {root} is empty"
     kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in other.most_common(4))
     return f"no images in the folder {root}: found {other.total()} other files ({kinds})"
 
 
 class FileListSource(_FileSource):
-    """The images a list names, relative to the list.
+    """The images that a list names, relative to the list's folder.
 
-    Of a .txt each line is a path; of a .csv the first column, under a heading or none; of a .jsonl each line is an
-    object with ``path`` and perhaps ``label``. Blank lines and lines that begin with ``#`` are passed over; order
-    and repetitions stay.
+    Each line of a .txt file is a path. A .csv file has the paths in its first column, with or without a heading.
+    Each line of a .jsonl file is an object with ``path`` and an optional ``label``. Blank lines and lines that
+    begin with ``#`` are skipped; order and repetitions are kept.
 
     Args:
         file: The list.
@@ -139,11 +139,10 @@ class FileListSource(_FileSource):
 
     Attributes:
         file: The list.
-        missing: The listed paths that do not exist.
-        unreadable: (name, reason) of these: they count as unreadable from the start.
+        missing: Listed paths that do not exist. They count as unreadable from the start.
 
     Raises:
-        UserError: The list is missing, empty or no text, or none of its files exists.
+        UserError: The list is missing, empty or not UTF-8 text, or none of its files exists.
     """
 
     kind = "list"
@@ -161,20 +160,20 @@ class FileListSource(_FileSource):
 
 
 def listed_names(path: Path) -> list[str]:
-    """What a list names, in its order. Raises UserError as :func:`list_rows`."""
+    """The names in a list, in order. Raises UserError as :func:`list_rows` does."""
     return [row[0] for n, row in enumerate(list_rows(path)) if n or not is_heading(path, row)]
 
 
 def list_rows(path: Path) -> Iterator[list[str]]:
     """The stripped cells of each row that is neither blank nor a comment.
 
-    A line of a .txt is one cell; one of a .jsonl gives its path and, where it has one, its label.
+    A line of a .txt file is one cell. A line of a .jsonl file becomes its path and, if it has one, its label.
 
     Raises:
-        UserError: The list is missing or no text, or a line of a .jsonl is no object with a path.
+        UserError: The list is missing or not UTF-8 text, or a line of a .jsonl file is not an object with a path.
     """
     if not path.is_file():
-        raise UserError(f"there is no file {path}{_near_siblings(path)}")
+        raise UserError(f"there is no file {path}{_sibling_hint(path)}")
     kind = path.suffix.lower()
     try:
         with open(path, encoding="utf-8-sig", newline="" if kind == ".csv" else None) as handle:
@@ -183,35 +182,37 @@ def list_rows(path: Path) -> Iterator[list[str]]:
             ):
                 cells = [cell.strip() for cell in row]
                 if cells and cells[0] and not cells[0].startswith("#"):
-                    yield _of_object(cells[0], f"{path}, line {number + 1},") if kind == ".jsonl" else cells
+                    yield (
+                        _parse_object(cells[0], f"{path}, line {number + 1},") if kind == ".jsonl" else cells
+                    )
     except (UnicodeDecodeError, csv.Error):
         raise UserError(f"{path} is not a UTF-8 list of image paths, one per line") from None
     except OSError as error:
         raise UserError(f"cannot read the list {path}: {error.strerror}") from None
 
 
-def _of_object(line: str, where: str) -> list[str]:
-    """Path and label of one line of a .jsonl."""
+def _parse_object(line: str, where: str) -> list[str]:
+    """The path and the label, if there is one, in one line of a .jsonl file."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{where} is no JSON object")
+        raise UserError(f"{where} is not a JSON object")
     path = next((content[key] for key in content if key.lower() in PATH_HEADERS), None)
     if not isinstance(path, str) or not path:
-        raise UserError(f'{where} names no image: its objects look like {{"path": "x.jpg", "label": "cat"}}')
+        raise UserError(f'{where} names no image; write objects such as {{"path": "x.jpg", "label": "cat"}}')
     label = next((content[key] for key in content if key.lower() in LABEL_HEADERS), None)
     return [path] if label is None else [path, str(label)]
 
 
 def is_heading(path: Path, first_row: list[str]) -> bool:
-    """Whether the first row of a list names columns, which only a .csv's can."""
+    """Whether the first row of a list names columns, which is possible in .csv files only."""
     return path.suffix.lower() == ".csv" and first_row[0].lower() in PATH_HEADERS
 
 
 def _missing(root: Path, names: list[str]) -> tuple[str, ...]:
-    """The names without a file, by listing each folder once: a call per file is slow for a million."""
+    """The names without a file. Each folder is listed once, since a call per file is slow for a million files."""
     listings: dict[str, frozenset[str]] = {}
     missing: dict[str, None] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""From what ``--data`` names to a source."""
+"""Opens the image source that a ``--data`` value names."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from localign.data.sources.base import SUFFIXES, ImageSource, is_remote
+from localign.data.image_source import ImageSource
+from localign.data.sources.base import SUFFIXES, is_remote
 from localign.data.sources.excluding import ExcludingSource
 from localign.data.sources.files import LIST_SUFFIXES, FileListSource, FolderSource
 from localign.data.sources.mixture import MixtureSource
@@ -21,9 +22,20 @@ from localign.plainyaml import load_yaml
 
 TAR, PARQUET = ".tar", ".parquet"
 MIXTURE_SUFFIXES = (".yaml", ".yml")
-_MOST_SHARDS = 1_000_000
+_MAX_SHARDS = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class _MixtureData(TypedDict):
+    data: str
+
+
+class _MixturePart(_MixtureData, total=False):
+    """One entry of a mixture file."""
+
+    weight: float
+    exclude: str
 
 
 def open_source(
@@ -33,25 +45,25 @@ def open_source(
     scaled_decode: bool = True,
     exclude: str | None = None,
 ) -> ImageSource:
-    """The source a run's config names.
+    """Open the source that ``spec`` names:
 
-    - ``scenes`` or ``scenes:<split>``.
-    - A list of files: ``.txt``, ``.csv`` or ``.jsonl``.
-    - Tar shards or parquet files: one of them; a pattern such as ``shards/{000000..000099}.tar`` or
-      ``data/train-*.parquet``; or a folder that holds nothing else at its top.
-    - Such shards or files by their address, such as ``s3://bucket/shards/{000000..000099}.tar`` or the folder's.
-    - A mixture, ``.yaml``: see :func:`open_mixture`.
+    - ``scenes`` or ``scenes:<split>``: the built-in scenes.
+    - ``.txt``, ``.csv`` or ``.jsonl``: a list of files.
+    - ``.tar`` or ``.parquet``: one file; a pattern such as ``shards/{000000..000099}.tar`` or
+      ``data/train-*.parquet``; or a folder with files of one of these kinds, without images or sub-folders.
+    - A URL of such files, such as ``s3://bucket/shards/{000000..000099}.tar``, or of their folder.
+    - ``.yaml``: a mixture, see :func:`open_mixture`.
     - Any other folder: the images in it.
 
     Args:
-        spec: One of these.
-        image_size: (rows, columns) the images will be brought to; scenes are drawn in that size.
-        scaled_decode: Decode large JPEGs at a fraction where ``image_size`` allows it. Crops that magnify a
-            small part (random resized crop) want False.
-        exclude: A list of images to leave out, by their names in the source.
+        spec: The name, as above.
+        image_size: (rows, columns) to which images will be resized; scenes are drawn at that size.
+        scaled_decode: Decode large JPEGs at reduced size where ``image_size`` allows it. False for crops that
+            magnify a small part (random resized crop).
+        exclude: A list of the names of images to leave out.
 
     Raises:
-        UserError: The source does not exist or holds no images, or the list does not go with it.
+        UserError: The source does not exist or holds no images, or the exclusion list does not match it.
     """
     source = _open(spec, image_size, scaled_decode)
     return source if exclude is None else ExcludingSource(source, exclude)
@@ -79,41 +91,41 @@ def _open(spec: str, image_size: tuple[int, int] | None, scaled_decode: bool) ->
 def _open_remote(spec: str, image_size: tuple[int, int] | None) -> ImageSource:
     from localign.data.sources.remote import StreamedTarSource, find_remote, name_of
 
-    urls = find_remote(expanded(spec), (TAR, PARQUET))
+    urls = find_remote(expand_braces(spec), (TAR, PARQUET))
     kinds = {Path(name_of(url)).suffix.lower() for url in urls}
     if kinds not in ({TAR}, {PARQUET}):
         raise UserError(
-            f"{spec} stands for {', '.join(sorted(kinds))} files; it must be .tar or .parquet alone"
+            f"{spec} matches {', '.join(sorted(kinds))} files; it must match only .tar or only .parquet files"
         )
     return (StreamedTarSource if kinds == {TAR} else ParquetSource)(urls, image_size)
 
 
 def find_shards(path: Path) -> list[Path]:
-    """The tar or parquet files that a file, a pattern or a folder stands for; none of another folder.
+    """The tar or parquet files that a file, a pattern or a folder names; [] for any other file or folder.
 
     Raises:
-        UserError: A pattern that no file fits, or one that other files fit too.
+        UserError: A pattern matches no file, or files of more than one kind, or a folder holds both kinds.
     """
     if path.is_dir():
-        return _shards_alone(path)
+        return _folder_shards(path)
     if path.exists() or not set("{*?[") & set(str(path)):
         return [path] if path.suffix.lower() in (TAR, PARQUET) else []
     found = []
-    for name in expanded(str(path)):
+    for name in expand_braces(str(path)):
         matches = sorted(glob.glob(name)) if set("*?[") & set(name) else [name]
         found += [Path(match) for match in matches]
     kinds = {file.suffix.lower() for file in found}
     if not found:
-        raise UserError(f"no file is called like {path}")
+        raise UserError(f"no file matches {path}")
     if kinds not in ({TAR}, {PARQUET}):
         raise UserError(
-            f"{path} stands for {', '.join(sorted(kinds))} files; it must be .tar or .parquet alone"
+            f"{path} matches {', '.join(sorted(kinds))} files; it must match only .tar or only .parquet files"
         )
     return found
 
 
-def _shards_alone(folder: Path) -> list[Path]:
-    """The shards of one kind in a folder that holds neither images nor folders beside them."""
+def _folder_shards(folder: Path) -> list[Path]:
+    """The tar or parquet files of a folder; [] if the folder also holds images or folders."""
     shards: dict[str, list[Path]] = {TAR: [], PARQUET: []}
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -125,15 +137,15 @@ def _shards_alone(folder: Path) -> list[Path]:
             if suffix in shards:
                 shards[suffix].append(Path(entry.path))
     if shards[TAR] and shards[PARQUET]:
-        raise UserError(f"{folder} holds tar and parquet files; name one kind, as in {folder / '*.tar'}")
+        raise UserError(f"{folder} holds tar and parquet files; name one kind, such as {folder / '*.tar'}")
     return sorted(shards[TAR] or shards[PARQUET])
 
 
-def expanded(pattern: str) -> list[str]:
-    """A pattern without its braces: ``{000..012}`` counts, with as many digits; ``{a,b}`` lists.
+def expand_braces(pattern: str) -> list[str]:
+    """Expand the braces of a pattern: ``{000..012}`` counts with that many digits, ``{a,b}`` lists alternatives.
 
     Raises:
-        UserError: It stands for too many names.
+        UserError: The pattern expands to too many names.
     """
     parts: list[Sequence[str]] = []
     count, at = 1, 0
@@ -141,8 +153,8 @@ def expanded(pattern: str) -> list[str]:
         if (numbers := _RANGE.fullmatch(braces.group(1))) is not None:
             first, last = (int(n) for n in numbers.groups())
             count *= abs(last - first) + 1
-            if count > _MOST_SHARDS:
-                raise UserError(f"{pattern} stands for more than {_MOST_SHARDS:,} files")
+            if count > _MAX_SHARDS:
+                raise UserError(f"{pattern} expands to more than {_MAX_SHARDS:,} files")
             choices = [f"{n:0{len(numbers.group(1))}}" for n in range(first, last + 1)]
         else:
             choices = braces.group(1).split(",")
@@ -154,37 +166,39 @@ def expanded(pattern: str) -> list[str]:
 def open_mixture(
     file: Path, image_size: tuple[int, int] | None = None, scaled_decode: bool = True
 ) -> MixtureSource:
-    """The mixture that a YAML file describes, whose paths are relative to it::
+    """Open the mixture that a YAML file describes. Its paths are relative to the file::
 
         mixture:
           - {data: photos, weight: 0.7, exclude: bad.jsonl}
           - {data: "shards/*.tar", weight: 0.3}
 
-    Weights are relative to one another. Without any, every image of every source comes equally often.
+    Weights are relative. Without weights, every image of every source comes equally often.
 
     Raises:
-        UserError: The file or a source does not exist, or it says something else.
+        UserError: The file or a source does not exist, or the file does not describe a mixture.
     """
-    parts = _parts_of(file)
+    parts = _read_mixture(file)
     weights = [part["weight"] for part in parts if "weight" in part]
     if weights and len(weights) < len(parts):
-        raise UserError(f"{file} gives a weight to some of its sources; give one to each, or to none")
+        raise UserError(
+            f"{file} gives a weight to some of its sources; give a weight to all sources or to none"
+        )
     sources = []
     for part in parts:
         exclude = part.get("exclude")
         sources.append(
             open_source(
-                _beside(file, part["data"]),
+                _relative_to(file, part["data"]),
                 image_size=image_size,
                 scaled_decode=scaled_decode,
-                exclude=None if exclude is None else _beside(file, exclude),
+                exclude=None if exclude is None else _relative_to(file, exclude),
             )
         )
     titles = [part["data"] for part in parts]
     return MixtureSource(sources, weights or None, titles)
 
 
-def _parts_of(file: Path) -> list[dict[str, Any]]:
+def _read_mixture(file: Path) -> list[_MixturePart]:
     try:
         content = load_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -196,21 +210,21 @@ def _parts_of(file: Path) -> list[dict[str, Any]]:
     for part in parts if isinstance(parts, list) and parts else [None]:
         if not isinstance(part, dict) or "data" not in part:
             raise UserError(
-                f"{file} is no mixture: `mixture:` is a list of data: PATH, weight: NUMBER, exclude: FILE"
+                f"{file} is not a mixture: `mixture:` is a list of data: PATH, weight: NUMBER, exclude: FILE"
             )
         for key, value in part.items():
             if key not in kinds or not isinstance(value, kinds[key]) or isinstance(value, bool):
                 raise UserError(
-                    f"{file}: a source of a mixture has data, weight and exclude, not {key}: {value!r}"
+                    f"{file}: a source of a mixture takes data, weight and exclude, not {key}: {value!r}"
                 )
         if Path(part["data"]).suffix.lower() in MIXTURE_SUFFIXES:
-            raise UserError(f"{file} is a mixture of mixtures; list their sources in it")
+            raise UserError(f"{file} is a mixture of mixtures; list the sources of {part['data']} instead")
     return parts  # type: ignore[return-value]
 
 
-def _beside(file: Path, path: str) -> str:
-    elsewhere = is_remote(path) or path.partition(":")[0] == "scenes"
-    return path if elsewhere else str(file.parent / Path(path).expanduser())
+def _relative_to(file: Path, path: str) -> str:
+    no_path = is_remote(path) or path.partition(":")[0] == "scenes"
+    return path if no_path else str(file.parent / Path(path).expanduser())
 
 
 def _open_scenes(split: str, image_size: tuple[int, int] | None) -> ImageSource:
@@ -219,5 +233,7 @@ def _open_scenes(split: str, image_size: tuple[int, int] | None) -> ImageSource:
     if image_size is None:
         return SceneSource(split=split)
     if image_size[0] != image_size[1]:
-        raise UserError(f"scenes are square; the image size asked for is {image_size[0]} x {image_size[1]}")
+        raise UserError(
+            f"scenes are square; they cannot have an image size of {image_size[0]} x {image_size[1]}"
+        )
     return SceneSource(SceneConfig(image_size=image_size[0]), split=split)

@@ -1,4 +1,4 @@
-"""Images in the rows of parquet files, as the Hugging Face hub keeps data sets."""
+"""Images in the rows of parquet files, the format of data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -22,34 +22,35 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 WINDOW_BYTES = 2**28
-"""Memory of the row groups that each loader worker keeps at hand."""
-MOST_GROUPS = 16
+"""Bytes of row groups that each loader worker caches, at most."""
+MAX_CACHED_GROUPS = 16
 MAX_GROUP_BYTES = 2**31
-"""A row group is read as a whole; larger ones are refused."""
-_MOST_OPEN = 16
+"""Larger row groups are refused, because a row group is read as a whole."""
+_MAX_OPEN_FILES = 16
 
 
 class ParquetSource(EncodedSource):
-    """The rows of parquet files with a column ``image`` of ``{bytes, path}``, or of bytes.
+    """The rows of parquet files that have a column ``image`` of ``{bytes, path}`` or of bytes.
 
-    A row group is read as a whole, so images come in a :class:`localign.data.stream.BlockStream`: shuffled within
-    so many row groups at a time as the memory holds. An image is called by its file and row, ``x.parquet:17``.
+    A row group is read as a whole. A :class:`localign.data.stream.BlockStream` therefore shuffles the images within
+    as many row groups as the cache holds. An image's name is its file and row, ``x.parquet:17``.
 
     Args:
-        files: The files, by paths or by addresses that fsspec knows.
+        files: Paths, or URLs that fsspec knows.
         image_size: As for ``FolderSource``.
 
     Attributes:
         files: The files.
-        blocks: int64, the rows of each row group.
-        window: How many row groups are kept at hand.
+        blocks: int64, the number of rows of each row group.
+        window: Number of row groups in the cache.
 
     Raises:
-        UserError: pyarrow is not installed; a file is missing, damaged or has no such column, or a row group is too
-            large.
+        UserError: pyarrow is not installed; a file is missing, damaged or has no image column; or a row group is
+            too large.
     """
 
     kind = "parquet"
+    blocks: NDArray[np.int64]
 
     def __init__(
         self, files: Sequence[str | os.PathLike[str]], image_size: tuple[int, int] | None = None
@@ -59,39 +60,40 @@ class ParquetSource(EncodedSource):
         if not self.files:
             raise UserError("no parquet files to read")
         groups = [
-            (number, g, rows, size)
-            for number, found in enumerate(_row_groups_of_all(self.files))
-            for g, (rows, size) in enumerate(found)
+            (file, group, rows, size)
+            for file, sizes in enumerate(_all_row_groups(self.files))
+            for group, (rows, size) in enumerate(sizes)
         ]
         self._groups: NDArray[np.int64] = np.array(groups, dtype=np.int64).reshape(-1, 4)
         self.blocks = self._groups[:, 2]
         self._begins = np.cumsum(self.blocks) - self.blocks
         if not self.blocks.sum():
-            raise UserError(f"{_named(self.files)} hold no rows")
+            raise UserError(f"no rows in {_shortened(self.files)}")
         largest = int(self._groups[:, 3].max())
         if largest > MAX_GROUP_BYTES:
             raise UserError(
-                f"a row group of {_named(self.files)} has {largest / 2**30:.1f} GiB of images; at most "
-                f"{MAX_GROUP_BYTES / 2**30:.0f} are read at once: write it with smaller ones, or as tar shards"
+                f"a row group of {_shortened(self.files)} has {largest / 2**30:.1f} GiB of images; the limit is "
+                f"{MAX_GROUP_BYTES / 2**30:.0f} GiB: write smaller row groups, or tar shards"
             )
-        self.window = max(1, min(MOST_GROUPS, WINDOW_BYTES // max(largest, 1)))
-        self._cache = _Groups(self.files, self.window)
+        self.window = max(1, min(MAX_CACHED_GROUPS, WINDOW_BYTES // max(largest, 1)))
+        self._cache = _RowGroupCache(self.files, self.window)
 
     def __len__(self) -> int:
         return int(self.blocks.sum())
 
     @property
     def notice(self) -> str:
-        """What is different about the order, and what it costs."""
+        """How images are shuffled, and what remote files cost."""
         rows = int(self.blocks.max())
-        far = "each loader worker fetches every row group; " if is_remote(self.files[0]) else ""
-        return far + (
-            f"parquet is read by row groups of up to {rows} images, shuffled within {self.window} of them at a "
-            "time; a run continues exactly at its sample; shards of `localign data shard` are shuffled as a whole"
+        cost = "each loader worker fetches every row group; " if is_remote(self.files[0]) else ""
+        return cost + (
+            f"parquet files are read by row groups of up to {rows} images and shuffled within {self.window} row "
+            "groups at a time; a run resumes exactly at its sample; `localign data shard` makes tar shards, which "
+            "are shuffled as a whole"
         )
 
     def name(self, index: int) -> str:
-        """The file's name and the row in it."""
+        """The file's name and the image's row in the file."""
         group = self._group_of(index)
         file = self._groups[group, 0]
         first = self._begins[np.searchsorted(self._groups[:, 0], file)]
@@ -99,13 +101,14 @@ class ParquetSource(EncodedSource):
 
     def encoded(self, index: int) -> bytes:
         name, group = self.name(index), self._group_of(index)
-        file, number = (int(v) for v in self._groups[group, :2])
+        file, group_in_file = (int(v) for v in self._groups[group, :2])
         with unreadable_on_failure(name, self.files[file]):
-            data = self._cache(file, number)[index - int(self._begins[group])]
+            data = self._cache(file, group_in_file)[index - int(self._begins[group])]
         if not data.is_valid:
             raise UnreadableImage(name, "the row has no image bytes")
         check_bytes(data.as_buffer().size, name)
-        return data.as_py()
+        content: bytes = data.as_py()
+        return content
 
     def _group_of(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -117,11 +120,11 @@ class ParquetSource(EncodedSource):
         digest.update(json.dumps([names, self._groups.tolist()]).encode())
 
 
-class _Groups:
-    """The image bytes of the row groups last read; to another process it goes empty."""
+class _RowGroupCache:
+    """The image bytes of the row groups read last. Pickling drops the content."""
 
-    def __init__(self, files: tuple[str, ...], most: int) -> None:
-        self.files, self.most = files, most
+    def __init__(self, files: tuple[str, ...], max_groups: int) -> None:
+        self.files, self.max_groups = files, max_groups
         self._process = os.getpid()
         self._open: OrderedDict[int, tuple[pq.ParquetFile, str]] = OrderedDict()
         self._read: OrderedDict[tuple[int, int], pa.Array] = OrderedDict()
@@ -135,7 +138,7 @@ class _Groups:
             self._read.move_to_end(key)
             return self._read[key]
         array = self._read_group(file, group)
-        while len(self._read) >= self.most:
+        while len(self._read) >= self.max_groups:
             self._read.popitem(last=False)
         self._read[key] = array
         return array
@@ -143,70 +146,70 @@ class _Groups:
     def _read_group(self, file: int, group: int) -> pa.Array:
         if not is_remote(self.files[file]):
             return self._image_bytes(file, group)
-        from localign.data.sources.remote import patiently
+        from localign.data.sources.remote import with_retries
 
-        def again() -> pa.Array:
+        def attempt() -> pa.Array:
             try:
                 return self._image_bytes(file, group)
             except Exception:
-                self._open.pop(file, None)  # the connection may be what is broken
+                self._open.pop(file, None)  # the next attempt opens a new connection
                 raise
 
-        return patiently(again, f"row group {group} of {self.files[file]}")
+        return with_retries(attempt, f"row group {group} of {self.files[file]}")
 
     def _image_bytes(self, file: int, group: int) -> pa.Array:
         handle, column = self._handle(file)
-        # One thread: a pool of them does not outlive the fork of a loader worker.
+        # One thread, because a thread pool does not survive the fork of a loader worker.
         table = handle.read_row_group(group, columns=[column], use_threads=False)
         array = table.column(0).combine_chunks()
         return array.field("bytes") if column.endswith(".bytes") else array
 
     def _handle(self, file: int) -> tuple[pq.ParquetFile, str]:
         if file not in self._open:
-            while len(self._open) >= _MOST_OPEN:
+            while len(self._open) >= _MAX_OPEN_FILES:
                 self._open.popitem(last=False)
             handle = open_parquet(self.files[file])
             self._open[file] = handle, image_column(handle, self.files[file])
         self._open.move_to_end(file)
         return self._open[file]
 
-    def __reduce__(self) -> tuple[type[_Groups], tuple[Any, ...]]:
-        return _Groups, (self.files, self.most)
+    def __reduce__(self) -> tuple[type[_RowGroupCache], tuple[Any, ...]]:
+        return _RowGroupCache, (self.files, self.max_groups)
 
 
-def _row_groups_of_all(files: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Rows and image bytes of each row group of each file."""
+def _all_row_groups(files: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """(rows, bytes of images) of each row group of each file."""
     if not is_remote(files[0]):
         return [_row_groups(file) for file in files]
-    from localign.data.sources.remote import at_once
+    from localign.data.sources.remote import map_concurrently
 
-    return at_once(_row_groups, files)
+    return map_concurrently(_row_groups, files)
 
 
 def _row_groups(file: str) -> list[tuple[int, int]]:
     handle = open_parquet(file)
     metadata = handle.metadata
-    place = _leaf(metadata, image_column(handle, file))
+    column = _column_number(metadata, image_column(handle, file))
     groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
-    return [(group.num_rows, group.column(place).total_uncompressed_size) for group in groups]
+    return [(group.num_rows, group.column(column).total_uncompressed_size) for group in groups]
 
 
 def open_parquet(file: str) -> pq.ParquetFile:
-    """A file to read from, by path or address.
+    """Open a parquet file by its path or URL.
 
     Raises:
-        UserError: pyarrow is not installed, or this is no parquet file.
+        UserError: pyarrow is not installed, or the file is missing or not a parquet file.
     """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise UserError("reading parquet takes pyarrow: pip install 'localign[parquet]'") from None
+        raise UserError("reading parquet files requires pyarrow: pip install 'localign[parquet]'") from None
     try:
         if is_remote(file):
-            from localign.data.sources.remote import opened
+            from localign.data.sources.remote import open_remote
 
-            return pq.ParquetFile(opened(file))
+            return pq.ParquetFile(open_remote(file))
         return pq.ParquetFile(file, memory_map=True)
     except (OSError, pa.ArrowException) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
@@ -214,10 +217,10 @@ def open_parquet(file: str) -> pq.ParquetFile:
 
 
 def image_column(handle: pq.ParquetFile, file: str) -> str:
-    """The column of image bytes: ``image.bytes``, ``image``, or another of that kind where there is one alone.
+    """The column of image bytes: ``image.bytes``, ``image``, or the only column of bytes or ``{bytes, ...}``.
 
     Raises:
-        UserError: There is none, or more than one and none is called image.
+        UserError: There is no such column, or several and none is called ``image``.
     """
     import pyarrow as pa
 
@@ -238,17 +241,17 @@ def image_column(handle: pq.ParquetFile, file: str) -> str:
     if len(found) == 1:
         return next(iter(found.values()))
     raise UserError(
-        f"{file} has no column of image bytes called 'image'; its columns are {', '.join(schema.names)}"
+        f"{file} has no column 'image' with image bytes; its columns are {', '.join(schema.names)}"
     )
 
 
-def _leaf(metadata: Any, column: str) -> int:
-    """The number of a column among those that are stored."""
+def _column_number(metadata: Any, column: str) -> int:
+    """The index of a column among the stored columns."""
     return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
 
 
 def labels_column(files: Sequence[str]) -> tuple[list[str], NDArray[np.int64]] | None:
-    """Class names and the class of each row, from the column ``label``; None where there is none.
+    """Class names, and each row's class as an index into them, from the column ``label``; None without it.
 
     Raises:
         UserError: A row has no label.
@@ -263,16 +266,16 @@ def labels_column(files: Sequence[str]) -> tuple[list[str], NDArray[np.int64]] |
         names = names or _class_names(handle.schema_arrow.metadata)
     values = [value for part in parts for value in part]
     if None in values:
-        raise UserError(f"{_named(files)}: row {values.index(None)} has no label")
+        raise UserError(f"{_shortened(files)}: row {values.index(None)} has no label")
     if names and all(isinstance(v, int) and 0 <= v < len(names) for v in values):
         return names, np.array(values)
     classes = sorted(set(values))
-    place = {value: number for number, value in enumerate(classes)}
-    return [str(name) for name in classes], np.array([place[value] for value in values])
+    code_of = {value: code for code, value in enumerate(classes)}
+    return [str(name) for name in classes], np.array([code_of[value] for value in values])
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:
-    """What the labels' numbers stand for, as the library `datasets` writes it into a file."""
+    """The class names that the library `datasets` writes into a file, or None."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         names = features["label"]["names"]
@@ -281,5 +284,5 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list) else None
 
 
-def _named(files: Sequence[str]) -> str:
+def _shortened(files: Sequence[str]) -> str:
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} others"

@@ -1,7 +1,7 @@
-"""Shards that lie elsewhere: fetched whole, one by one, into a bounded folder that a machine's processes share.
+"""Remote tar shards, each fetched as a whole into a cache folder of bounded size that a machine's processes share.
 
-What an address means is fsspec's business. The order of the samples is a pure function of the seed and the position,
-as for files that are here: shards are shuffled, and images within some shards at a time, so that few need be kept.
+fsspec interprets the URLs. As for local files, the order of samples is a pure function of the seed and the position:
+the shards are shuffled, and the images within a few shards at a time, so that the cache holds few shards.
 """
 
 from __future__ import annotations
@@ -26,53 +26,55 @@ from localign.data.sources.tar import OpenFiles, TarSource
 from localign.data.sources.tar_index import (
     PORTABLE,
     SHARD,
+    Contents,
+    Scan,
     TarIndex,
-    identity,
+    cached_index,
     index_from_arrays,
-    joined,
-    kept_index,
+    join_scans,
     scan_shard,
+    shards_digest,
 )
 from localign.errors import RunFailure, UserError
 
 T = TypeVar("T")
 
 WINDOW = 8
-"""Shards within which images are shuffled."""
-AT_ONCE = 32
-"""Addresses that are asked something at the same time."""
-WAITS = (1.0, 5.0, 25.0)
-"""Seconds before another try where something cannot be fetched; the last failure ends the run."""
+"""Number of shards within which images are shuffled."""
+MAX_CONCURRENT = 32
+"""Requests that are sent at the same time."""
+RETRY_DELAYS = (1.0, 5.0, 25.0)
+"""Seconds before each retry of a failed request; the last failure ends the run."""
 
 
 class RemoteFiles:
-    """Files by their addresses; goes to other processes as names alone.
+    """A cache of remote files, which drops the least recently used files first.
 
     Args:
-        urls: Addresses.
-        sizes: Of the files, bytes.
-        folder: Where they are kept.
-        most: How many are kept; those longest not asked for go first.
+        urls: URLs of the files.
+        sizes: Sizes of the files, bytes.
+        folder: The cache folder.
+        max_files: Number of files in the cache, at most.
     """
 
-    def __init__(self, urls: Sequence[str], sizes: Sequence[int], folder: Path, most: int) -> None:
-        self.urls, self.sizes, self.folder, self.most = tuple(urls), tuple(sizes), folder, most
+    def __init__(self, urls: Sequence[str], sizes: Sequence[int], folder: Path, max_files: int) -> None:
+        self.urls, self.sizes, self.folder, self.max_files = tuple(urls), tuple(sizes), folder, max_files
 
     def local(self, number: int) -> Path:
-        """Where a file lies here, fetched if need be.
+        """The path of a file in the cache; the file is fetched if it is not there.
 
         Raises:
-            RunFailure: It cannot be fetched, or is not what it was when the run began.
+            RunFailure: The file cannot be fetched, or its size has changed since the run began.
         """
         path = self.folder / f"{number:06}{PurePosixPath(self.urls[number]).suffix}"
         with suppress(FileNotFoundError):
             os.utime(path)
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / f"{number:06}.lock"):  # of all processes one fetches
+        with _locked(self.folder / f"{number:06}.lock"):  # only one process fetches
             if not path.exists():
-                self._make_room()
-                patiently(lambda: self._fetch(number, path), self.urls[number])
+                self._evict()
+                with_retries(lambda: self._fetch(number, path), self.urls[number])
         return path
 
     def _fetch(self, number: int, path: Path) -> None:
@@ -82,63 +84,67 @@ class RemoteFiles:
             filesystem.get_file(inner, str(temporary))
             size = temporary.stat().st_size
             if size != self.sizes[number]:
-                raise OSError(f"{size} bytes came of {self.sizes[number]}")
+                raise OSError(f"received {size} bytes instead of {self.sizes[number]}")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _make_room(self) -> None:
+    def _evict(self) -> None:
         with _locked(self.folder / "room.lock"):
-            kept = []
+            cached = []
             for file in self.folder.iterdir():
                 if file.suffix not in (".lock", ".tmp"):
                     with suppress(FileNotFoundError):
-                        kept.append((file.stat().st_mtime_ns, file))
-            for _, file in sorted(kept)[: max(0, len(kept) + 1 - self.most)]:
+                        cached.append((file.stat().st_mtime_ns, file))
+            for _, file in sorted(cached)[: max(0, len(cached) + 1 - self.max_files)]:
                 file.unlink(missing_ok=True)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    import fcntl  # not there on every system that can read local files
+    import fcntl  # missing on some systems that can read local files
 
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def patiently(action: Callable[[], T], what: str) -> T:
-    """Do what may fail on the way, again if need be.
+def with_retries(action: Callable[[], T], target: str) -> T:
+    """Run an action, and retry it after each of ``RETRY_DELAYS`` if it fails.
 
     Raises:
-        RunFailure: It fails every time: to pass over what a broken line hides would quietly change the data.
+        RunFailure: The action fails every time. Skipping the data instead would silently change the stream.
     """
-    for wait in (*WAITS, None):
+    for delay in (*RETRY_DELAYS, None):
         try:
             return action()
-        except Exception as error:  # each of fsspec's file systems has errors of its own
-            if wait is None:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise RunFailure(f"cannot read {what}: {reason}") from None
-            time.sleep(wait)
+        except Exception as error:  # each fsspec file system raises its own errors
+            if delay is None:
+                raise RunFailure(f"cannot read {target}: {_first_line(error)}") from None
+            time.sleep(delay)
     raise AssertionError("unreachable")
 
 
-class StreamedTarSource(TarSource):
-    """Tar shards by addresses that fsspec knows: s3://, gs://, https:// and others.
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
-    Their index is ``index.npz`` beside them, as ``localign data shard`` writes it, or is made by reading them once.
+
+class StreamedTarSource(TarSource):
+    """Tar shards at URLs that fsspec knows: s3://, gs://, https:// and others.
+
+    The index is ``index.npz`` in the shards' folder, as ``localign data shard`` writes it. Without that file, all
+    shards are read once to build the index.
 
     Args:
-        urls: The shards.
+        urls: URLs of the shards.
         image_size: As for ``FolderSource``.
 
     Attributes:
-        blocks: int64, the images of each shard.
-        window: How many shards are shuffled at a time.
+        blocks: int64, the number of images in each shard.
+        window: Number of shards within which images are shuffled.
 
     Raises:
-        UserError: A shard cannot be found, or is no tar file, or there is no image.
+        UserError: A shard cannot be found or is not a tar file, or the shards hold no images.
     """
 
     kind = "remote tar"
@@ -157,107 +163,104 @@ class StreamedTarSource(TarSource):
 
     @property
     def notice(self) -> str:
-        """What is promised of the order, and what is kept here."""
-        kept = min(self._remote.most, len(self.urls)) * max(self._remote.sizes) / 2**30
+        """How images are shuffled, and how large the cache gets."""
+        cached = min(self._remote.max_files, len(self.urls)) * max(self._remote.sizes) / 2**30
         return (
-            f"{len(self.urls)} shards are fetched from {parent_of(self.urls[0])}, in a new order in each epoch, their "
-            f"images shuffled within {self.window} of them at a time; a run continues exactly at its sample, on any "
-            f"number of processes; at most {kept:.1f} GiB are kept in {self._remote.folder}"
+            f"{len(self.urls)} shards are fetched from {parent_of(self.urls[0])} in a new order in each epoch; images "
+            f"are shuffled within {self.window} shards at a time; a run resumes exactly at its sample, on any number "
+            f"of processes; at most {cached:.1f} GiB are cached in {self._remote.folder}"
         )
 
     def _descriptor(self, shard: int) -> int:
         path = self._remote.local(shard)
         try:
             return self._files(path)
-        except FileNotFoundError:  # another process made room just now
+        except FileNotFoundError:  # another process has just evicted the shard
             return self._files(self._remote.local(shard))
 
 
 def name_of(url: str) -> str:
-    """The last part of an address."""
+    """The last part of a URL's path."""
     return PurePosixPath(url.partition("?")[0]).name
 
 
 def parent_of(url: str) -> str:
-    """An address without its last part."""
+    """A URL without the last part of its path and without its query."""
     return url.partition("?")[0].rpartition("/")[0]
 
 
-def cache_folder(what: str, urls: Sequence[str], sizes: Sequence[int]) -> Path:
-    """Where something of the files at these addresses is kept, for this user. Those whose size has changed have
-    another place."""
+def cache_folder(kind: str, urls: Sequence[str], sizes: Sequence[int]) -> Path:
+    """The user's cache folder of one kind for these files. Files whose sizes have changed get another folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "localign" / what / identity(urls, [(size, 0) for size in sizes])
+    return cache / "localign" / kind / shards_digest(urls, [(size, 0) for size in sizes])
 
 
 @contextmanager
-def _on_the_way(what: str) -> Iterator[None]:
-    """Errors of a file system as one line, before a run starts."""
+def _as_user_error(target: str) -> Iterator[None]:
+    """Turn errors of a file system into UserError, for use before a run starts."""
     try:
         yield
     except (UserError, RunFailure):
         raise
     except FileNotFoundError:
-        raise UserError(f"there is no {what}") from None
-    except Exception as error:  # each of fsspec's file systems has errors of its own
-        raise UserError(
-            f"cannot reach {what}: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from None
+        raise UserError(f"there is no {target}") from None
+    except Exception as error:  # each fsspec file system raises its own errors
+        raise UserError(f"cannot reach {target}: {_first_line(error)}") from None
 
 
-def opened(url: str) -> Any:
-    """A file to read from anywhere within it. Raises UserError where it is not there."""
-    with _on_the_way(url):
+def open_remote(url: str) -> Any:
+    """Open a remote file for random access. Raises UserError if it does not exist or cannot be reached."""
+    with _as_user_error(url):
         filesystem, inner = fsspec.core.url_to_fs(url)
         return filesystem.open(inner, "rb")
 
 
-def at_once(action: Callable[[str], T], urls: Sequence[str]) -> list[T]:
-    """What an action gives for each address, in their order, many at a time: each does little but wait.
+def map_concurrently(action: Callable[[str], T], urls: Sequence[str]) -> list[T]:
+    """Apply an action that mostly waits to each URL, many at a time, and return the results in order.
 
-    The first failure, in the order of the addresses, is raised; what has not begun by then does not begin.
+    The first failure, in the order of the URLs, is raised and cancels the actions that have not started.
     """
-    with ThreadPoolExecutor(max(1, min(AT_ONCE, len(urls)))) as threads:
-        answers = [threads.submit(action, url) for url in urls]
+    with ThreadPoolExecutor(max(1, min(MAX_CONCURRENT, len(urls)))) as threads:
+        futures = [threads.submit(action, url) for url in urls]
         try:
-            return [answer.result() for answer in answers]
+            return [future.result() for future in futures]
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
 
 def sizes_of(urls: Sequence[str]) -> list[int]:
-    """Bytes of each file. Raises UserError where one is not there."""
-    return at_once(_size_of, urls)
+    """The size of each file, bytes. Raises UserError if a file does not exist or cannot be reached."""
+    return map_concurrently(_size_of, urls)
 
 
 def _size_of(url: str) -> int:
-    with _on_the_way(url):
-        # Here, for most file systems want an instance for each thread.
+    with _as_user_error(url):
+        # Most file systems need one instance per thread.
         filesystem, inner = fsspec.core.url_to_fs(url)
         size = filesystem.info(inner)["size"]
         if size is None:
-            raise UserError(f"{url} does not say how large it is; fetch the shards first")
+            raise UserError(f"the size of {url} is unknown; download the files first")
         return int(size)
 
 
 def find_remote(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
-    """The addresses of files that patterns with ``*`` or folders stand for.
+    """The URLs of the files that match patterns with ``*``, or that lie in folders.
 
     Raises:
-        UserError: None fits, or the file system cannot be reached.
+        UserError: No file matches, or the file system cannot be reached.
     """
     found: list[str] = []
     for pattern in patterns:
         if PurePosixPath(pattern.partition("?")[0]).suffix in suffixes and "*" not in pattern:
             found.append(pattern)
             continue
-        with _on_the_way(pattern):
+        with _as_user_error(pattern):
             filesystem, inner = fsspec.core.url_to_fs(pattern)
             globs = [inner] if "*" in pattern else [f"{inner.rstrip('/')}/*{suffix}" for suffix in suffixes]
             matches = next((m for g in globs if (m := sorted(filesystem.glob(g)))), [])
             found += [filesystem.unstrip_protocol(match) for match in matches]
     if not found:
-        raise UserError(f"no {' or '.join(suffixes)} file is called like {', '.join(patterns)}")
+        raise UserError(f"no {' or '.join(suffixes)} file matches {', '.join(patterns)}")
     return found
 
 
@@ -266,27 +269,27 @@ def _remote_index(urls: Sequence[str], sizes: Sequence[int]) -> TarIndex:
     names = [name_of(url) for url in urls]
     folder = cache_folder("tar-index", urls, sizes)
 
-    def make() -> Any:
-        content = _portable(urls[0], identity(names, states), sum(sizes), len(urls))
-        if content is not None:
-            return content
+    def make() -> Contents:
+        contents = _fetch_index(urls[0], shards_digest(names, states), sum(sizes), len(urls))
+        if contents is not None:
+            return contents
         print(
-            f"indexing {len(urls)} shards, {sum(sizes) / 2**30:.1f} GiB that are read for it, once: no {PORTABLE} "
-            "that goes with them lies beside them, as `localign data shard` writes it",
+            f"indexing {len(urls)} shards, which reads {sum(sizes) / 2**30:.1f} GiB once: their folder has no "
+            f"matching {PORTABLE}, which `localign data shard` writes",
             file=sys.stderr,
         )
-        return joined(_scanned(url) for url in urls)
+        return join_scans(_scan_remote(url) for url in urls)
 
-    return kept_index(names, states, [folder], make)
+    return cached_index(names, states, [folder], make)
 
 
-def _scanned(url: str) -> Any:
-    with opened(url) as file, _on_the_way(url):
+def _scan_remote(url: str) -> Scan:
+    with open_remote(url) as file, _as_user_error(url):
         return scan_shard(file, name_of(url))
 
 
-def _portable(first: str, digest: str, total: int, shards: int) -> Any:
-    """The index beside the shards, or None where there is none of these shards."""
+def _fetch_index(first: str, digest: str, total: int, shards: int) -> Contents | None:
+    """The content of ``index.npz`` in the shards' folder, or None if it is missing or does not match the shards."""
     query = first.partition("?")[1:]
     url = f"{parent_of(first)}/{PORTABLE}{''.join(query)}"
     try:
@@ -294,12 +297,12 @@ def _portable(first: str, digest: str, total: int, shards: int) -> Any:
         data = filesystem.cat_file(inner)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > total + 2**20:
-                return None  # more than there can be to say of shards of this size
+                return None  # an index is never larger than its shards
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
             if about["digest"] != digest:
                 return None
             index = index_from_arrays(arrays["records"], arrays["names"], about["problems"], shards)
-    except Exception:  # not there, of another kind, or not to be reached: it is made from the shards
+    except Exception:  # missing, damaged or out of reach: the index is built from the shards instead
         return None
     return index.records, index.names, index.problems

@@ -1,4 +1,4 @@
-"""Images in local tar shards, read where they lie in the files."""
+"""Images in local tar shards, read by their offsets in the files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from localign.errors import UserError
 
 
 class TarSource(EncodedSource):
-    """The image members of tar shards, in the order of the shards and of their members.
+    """The image members of tar shards in the webdataset layout, in the order of shards and members.
 
-    The layout is webdataset's; members that are no images are passed over. A member's name is the image's.
+    Members that are not images are skipped. An image's name is the member's name.
 
     Args:
         shards: The files. They are indexed once, see :mod:`localign.data.sources.tar_index`.
@@ -25,10 +25,11 @@ class TarSource(EncodedSource):
 
     Attributes:
         shards: The files.
-        unreadable: (name, reason) of links, and of shards that are cut short.
+        unreadable: (name, reason) of links and of truncated shards.
 
     Raises:
-        UserError: A shard is missing or no tar file, leads out of itself, or all of them hold no image.
+        UserError: A shard is missing or not a tar file, a member's name leads out of its shard, or the shards hold
+            no images.
     """
 
     kind = "tar"
@@ -59,7 +60,7 @@ class TarSource(EncodedSource):
         with unreadable_on_failure(name):
             data = os.pread(self._descriptor(int(record[SHARD])), size, offset)
         if len(data) < size:
-            raise UnreadableImage(name, "truncated: its shard ends before it does")
+            raise UnreadableImage(name, "truncated: its shard ends too early")
         return data
 
     def _descriptor(self, shard: int) -> int:
@@ -71,10 +72,10 @@ class TarSource(EncodedSource):
 
 
 class OpenFiles:
-    """File descriptors for positioned reads, of the files last used; forked processes can share them."""
+    """File descriptors of the files used last. Forked processes can share them, because reads give the offset."""
 
-    def __init__(self, most: int = 64) -> None:
-        self.most = most
+    def __init__(self, max_files: int = 64) -> None:
+        self.max_files = max_files
         self._open: OrderedDict[Path, int] = OrderedDict()
 
     def __call__(self, path: Path) -> int:
@@ -83,12 +84,12 @@ class OpenFiles:
             self._open.move_to_end(path)
         else:
             self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._open) > self.most:
+            if len(self._open) > self.max_files:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[path]
 
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[int]]:
-        return OpenFiles, (self.most,)
+        return OpenFiles, (self.max_files,)
 
     def __del__(self) -> None:
         for descriptor in self._open.values():

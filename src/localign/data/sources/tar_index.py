@@ -1,7 +1,7 @@
-"""Where each image of tar shards lies, found once and then kept in a folder of three files.
+"""The index of tar shards: the offset and size of each image, found once and cached in a folder of three files.
 
-``records.npy`` and ``names.npy`` are memory-mapped, so all ranks and loader workers of a machine share them;
-``index.json`` says of which shards they are. Nothing in them is unpickled; what does not fit is made again.
+``records.npy`` and ``names.npy`` are memory-mapped, so all ranks and loader workers of a machine share them.
+``index.json`` identifies the shards. Nothing is unpickled; an index that does not match its shards is rebuilt.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from localign.errors import UserError
 from localign.files import replacing, replacing_folder
 
 OFFSET, SIZE, SHARD = 0, 1, 2
-"""Columns of the records."""
+"""Columns of ``TarIndex.records``."""
 
 Problems = tuple[tuple[str, str], ...]
 Contents = tuple[NDArray[np.int64], Names, Problems]
-"""Records, names and problems, see :class:`TarIndex`."""
+"""Records, names and problems; see :class:`TarIndex`."""
 State = tuple[int, int]
-"""Size in bytes and time of change of a shard."""
+"""Size in bytes and modification time in nanoseconds of a shard."""
 
 PORTABLE = "index.npz"
 _VERSION = 1
 _THREADS = 8
-_TOLD_FROM = 16
+_ANNOUNCE_FROM = 16
 _HEADER = 512
 
 
@@ -46,19 +46,19 @@ class Scan:
 
     names: list[str] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
-    """(offset, size) of each, bytes."""
+    """(offset, size) of each image, bytes."""
     problems: list[tuple[str, str]] = field(default_factory=list)
-    """(name, reason) of what looks like an image and is none, or of the shard itself."""
+    """(name, reason) of members that look like images but are not, or of the shard itself."""
 
 
 class TarIndex:
-    """All images of some shards, in the order of the shards.
+    """All images of a sequence of shards, in order.
 
     Args:
-        records: int64 ``(images, 3)``: offset, size in bytes, and the shard's number.
-        names: Of the images.
-        problems: (name, reason) of what cannot be read.
-        folder: Where the index was read from; None: it is in memory alone.
+        records: int64 ``(images, 3)``: offset in bytes, size in bytes, and the shard's number.
+        names: Names of the images.
+        problems: (name, reason) of members and shards that cannot be read.
+        folder: The folder of the index; None if it is in memory only.
     """
 
     def __init__(
@@ -74,31 +74,31 @@ class TarIndex:
         return len(self.records)
 
     def __reduce__(self) -> tuple[Callable[..., TarIndex], tuple[Any, ...]]:
-        """To spawned workers goes where the files are, not what is in them."""
+        """Pickle the folder instead of the arrays, if there is a folder."""
         if self.folder is None:
             return TarIndex, (self.records, self.names, self.problems)
         return _load, (self.folder, int(self.records[:, SHARD].max()) + 1)
 
 
 def scan_shard(file: IO[bytes], shard: str) -> Scan:
-    """Go through the headers of a tar file.
+    """Read the headers of a tar file.
 
     Args:
-        file: Seekable.
-        shard: How it is called in problems and errors.
+        file: A seekable file.
+        shard: The name of the shard in problems and errors.
 
     Raises:
-        UserError: It is no uncompressed tar file, or a member's name leads out of it.
+        UserError: The file is not an uncompressed tar file, or a member's name leads out of it.
     """
     scan, end = Scan(), 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all members in memory
                 if tar.offset <= end:
                     raise tarfile.ReadError("a header that leads backwards")
                 end = tar.offset
-                _note(scan, member, shard)
+                _add_member(scan, member, shard)
             end = tar.offset
         file.seek(end)
         if file.read(_HEADER).strip(b"\0"):
@@ -106,70 +106,71 @@ def scan_shard(file: IO[bytes], shard: str) -> Scan:
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         if not scan.names:
             raise UserError(
-                f"{shard} is not a tar file that can be read ({error}); shards are uncompressed"
+                f"{shard} is not a readable tar file ({error}); shards must be uncompressed"
             ) from None
-        scan.problems.append((shard, f"damaged or cut short after {len(scan.names)} images: {error}"))
+        scan.problems.append((shard, f"damaged or truncated after {len(scan.names)} images: {error}"))
     return scan
 
 
-def _note(scan: Scan, member: tarfile.TarInfo, shard: str) -> None:
+def _add_member(scan: Scan, member: tarfile.TarInfo, shard: str) -> None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{shard} has a member whose name leads out of it, {member.name!r}; it is not read")
+        raise UserError(f"{shard} is refused: the name of its member {member.name!r} leads out of the shard")
     if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
         return
     if member.isreg() and not member.issparse():
         scan.names.append(str(path))
         scan.places.append((member.offset_data, member.size))
     elif not member.isdir():
-        scan.problems.append((str(path), f"in {shard} it is a link, not a file"))
+        scan.problems.append((str(path), f"a link in {shard}, not a file"))
 
 
 def tar_index(shards: Sequence[Path]) -> TarIndex:
-    """The index of local shards, made if it is not there yet or does not fit them.
+    """The index of local shards, built if it is missing or does not match the shards.
 
-    It is kept beside the first shard, or where nothing can be written there, in the user's cache folder.
+    It is cached in the folder of the first shard, or in the user's cache folder if that folder is read-only.
 
     Raises:
-        UserError: A shard is missing or no tar file, leads out of itself, or all of them hold no image.
+        UserError: A shard is missing or not a tar file, a member's name leads out of its shard, or the shards hold
+            no images.
     """
     states = [_state(path) for path in shards]
     names = [path.name for path in shards]
-    return kept_index(names, states, list(_folders(shards)), lambda: joined(_scan_all(shards)))
+    return cached_index(names, states, list(_index_folders(shards)), lambda: join_scans(_scan_all(shards)))
 
 
-def kept_index(
+def cached_index(
     shards: Sequence[str], states: Sequence[State], folders: Sequence[Path], make: Callable[[], Contents]
 ) -> TarIndex:
-    """An index that is kept in one of some folders, or is made and then kept in the first that can be written.
+    """Load an index from one of several folders, or build it and save it in the first writable folder.
 
     Args:
-        shards: Names.
-        states: Of the shards: an index that was made of other ones is not taken.
-        folders: Where it may lie.
-        make: Makes it.
+        shards: Names of the shards.
+        states: States of the shards; an index of shards in another state is rebuilt.
+        folders: Folders in which the index may lie.
+        make: Builds the index.
     """
-    digest = identity(shards, states)
+    digest = shards_digest(shards, states)
     for folder in folders:
-        if (index := _load_if_fits(folder, digest, len(shards))) is not None:
+        if (index := _load_if_current(folder, digest, len(shards))) is not None:
             return index
     records, names, problems = make()
     for folder in folders:
         if write_index(folder, digest, records, names, problems):
-            index = _load_if_fits(folder, digest, len(shards))
+            index = _load_if_current(folder, digest, len(shards))
             if index is not None:
                 return index
     return TarIndex(records, names, problems)
 
 
-def identity(names: Sequence[str], states: Sequence[State]) -> str:
-    """A hash of shards' names and states: an index is of these shards and no others."""
+def shards_digest(names: Sequence[str], states: Sequence[State]) -> str:
+    """A hash of the names and states of shards, which identifies the index of these shards."""
     content = json.dumps([[name, *state] for name, state in zip(names, states, strict=True)])
     return hashlib.blake2b(f"{_VERSION}|{content}".encode(), digest_size=16).hexdigest()
 
 
 def _state(path: Path) -> State:
-    """Size and time of change: a shard that has others is indexed again."""
+    """The state of a shard; a shard is indexed again when its state changes."""
     try:
         stat = path.stat()
     except OSError as error:
@@ -177,19 +178,18 @@ def _state(path: Path) -> State:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _folders(shards: Sequence[Path]) -> Iterator[Path]:
-    """Where an index of these shards may lie."""
-    here = shards[0].absolute().parent
+def _index_folders(shards: Sequence[Path]) -> Iterator[Path]:
+    """The folders in which the index of these shards may lie."""
     key = hashlib.blake2b("|".join(p.name for p in shards).encode(), digest_size=6).hexdigest()
-    yield here / f".localign-index-{key}"
+    yield shards[0].absolute().parent / f".localign-index-{key}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     full = hashlib.blake2b("|".join(str(p.absolute()) for p in shards).encode(), digest_size=12).hexdigest()
     yield cache / "localign" / "tar-index" / full
 
 
 def _scan_all(shards: Sequence[Path]) -> Iterator[Scan]:
-    if len(shards) >= _TOLD_FROM:
-        print(f"indexing {len(shards)} shards, once", file=sys.stderr)
+    if len(shards) >= _ANNOUNCE_FROM:
+        print(f"indexing {len(shards)} shards (needed once)", file=sys.stderr)
 
     def scan(path: Path) -> Scan:
         try:
@@ -202,14 +202,16 @@ def _scan_all(shards: Sequence[Path]) -> Iterator[Scan]:
         yield from threads.map(scan, shards)
 
 
-def joined(scans: Iterable[Scan]) -> Contents:
-    """Records, names and problems of shards in their order.
+def join_scans(scans: Iterable[Scan]) -> Contents:
+    """The records, names and problems of several scans, concatenated.
 
     Raises:
-        UserError: They hold no image.
+        UserError: The shards hold no images.
     """
     records, names, problems = [], [], []
-    for number, scan in enumerate(scans):  # packed one by one: lists of millions would fill the memory
+    for number, scan in enumerate(
+        scans
+    ):  # into arrays one by one: lists of millions of names fill the memory
         places = np.array(scan.places, dtype=np.int64).reshape(-1, 2)
         records.append(np.column_stack([places, np.full(len(places), number)]))
         names.append(Names.of(scan.names))
@@ -225,7 +227,7 @@ def joined(scans: Iterable[Scan]) -> Contents:
 def write_index(
     folder: Path, digest: str, records: NDArray[np.int64], names: Names, problems: Sequence[tuple[str, str]]
 ) -> bool:
-    """Keep an index; False where nothing can be written, or another process does just now."""
+    """Save an index. Returns False if the folder cannot be written, or if another process is writing it."""
     try:
         with replacing_folder(folder) as temporary:
             np.save(temporary / "records.npy", np.column_stack([records, names.ends]))
@@ -238,9 +240,9 @@ def write_index(
 
 
 def write_portable(folder: Path, index: TarIndex, shards: Sequence[Path]) -> None:
-    """Write an index into one file, ``index.npz``, for shards that will be read from elsewhere."""
-    states = [(path.stat().st_size, 0) for path in shards]  # times are lost on the way
-    about = {"digest": identity([p.name for p in shards], states), "problems": list(index.problems)}
+    """Write an index into one file, ``index.npz``, for shards that will be read remotely."""
+    states = [(path.stat().st_size, 0) for path in shards]  # uploads change the modification times
+    about = {"digest": shards_digest([p.name for p in shards], states), "problems": list(index.problems)}
     with replacing(folder / PORTABLE) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
@@ -250,13 +252,13 @@ def write_portable(folder: Path, index: TarIndex, shards: Sequence[Path]) -> Non
         )
 
 
-def _load_if_fits(folder: Path, digest: str, shards: int) -> TarIndex | None:
+def _load_if_current(folder: Path, digest: str, shards: int) -> TarIndex | None:
     try:
         if json.loads((folder / "index.json").read_text(encoding="utf-8"))["digest"] != digest:
             return None
         return _load(folder, shards)
     except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError, RecursionError):
-        return None  # not there, or damaged: it is made again
+        return None  # missing or damaged: the index is rebuilt
 
 
 def _load(folder: Path, shards: int) -> TarIndex:
@@ -269,18 +271,18 @@ def _load(folder: Path, shards: int) -> TarIndex:
 def index_from_arrays(
     table: NDArray[Any], block: NDArray[Any], problems: Any, shards: int, folder: Path | None = None
 ) -> TarIndex:
-    """Arrays as they were written, of so many shards. Raises ValueError where they are no index."""
+    """Rebuild an index of ``shards`` shards from its arrays. Raises ValueError if they are not a valid index."""
     if table.ndim != 2 or table.shape[1] != 4 or table.dtype != np.int64 or block.dtype != np.uint8:
         raise ValueError("not an index of shards")
     offsets, sizes, numbers, ends = table.T
-    fits = (
+    valid = (
         len(table) > 0
         and 0 <= numbers.min() <= numbers.max() < shards
         and offsets.min() >= 0 <= sizes.min()
         and ends[0] >= 0 <= np.diff(ends).min(initial=0)
         and ends[-1] == len(block)
     )
-    if not fits:
+    if not valid:
         raise ValueError("a damaged index of shards")
-    known = tuple((str(name), str(reason)) for name, reason in problems)
-    return TarIndex(table[:, :3], Names(table[:, 3], block), known, folder)
+    pairs = tuple((str(name), str(reason)) for name, reason in problems)
+    return TarIndex(table[:, :3], Names(table[:, 3], block), pairs, folder)
