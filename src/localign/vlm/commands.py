@@ -18,7 +18,7 @@ from localign.vlm.data.examples import ConversationTokenizer
 from localign.vlm.data.prompts import prompt_format
 from localign.vlm.data.vocabulary import add_special_tokens
 from localign.vlm.evaluation.run import run_eval as run_own_eval
-from localign.vlm.model.build import load_vlm, save_vlm, tokenizer_of
+from localign.vlm.model.build import load_tokenizer, load_vlm, save_vlm
 from localign.vlm.model.processing import LocalignVLMProcessor
 from localign.vlm.task import VLMTask
 
@@ -49,7 +49,7 @@ def run_check(config: CheckConfig) -> int:
     """
     encoder = None
     if config.llm is not None:
-        tokenizer = tokenizer_of(config.llm)
+        tokenizer = load_tokenizer(config.llm)
         add_special_tokens(tokenizer)
         encoder = ConversationTokenizer(
             prompt_format(config.prompt), tokenizer, config.image_tokens, config.max_length
