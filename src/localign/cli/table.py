@@ -54,10 +54,10 @@ class Command:
 # name, config class, function, help, positional fields
 # fmt: off
 _TABLE: tuple[Command, ...] = (
-    Command("demo", "options.demo:DemoConfig", "demo:run_demo", "align the embedded backbone, probe before and after, report"),
+    Command("demo", "options.demo:DemoConfig", "demo.run:run_demo", "align the embedded backbone, probe before and after, report"),
     Command("align", "options.align:AlignConfig", "alignment.command:run_align", "locality alignment of a backbone"),
     Command("plan", "options.plan:PlanConfig", "planning.show:run_plan", "what a run takes before it runs: arithmetic, memory, hours", recipes_of="align", ignored_in_files=("out",), sibling="vlm plan"),
-    Command("pretrain", "options.pretrain:PretrainConfig", "pretraining:run_pretrain", "make the embedded backbone"),
+    Command("pretrain", "options.pretrain:PretrainConfig", "pretraining.task:run_pretrain", "make the embedded backbone"),
     Command("finetune", "options.finetune:FinetuneConfig", "finetuning.task:run_finetune", "classification fine-tuning under a transformer head"),
     Command("probe", "options.probe:ProbeCommandConfig", "probing.command:run_probe", "what backbones know about patches and images", ("backbone",)),
     Command("vlm train", "options.vlm.train:VLMConfig", "vlm.commands:run_vlm_train", "a ViT, an adapter and a language model, trained on conversations"),

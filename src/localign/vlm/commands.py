@@ -18,7 +18,7 @@ from localign.vlm.data.examples import ConversationTokenizer
 from localign.vlm.data.prompts import prompt_format
 from localign.vlm.data.vocabulary import add_special_tokens
 from localign.vlm.evaluation.run import run_eval as run_own_eval
-from localign.vlm.model.build import load_vlm, save_vlm, load_tokenizer
+from localign.vlm.model.build import load_tokenizer, load_vlm, save_vlm
 from localign.vlm.model.processing import LocalignVLMProcessor
 from localign.vlm.task import VLMTask
 

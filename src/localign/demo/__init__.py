@@ -1,0 +1,1 @@
+"""`localign demo`: the whole method on drawn scenes, in a few minutes."""
