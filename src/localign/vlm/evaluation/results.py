@@ -20,7 +20,7 @@ from localign.vlm.scoring.questions import Answer, Payload, Question, Sample
 ANSWERS_FILE = "answers.jsonl"
 
 
-class Record(Sample):
+class AnswerRecord(Sample):
     """One line of ``answers.jsonl``: a scored answer with its whole question. ``frame`` is there for every answer."""
 
     benchmark: str
@@ -90,7 +90,7 @@ class ScoredAnswers:
     """The scored answers to one benchmark."""
 
     benchmark: Benchmark
-    records: Sequence[Record]
+    records: Sequence[AnswerRecord]
     limit: int | None
     """Maximum number of questions per split."""
     notes: tuple[str, ...]
@@ -128,7 +128,7 @@ def score_answers(
     return ScoredAnswers(suite, records, data.limit, data.deviations)
 
 
-def rescore_answers(records: Sequence[Record], scoring: str, outcome: OutcomeFacts) -> ScoredAnswers:
+def rescore_answers(records: Sequence[AnswerRecord], scoring: str, outcome: OutcomeFacts) -> ScoredAnswers:
     """Score the written answers to one benchmark again.
 
     Args:
@@ -150,7 +150,7 @@ def rescore_answers(records: Sequence[Record], scoring: str, outcome: OutcomeFac
     return ScoredAnswers(suite, rescored, outcome["limit"], tuple(outcome["notes"]))
 
 
-def _record(suite: Benchmark, question: Question, answer: Answer, prompt: str) -> Record:
+def _record(suite: Benchmark, question: Question, answer: Answer, prompt: str) -> AnswerRecord:
     return {
         "benchmark": suite.name,
         "version": suite.version,
@@ -164,7 +164,7 @@ def _record(suite: Benchmark, question: Question, answer: Answer, prompt: str) -
     }
 
 
-def _question(record: Record) -> Question:
+def _question(record: AnswerRecord) -> Question:
     return Question(
         id=record["id"],
         image=record["image"],
@@ -175,14 +175,14 @@ def _question(record: Record) -> Question:
     )
 
 
-def _answer(record: Record) -> Answer:
+def _answer(record: AnswerRecord) -> Answer:
     frame = None if record["frame"] is None else BoxFrame.parse(record["frame"])
     if isinstance(record["answer"], str):
         return Answer(text=record["answer"], frame=frame)
     return Answer(probabilities=tuple(record["answer"]), frame=frame)
 
 
-def invalid(record: Record) -> bool:
+def invalid(record: AnswerRecord) -> bool:
     """Whether an answer holds nothing to score: no words, or no box where the question asks for one."""
     answer = record["answer"]
     return record.get("fault") is not None or (isinstance(answer, str) and not answer.strip())
@@ -238,7 +238,7 @@ def write_answers(folder: Path, scored: Sequence[ScoredAnswers]) -> Path:
     return folder / ANSWERS_FILE
 
 
-def read_answers(path: Path) -> dict[str, list[Record]]:
+def read_answers(path: Path) -> dict[str, list[AnswerRecord]]:
     """Read an ``answers.jsonl``.
 
     Returns:
@@ -247,7 +247,7 @@ def read_answers(path: Path) -> dict[str, list[Record]]:
     Raises:
         UserError: The file is missing, or localign did not write it.
     """
-    found: dict[str, list[Record]] = {}
+    found: dict[str, list[AnswerRecord]] = {}
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, start=1):
@@ -260,14 +260,14 @@ def read_answers(path: Path) -> dict[str, list[Record]]:
     return found
 
 
-def _parse(line: str, where: str) -> Record:
+def _parse(line: str, where: str) -> AnswerRecord:
     try:
         record: Any = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where}, is not valid JSON: {error}") from None
     if not isinstance(record, dict) or not record.keys() >= _FIELDS:
         raise UserError(f"{where}, is not an answer that localign wrote")
-    checked: Record = record  # type: ignore[assignment]  # the values have the types that write_answers wrote
+    checked: AnswerRecord = record  # type: ignore[assignment]  # the values have the types that write_answers wrote
     return checked
 
 

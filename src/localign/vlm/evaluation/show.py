@@ -16,7 +16,7 @@ from localign.files import replacing
 from localign.options.vlm.evaluation import ShowConfig
 from localign.vlm.benchmarks.table import benchmark_class
 from localign.vlm.data.images import open_image
-from localign.vlm.evaluation.results import ANSWERS_FILE, Record, read_answers
+from localign.vlm.evaluation.results import ANSWERS_FILE, AnswerRecord, read_answers
 from localign.vlm.scoring.boxes import ORIGINAL, Box, Size
 
 TRUE, ANSWERED = (20, 140, 60), (200, 30, 40)
@@ -59,7 +59,7 @@ def run_show(config: ShowConfig) -> None:
     print(f"pictures   {folder}: {len(chosen)}")
 
 
-def file_name(record: Record) -> str:
+def file_name(record: AnswerRecord) -> str:
     """A file name from the benchmark and the question's id. Ids with unsafe characters get a hash."""
     name = str(record["id"])
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "._+-") else "-" for c in name)[-80:]
@@ -68,7 +68,7 @@ def file_name(record: Record) -> str:
     return f"{record['benchmark']}-{safe}.png"
 
 
-def draw_record(record: Record) -> Image.Image:
+def draw_record(record: AnswerRecord) -> Image.Image:
     """The image with the true box (green) and the model's box (red), if any, above the texts.
 
     Raises:
@@ -89,7 +89,7 @@ def draw_record(record: Record) -> Image.Image:
     return _with_texts(picture, _texts(record, has_boxes))
 
 
-def _texts(record: Record, has_boxes: bool) -> list[tuple[str, tuple[int, int, int]]]:
+def _texts(record: AnswerRecord, has_boxes: bool) -> list[tuple[str, tuple[int, int, int]]]:
     """Texts with their colours."""
     answer = record["answer"]
     if record["choices"]:
