@@ -1,4 +1,4 @@
-"""The content of the files in a run folder: ``results.json``, ``log.jsonl`` and ``pictures.npz``.
+"""The content of the files in a run folder: ``results.json``, ``config.yaml``, ``log.jsonl`` and ``pictures.npz``.
 
 Code that writes one of these files builds the types below, and code that reads it annotates with them. Shares and
 recalls are fractions in 0..1. A key of a ``total=False`` type may be missing: some commands do not write it, and files
@@ -135,57 +135,84 @@ class ProbeResults(TypedDict, total=False):
 # -- results.json: training ------------------------------------------------------------------------------
 
 
+class Versions(TypedDict):
+    """What wrote a file, and when."""
+
+    localign: str
+    commit: str | None
+    """Commit of a source checkout; None for an installed package."""
+    torch: str
+    timm: str
+    python: str
+    time: str
+    """ISO 8601, UTC."""
+
+
 class SkippedImages(TypedDict):
-    """Unreadable images of a training set."""
+    """The unreadable images of a run."""
 
     count: int
     share: float
+    """Of the images in an epoch."""
     images: dict[str, str]
-    """Name to reason."""
+    """Name -> reason."""
 
 
 class BestCheckpoint(TypedDict):
-    """The checkpoint with the lowest validation loss."""
+    """The checkpoint with the lowest validation loss so far; also the content of ``best.json``."""
 
     step: int
     val_loss: float
 
 
 class TrainingResults(TypedDict, total=False):
-    """The part of ``results.json`` that the training loop writes. Tasks add facts of their own."""
+    """The part of ``results.json`` that the training loop writes."""
 
+    command: str
+    config: dict[str, Any]
+    """Every option with its value."""
+    versions: Versions
     steps: int
     images: int
     """Samples seen."""
     seconds: float
-    """Of training, without validation and saving."""
+    """Training time, without validation and saving."""
     images_per_second: float | None
     world_size: int
     micro_batch: int
     """Images per rank and forward pass."""
     samples_digest: str
+    """Digest of all (position, index) pairs: 16 hexadecimal digits."""
     skipped_images: SkippedImages
-    skipped_steps: int
+    skipped_steps: list[int]
+    """Steps whose loss or gradient was not finite, counted from 1."""
     final: dict[str, float]
-    """Validation metrics after the last step."""
+    """Metrics of the last validation."""
     best: BestCheckpoint | None
+
+
+class TaskSummary(TypedDict, total=False):
+    """The part of ``results.json`` that a task adds; the keys here are those of an alignment."""
+
     backbone: str
     soft_cap: float | None
     """Bound of the attention logits; None for none."""
     target_scale: float
-    parameters: int | dict[str, int]
+    parameters: int
     trainable_parameters: int
     teacher_sha256: str
 
 
-class Results(TrainingResults, ProbeResults, total=False):
+class Results(TrainingResults, TaskSummary, ProbeResults, total=False):
     """``results.json`` of any command that trains or probes."""
+
+
+class SavedConfig(TypedDict):
+    """The content of ``config.yaml``."""
 
     command: str
     config: dict[str, Any]
-    """Every option with its value."""
-    versions: Mapping[str, Any]
-    """Versions of localign, torch, timm and Python, the commit and the time."""
+    versions: Versions
 
 
 # -- log.jsonl -------------------------------------------------------------------------------------------

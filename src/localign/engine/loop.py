@@ -17,7 +17,7 @@ from localign.engine import run_folder
 from localign.engine.batch import sample_digest, to_device
 from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.checkpoints.sharded import ShardedCheckpoints
-from localign.engine.checkpoints.state import NEEDED_FIELDS, BestCheckpoint, LastValidation, RunState
+from localign.engine.checkpoints.state import NEEDED_FIELDS, LastValidation, RunState
 from localign.engine.disk import writing
 from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.hardware.cpu import fast_float32_matmul, keep_freed_memory
@@ -41,6 +41,7 @@ from localign.engine.task import BatchPlan, Task, batch_plan
 from localign.engine.unreadable import UnreadableImages
 from localign.errors import RunFailure, RunStopped, UserError
 from localign.options.train import TrainConfig
+from localign.results import BestCheckpoint, TrainingResults
 from localign.signals import StopRequest, stop_requests
 
 
@@ -378,7 +379,7 @@ class Loop:
         metrics = self.validation["metrics"] if done else self._validate(self.seconds)
         self._save(self.seconds)
         self.checkpoints.wait()
-        results: run_folder.TrainResults = {
+        results: TrainingResults = {
             **run_folder.training_results(self.command, self.config, self.step, self.seconds),
             "world_size": self.context.size,
             "micro_batch": self.micro_batch,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TextIO, TypedDict, cast
+from typing import Any, TextIO, cast
 
 import timm
 import torch
@@ -19,7 +19,6 @@ import yaml
 from localign._version import __version__
 from localign.deprecated import with_new_names
 from localign.engine.checkpoints.replicated import Checkpoints, remove_leftovers
-from localign.engine.checkpoints.state import BestCheckpoint
 from localign.engine.disk import writing
 from localign.engine.lock import lock
 from localign.engine.log import Bar, JsonLines, Log, Sink, TensorBoard, WandB, say
@@ -28,6 +27,7 @@ from localign.files import replace_text
 from localign.options.names import Resume
 from localign.options.train import TrainConfig
 from localign.plainyaml import load_yaml
+from localign.results import SavedConfig, SkippedImages, TrainingResults, Versions
 
 RESUMABLE: frozenset[str] = frozenset(
     {
@@ -51,68 +51,9 @@ class Outcome:
 
     folder: Path
     results: dict[str, Any]
-    """:class:`TrainResults` and the task's summary."""
+    """:class:`~localign.results.TrainingResults` and the task's summary."""
     is_main: bool = True
     """Whether this process is rank 0, which writes files and shows progress."""
-
-
-class Versions(TypedDict):
-    """What wrote a file, and when."""
-
-    localign: str
-    commit: str | None
-    """Commit of a source checkout; None for an installed package."""
-    torch: str
-    timm: str
-    python: str
-    time: str
-    """ISO 8601, UTC."""
-
-
-class SavedConfig(TypedDict):
-    """The content of ``config.yaml``."""
-
-    command: str
-    config: dict[str, Any]
-    versions: Versions
-
-
-class TrainingResults(TypedDict):
-    """The first entries in ``results.json`` of any training."""
-
-    command: str
-    config: dict[str, Any]
-    versions: Versions
-    steps: int
-    images: int
-    seconds: float
-    """Training time, without validation and saving."""
-    images_per_second: float | None
-
-
-class SkippedImages(TypedDict):
-    """The unreadable images of a run."""
-
-    count: int
-    share: float
-    """Of the images in an epoch."""
-    images: dict[str, str]
-    """Name -> reason."""
-
-
-class TrainResults(TrainingResults):
-    """``results.json`` of a run of the loop, without the task's summary."""
-
-    world_size: int
-    micro_batch: int
-    samples_digest: str
-    """Digest of all (position, index) pairs: 16 hexadecimal digits."""
-    skipped_images: SkippedImages
-    skipped_steps: list[int]
-    """Steps whose loss or gradient was not finite, counted from 1."""
-    final: dict[str, float]
-    """Metrics of the last validation."""
-    best: BestCheckpoint | None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

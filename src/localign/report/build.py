@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -299,7 +299,7 @@ def _record(run: Run) -> str:
     results = run.results
     timings = {name: f"{seconds:.1f} s" for name, seconds in (results.get("timings") or {}).items()}
     facts = {name: results.get(name) for name in _FACTS if results.get(name) is not None}
-    parts = (
+    parts: tuple[tuple[str, Mapping[str, Any], bool], ...] = (
         ("Timings", timings, True),
         ("Facts", facts, False),
         ("Configuration", results.get("config") or {}, False),

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from localign.engine.checkpoints.checksums import check_files, files_info, read_sealed
-from localign.engine.checkpoints.state import STATE_FILE, BestCheckpoint, SavedState, state_text
+from localign.engine.checkpoints.state import STATE_FILE, SavedState, state_text
 from localign.engine.optim.build import state_names
 from localign.errors import UserError
 from localign.files import replace_text, replacing_folder
+from localign.results import BestCheckpoint
 from localign.weights import load_strict
 
 MODEL_FILE = "model.safetensors"

@@ -7,15 +7,9 @@ from typing import Any, TypedDict
 
 from localign.engine.checkpoints.checksums import FileInfo, sealed_text
 from localign.engine.nonfinite import GuardState
+from localign.results import BestCheckpoint
 
 STATE_FILE = "state.json"
-
-
-class BestCheckpoint(TypedDict):
-    """The checkpoint with the lowest validation loss so far; also the content of ``best.json``."""
-
-    step: int
-    val_loss: float
 
 
 class LastValidation(TypedDict, total=False):
