@@ -14,6 +14,7 @@ from probing_toys import CONFIG, Colours, fake_backbone
 
 from localign.errors import RunFailure, UserError
 from localign.probing import AttributeLabels, HeadSpec, ProbeConfig, probe, probe_heads, suite
+from localign.results import ProbeOutcome
 
 SMALL = ProbeConfig(
     heads=("linear", "transformer"), steps=12, batch=16, extract_batch=16, cache_dtype="float32", curve_images=20
@@ -21,9 +22,8 @@ SMALL = ProbeConfig(
 LOCAL = HeadSpec("linear", "local")
 
 
-def figures(outcome: dict[str, Any], source: str = "val") -> dict[str, Any]:
-    metrics: dict[str, Any] = outcome["results"][source]["linear"]["local"]
-    return metrics
+def figures(outcome: ProbeOutcome, source: str = "val") -> Any:
+    return outcome["results"][source]["linear"]["local"]
 
 
 def test_probe_end_to_end_is_json_and_sees_what_is_there() -> None:
@@ -55,7 +55,7 @@ def test_probe_end_to_end_is_json_and_sees_what_is_there() -> None:
     assert result["sources"]["test"] == {"kind": "colours", "images": 24, "fingerprint": "test24"}
     assert result["config"]["warmup_steps"] == 15
     assert list(result["results"]) == ["val", "test"]
-    heads = result["results"]["test"]
+    heads: Any = result["results"]["test"]
     assert set(heads["transformer"]) == {"local", "global", "majority"}
     assert set(heads["transformer-cls-only"]) == {"local", "majority"}
     assert heads["transformer"]["local"]["macro_recall"] > 0.99
@@ -142,11 +142,12 @@ def test_the_published_protocol_reports_each_heads_best_epoch() -> None:
     best = probe_heads(*arguments, dataclasses.replace(config, protocol="published"))
     last = probe_heads(*arguments, config)
     epochs = set()
+    metrics: Any
     for ours, theirs in zip(best, last, strict=True):
         assert ours.outcome["protocol"] == "published"
         for head, tasks in ours.outcome["results"]["val"].items():
             for task, metrics in tasks.items():
-                final = theirs.outcome["results"]["val"][head][task]
+                final: Any = theirs.outcome["results"]["val"][head][task]
                 assert metrics["macro_recall"] >= final["macro_recall"]
                 epochs.add(metrics["best_epoch"])
                 if metrics["best_epoch"] == 6:
@@ -156,8 +157,8 @@ def test_the_published_protocol_reports_each_heads_best_epoch() -> None:
     # The returned heads are the heads of the reported epochs.
     chosen = best[0].outcome["results"]["val"]["linear"]["local"]
     if chosen["best_epoch"] != 6:
-        weights, final = (p.trained.heads[LOCAL].state_dict() for p in (best[0], last[0]))
-        assert not torch.equal(weights["function.weight"], final["function.weight"])
+        ours_best, ours_last = (p.trained.heads[LOCAL].state_dict() for p in (best[0], last[0]))
+        assert not torch.equal(ours_best["function.weight"], ours_last["function.weight"])
     with pytest.raises(UserError, match="give one source to evaluate on"):
         probe(
             *arguments[:2],
@@ -213,6 +214,7 @@ def test_replicates_are_handed_out_for_comparisons() -> None:
     recalls = first.recalls["val", spec]
     assert recalls.shape == (1000,)
     assert torch.equal(recalls, again.recalls["val", spec])
-    low, high = first.outcome["results"]["val"]["linear"]["global"]["macro_recall_interval"]
+    metrics: Any = first.outcome["results"]["val"]["linear"]["global"]
+    low, high = metrics["macro_recall_interval"]
     assert (recalls < low).double().mean() == pytest.approx(0.025, abs=0.003)
     assert (recalls > high).double().mean() == pytest.approx(0.025, abs=0.003)

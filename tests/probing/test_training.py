@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def same(a: TrainedHeads, b: TrainedHeads, spec: HeadSpec) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def recalls(trained: TrainedHeads) -> dict[SeededHead, float]:
+def recalls(trained: TrainedHeads) -> dict[SeededHead, Any]:
     heads = {(trained.seed, spec): head for spec, head in trained.heads.items()}
     counts = evaluate_heads(heads, in_memory(*toy(100, 1)), CONFIG, ALONE)
     return {key: c.metrics["macro_recall"] for key, c in counts.items()}
@@ -79,11 +80,13 @@ def test_curves_tell_training_and_validation_loss_every_hundred_steps() -> None:
 
     one = train(True)
     assert [point["step"] for point in one.curve] == [100, 120]
-    first, last = (point["linear"]["local"] for point in one.curve)
+    points: Any = one.curve
+    first, last = (point["linear"]["local"] for point in points)
     assert set(first) == {"train", "validation"}
     assert last["train"] < first["train"]
     without = train(False)
-    assert "validation" not in without.curve[0]["linear"]["local"]
+    points = without.curve
+    assert "validation" not in points[0]["linear"]["local"]
     assert all(same(one, without, spec) for spec in ALL[:2])  # the validation changes nothing
     assert train(True, images=0).curve == without.curve
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from localign.probing.features import Features
 from localign.probing.labels import PatchLabels
 from localign.probing.metrics import MajorityCounts, MultiLabelCounts
 from localign.probing.training import SeededHead, chunks
+from localign.results import Metrics
 from localign.statistics.bootstrap import macro_recalls, percentile_interval
 
 
@@ -25,7 +25,7 @@ from localign.statistics.bootstrap import macro_recalls, percentile_interval
 class HeadCounts:
     """A head's metrics on a source, and the counts by image that the bootstrap needs."""
 
-    metrics: dict[str, Any]
+    metrics: Metrics
     hits: Tensor
     """True positives, int32 ``(images, classes)``."""
     positives: Tensor
@@ -36,7 +36,7 @@ class HeadCounts:
 class HeadMetrics:
     """A head's metrics on a source with a bootstrap interval."""
 
-    metrics: dict[str, Any]
+    metrics: Metrics
     """With ``macro_recall_interval``."""
     recalls: Tensor
     """Macro recall in each bootstrap replicate, float64 ``(replicates,)``."""

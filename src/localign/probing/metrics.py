@@ -8,10 +8,11 @@ over classes and without waiting for the device, and returns each image's counts
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from localign.results import Metrics
 
 SIZE_BINS = 10
 """Number of bins of object size. Bin b has objects that cover a share in (b/10, (b+1)/10] of the image's patches."""
@@ -87,7 +88,7 @@ class MultiLabelCounts(_Sums):
         self._sums["size_tp"].index_add_(0, bins, (hits * known).view(-1))
         self._sums["size_positives"].index_add_(0, bins, (positives * known).view(-1))
 
-    def compute(self) -> dict[str, Any]:
+    def compute(self) -> Metrics:
         """The metrics. Means over classes are over the classes with at least one positive, as published.
 
         Returns:
@@ -148,7 +149,7 @@ class MajorityCounts(_Sums):
             self._sums[name] += value
         return hits, positives
 
-    def compute(self) -> dict[str, Any]:
+    def compute(self) -> Metrics:
         """The metrics. Means over classes are over the classes that occur.
 
         Returns:

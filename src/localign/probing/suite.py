@@ -40,7 +40,7 @@ from localign.probing.features import (
 from localign.probing.heads import Geometry
 from localign.probing.segmentation import LabelledSource, labelled_batches
 from localign.probing.training import SeededHead, TrainedHeads, train_heads
-from localign.results import ProbeOutcome, RecallDifference
+from localign.results import Metrics, ProbeOutcome, RecallDifference
 from localign.statistics.bootstrap import percentile_interval
 
 if TYPE_CHECKING:
@@ -175,14 +175,10 @@ def differences(name: str, ours: list[Probed], against: str, theirs: list[Probed
     """
     found: list[RecallDifference] = []
     for source, spec in ours[0].recalls:
-        sides: list[list[Any]] = [
-            [p.outcome["results"][source][spec.label][spec.task]["macro_recall"] for p in seeds]
-            for seeds in (ours, theirs)
-        ]
+        means = [_mean_recall(seeds, source, spec) for seeds in (ours, theirs)]
         replicates = [
             torch.stack([p.recalls[source, spec] for p in seeds]).mean(0) for seeds in (ours, theirs)
         ]
-        defined = all(value is not None for side in sides for value in side)
         found.append(
             {
                 "name": name,
@@ -190,11 +186,18 @@ def differences(name: str, ours: list[Probed], against: str, theirs: list[Probed
                 "head": spec.label,
                 "task": spec.task,
                 "source": source,
-                "difference": float(np.mean(sides[0]) - np.mean(sides[1])) if defined else None,
+                "difference": None if means[0] is None or means[1] is None else means[0] - means[1],
                 "interval": percentile_interval(replicates[0] - replicates[1]),
             }
         )
     return found
+
+
+def _mean_recall(seeds: list[Probed], source: str, spec: HeadSpec) -> float | None:
+    """Macro recall, mean over seeds; None if it is undefined for a seed."""
+    recalls = [p.outcome["results"][source][spec.label][spec.task]["macro_recall"] for p in seeds]
+    defined = [recall for recall in recalls if recall is not None]
+    return float(np.mean(defined)) if len(defined) == len(recalls) else None
 
 
 def _probed(
@@ -204,7 +207,7 @@ def _probed(
     metrics: Mapping[str, Mapping[SeededHead, HeadMetrics]],
 ) -> Probed:
     """The results of one seed."""
-    results: dict[str, dict[str, dict[str, Any]]] = {}
+    results: dict[str, dict[str, dict[str, Metrics]]] = {}
     recalls: dict[SourceHead, Tensor] = {}
     for source, heads in metrics.items():
         results[source] = {}

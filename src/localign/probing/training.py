@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from localign.options.probe import HeadSpec, ProbeConfig
 from localign.probing.features import Batch, Features, Rows
 from localign.probing.heads import Geometry, build_head
 from localign.probing.labels import PatchLabels
+from localign.results import CurvePoint, HeadLoss
 
 CURVE_EVERY = 100
 """Steps between two points of the loss curves."""
@@ -61,7 +61,7 @@ class TrainedHeads:
 
     seed: int
     heads: dict[HeadSpec, nn.Module]
-    curve: list[dict[str, Any]]
+    curve: list[CurvePoint]
     """A point every 100 steps: ``step``, and for each head and task the mean ``train`` loss since the last point and
     the ``validation`` loss."""
 
@@ -208,7 +208,7 @@ class _Curves:
         context: DistributedContext,
     ) -> None:
         self.heads, self.config, self.context = heads, config, context
-        self.points: dict[int, list[dict[str, Any]]] = {seed: [] for seed in config.all_seeds}
+        self.points: dict[int, list[CurvePoint]] = {seed: [] for seed in config.all_seeds}
         self._running, self._steps = torch.zeros(len(heads), device=context.device), 0
         self._validation_batches: list[Batch] = []
         self._images = 0 if validation is None else min(len(validation), config.curve_images)
@@ -226,18 +226,18 @@ class _Curves:
         train = self.context.all_reduce(self._running / self._steps).tolist()
         validation = self._validation_losses().tolist() if self._images else None
         for seed, points in self.points.items():
-            point: dict[str, Any] = {"step": step}
+            heads: dict[str, dict[str, HeadLoss]] = {}
             for i, (head_seed, spec) in enumerate(self.heads):
                 if head_seed != seed:
                     continue
                 if not math.isfinite(train[i]):
                     name = f"{spec.label} head ({spec.task})"
                     raise RunFailure(f"the loss of the {name} is not finite at step {step}")
-                losses = {"train": train[i]}
+                losses: HeadLoss = {"train": train[i]}
                 if validation is not None:
                     losses["validation"] = validation[i]
-                point.setdefault(spec.label, {})[spec.task] = losses
-            points.append(point)
+                heads.setdefault(spec.label, {})[spec.task] = losses
+            points.append({"step": step, **heads})
         self._running, self._steps = torch.zeros_like(self._running), 0
 
     @torch.no_grad()
