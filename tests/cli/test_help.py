@@ -39,7 +39,8 @@ def test_the_help_names_groups_positionals_values_and_defaults() -> None:
     assert "--steps INT|null Optimizer steps" in text
     assert "--crop {published,rrc,none,null}" in text
     assert "--model-kwargs [NAME=VALUE ...]" in text
-    assert "--betas [FLOAT,FLOAT] AdamW's moment decay rates. (default: [0.9, 0.95])" in text
+    assert "--betas [FLOAT,FLOAT]" in text
+    assert "(default: [0.9, 0.95])" in text
     assert "(default: scenes-vit)" in text
 
 
