@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from localign.cli import COMMANDS, build_parser
+from localign.cli import COMMANDS, build_parser, main
 from localign.cli.options import Option, groups_of, options_of
 
 
@@ -42,6 +42,14 @@ def test_the_help_names_groups_positionals_values_and_defaults() -> None:
     assert "--betas [FLOAT,FLOAT]" in text
     assert "(default: [0.9, 0.95])" in text
     assert "(default: scenes-vit)" in text
+
+
+def test_the_help_of_a_first_word_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "data shard" in text
+    assert "vlm train" not in text
+    assert main(["data"]) == 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 
 from localign.backbones import CATALOGUE, EMBEDDED
 from localign.cli import main
+from localign.data.scenes import SceneConfig
 from localign.recipes import read_recipe, recipe_names
 
 
@@ -22,6 +23,7 @@ def listed(capsys: pytest.CaptureFixture[str], what: str) -> list[dict[str, obje
 def test_backbones_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = {row["name"]: row for row in listed(capsys, "backbones")}
     assert list(found) == [EMBEDDED, *CATALOGUE]
+    assert found[EMBEDDED]["image_size"] == SceneConfig().image_size
     assert found["clip-vit-l-336px"] == {
         "name": "clip-vit-l-336px", "timm_name": "vit_large_patch14_clip_quickgelu_336.openai", "image_size": 336,
         "lr": 2e-4, "soft_cap": True, "data": "IN21k", "epochs": 5, "loader": "timm",

@@ -2,10 +2,10 @@
 
 from localign.backbones.attention import SoftCapAttention, apply_soft_cap
 from localign.backbones.backbone import Backbone
-from localign.backbones.catalogue import CATALOGUE, CatalogueEntry
 from localign.backbones.create import create_backbone, open_backbone
 from localign.backbones.export import export_folder, load_backbone, save_backbone
 from localign.options.names import EMBEDDED, AttentionBackend
+from localign.recipes.catalogue import CATALOGUE, CatalogueEntry
 
 __all__ = [
     "CATALOGUE",

@@ -14,12 +14,12 @@ from torch import nn
 
 from localign import rng
 from localign.backbones.backbone import Backbone
-from localign.backbones.catalogue import CATALOGUE
 from localign.backbones.export import CONFIG_FILE, export_folder, load_backbone
 from localign.backbones.moco import read_moco_v3
 from localign.backbones.weights import read_state_dict
 from localign.errors import UserError, did_you_mean
 from localign.options.names import EMBEDDED, AttentionBackend
+from localign.recipes.catalogue import CATALOGUE
 from localign.weights import load_strict
 
 """The small backbone inside the package, pre-trained on scenes with image-level supervision."""

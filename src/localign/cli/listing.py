@@ -1,10 +1,14 @@
-"""`localign list`: the backbones and recipes that there are."""
+"""`localign list`: the backbones of the catalogue and the recipes."""
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from localign.options.names import EMBEDDED
+from localign.recipes import read_recipe, recipe_names
+from localign.recipes.catalogue import CATALOGUE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +39,13 @@ def run_list(config: ListConfig) -> None:
 
 
 def _recipes() -> list[dict[str, Any]]:
-    from localign.recipes import read_recipe, recipe_names
-
     found = [(name, read_recipe(name)) for name in recipe_names()]
     return [{"name": n, "command": r.command, "about": r.about, "options": r.values} for n, r in found]
 
 
 def _backbones() -> list[dict[str, Any]]:
-    from localign.backbones import CATALOGUE
-    from localign.data.scenes import SceneConfig
-    from localign.options.names import EMBEDDED
-
-    embedded = {"timm_name": None, "image_size": SceneConfig().image_size, "lr": 1e-3, "soft_cap": True,
-                "data": "scenes", "epochs": None, "loader": "package"}  # fmt: skip
+    embedded = {"timm_name": None, "image_size": 48, "lr": 1e-3, "soft_cap": True, "data": "scenes",
+                "epochs": None, "loader": "package"}  # fmt: skip
     return [{"name": EMBEDDED, **embedded}, *({"name": n, **asdict(e)} for n, e in CATALOGUE.items())]
 
 

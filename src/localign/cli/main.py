@@ -7,17 +7,18 @@ from collections.abc import Callable, Sequence
 
 from localign._version import __version__
 from localign.cli.parser import command_of, parse
-from localign.cli.table import COMMANDS, split_command
+from localign.cli.table import COMMANDS, commands_of, split_command
 from localign.errors import RunFailure, RunStopped, UserError
 from localign.signals import exit_on_signals
 
 EXIT_OK, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
 
 
-def usage() -> str:
-    """What `localign --help` prints."""
+def usage(group: str = "") -> str:
+    """What `localign --help` prints, or `localign GROUP --help` for the commands with this first word."""
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
+    shown = commands_of(group) if group else COMMANDS
+    lines = [f"  {name:<{width}}{command.help}" for name, command in shown.items()]
     return "\n".join(
         [
             f"localign {__version__}: locality alignment for vision transformers",
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK if arguments else EXIT_BAD_INPUT
     if arguments[0] in ("-V", "--version"):
         print(__version__)
+        return EXIT_OK
+    if commands_of(arguments[0]) and arguments[1:2] in (["-h"], ["--help"]):
+        print(usage(arguments[0]))
         return EXIT_OK
     with exit_on_signals():
         return exit_code(lambda: _run(arguments))

@@ -54,39 +54,44 @@ class Command:
 # name, config class, function, help, positional fields
 # fmt: off
 _TABLE: tuple[Command, ...] = (
-    Command("demo", "options.demo:DemoConfig", "demo.run:run_demo", "align the embedded backbone, probe before and after, report"),
-    Command("align", "options.align:AlignConfig", "alignment.command:run_align", "locality alignment of a backbone"),
-    Command("plan", "options.plan:PlanConfig", "planning.show:run_plan", "what a run takes before it runs: arithmetic, memory, hours", recipes_of="align", ignored_in_files=("out",), sibling="vlm plan"),
-    Command("pretrain", "options.pretrain:PretrainConfig", "pretraining.task:run_pretrain", "make the embedded backbone"),
-    Command("finetune", "options.finetune:FinetuneConfig", "finetuning.task:run_finetune", "classification fine-tuning under a transformer head"),
-    Command("probe", "options.probe:ProbeCommandConfig", "probing.command:run_probe", "what backbones know about patches and images", ("backbone",)),
-    Command("vlm train", "options.vlm.train:VLMConfig", "vlm.commands:run_vlm_train", "a ViT, an adapter and a language model, trained on conversations"),
-    Command("vlm plan", "options.vlm.plan:VLMPlanConfig", "planning.show:run_vlm_plan", "what a VLM training takes before it runs: parameters, memory, steps", recipes_of="vlm train", ignored_in_files=("out",)),
+    Command("demo", "options.demo:DemoConfig", "demo.run:run_demo", "align the embedded backbone, probe it before and after, and write a report"),
+    Command("align", "options.align:AlignConfig", "alignment.command:run_align", "align a backbone"),
+    Command("plan", "options.plan:PlanConfig", "planning.show:run_plan", "estimate a run: arithmetic, memory, hours", recipes_of="align", ignored_in_files=("out",), sibling="vlm plan"),
+    Command("pretrain", "options.pretrain:PretrainConfig", "pretraining.task:run_pretrain", "pre-train the embedded backbone on scenes"),
+    Command("finetune", "options.finetune:FinetuneConfig", "finetuning.task:run_finetune", "fine-tune a backbone for classification, with a transformer head"),
+    Command("probe", "options.probe:ProbeCommandConfig", "probing.command:run_probe", "measure what backbones know about patches and images", ("backbone",)),
+    Command("vlm train", "options.vlm.train:VLMConfig", "vlm.commands:run_vlm_train", "train a ViT, an adapter and a language model on conversations"),
+    Command("vlm plan", "options.vlm.plan:VLMPlanConfig", "planning.show:run_vlm_plan", "estimate a VLM training: parameters, memory, steps", recipes_of="vlm train", ignored_in_files=("out",)),
     Command("vlm chat", "options.vlm.tools:ChatConfig", "vlm.chat:run_chat", "ask a model about an image", ("model", "image")),
     Command("vlm export", "options.vlm.tools:VLMExportConfig", "vlm.commands:run_vlm_export", "write a model as a transformers folder", ("model",)),
-    Command("vlm check", "options.vlm.tools:CheckConfig", "vlm.commands:run_check", "look for what is wrong with conversations", ("data",)),
-    Command("vlm convert", "options.vlm.tools:ConvertConfig", "vlm.commands:run_convert", "make the published mixtures of conversations", ("what",)),
-    Command("vlm eval", "options.vlm.evaluation:EvalConfig", "vlm.commands:run_eval", "put benchmarks to a vision-language model", ("model",)),
-    Command("vlm score", "options.vlm.evaluation:ScoreConfig", "vlm.evaluation.score:run_score", "score answers again, or compare models", ("runs",)),
-    Command("vlm show", "options.vlm.evaluation:ShowConfig", "vlm.evaluation.show:run_show", "draw questions with true and answered boxes", ("answers",)),
-    Command("vlm demo", "options.vlm.demo:VLMDemoConfig", "vlm.demo.run:run_vlm_demo", "compare models with and without alignment, on drawn scenes"),
+    Command("vlm check", "options.vlm.tools:CheckConfig", "vlm.commands:run_check", "find faults in files of conversations", ("data",)),
+    Command("vlm convert", "options.vlm.tools:ConvertConfig", "vlm.commands:run_convert", "build the published mixtures of conversations", ("what",)),
+    Command("vlm eval", "options.vlm.evaluation:EvalConfig", "vlm.commands:run_eval", "evaluate a vision-language model on benchmarks", ("model",)),
+    Command("vlm score", "options.vlm.evaluation:ScoreConfig", "vlm.evaluation.score:run_score", "score kept answers again, or compare models", ("runs",)),
+    Command("vlm show", "options.vlm.evaluation:ShowConfig", "vlm.evaluation.show:run_show", "draw questions with true and predicted boxes", ("answers",)),
+    Command("vlm demo", "options.vlm.demo:VLMDemoConfig", "vlm.demo.run:run_vlm_demo", "compare models with and without alignment on drawn scenes"),
     Command("data shard", "options.datatools:ShardConfig", "datatools.shard:run_shard", "pack images into tar shards", ("source", "out")),
-    Command("data verify", "options.datatools:DataVerifyConfig", "datatools.verify:run_verify", "decode every image, list the bad ones", ("source",)),
-    Command("data stats", "options.datatools:StatsConfig", "datatools.stats:run_stats", "how many images, how large, in which classes", ("source",)),
-    Command("data in21k-p", "options.datatools:In21kConfig", "datatools.in21k:run_in21k", "make the processed ImageNet-21k and its validation split", ("source", "out")),
-    Command("bench align", "options.bench:AlignBenchConfig", "bench.align:run_bench_align", "alignment steps against the same mathematics written out plainly"),
-    Command("bench loader", "options.bench:LoaderBenchConfig", "bench.loader:run_bench_loader", "loading of training crops against torchvision's loader"),
-    Command("reproduce", "options.reproduce:ReproduceConfig", "reproduce.run:run_reproduce", "a table or figure of the paper, with all runs it takes", ("target",)),
+    Command("data verify", "options.datatools:DataVerifyConfig", "datatools.verify:run_verify", "decode every image and list the unreadable ones", ("source",)),
+    Command("data stats", "options.datatools:StatsConfig", "datatools.stats:run_stats", "count images and classes, and measure image sizes", ("source",)),
+    Command("data in21k-p", "options.datatools:In21kConfig", "datatools.in21k:run_in21k", "build the processed ImageNet-21k and its validation split", ("source", "out")),
+    Command("bench align", "options.bench:AlignBenchConfig", "bench.align:run_bench_align", "time alignment steps against a plain implementation"),
+    Command("bench loader", "options.bench:LoaderBenchConfig", "bench.loader:run_bench_loader", "time the loading of training crops against torchvision"),
+    Command("reproduce", "options.reproduce:ReproduceConfig", "reproduce.run:run_reproduce", "reproduce a table or figure of the paper, with all the runs it needs", ("target",)),
     Command("export", "options.export:ExportConfig", "alignment.export:run_export", "write a backbone for use elsewhere", ("source",)),
     Command("import", "options.export:ImportConfig", "alignment.export:run_import", "convert a published checkpoint (.pth.tar)", ("file",)),
-    Command("list", "cli.listing:ListConfig", "cli.listing:run_list", "what there is: backbones, recipes", ("what",)),
+    Command("list", "cli.listing:ListConfig", "cli.listing:run_list", "list backbones or recipes", ("what",)),
     Command("report", "options.export:ReportConfig", "report.build:run_report", "write report.html of a run again", ("run",)),
     Command("verify-reference", "options.export:VerifyConfig", "alignment.verify:run_verify_reference", "recompute a folder of reference numbers", ("folder",)),
-    Command("completion", "cli.completion:CompletionConfig", "cli.completion:run_completion", "a script that completes options in a shell", ("shell",)),
+    Command("completion", "cli.completion:CompletionConfig", "cli.completion:run_completion", "print a completion script for a shell", ("shell",)),
 )
 # fmt: on
 
 COMMANDS: dict[str, Command] = {command.name: command for command in _TABLE}
+
+
+def commands_of(group: str) -> dict[str, Command]:
+    """The commands of two words with this first word."""
+    return {name: command for name, command in COMMANDS.items() if name.startswith(f"{group} ")}
 
 
 def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -99,6 +104,6 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
         if (name := " ".join(arguments[:words])) in COMMANDS:
             return name, list(arguments[words:])
     name = arguments[0]
-    if group := [known for known in COMMANDS if known.startswith(f"{name} ")]:
+    if group := commands_of(name):
         raise UserError(f"localign {name} what? there is {', '.join(group)}")
     raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; `localign --help` lists them")
