@@ -21,10 +21,10 @@ from localign.options.train import TrainConfig
 
 @dataclass(frozen=True)
 class ObjectiveChoices:
-    """What goes with an objective; the default first."""
+    """The targets, losses and decoders that an objective accepts, the default first."""
 
     targets: tuple[TargetName, ...]
-    """What the teacher may give."""
+    """Outputs of the teacher."""
     losses: tuple[LossName, ...] = ("mse", "cosine", "l1")
     decoders: tuple[DecoderName, ...] = ("none",)
     masked: bool = True
@@ -34,7 +34,7 @@ class ObjectiveChoices:
 OBJECTIVE_CHOICES: Mapping[ObjectiveName, ObjectiveChoices] = {
     "maskembed": ObjectiveChoices(("penultimate", "last", "cls"), decoders=("transformer",)),
     "averaging": ObjectiveChoices(("cls", "pooled")),
-    # Of another loss the solution is not known, let alone the Shapley values.
+    # The solution (for Shapley masks: the Shapley values) is known only for mse.
     "additive": ObjectiveChoices(("cls", "pooled"), losses=("mse",)),
     "clipself": ObjectiveChoices(
         ("cls", "pooled"), losses=("cosine", "mse", "l1"), decoders=("none", "transformer"), masked=False
@@ -45,7 +45,7 @@ OBJECTIVE_CHOICES: Mapping[ObjectiveName, ObjectiveChoices] = {
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """Which keep-masks are drawn; how, says :class:`localign.alignment.masks.MaskSampler`.
+    """The keep-masks of an alignment; :class:`localign.alignment.masks.MaskSampler` draws them.
 
     Raises:
         UserError: Unknown kind, or a share outside (0, 1).
@@ -57,7 +57,7 @@ class MaskOptions:
     covered, which the last one exceeds by less than ``block_min_patches`` or so; shapley: cardinality k in
     1..n-1 with probability proportional to 1 / (k (n - k)), then positions uniform."""
     keep_ratio: float = 0.5
-    """Share of patches kept visible, for bernoulli and block; the others ignore the default and refuse the rest."""
+    """Share of patches kept visible by bernoulli and block masks; other kinds take only the default."""
     complement: bool = True
     """Also use the mask's complement."""
     all_visible: bool = True
@@ -79,13 +79,13 @@ class MaskOptions:
 
     @property
     def masks_per_image(self) -> int:
-        """1, 2 or 3."""
+        """How many masks an image gets: 1, 2 or 3."""
         return 1 + self.complement + self.all_visible
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(DataConfig, TrainConfig):
-    """Locality alignment of one backbone by MaskEmbed, or by an objective that it is compared with."""
+    """Align a backbone with MaskEmbed, or with one of the objectives that MaskEmbed is compared with."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
         "Model": "backbone weights image_size model_kwargs decoder decoder_depth decoder_layer_scale soft_cap "
@@ -97,7 +97,7 @@ class AlignConfig(DataConfig, TrainConfig):
     }
 
     objective: ObjectiveName = "maskembed"
-    """maskembed; averaging (MaskEmbed without decoder), additive, clipself (crops), or mim (masked input)."""
+    """maskembed, averaging (MaskEmbed without a decoder), additive, clipself (crops) or mim (masked input)."""
     backbone: str = "scenes-vit"
     """A name of `localign list backbones`, any timm name, hf-hub:..., local-dir:..., or an export folder."""
     weights: str = "pretrained"
@@ -107,36 +107,37 @@ class AlignConfig(DataConfig, TrainConfig):
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm's constructor, for example depth=2."""
     soft_cap: float | str | None = "auto"
-    """Bound of the student's attention logits; auto: 30 where the backbone's family has it, else none."""
+    """Bound of the student's attention logits. auto: 30 if the backbone's family supports it, otherwise none."""
     attention: AttentionBackend = "auto"
     """Back-end of soft-capped attention: eager, flex, or auto (flex on CUDA)."""
     target: TargetName | None = None
-    """What the teacher gives: tokens after the penultimate or the last block, its cls token, or its pooled output
-    by any pooling; default penultimate (maskembed, mim) or cls (the others)."""
+    """Output of the teacher to reconstruct: tokens after the penultimate or the last block, the cls token, or the
+    output of its pooling (pooled). Default penultimate for maskembed and mim, cls for the other objectives."""
     loss: LossName | None = None
-    """mse, cosine or l1; default mse (for clipself: cosine)."""
+    """mse, cosine or l1. Default mse, for clipself cosine."""
     loss_tokens: TokenSelection = "all"
-    """Tokens the loss goes over: all, hidden (prefix tokens included) or visible."""
+    """Tokens in the loss: all, hidden (and prefix tokens) or visible."""
     mask: MaskKind | None = None
-    """uniform, bernoulli, block or shapley; default uniform (for clipself, which crops: none)."""
+    """How patches are hidden: uniform, bernoulli, block or shapley; default uniform. clipself crops instead."""
     keep_ratio: float = 0.5
-    """Share of patches kept by bernoulli and block masks."""
+    """Share of patches that bernoulli and block masks keep visible."""
     block_min_patches: int = 16
-    """Smallest block of block masks, patches."""
+    """Patches in the smallest block of block masks."""
     complement: bool = True
     """Also train with the complement of each mask."""
     all_visible: bool = True
     """Also train with the mask that hides nothing."""
     scale_images: int = 256
-    """Training images from which the target scale is estimated before step 0."""
+    """Training images used to estimate the scale of the target before the first step."""
     decoder: DecoderName | None = None
-    """transformer or none; default transformer for maskembed, which needs it, else none; clipself takes either."""
+    """transformer or none. maskembed needs the transformer; clipself takes either, with none as its default; the other
+    objectives take none."""
     decoder_depth: int = 2
-    """Blocks of the decoder."""
+    """Transformer blocks of the decoder."""
     decoder_layer_scale: float | None = 1e-6
     """Initial LayerScale of the decoder; null for none."""
     train_blocks: int | None = None
-    """Train only the encoder's last N blocks, its norm and head, and the decoder; default all."""
+    """Train only the last N blocks of the encoder, its norm and head, and the decoder; default all blocks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,7 +159,7 @@ class AlignConfig(DataConfig, TrainConfig):
             raise UserError(f"--soft-cap takes a number, auto or none, not {self.soft_cap!r}")
 
     def masks(self) -> MaskOptions:
-        """The masks of these options; not for objectives without masks."""
+        """The mask options; only for objectives with masks."""
         assert self.mask is not None
         return MaskOptions(
             self.mask, self.keep_ratio, self.complement, self.all_visible, self.block_min_patches
@@ -179,7 +180,7 @@ class AlignConfig(DataConfig, TrainConfig):
                 raise UserError(f"{_option(name)} takes {', '.join(known)}, not {value!r}")
 
     def _fill_in(self, choices: ObjectiveChoices) -> None:
-        """Put the objective's defaults where nothing was given, so that what is saved explains itself."""
+        """Fill in the objective's defaults, so that the saved config is complete."""
         defaults = {
             "target": choices.targets[0],
             "loss": choices.losses[0],
@@ -216,7 +217,7 @@ class AlignConfig(DataConfig, TrainConfig):
             )
 
     def _changed(self, *names: str) -> str:
-        """Those of the options that are not at their default, as a user writes them."""
+        """The options that do not have their default value, as a user writes them."""
         defaults = {f.name: f.default for f in fields(self)}
         return ", ".join(_option(name) for name in names if getattr(self, name) != defaults[name])
 

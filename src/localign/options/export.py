@@ -1,4 +1,4 @@
-"""Config classes of the commands that are no training run."""
+"""Options of `localign export`, `import`, `verify-reference` and `report`."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +15,15 @@ class ExportConfig:
     out: str = "export"
     """Folder to write."""
     checkpoint: str = "last"
-    """Of a run: last, best, or a step."""
+    """For a run: last, best, or the number of a step."""
     decoder: bool = True
-    """Of a run: also write the decoder."""
+    """For a run: also write the decoder."""
     weights: str = "pretrained"
-    """Of a name: pretrained, none, or a weight file."""
+    """For a name: pretrained, none (random), or a weight file."""
     image_size: int | None = None
-    """Of a name: side of the square input, pixels."""
+    """For a name: side of the square input in pixels; default the backbone's own."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Of a name: further arguments of timm's constructor."""
+    """For a name: further arguments of timm's constructor, for example depth=2."""
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -37,15 +37,15 @@ class ImportConfig:
     file: str = ""
     """The published file."""
     backbone: str = ""
-    """The backbone it was trained from, by catalogue or timm name."""
+    """Catalogue or timm name of the backbone that the run started from."""
     out: str = "imported"
     """Folder to write."""
     decoder: bool = False
-    """Also keep the decoder."""
+    """Also write the decoder."""
     soft_cap: float | str | None = "auto"
-    """Bound of the encoder's attention logits in that run; auto: 30 where the catalogue says so."""
+    """Bound of the encoder's attention logits in that run. auto: 30 if the catalogue lists a soft-cap."""
     image_size: int | None = None
-    """Side of the square input, pixels; default the backbone's own."""
+    """Side of the square input in pixels; default the backbone's own."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm's constructor."""
 
@@ -56,12 +56,12 @@ class ImportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Recompute every quantity of a folder of reference numbers and show the largest error of each."""
+    """Recompute a folder of reference numbers and print the largest error of each quantity."""
 
     folder: str = ""
     """Folder with meta.json, <variant>.safetensors and <variant>.pth.tar."""
     tol: float = 1e-5
-    """Largest error allowed; above it the exit code is 1."""
+    """Largest allowed error; above it the exit code is 1."""
 
     def __post_init__(self) -> None:
         if not self.folder:
@@ -70,7 +70,7 @@ class VerifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Write report.html of a run folder again."""
+    """Write report.html of a run again, for example after an update of localign."""
 
     run: str = ""
     """The run folder."""

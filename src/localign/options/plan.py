@@ -9,12 +9,12 @@ from localign.gpus import gpu
 from localign.options.align import AlignConfig
 
 IMAGES: dict[str, int] = {"imagenet-1k": 1_281_167, "imagenet-21k": 12_600_000}
-"""Training images of the data that recipes name; ImageNet-21k is the processed one, rounded."""
+"""Training images of the data sets that recipes name. ImageNet-21k is the processed version, rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(AlignConfig):
-    """What an alignment will take: parameters, arithmetic, memory, decoding and hours; nothing is run or fetched."""
+    """Estimate an alignment: parameters, arithmetic, memory, decoding and hours. Nothing runs, and nothing is downloaded."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
         "Plan": "gpus gpu dataset_size mfu decode_rate out",
@@ -23,19 +23,18 @@ class PlanConfig(AlignConfig):
     }
 
     dataset_size: int | None = None
-    """Training images; default the number that is known of imagenet-1k and imagenet-21k."""
+    """Number of training images; known by default for imagenet-1k and imagenet-21k."""
     gpus: int = 8
-    """GPUs, over all nodes; each is a rank."""
+    """GPUs over all nodes, one rank each."""
     gpu: str = "H100"
-    """Their name: A100, A100-40GB, H100, H100-PCIe, H100-NVL, H200, B200, L40S, A10 or RTX-4090."""
+    """GPU: A100, A100-40GB, H100, H100-PCIe, H100-NVL, H200, B200, L40S, A10 or RTX-4090."""
     mfu: float = 0.4
-    """Share of the GPU's peak that training reaches; 0.4 is usual, and `localign bench align` measures it."""
+    """Share of the GPU's peak that training reaches. 0.4 is typical; `localign bench align` measures it."""
     decode_rate: float = 400.0
-    """Training crops that a CPU core decodes per second; `localign bench loader` measures it. On one core of a server
-    it is about 100 from photographs of 3 megapixels, and 850 where the short side is 256 pixels."""
+    """Training crops that one CPU core decodes per second; `localign bench loader` measures it. A server core decodes
+    about 100 per second from photographs of 3 megapixels, and 850 if the short side is 256 pixels."""
     out: str = ""
-    """JSON file to write the plan to, given on the command line: in a config file, out is the folder of the run that
-    is planned."""
+    """JSON file for the plan. Only on the command line: `out` in a config file is the folder of the planned run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
