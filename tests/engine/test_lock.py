@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import multiprocessing
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.context import ForkProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -15,29 +17,30 @@ from localign.engine import lock as lock_module
 from localign.errors import UserError
 
 pytest.importorskip("fcntl")
-HOLD = """
-import sys
-from pathlib import Path
-from localign.engine.lock import lock
-file = lock(Path(sys.argv[1]))
-print("held", flush=True)
-sys.stdin.read()
-"""
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(folder: Path, locked: Event) -> None:
+    file = lock_module.lock(folder)
+    locked.set()
+    time.sleep(60)
+    assert file is not None
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def holder(tmp_path: Path) -> Iterator[ForkProcess]:
     """Another process that holds the lock of ``tmp_path``."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"held\n"
-        yield process
-        process.kill()
+    locked = FORK.Event()
+    process = FORK.Process(target=hold, args=(tmp_path, locked))
+    process.start()
+    assert locked.wait(30)
+    yield process
+    process.kill()
+    process.join()
 
 
 def test_a_folder_in_use_is_refused_until_its_process_dies(
-    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, holder: subprocess.Popen[bytes]
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, holder: ForkProcess
 ) -> None:
     monkeypatch.setattr(lock_module, "PATIENCE", 0.2)
     config = tiny(tmp_path, images, steps=4)
@@ -45,7 +48,7 @@ def test_a_folder_in_use_is_refused_until_its_process_dies(
         run(config)
     assert not (tmp_path / "config.yaml").exists()
     holder.kill()  # kill -9
-    holder.wait()
+    holder.join()
     assert run(config).results["steps"] == 4
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,15 @@ DROPPING = {**TINY_VIT, "proj_drop_rate": 0.1}
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="main memory is measured on Linux only"
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> Iterator[None]:
+    """The search collects garbage after every trial. Leave out what this process imported, which takes long."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class SizeRecorder(DisturbedAlignment):
