@@ -38,7 +38,7 @@ def useful_flops(model: LocalignVLM, lengths: Sequence[int], labelled: int, imag
     layers = [p for p in llm.parameters() if p.ndim == 2 and p is not embedding and p is not head]
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head_width
-    flops = _weights(layers) * sum(lengths) + _weights([head]) * labelled
+    flops: float = _weights(layers) * sum(lengths) + _weights([head]) * labelled
     flops += 6 * config.num_hidden_layers * width * sum(length**2 for length in lengths)
     return flops + images * _image_flops(model)
 

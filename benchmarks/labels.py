@@ -146,7 +146,7 @@ def bench_labels(config: LabelsConfig) -> dict[str, Any]:
         classes = int(maps.max()) + 1
     else:
         maps, classes = drawn_maps(config.images or IMAGES, size, config.seed), CLASSES
-    batches = maps.to(device).split(BATCH)
+    batches = torch.split(maps.to(device), BATCH)
 
     def vectorised() -> PatchLabels:
         return PatchLabels.cat([reduce_labels(batch, patch, classes) for batch in batches])

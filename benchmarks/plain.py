@@ -64,20 +64,22 @@ def plain_run(
         tokens, labels = batches(stream.indices(step * config.batch, (step + 1) * config.batch))
         loss = head_loss(spec, full_logits(head, tokens), labels)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return _macro_recall(head, spec, PlainBatches(backbone, test, device), config.batch)
 
 
 def full_logits(head: nn.Module, tokens: Tensor) -> Tensor:
     """A head's logits, computed by running every block at every token."""
+    logits: Tensor
     if not isinstance(head, TransformerHead):
-        return head(tokens)
+        logits = head(tokens)
+        return logits
     outputs = head.norm(head.blocks(head.norm_pre(tokens + head.positions)))
     prefix = head.num_prefix_tokens
-    if head.per_image:
-        return head.linear(outputs[:, : prefix or None].mean(dim=1))
-    return head.linear(outputs[:, prefix:])
+    pooled = outputs[:, : prefix or None].mean(dim=1) if head.per_image else outputs[:, prefix:]
+    logits = head.linear(pooled)
+    return logits
 
 
 @torch.no_grad()

@@ -63,18 +63,17 @@ def test_the_plain_implementation_computes_the_same_loss_and_gradients(
     task.teacher.scale.fill_(float(scale))
     ours = task.step(task.student, batch)
     assert float(ours.loss_sum.detach() / ours.weight) == pytest.approx(float(loss.detach()), rel=1e-5)
-    (ours.loss_sum / ours.weight).backward()
-    loss.backward()
+    (ours.loss_sum / ours.weight).backward()  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]
     gradients = [
         {n.replace("given.", ""): p.grad for n, p in m.named_parameters()} for m in (task.student, student)
     ]
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
+        other = gradients[1][name]
         assert gradient is not None
-        assert gradients[1][name] is not None
-        assert torch.allclose(gradient, gradients[1][name], atol=1e-4 * float(gradient.abs().max()) + 1e-9), (
-            name
-        )
+        assert other is not None
+        assert torch.allclose(gradient, other, atol=1e-4 * float(gradient.abs().max()) + 1e-9), name
 
 
 def test_flops_are_what_torch_counts(images: Path) -> None:
@@ -82,7 +81,7 @@ def test_flops_are_what_torch_counts(images: Path) -> None:
     task.to(torch.device("cpu"))
     batch = next(task.batches(BatchPlan(0, 3, 3, 0, 1, 0, 0, 4, False)))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        task.step(task.student, batch).loss_sum.backward()
+        task.step(task.student, batch).loss_sum.backward()  # type: ignore[no-untyped-call]
     assert 3 * CountedAlignment(task.config).flops().total == pytest.approx(
         counter.get_total_flops(), rel=0.01
     )

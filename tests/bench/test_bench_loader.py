@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_photographs_of_a_folder_are_taken_at_even_distances(
 def test_without_pyarrow_parquet_is_left_out(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(photographs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     content = bench.bench_loader(LoaderBenchConfig(images=2, image_size=16, repeats=1))
     assert {row["way"] for row in content["ways"]} == {PLAIN, "folder", "tar"}
 

@@ -14,7 +14,7 @@ from PIL import Image
 from localign.cli import main, parse
 from localign.data.classification import labels_of
 from localign.data.loader import TrainLoader
-from localign.data.sources import TarSource, open_source
+from localign.data.sources import EncodedSource, ImageSource, TarSource, open_source
 from localign.data.transforms import TrainTransform
 from localign.datatools import packing
 from localign.datatools.in21k import write_in21k
@@ -24,7 +24,8 @@ from localign.errors import UserError
 from localign.options.datatools import In21kConfig, ShardConfig
 
 
-def contents(source) -> dict[str, bytes]:
+def contents(source: ImageSource) -> dict[str, bytes]:
+    assert isinstance(source, EncodedSource)
     return {source.name(i): source.encoded(i) for i in range(len(source))}
 
 
@@ -33,7 +34,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_packed_files_are_those_of_the_folder(pictures: Path, tmp_path: Path, workers: int, capsys) -> None:
+def test_packed_files_are_those_of_the_folder(
+    pictures: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = [
         "data",
         "shard",
@@ -63,7 +66,7 @@ def test_packed_files_are_those_of_the_folder(pictures: Path, tmp_path: Path, wo
 
 
 def test_an_interrupted_packing_goes_on_and_ends_the_same(
-    pictures: Path, tmp_path: Path, monkeypatch
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(out: str) -> ShardConfig:
         return ShardConfig(
@@ -71,15 +74,17 @@ def test_an_interrupted_packing_goes_on_and_ends_the_same(
         )
 
     write_shards(config("whole"))
-    plain, written = packing.Packing.__call__, []
+    plain = packing.Packing.__call__
+    written: list[int] = []
+    limit = 3
 
-    def dying(self, number: int):
-        if len(written) == 3:
+    def noted(self: packing.Packing, number: int) -> packing.ShardRecord:
+        if len(written) == limit:
             raise KeyboardInterrupt
         written.append(number)
         return plain(self, number)
 
-    monkeypatch.setattr(packing.Packing, "__call__", dying)
+    monkeypatch.setattr(packing.Packing, "__call__", noted)
     with pytest.raises(KeyboardInterrupt):
         write_shards(config("again"))
     assert not (tmp_path / "again").exists()
@@ -94,7 +99,7 @@ def test_an_interrupted_packing_goes_on_and_ends_the_same(
     with pytest.raises(UserError, match=r"holds unfinished shards that differ in shard_images;"):
         write_shards(other)
     written.clear()
-    monkeypatch.setattr(packing.Packing, "__call__", lambda self, n: written.append(n) or plain(self, n))
+    limit = 100
     write_shards(config("again"))
     assert written == [1, 3, 4, 5]
     assert files_of(tmp_path / "again") == files_of(tmp_path / "whole")
@@ -154,7 +159,7 @@ def broken(pictures: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_verify_lists_bad_images_and_training_leaves_them_out(
-    pictures: Path, tmp_path: Path, workers: str, capsys
+    pictures: Path, tmp_path: Path, workers: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, listed = broken(pictures, tmp_path / "data"), tmp_path / "bad.jsonl"
     assert main(["data", "verify", str(data), "--out", str(listed), "--workers", workers]) == 1
@@ -171,7 +176,9 @@ def test_verify_lists_bad_images_and_training_leaves_them_out(
     assert len(open_source(str(pictures), exclude=str(listed))) == 23  # an empty list excludes nothing
 
 
-def test_verify_compares_shards_with_their_checksums(pictures: Path, tmp_path: Path, capsys) -> None:
+def test_verify_compares_shards_with_their_checksums(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     write_shards(ShardConfig(source=str(pictures), out=str(out), shard_images=9, workers=0))
     argv = ["data", "verify", str(out), "--out", str(tmp_path / "bad.jsonl"), "--workers", "0"]
@@ -186,7 +193,7 @@ def test_verify_compares_shards_with_their_checksums(pictures: Path, tmp_path: P
     assert "000001.tar" in said
 
 
-def test_stats_count_and_measure(pictures: Path, tmp_path: Path, capsys) -> None:
+def test_stats_count_and_measure(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = broken(pictures, tmp_path / "data")
     Image.new("RGB", (100, 50)).save(data / "dog" / "z.png")
     assert main(["data", "stats", str(data), "--workers", "0", "--out", str(tmp_path / "s.json")]) == 0
@@ -226,7 +233,9 @@ def unpacked(tars: Path, folder: Path) -> Path:
     return folder
 
 
-def test_in21k_p_keeps_large_classes_and_splits_each(tmp_path: Path, capsys) -> None:
+def test_in21k_p_keeps_large_classes_and_splits_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tars = class_tars(tmp_path / "tars", {"n01": 12, "n02": 9, "n03": 10, "n04": 30})
     folders = unpacked(tars, tmp_path / "folders")
     common = ["--min-images", "10", "--val-images", "3", "--workers", "0", "--resize", "10"]
@@ -280,6 +289,6 @@ def test_bad_use_is_one_line(argv: list[str], line: str) -> None:
         parse(argv[0], argv[1:])
 
 
-def test_a_mixture_is_refused(mixture: Path, capsys) -> None:
+def test_a_mixture_is_refused(mixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "verify", str(mixture)]) == 2
     assert "is a mixture; run the command on each of its sources instead" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,10 @@ from localign.data.transforms import EvalTransform, TrainTransform
 from localign.errors import RunFailure, UserError
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-sample" / "train"
+
+
+Samples = dict[int, tuple[int, bytes]]
+"""Position -> (index, pixels)."""
 
 
 class Numbers(ImageSource):
@@ -62,8 +67,8 @@ class Broken(Numbers):
         raise KeyError("a bug")
 
 
-def loader(source: object = None, **options: object) -> TrainLoader:
-    settings: dict = {"seed": 1, "global_batch": 8, "micro_batch": 2, "end_step": 12} | options
+def loader(source: ImageSource | None = None, **options: Any) -> TrainLoader:
+    settings: dict[str, Any] = {"seed": 1, "global_batch": 8, "micro_batch": 2, "end_step": 12} | options
     chosen = Numbers() if source is None else source
     return TrainLoader(chosen, settings.pop("transform", TrainTransform((8, 6))), **settings)
 
@@ -87,7 +92,9 @@ def reference() -> dict[int, tuple[int, bytes]]:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("start_step", [0, 1, 7])
-def test_ranks_workers_and_restarts_change_nothing(reference, workers, world_size, start_step) -> None:
+def test_ranks_workers_and_restarts_change_nothing(
+    reference: Samples, workers: int, world_size: int, start_step: int
+) -> None:
     found: dict[int, tuple[int, bytes]] = {}
     for rank in range(world_size):
         part = loader(
@@ -107,14 +114,14 @@ def test_ranks_workers_and_restarts_change_nothing(reference, workers, world_siz
 
 
 @pytest.mark.slow
-def test_spawned_workers_change_nothing(reference) -> None:
+def test_spawned_workers_change_nothing(reference: Samples) -> None:
     part = loader(
         Numbers(bad=(3, 20, 36)), workers=2, start_step=6, max_bad_share=0.1, multiprocessing_context="spawn"
     )
     assert by_position(part) == {p: v for p, v in reference.items() if p >= 48}
 
 
-def test_micro_batches_split_a_step_and_nothing_else(reference) -> None:
+def test_micro_batches_split_a_step_and_nothing_else(reference: Samples) -> None:
     for micro_batch in (1, 4, 8):
         part = loader(Numbers(bad=(3, 20, 36)), micro_batch=micro_batch, max_bad_share=0.1)
         assert part.micro_batches_per_step == 8 // micro_batch
@@ -144,7 +151,7 @@ def test_every_image_comes_once_per_epoch_in_a_new_order() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_are_replaced_named_and_counted_once(workers) -> None:
+def test_bad_images_are_replaced_named_and_counted_once(workers: int) -> None:
     source = Numbers(bad=(3, 20))
     part = loader(source, workers=workers, max_bad_share=0.06)
     batches = list(part)
@@ -205,7 +212,7 @@ def test_a_bug_in_the_source_stays_a_bug() -> None:
 
 
 def test_contradictions_are_refused_with_the_numbers() -> None:
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         "batch of 8 .* 3 processes": {"world_size": 3},
         "batch of 8 .* micro-batches of 3": {"micro_batch": 3},
         "rank 2 .* 2 processes": {"rank": 2, "world_size": 2},
@@ -221,7 +228,7 @@ def test_contradictions_are_refused_with_the_numbers() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_evaluation_walks_every_image_once_in_order(workers, world_size) -> None:
+def test_evaluation_walks_every_image_once_in_order(workers: int, world_size: int) -> None:
     seen: list[int] = []
     for rank in range(world_size):
         part = EvalLoader(

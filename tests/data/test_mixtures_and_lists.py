@@ -13,17 +13,21 @@ from restarts import BATCH, samples
 
 from localign.data.classification import labels_of
 from localign.data.images import ImageData
-from localign.data.sources import ExcludingSource, MixtureSource, UnreadableImage, open_source
+from localign.data.sources import ExcludingSource, ImageSource, MixtureSource, UnreadableImage, open_source
 from localign.data.sources.mixture import apportion
 from localign.data.stream import sample_stream
 from localign.errors import UserError
 from localign.options.data import DataConfig
 
 STEPS = 12
+Specs = dict[str, tuple[str, str | None]]
+"""Kind of source -> (spec, exclusion list)."""
 
 
 @pytest.fixture(scope="module")
-def specs(pictures: Path, shards: Path, rows: Path, mixture: Path, tmp_path_factory) -> dict[str, tuple]:
+def specs(
+    pictures: Path, shards: Path, rows: Path, mixture: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Specs:
     folder = tmp_path_factory.mktemp("lists")
     files = sorted(pictures.rglob("*.jpg"))
     lines = [json.dumps({"path": str(file), "label": file.parent.name}) for file in files]
@@ -40,8 +44,8 @@ def specs(pictures: Path, shards: Path, rows: Path, mixture: Path, tmp_path_fact
 
 
 @pytest.mark.parametrize("kind", ["folder", "list", "tar", "parquet", "mixture"])
-def test_three_restarts_on_other_ranks_and_workers_change_nothing(specs, kind) -> None:
-    def opened():
+def test_three_restarts_on_other_ranks_and_workers_change_nothing(specs: Specs, kind: str) -> None:
+    def opened() -> ImageSource:
         return open_source(specs[kind][0], image_size=(8, 8), exclude=specs[kind][1])
 
     whole = samples(opened, 0, STEPS, 1, 0)  # more than two epochs
@@ -52,7 +56,7 @@ def test_three_restarts_on_other_ranks_and_workers_change_nothing(specs, kind) -
     assert parts == whole
 
 
-def test_every_kind_holds_the_same_images(specs) -> None:
+def test_every_kind_holds_the_same_images(specs: Specs) -> None:
     reference = open_source(specs["folder"][0])
     for kind in ("list", "tar", "parquet"):
         source = open_source(specs[kind][0])
@@ -61,7 +65,7 @@ def test_every_kind_holds_the_same_images(specs) -> None:
         ]
 
 
-def test_a_mixture_draws_by_weight_and_passes_whole_sources(specs) -> None:
+def test_a_mixture_draws_by_weight_and_passes_whole_sources(specs: Specs) -> None:
     source = open_source(specs["mixture"][0])
     assert isinstance(source, MixtureSource)
     assert source.sizes == [21, 23, 23]
@@ -84,7 +88,7 @@ def test_a_mixture_draws_by_weight_and_passes_whole_sources(specs) -> None:
 
 
 def test_a_mixture_without_weights_takes_every_image_equally_often(
-    pictures: Path, shards: Path, tmp_path
+    pictures: Path, shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "m.yaml").write_text(f"mixture: [{{data: {pictures}}}, {{data: {shards}}}]\n")
     source = open_source(str(tmp_path / "m.yaml"))
@@ -104,6 +108,7 @@ def test_scenes_mix_with_photographs(pictures: Path, tmp_path: Path) -> None:
         f"mixture: [{{data: scenes, weight: 1}}, {{data: {pictures}, weight: 1}}]"
     )
     source = open_source(str(tmp_path / "m.yaml"), image_size=(48, 48))
+    assert isinstance(source, MixtureSource)
     drawn = {source.locate(int(i))[0] for i in sample_stream(source, 0).indices(0, 20)}
     assert drawn == {0, 1}
 
@@ -148,7 +153,7 @@ def test_files_that_are_no_mixture_are_refused(pictures: Path, tmp_path: Path, t
         open_source(str(tmp_path / "m.yaml"))
 
 
-def test_a_manifest_of_objects_gives_paths_and_labels(specs, pictures: Path, tmp_path: Path) -> None:
+def test_a_manifest_of_objects_gives_paths_and_labels(specs: Specs, pictures: Path, tmp_path: Path) -> None:
     source = open_source(specs["list"][0])
     labels = labels_of(source, "all.jsonl")
     assert labels.classes == ("cat", "dog")
@@ -170,8 +175,8 @@ def test_a_manifest_of_objects_gives_paths_and_labels(specs, pictures: Path, tmp
         labels_of(plain, "y.jsonl")
 
 
-def test_excluded_images_never_come_and_the_rest_keep_their_labels(specs, shards: Path) -> None:
-    source = open_source(*specs["tar"][:1], exclude=specs["tar"][1])
+def test_excluded_images_never_come_and_the_rest_keep_their_labels(specs: Specs, shards: Path) -> None:
+    source = open_source(specs["tar"][0], exclude=specs["tar"][1])
     assert isinstance(source, ExcludingSource)
     assert (len(source), source.excluded) == (21, 2)
     names = {source.name(i) for i in range(21)}
@@ -182,7 +187,7 @@ def test_excluded_images_never_come_and_the_rest_keep_their_labels(specs, shards
     assert source.fingerprint() != open_source(str(shards)).fingerprint()
 
 
-def test_exclusion_keeps_row_groups_together(specs) -> None:
+def test_exclusion_keeps_row_groups_together(specs: Specs) -> None:
     source = open_source(specs["parquet"][0], exclude=specs["parquet"][1])
     assert source.blocks is not None
     assert source.blocks.tolist() == [4, 5, 2, 4, 5, 1]

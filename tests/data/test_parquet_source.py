@@ -72,7 +72,8 @@ def test_a_window_needs_each_row_group_once(rows: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
     for index in sample_stream(source, 0).indices(0, 23):
         source.load(int(index))
-    assert len(read) == len(source.blocks)  # type: ignore[attr-defined]
+    assert source.blocks is not None
+    assert len(read) == len(source.blocks)
 
 
 def test_rows_without_an_image_are_skipped_counted_and_named(tmp_path: Path, pictures: Path) -> None:

@@ -21,7 +21,7 @@ from restarts import samples
 from localign.data.decoding import read_image
 from localign.data.images import ImageData
 from localign.data.loader import TrainLoader
-from localign.data.sources import ParquetSource, open_source, remote
+from localign.data.sources import ImageSource, ParquetSource, open_source, remote
 from localign.data.sources.remote import StreamedTarSource
 from localign.data.stream import sample_stream
 from localign.data.transforms import TrainTransform
@@ -60,11 +60,13 @@ def packed(pictures: Path, tmp_path: Path, bucket: str) -> str:
     return upload(tmp_path / "packed", bucket)
 
 
-def contents(source) -> dict[str, bytes]:
+def contents(source: ImageSource) -> dict[str, bytes]:
     return {source.name(i): source.load(i).tobytes() for i in range(len(source))}
 
 
-def test_the_images_are_those_of_the_folder(packed: str, pictures: Path, capsys) -> None:
+def test_the_images_are_those_of_the_folder(
+    packed: str, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = open_source(packed)
     assert isinstance(source, StreamedTarSource)
     assert contents(source) == contents(open_source(str(pictures)))
@@ -77,7 +79,7 @@ def test_the_images_are_those_of_the_folder(packed: str, pictures: Path, capsys)
 
 @pytest.mark.parametrize("damage", ["missing", "other", "objects", "rubbish", "numbers"])
 def test_without_a_matching_index_the_shards_are_indexed_once(
-    packed: str, pictures: Path, damage, capsys
+    packed: str, pictures: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = f"{packed}/index.npz"
     with fsspec.open(path, "rb") as file:
@@ -111,7 +113,9 @@ def test_shards_that_changed_at_their_url_are_fetched_again(packed: str, picture
     assert source.load(0).tobytes() == read_image(files[0], "another-00.jpg").tobytes()
 
 
-def test_the_cache_holds_a_bounded_number_of_shards(packed: str, cache: Path, monkeypatch) -> None:
+def test_the_cache_holds_a_bounded_number_of_shards(
+    packed: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "WINDOW", 1)
     source = open_source(packed)
     for index in sample_stream(source, 0).indices(0, 46):
@@ -120,7 +124,9 @@ def test_the_cache_holds_a_bounded_number_of_shards(packed: str, cache: Path, mo
     assert not list(cache.rglob("*.tmp"))
 
 
-def test_shards_come_one_after_the_other_in_a_new_order_each_epoch(packed: str, monkeypatch) -> None:
+def test_shards_come_one_after_the_other_in_a_new_order_each_epoch(
+    packed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "WINDOW", 2)
     source = open_source(packed)
     shard = source.index.records[:, 2]  # type: ignore[attr-defined]
@@ -137,7 +143,7 @@ def test_shards_come_one_after_the_other_in_a_new_order_each_epoch(packed: str, 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_three_restarts_on_other_ranks_and_workers_change_nothing(
-    packed, rows, bucket, kind, monkeypatch
+    packed: str, rows: Path, bucket: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "WINDOW", 2)
     spec = packed if kind == "tar" else upload(rows, f"{bucket}-rows", "*.parquet")
@@ -161,7 +167,9 @@ def test_file_urls_are_remote_shards_too(shards: Path, pictures: Path) -> None:
     assert contents(open_source(f"file://{shards}")) == contents(open_source(str(pictures)))
 
 
-def test_the_notice_is_printed_before_a_run_starts(packed: str, tmp_path: Path, rows: Path, capsys) -> None:
+def test_the_notice_is_printed_before_a_run_starts(
+    packed: str, tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ImageData(DataConfig(data=packed), (8, 8))
     said = capsys.readouterr().err
     assert "6 shards are fetched from memory://" in said
@@ -174,7 +182,9 @@ def test_the_notice_is_printed_before_a_run_starts(packed: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_permanent_failure_ends_the_run_and_skips_no_image(packed: str, workers: int, monkeypatch) -> None:
+def test_a_permanent_failure_ends_the_run_and_skips_no_image(
+    packed: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_source(packed)
     fsspec.filesystem("memory").rm(f"{packed}/000002.tar")
     loader = TrainLoader(
@@ -184,11 +194,12 @@ def test_a_permanent_failure_ends_the_run_and_skips_no_image(packed: str, worker
         list(loader)
 
 
-def test_a_failed_request_is_retried(packed: str, monkeypatch) -> None:
+def test_a_failed_request_is_retried(packed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(packed)
-    plain, failed = MemoryFileSystem.get_file, []
+    plain = MemoryFileSystem.get_file
+    failed: list[str] = []
 
-    def breaking(self, path, target, **options):
+    def breaking(self: MemoryFileSystem, path: str, target: str, **options: Any) -> Any:
         if not failed:
             failed.append(path)
             Path(target).write_bytes(b"half")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,7 +108,9 @@ def test_the_fraction_leaves_the_crop_its_margin(fractions: list[int]) -> None:
 
 
 @pytest.mark.parametrize("size", [SIZE, (24, 40)])
-def test_small_files_are_decoded_in_full_to_the_same_pixels(size, fractions: list[int]) -> None:
+def test_small_files_are_decoded_in_full_to_the_same_pixels(
+    size: int | tuple[int, int], fractions: list[int]
+) -> None:
     data = jpeg(waves(58, 71))
     transform = TrainTransform(size, "rrc", "rand-m9-mstd0.5-inc1")
     for position in range(20):
@@ -193,8 +196,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def train_loader(root: Path, transform: TrainTransform, **options: object) -> TrainLoader:
-    settings: dict = {"seed": 2, "global_batch": 4, "micro_batch": 2, "end_step": 9, "max_bad_share": 0.2}
+def train_loader(root: Path, transform: TrainTransform, **options: Any) -> TrainLoader:
+    settings: dict[str, Any] = {
+        "seed": 2,
+        "global_batch": 4,
+        "micro_batch": 2,
+        "end_step": 9,
+        "max_bad_share": 0.2,
+    }
     return TrainLoader(FolderSource(root), transform, **settings | options)
 
 
@@ -236,8 +245,10 @@ def test_sources_of_sources_pass_undecoded_images_on(large: Path, tmp_path: Path
         image = load_undecoded(source, index)
         assert isinstance(image, UndecodedJpeg)
         assert image.decode().tobytes() == source.load(index).tobytes()
-    with pytest.raises(UnreadableImage) as caught:  # truncated, which decoding finds
-        load_undecoded(mixture, 3).decode()
+    cut = load_undecoded(mixture, 3)
+    assert isinstance(cut, UndecodedJpeg)
+    with pytest.raises(UnreadableImage) as caught:  # decoding finds that the file is truncated
+        cut.decode()
     assert caught.value.name == mixture.name(3)
     assert caught.value.name.endswith(": 04.jpg")
     assert isinstance(load_undecoded(open_source("scenes"), 0), Image.Image)
@@ -272,7 +283,7 @@ def test_the_option_decides_for_both_crops_and_never_for_validation(
 def test_a_random_resized_crop_records_its_decode_mode() -> None:
     for given in ("rrc", "published", None):
         expected = "scaled" if given == "rrc" else None
-        assert AlignConfig(crop=given, data="photographs").decode == expected  # type: ignore[arg-type]
+        assert AlignConfig(crop=given, data="photographs").decode == expected
     assert AlignConfig(crop="rrc", data="photographs", decode="full").decode == "full"
     assert resolve_finetune(FinetuneConfig(data="photographs")).decode == "scaled"
     assert resolve_finetune(FinetuneConfig(data="photographs", crop="published")).decode is None

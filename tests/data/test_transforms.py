@@ -13,6 +13,7 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from localign import rng
 from localign.data.transforms import EvalTransform, TrainTransform, to_tensor
 from localign.errors import UserError
+from localign.options.names import TrainCrop
 
 
 def picture(height: int = 90, width: int = 140) -> Image.Image:
@@ -24,7 +25,9 @@ def picture(height: int = 90, width: int = 140) -> Image.Image:
 @pytest.mark.parametrize("crop", ["published", "rrc", "none"])
 @pytest.mark.parametrize("auto_augment", [None, "rand-m9-mstd0.5-inc1"])
 @pytest.mark.parametrize("size", [32, (24, 40)])
-def test_a_sample_is_a_function_of_seed_and_position(crop, auto_augment, size) -> None:
+def test_a_sample_is_a_function_of_seed_and_position(
+    crop: TrainCrop, auto_augment: str | None, size: int | tuple[int, int]
+) -> None:
     transform = TrainTransform(size, crop, auto_augment)
     image = picture()
     samples = [transform(image, 3, p) for p in range(12)]
@@ -46,12 +49,12 @@ def test_a_sample_is_a_function_of_seed_and_position(crop, auto_augment, size) -
     ("crop", "mode", "auto_augment"),
     [("published", "rkrc", None), ("published", "rkrc", "rand-m9-mstd0.5-inc1"), ("rrc", "rrc", None)],
 )
-def test_samples_equal_those_of_timm(crop, mode, auto_augment) -> None:
+def test_samples_equal_those_of_timm(crop: TrainCrop, mode: str, auto_augment: str | None) -> None:
     reference = transforms_imagenet_train(
         32,
         train_crop_mode=mode,
         interpolation="random",
-        color_jitter=None,
+        color_jitter=None,  # type: ignore[arg-type]
         auto_augment=auto_augment,
         use_prefetcher=True,
     )
@@ -83,7 +86,7 @@ def test_flips_happen_as_often_as_asked() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 2), (5, 7)])
 @pytest.mark.parametrize("crop", ["published", "rrc", "none"])
-def test_odd_shapes_do_not_fail_or_fill_the_memory(shape, crop) -> None:
+def test_odd_shapes_do_not_fail_or_fill_the_memory(shape: tuple[int, int], crop: TrainCrop) -> None:
     image = Image.fromarray(np.full((*shape, 3), 77, np.uint8))
     for position in range(4):
         sample = TrainTransform((20, 28), crop)(image, 0, position)
@@ -115,7 +118,7 @@ def test_square_keeps_image_and_labels_together() -> None:
     assert classes.shape == (30, 30)
     assert torch.equal(classes == 182, pixels[0] > 127)
     assert torch.equal(classes[5:15, 10:20], torch.full((10, 10), 182))
-    assert set(classes.unique().tolist()) == {0, 182}
+    assert set(torch.unique(classes).tolist()) == {0, 182}
     big = EvalTransform(60, "square").labels(labels.astype(np.int32) * 1000)  # ids beyond 8 bits
     assert big.max().item() == 182_000
     with pytest.raises(UserError, match="square"):

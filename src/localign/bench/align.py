@@ -276,7 +276,8 @@ def _ratio(row: dict[str, Any], plain: dict[str, Any], loading: bool) -> dict[st
 
     def seconds_per_image(measured: dict[str, Any], clock: str) -> float:
         seconds: float = measured["seconds"][clock] - (0.0 if loading else measured["data_wait_seconds"])
-        return seconds / measured["batch_size"]
+        images: int = measured["batch_size"]
+        return seconds / images
 
     return {
         clock: seconds_per_image(plain, clock) / seconds_per_image(row, clock) for clock in ("wall", "cpu")

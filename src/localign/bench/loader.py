@@ -61,7 +61,8 @@ class PillowImages(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         with Image.open(self.files[index]) as image:
-            return self.transform(image.convert("RGB"))
+            crop: Tensor = self.transform(image.convert("RGB"))
+            return crop
 
 
 def run_bench_loader(config: LoaderBenchConfig) -> None:

@@ -74,7 +74,7 @@ class Mixing:
         weights = torch.tensor([lam for lam, _ in draws], dtype=torch.float32).to(images.device)
         boxes = torch.tensor([box for _, box in draws], dtype=torch.int64).reshape(-1, 4).to(images.device)
         own = _own_share(weights, boxes, height, width)[:, None, None]
-        pairs = images.unflatten(0, (-1, 2)) if samples else images[None]
+        pairs = images.reshape(-1, 2, *images.shape[1:]) if samples else images[None]
         values = pairs if images.is_floating_point() else pairs.float()
         mixed = torch.where(own == 1, values, own * values + (1 - own) * values.flip(1))
         mixed = mixed if images.is_floating_point() else mixed.round()
@@ -120,7 +120,7 @@ def mix_labels(targets: Tensor, own_share: Tensor) -> Tensor:
     Returns:
         The mixed targets, ``(batch, classes)``, of the same dtype.
     """
-    others = targets.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    others = targets.reshape(-1, 2, *targets.shape[1:]).flip(1).flatten(0, 1)
     return others.lerp(targets, own_share[:, None].to(targets.dtype))
 
 

@@ -133,7 +133,7 @@ class EvalTransform:
         self.size = _rows_columns(size)
         _check_choice("eval transform", mode, get_args(EvalMode))
         self.mode = mode
-        self._resize = ResizeKeepRatio(self.size, interpolation="bicubic")
+        self._resize = ResizeKeepRatio(self.size, interpolation="bicubic")  # type: ignore[no-untyped-call]
         self._centre = CenterCropOrPad(list(self.size), padding_mode="reflect")
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -164,7 +164,8 @@ class EvalTransform:
         rows, columns = self.size
         scale = min(image.height / rows, image.width / columns)
         piece = [max(1, round(rows * scale)), max(1, round(columns * scale))]
-        return F.resize(F.center_crop(image, piece), list(self.size), interpolation)
+        resized: Image.Image = F.resize(F.center_crop(image, piece), list(self.size), interpolation)
+        return resized
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -188,10 +189,10 @@ def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 def _train_crop(crop: TrainCrop, size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
     _check_choice("crop", crop, get_args(TrainCrop))
     if crop == "rrc":
-        return _RandomResizedCrop(size, interpolation="random")
+        return _RandomResizedCrop(size, interpolation="random")  # type: ignore[no-untyped-call]
     if crop == "none":
         return _Fit(size)
-    resize = ResizeKeepRatio(
+    resize = ResizeKeepRatio(  # type: ignore[no-untyped-call]
         size,
         interpolation="random",
         random_scale_prob=0.5,
@@ -209,7 +210,8 @@ class _RandomResizedCrop(RandomResizedCropAndInterpolation):
     def crop_undecoded(self, image: UndecodedJpeg) -> Image.Image:
         """Crop with the same random draws as for a decoded image of the same size."""
         placeholder = Image.new("1", image.size, None)  # timm reads only the size
-        top, left, height, width = self.get_params(placeholder, self.scale, self.ratio)
+        box = self.get_params(placeholder, self.scale, self.ratio)  # type: ignore[no-untyped-call]
+        top, left, height, width = box
         interpolation = random.choice(self.interpolation)
         return image.resized_crop((left, top, width, height), self.size, Image.Resampling[interpolation.name])
 
@@ -231,7 +233,8 @@ class _Fit:
     def __call__(self, image: Image.Image) -> Image.Image:
         if (image.height, image.width) == self.size:
             return image
-        return F.resize(image, list(self.size), InterpolationMode.BILINEAR)
+        resized: Image.Image = F.resize(image, list(self.size), InterpolationMode.BILINEAR)
+        return resized
 
 
 def _rand_augment(
@@ -249,12 +252,14 @@ def _rand_augment(
     for operation in transform.ops:
         if operation.aug_fn is posterize:
             operation.aug_fn = _posterize
-    return transform
+    augment: Callable[[Image.Image], Image.Image] = transform
+    return augment
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
     """timm's posterize, which at full strength keeps 0 bits; newer versions of Pillow refuse that."""
-    return posterize(image, max(1, bits_to_keep), **kwargs)
+    posterized: Image.Image = posterize(image, max(1, bits_to_keep), **kwargs)  # type: ignore[no-untyped-call]
+    return posterized
 
 
 def _trim_strip(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -262,7 +267,8 @@ def _trim_strip(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     width, height = _trimmed_size(image.size, size)
     if (width, height) == image.size:
         return image
-    return F.center_crop(image, [max(1, height), max(1, width)])
+    trimmed: Image.Image = F.center_crop(image, [max(1, height), max(1, width)])
+    return trimmed
 
 
 def _trimmed_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -30,6 +30,9 @@ from localign.options.datatools import In21kConfig, ShardConfig
 
 Facts = dict[str, Any]
 """The options and the source fingerprint on which the bytes of the shards depend."""
+About = dict[str, Any]
+"""Content of ``about.json``: the :data:`Facts`, and as numbers ``images``, ``bytes`` (the total size of the shards),
+``shards`` and ``left_out`` (the unreadable images, which are not in the shards)."""
 
 ABOUT, SHARDS, LEFT_OUT = "about.json", "shards.jsonl", "left-out.jsonl"
 QUALITY = 92
@@ -48,17 +51,6 @@ class ShardRecord(TypedDict):
     sha256: str
     left_out: list[tuple[str, str]]
     """(name, reason) of the unreadable images."""
-
-
-class About(TypedDict):
-    """The counts in ``about.json``, which also holds the :data:`Facts`."""
-
-    images: int
-    bytes: int
-    """Total size of the shards."""
-    shards: int
-    left_out: int
-    """Number of unreadable images, which are not in the shards."""
 
 
 @dataclass(frozen=True)
@@ -206,18 +198,18 @@ def _finish(folder: Path, records: list[ShardRecord], facts: Facts) -> About:
     left_out = [entry for record in records for entry in record["left_out"]]
     paths = [folder / record["shard"] for record in records]
     write_portable(folder, tar_index(paths), paths)
-    counts: About = {
+    counts = {
         "images": sum(record["images"] for record in records),
         "bytes": sum(record["bytes"] for record in records),
         "shards": len(records),
         "left_out": len(left_out),
     }
-    about = {**facts, **counts}
+    about: About = facts | counts
     lines = (json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in left_out)
     replace_text(folder / LEFT_OUT, "".join(lines))
     replace_text(folder / SHARDS, "".join(json.dumps(record) + "\n" for record in records))
     replace_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
-    return cast(About, about)
+    return about
 
 
 def _check_facts(folder: Path, facts: Facts) -> None:

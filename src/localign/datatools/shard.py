@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,13 +71,14 @@ def read_about(folder: Path, facts: Facts) -> About:
     Raises:
         UserError: The folder was not packed from the same facts.
     """
+    about: About
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         about = {}
     if any(about.get(name) != value for name, value in facts.items()):
         raise UserError(f"{folder} already exists and holds something else; give another folder")
-    return cast(About, about)
+    return about
 
 
 def _class_folders(source: ImageSource, spec: str, order: NDArray[np.int64]) -> list[str] | None:

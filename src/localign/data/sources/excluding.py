@@ -82,4 +82,5 @@ def _remaining(keep: NDArray[np.bool_], blocks: NDArray[np.int64]) -> NDArray[np
     """Number of remaining images in each block."""
     before: NDArray[np.int64] = np.concatenate([[0], np.cumsum(keep)])
     ends = np.cumsum(blocks)
-    return before[ends] - before[ends - blocks]
+    remaining: NDArray[np.int64] = before[ends] - before[ends - blocks]
+    return remaining

@@ -154,7 +154,7 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
     counts = np.floor(exact).astype(int)
     for number in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
         counts[number] += 1
-    return counts.tolist()
+    return [int(count) for count in counts]
 
 
 @contextmanager

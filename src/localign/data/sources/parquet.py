@@ -225,9 +225,9 @@ def image_column(handle: pq.ParquetFile, file: str) -> str:
     import pyarrow as pa
 
     def binary(kind: pa.DataType) -> bool:
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
-    found = {}
+    found: dict[str, str] = {}
     schema = handle.schema_arrow
     for column in schema:
         if binary(column.type):
