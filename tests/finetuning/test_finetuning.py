@@ -385,7 +385,7 @@ def test_what_cannot_be_classified_is_one_line(
     assert "has no class folders" in refusal(f"{command} --data {flat}", capsys)
     assert "has a single class, 'red'" in refusal(f"{command} --data {single}", capsys)
     line = refusal(f"{command} --data {data} --val {other}", capsys)
-    assert line.startswith(f"localign: {other} has other classes")
+    assert line.startswith(f"localign: {other} and the training data have different classes")
     assert line.endswith("lacks red and adds pink")
     (single / "blue").mkdir()
     assert "blue holds no image" in refusal(f"{command} --data {single}", capsys)
