@@ -198,7 +198,7 @@ def test_stats_count_and_measure(pictures: Path, tmp_path: Path, capsys: pytest.
     Image.new("RGB", (100, 50)).save(data / "dog" / "z.png")
     assert main(["data", "stats", str(data), "--workers", "0", "--out", str(tmp_path / "s.json")]) == 0
     said = capsys.readouterr().out
-    assert "24; of 24 opened 1 are unreadable" in said
+    assert "24; 1 of 24 opened images are unreadable" in said
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["formats"] == {"JPEG": 22, "PNG": 1}
     assert found["width"] == {

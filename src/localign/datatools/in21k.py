@@ -33,11 +33,11 @@ from localign.options.datatools import In21kConfig
 
 
 def run_in21k(config: In21kConfig) -> None:
-    """Pack both splits, and print what was packed.
+    """Pack the training and validation split, and print a summary.
 
     Raises:
-        UserError: See :func:`write_in21k`.
-        RunFailure: A process died.
+        UserError: As :func:`write_in21k` does.
+        RunFailure: A worker process died.
     """
     made = write_in21k(config)
     print(f"classes    {made['kept']:,} of {made['classes']:,} have {config.min_images} images")

@@ -279,7 +279,7 @@ def facts_of(source: ImageSource, config: ShardConfig | In21kConfig) -> Facts:
 
 
 def show_packed(about: Mapping[str, Any], folder: Path) -> None:
-    """Print what ``about.json`` of a folder says."""
+    """Print a summary of a folder of packed shards."""
     size = about["bytes"] / 2**20
     print(f"packed     {about['images']:,} images, {size:,.1f} MiB, {about['shards']:,} shards: {folder}")
     if about["left_out"]:

@@ -29,11 +29,11 @@ from localign.options.datatools import ShardConfig
 
 
 def run_shard(config: ShardConfig) -> None:
-    """Pack a source, and print what was packed.
+    """Pack a source into tar shards, and print a summary.
 
     Raises:
-        UserError: See :func:`write_shards`.
-        RunFailure: A process died.
+        UserError: As :func:`write_shards` does.
+        RunFailure: A worker process died.
     """
     show_packed(write_shards(config), Path(config.out))
 

@@ -61,22 +61,22 @@ class _HeaderReader:
 
 
 def run_stats(config: StatsConfig) -> None:
-    """Look at the images, and print how many and how large they are.
+    """Collect statistics of the images, and print them.
 
     Raises:
         UserError: The source does not exist, or no image can be opened.
-        RunFailure: A process died.
+        RunFailure: A worker process died.
     """
     found = image_stats(config)
     print(
-        f"images     {found['images']:,}; of {found['opened']:,} opened {found['unreadable']:,} are unreadable"
+        f"images     {found['images']:,}; {found['unreadable']:,} of {found['opened']:,} opened images are unreadable"
     )
     print("formats    " + ", ".join(f"{name} {count:,}" for name, count in found["formats"].items()))
     spread = "{min:,.0f} to {max:,.0f}, median {median:,.0f}, mean {mean:,.1f}"
     for name in ("width", "height", "bytes"):
         print(f"{name:<10} {spread.format(**found[name])}")
     if (classes := found["classes"]) is not None:
-        print(f"classes    {classes['count']:,}; images in each {spread.format(**classes)}")
+        print(f"classes    {classes['count']:,}; images per class {spread.format(**classes)}")
 
 
 def image_stats(config: StatsConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from localign.options.datatools import DataVerifyConfig
 
 
 class Verification(TypedDict):
-    """What :func:`run_verify` found."""
+    """The result of :func:`verify_images`."""
 
     images: int
     """Number of images that were decoded."""
@@ -47,14 +47,14 @@ class _Verifier:
 
 
 def run_verify(config: DataVerifyConfig) -> int:
-    """Go through all images, write the list, and print what is bad.
+    """Verify all images and shards, and print the bad images and shards.
 
     Returns:
-        The exit code: 1 where anything is bad.
+        The exit code: 1 if an image or a shard is bad, else 0.
 
     Raises:
-        UserError: The source does not exist.
-        RunFailure: A process died.
+        UserError: The source does not exist or holds no images.
+        RunFailure: A worker process died.
     """
     found = verify_images(config)
     print(f"images     {found['images']:,} decoded, {len(found['bad']):,} bad")
