@@ -167,8 +167,8 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
         ({"kind": "blocks"}, "unknown mask kind"),
         ({"kind": "bernoulli", "keep_ratio": 0.0}, "between 0 and 1"),
         ({"kind": "bernoulli", "keep_ratio": 1.0}, "between 0 and 1"),
-        ({"kind": "uniform", "keep_ratio": 0.25}, "own cardinality"),
-        ({"kind": "shapley", "keep_ratio": 0.25}, "own cardinality"),
+        ({"kind": "uniform", "keep_ratio": 0.25}, "own number of visible patches"),
+        ({"kind": "shapley", "keep_ratio": 0.25}, "own number of visible patches"),
         ({"kind": "block", "block_min_patches": 0}, "at least one patch"),
     ],
 )
