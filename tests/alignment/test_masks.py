@@ -7,10 +7,10 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from shapley_games import coalitions, kernel_probabilities
 from torch import Tensor
 
 from localign.alignment.masks import MaskSampler, _one_block_mask
-from localign.alignment.shapley import coalitions, kernel_probabilities
 from localign.errors import UserError
 from localign.options.names import MaskKind
 

@@ -6,17 +6,13 @@ from itertools import permutations
 
 import pytest
 import torch
+from shapley_games import coalitions, kernel_probabilities, kernel_solution, shapley_values
 from torch import Tensor
 
 from localign.alignment import AlignConfig
 from localign.alignment.objectives import Additive
-from localign.alignment.shapley import (
-    coalitions,
-    kernel_cardinalities,
-    kernel_probabilities,
-    kernel_solution,
-    shapley_values,
-)
+from localign.alignment.setup import build_objective
+from localign.alignment.shapley import kernel_cardinalities
 from localign.alignment.teacher import Teacher
 from localign.backbones import create_backbone
 
@@ -88,7 +84,9 @@ def objective_and_game(grid: tuple[int, int], mask: str = "shapley") -> tuple[Ad
     every = coalitions(grid[0] * grid[1])[None]
     teacher.scale.fill_(float(teacher(images, every).std()))
     config = AlignConfig(objective="additive", mask=mask)  # type: ignore[arg-type]
-    return Additive(config, teacher), images, teacher(images, every)
+    objective = build_objective(config, teacher)
+    assert isinstance(objective, Additive)
+    return objective, images, teacher(images, every)
 
 
 def expected_loss(objective: Additive, images: Tensor, vectors: Tensor) -> Tensor:
