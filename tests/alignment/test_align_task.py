@@ -69,7 +69,7 @@ def test_the_scale_does_not_depend_on_the_plan_nor_on_being_estimated_twice(fold
     task.on_train_start(alone(), plan())
     assert scales == [float(task.teacher.scale)] * 3
     other = task_of(folder, mask="bernoulli", keep_ratio=0.25)
-    other.start(alone(), plan())
+    other.on_train_start(alone(), plan())
     assert float(other.teacher.scale) != scales[0]
 
 
@@ -80,7 +80,7 @@ def test_the_scale_travels_in_the_state_exactly_and_cosine_needs_none(folder: Pa
     again.load_state_dict(task.state_dict())
     assert torch.equal(again.teacher.scale, task.teacher.scale)
     cosine = task_of(folder, loss="cosine")
-    cosine.start(alone(), plan())
+    cosine.on_train_start(alone(), plan())
     assert float(cosine.teacher.scale) == 1
 
 

@@ -113,9 +113,9 @@ def test_validation_is_the_same_for_any_micro_batch_and_number_of_ranks(
         found: list[torch.Tensor] = []
 
         class Listening(DistributedContext):
-            def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-                found.append(tensor.clone())
-                return tensor
+            def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+                found.append(values.clone())
+                return values
 
         context = Listening(rank=rank, size=size, local_rank=rank, device=torch.device("cpu"))
         task.validate(task.module.eval(), context)

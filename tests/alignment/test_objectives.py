@@ -259,7 +259,7 @@ def test_a_cosine_without_a_decoder_starts_with_a_direction_and_a_slope() -> Non
     backbone = backbone_of()
     config = config_of("clipself")
     student = fresh_student(config, backbone)
-    objective = CLIPSelf(config, Teacher(backbone, "cls"))
+    objective = build_objective(config, Teacher(backbone, "cls"))
     images, views = images_of(backbone), objective.draw(0, torch.arange(4))
     prediction = objective.predict(student, images, views)
     loss, _ = objective.loss(prediction, objective.target(images, views), views)
