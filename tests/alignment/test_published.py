@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         r"decoder does not fit: missing 1 \(blocks\.0\.norm1\.weight\)",
     )
     refused(without("decoder.pos_embed"), "lacks pos_embed")
-    refused(without("decoder."), "no published alignment checkpoint")
-    refused(without("encoder."), "no published alignment checkpoint")
+    refused(without("decoder."), "not a published alignment checkpoint")
+    refused(without("encoder."), "not a published alignment checkpoint")
     refused({**state, "encoder.extra": torch.ones(1)}, r"extra 1 \(extra\)")
     refused({**state, "encoder.pos_embed": torch.ones(1, 9, 48)}, r"pos_embed \(1, 9, 48\) for \(1, 5, 48\)")
