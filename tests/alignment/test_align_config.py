@@ -1,4 +1,4 @@
-"""Options that contradict one another, or would have no effect, are refused."""
+"""Options that contradict each other or have no effect are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_defaults_are_the_published_method() -> None:
         ("mim", "penultimate", "mse", "none", "uniform"),
     ],
 )
-def test_an_objective_fills_in_what_was_not_given(
+def test_an_objective_fills_in_its_defaults(
     objective: Any, target: str, loss: str, decoder: str, mask: str | None
 ) -> None:
     config = AlignConfig(objective=objective)
@@ -49,7 +49,7 @@ def test_an_objective_fills_in_what_was_not_given(
         {"objective": "maskembed", "mask": "shapley"},
     ],
 )
-def test_combinations_that_make_sense_are_taken(options: dict[str, Any]) -> None:
+def test_valid_combinations_are_accepted(options: dict[str, Any]) -> None:
     config = AlignConfig(**options)
     assert {name: getattr(config, name) for name in options} == options
 
