@@ -1,4 +1,4 @@
-"""Masked image modelling with the teacher's tokens as labels, which the paper uses before alignment."""
+"""Masked image modelling with the teacher's tokens as labels: a published companion method, run before alignment."""
 
 from __future__ import annotations
 
