@@ -84,12 +84,12 @@ def test_micro_batches_of_any_size_give_one_mean(name: LossName) -> None:
     keep = torch.rand(12, 4, generator=torch.Generator().manual_seed(1)) < torch.linspace(0, 1, 12)[:, None]
     selected = select_tokens(keep, 1, "hidden")
     assert selected is not None
-    whole = reconstruction_loss(prediction, target, name, selected)
+    expected = reconstruction_loss(prediction, target, name, selected)
     for size in (1, 5, 6):
         chunks = zip(prediction.split(size), target.split(size), selected.split(size), strict=True)
         parts = [torch.stack(reconstruction_loss(p, t, name, s)) for p, t, s in chunks]
         total, count = torch.stack(parts).sum(0)
-        assert torch.allclose(total / count, whole[0] / whole[1])
+        assert torch.allclose(total / count, expected[0] / expected[1])
 
 
 def test_without_selected_tokens_sum_and_count_are_zero() -> None:

@@ -19,9 +19,9 @@ def build() -> Backbone:
 def test_chunks_of_views_give_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = Teacher(build())
     views = torch.randn(7, 3, 48, 48)
-    whole = teacher.of_views(views)
+    expected = teacher.of_views(views)
     monkeypatch.setattr(teachers, "_CPU_VIEWS", 3)
-    assert torch.allclose(teacher.of_views(views), whole, atol=1e-5)
+    assert torch.allclose(teacher.of_views(views), expected, atol=1e-5)
 
 
 def test_a_teacher_on_a_cpu_does_not_change_its_backbone() -> None:

@@ -54,10 +54,10 @@ def test_operations_equal_a_count_by_hand() -> None:
 
 
 def test_gradient_checkpointing_costs_operations_and_saves_memory() -> None:
-    whole, again = (make_plan(planned(grad_checkpointing=on)) for on in (False, True))
-    assert 1.1 < again.flops.student / whole.flops.student < 1.4
-    assert again.memory.per_image < 0.6 * whole.memory.per_image
-    assert again.flops.teacher == whole.flops.teacher
+    stored, recomputed = (make_plan(planned(grad_checkpointing=on)) for on in (False, True))
+    assert 1.1 < recomputed.flops.student / stored.flops.student < 1.4
+    assert recomputed.memory.per_image < 0.6 * stored.memory.per_image
+    assert recomputed.flops.teacher == stored.flops.teacher
 
 
 def test_parameters_equal_those_of_the_run() -> None:

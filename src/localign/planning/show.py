@@ -91,12 +91,12 @@ def _memory_table(plan: AlignmentPlan, config: PlanConfig) -> Table:
         table.add_column(column, justify="right")
     for count in micro_batches(plan):
         total = memory.of(count) / GIB
-        kept, trained = memory.weights / GIB, (memory.gradients + memory.moments) / GIB
+        weights, trained = memory.weights / GIB, (memory.gradients + memory.moments) / GIB
         table.add_row(
             str(count),
-            f"{kept:.2f}",
+            f"{weights:.2f}",
             f"{trained:.2f}",
-            f"{total - kept - trained:.2f}",
+            f"{total - weights - trained:.2f}",
             f"{total:.2f}",
             "" if total <= OCCUPIED * room else "too large",
         )

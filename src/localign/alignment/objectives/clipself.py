@@ -57,10 +57,10 @@ def draw_windows(seed: int, positions: Tensor, grid: tuple[int, int]) -> Tensor:
         the grid's side.
     """
     draws = rng.uniform(seed, "crop", positions, 4)
-    whole = torch.tensor(grid)
-    least = torch.tensor([smallest_side(side) for side in grid])
-    sides = least + (draws[:, :2] * (whole - least + 1)).long()
-    corners = (draws[:, 2:] * (whole - sides + 1)).long()
+    largest = torch.tensor(grid)
+    smallest = torch.tensor([smallest_side(side) for side in grid])
+    sides = smallest + (draws[:, :2] * (largest - smallest + 1)).long()
+    corners = (draws[:, 2:] * (largest - sides + 1)).long()
     return torch.cat([corners, sides], dim=1)
 
 

@@ -19,8 +19,8 @@ class MaskedImageModelling(MaskedObjective):
 
     def target(self, images: Tensor, views: Tensor) -> Tensor:
         """``(batch * masks, tokens, width)``, the same for all masks of one image."""
-        whole = self.teacher(images, views.new_ones(len(images), 1, views.shape[2]))
-        return whole.repeat_interleave(views.shape[1], dim=0)
+        tokens = self.teacher(images, views.new_ones(len(images), 1, views.shape[2]))
+        return tokens.repeat_interleave(views.shape[1], dim=0)
 
     def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:
         """``(batch * masks, tokens, width)``."""
