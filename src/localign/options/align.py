@@ -86,7 +86,7 @@ class MaskOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(DataConfig, TrainConfig):
-    """Align a backbone with its frozen copy: locality alignment with MaskEmbed, or another objective to compare."""
+    """Train a backbone with locality alignment: with MaskEmbed, or with another objective for comparison."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
         "Model": "backbone weights image_size model_kwargs decoder decoder_depth decoder_layer_scale soft_cap "
