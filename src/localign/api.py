@@ -1,4 +1,4 @@
-"""What `import localign` offers: load a backbone, align one."""
+"""The Python interface: load a backbone, align a backbone."""
 
 from __future__ import annotations
 
@@ -18,42 +18,43 @@ from localign.options.names import AttentionBackend
 def load(
     path_or_name: str | Path, *, decoder: bool = False, attention: AttentionBackend = "auto", **kwargs: Any
 ) -> Backbone | Student:
-    """A backbone in eval mode, from an export folder or by name.
+    """Load a backbone from an export folder or by name.
 
     Args:
-        path_or_name: A folder that `localign align` or `localign export` wrote (a run folder will do), or
-            any name that :func:`localign.backbones.create_backbone` knows.
-        decoder: Give the aligned student instead: ``student.encoder.backbone`` is the backbone, and calling
-            it with normalised images and keep-masks reconstructs the teacher's views.
-        attention: Back-end of soft-capped attention.
-        **kwargs: For names: ``weights``, ``image_size``, ``model_kwargs``, ``seed``.
+        path_or_name: A run or export folder of `localign align`, an export folder of `localign export`, or a name that
+            :func:`localign.backbones.create_backbone` accepts.
+        decoder: Return the aligned student with its decoder. ``student.encoder.backbone`` is the backbone, and calling
+            the student with normalised images and keep-masks reconstructs the teacher's tokens.
+        attention: Implementation of soft-capped attention: eager, flex, or auto (flex on CUDA).
+        **kwargs: For names only: ``weights``, ``image_size``, ``model_kwargs``, ``seed``.
 
     Returns:
-        ``backbone.tokens(backbone.normalise(images))`` are the features of uint8 images.
+        The backbone or student in eval mode. ``backbone.tokens(backbone.normalise(images))`` are the features of uint8
+        images.
 
     Raises:
-        UserError: Unknown name, or a folder that is incomplete or damaged.
+        UserError: The name is unknown, or the folder is incomplete or damaged.
     """
     if decoder:
         if kwargs:
-            raise UserError(f"an export with its decoder takes no further arguments, got {', '.join(kwargs)}")
+            raise UserError(f"decoder=True accepts export folders only, without {', '.join(kwargs)}")
         return load_student(export_folder(path_or_name), attention=attention)
     return open_backbone(path_or_name, attention=attention, **kwargs)
 
 
 def align(backbone: str | Backbone = "scenes-vit", data: str = "scenes", **options: Any) -> Outcome:
-    """Locality alignment of a backbone by MaskEmbed; the same as `localign align`.
+    """Align a backbone, as `localign align` does.
 
     Args:
         backbone: A name, an export folder, or a loaded backbone.
-        data: A folder of images, a file list, or ``scenes``.
+        data: Training images: a folder, a file list, ``scenes``, or anything else that ``--data`` accepts.
         **options: Fields of :class:`localign.alignment.AlignConfig`, for example ``steps=1000``.
 
     Returns:
-        The run's folder and results; ``localign.load(outcome.folder)`` is the aligned backbone.
+        The run's folder and results. ``localign.load(outcome.folder)`` is the aligned backbone.
 
     Raises:
-        UserError: Bad options or data.
+        UserError: Options or data are invalid.
         RunFailure: Training does not recover from non-finite losses.
     """
     ready = backbone if isinstance(backbone, Backbone) else None

@@ -1,4 +1,4 @@
-"""GPUs by name: what they compute at best, and what they hold. Adding one is a line."""
+"""GPUs by name: peak compute and memory. To add a GPU, add one line."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from localign.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class GPU:
-    """The maker's figures."""
+    """Figures from the manufacturer's data sheet."""
 
     bf16: float
-    """Dense bfloat16 operations per second on tensor cores, in 10^12."""
+    """Dense bfloat16 peak on tensor cores, in 10^12 operations per second."""
     fp32: float
-    """float32 operations per second outside of them, in 10^12."""
+    """float32 peak without tensor cores, in 10^12 operations per second."""
     gib: float
-    """Memory, GiB."""
+    """Memory in GiB."""
 
 
 GPUS: dict[str, GPU] = {
@@ -31,20 +31,21 @@ GPUS: dict[str, GPU] = {
     "A10": GPU(125, 31.2, 24),
     "RTX-4090": GPU(165, 82.6, 24),
 }
-"""By names that users give; with blanks for hyphens they are parts of what CUDA calls a device, special ones first."""
+"""GPUs by the names that users give. With spaces instead of hyphens, a key is part of CUDA's device name; the first
+match counts, so more specific names come first."""
 
 
 def gpu_of_device(name: str) -> GPU | None:
-    """The GPU that CUDA calls so, as in "NVIDIA H100 PCIe"; None for one that is not known."""
+    """The GPU with CUDA's device name ``name``, such as "NVIDIA H100 PCIe"; None if it is unknown."""
     words = name.replace("-", " ")
     return next((card for known, card in GPUS.items() if f"{known.replace('-', ' ')} " in f"{words} "), None)
 
 
 def gpu(name: str) -> GPU:
-    """A GPU by name, however it is capitalised.
+    """The GPU of this name; upper and lower case are the same.
 
     Raises:
-        UserError: It is not known.
+        UserError: The name is unknown.
     """
     known = {n.lower(): n for n in GPUS}
     if name.lower() not in known:

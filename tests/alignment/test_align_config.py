@@ -1,4 +1,4 @@
-"""Options that contradict one another, or would have no effect, are refused."""
+"""Options that contradict each other or have no effect are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_defaults_are_the_published_method() -> None:
         ("mim", "penultimate", "mse", "none", "uniform"),
     ],
 )
-def test_an_objective_fills_in_what_was_not_given(
+def test_an_objective_fills_in_its_defaults(
     objective: Any, target: str, loss: str, decoder: str, mask: str | None
 ) -> None:
     config = AlignConfig(objective=objective)
@@ -49,7 +49,7 @@ def test_an_objective_fills_in_what_was_not_given(
         {"objective": "maskembed", "mask": "shapley"},
     ],
 )
-def test_combinations_that_make_sense_are_taken(options: dict[str, Any]) -> None:
+def test_valid_combinations_are_accepted(options: dict[str, Any]) -> None:
     config = AlignConfig(**options)
     assert {name: getattr(config, name) for name in options} == options
 
@@ -59,7 +59,7 @@ def test_combinations_that_make_sense_are_taken(options: dict[str, Any]) -> None
     [
         ({"mask": "blocks"}, "unknown mask kind"),
         ({"mask": "bernoulli", "keep_ratio": 1.0}, "between 0 and 1"),
-        ({"keep_ratio": 0.25}, "own cardinality"),
+        ({"keep_ratio": 0.25}, "own number of visible patches"),
         ({"target": "cls", "loss_tokens": "hidden"}, "no patch tokens"),
         ({"target": "cls", "loss_tokens": "visible"}, "no patch tokens"),
         ({"target": "first"}, "--target takes"),
@@ -73,19 +73,19 @@ def test_combinations_that_make_sense_are_taken(options: dict[str, Any]) -> None
         ({"steps": 3, "epochs": 1.0}, "contradict"),
         ({"objective": "maskedembed"}, "--objective takes maskembed, averaging"),
         ({"decoder": "mlp"}, "--decoder takes transformer, none"),
-        ({"target": "pooled"}, "maskembed goes with --target penultimate or last or cls, not pooled"),
-        ({"decoder": "none"}, "maskembed goes with --decoder transformer"),
+        ({"target": "pooled"}, "maskembed needs --target penultimate or last or cls, not pooled"),
+        ({"decoder": "none"}, "maskembed needs --decoder transformer"),
         (
             {"objective": "averaging", "target": "last"},
-            "averaging goes with --target cls or pooled, not last",
+            "averaging needs --target cls or pooled, not last",
         ),
-        ({"objective": "averaging", "decoder": "transformer"}, "averaging goes with --decoder none"),
+        ({"objective": "averaging", "decoder": "transformer"}, "averaging needs --decoder none"),
         ({"objective": "averaging", "loss_tokens": "visible"}, "no patch tokens"),
         ({"objective": "averaging", "decoder_depth": 3}, "no decoder: --decoder-depth would have no effect"),
-        ({"objective": "additive", "loss": "cosine"}, "additive goes with --loss mse"),
+        ({"objective": "additive", "loss": "cosine"}, "additive needs --loss mse"),
         ({"objective": "additive", "mask": "shapley", "all_visible": False}, "needs --all-visible true"),
         ({"objective": "clipself", "loss_tokens": "hidden"}, "no patch tokens"),
-        ({"objective": "clipself", "target": "penultimate"}, "clipself goes with --target cls or pooled"),
+        ({"objective": "clipself", "target": "penultimate"}, "clipself needs --target cls or pooled"),
         ({"objective": "clipself", "mask": "block"}, "no masks: --mask would"),
         ({"objective": "clipself", "mask": "uniform"}, "no masks: --mask would"),
         ({"objective": "clipself", "complement": False}, "no masks: --complement would"),
@@ -94,10 +94,13 @@ def test_combinations_that_make_sense_are_taken(options: dict[str, Any]) -> None
             "no masks: --keep-ratio, --all-visible would",
         ),
         ({"objective": "clipself", "decoder_layer_scale": 0.1}, "no decoder: --decoder-layer-scale would"),
-        ({"objective": "clipself", "decoder": "transformer", "target": "pooled"}, "at the class token"),
-        ({"objective": "mim", "target": "cls"}, "mim goes with --target penultimate or last, not cls"),
-        ({"mask": "shapley", "keep_ratio": 0.25}, "own cardinality"),
-        ({"block_min_patches": 4}, "goes with --mask block"),
+        (
+            {"objective": "clipself", "decoder": "transformer", "target": "pooled"},
+            "with a decoder, use --target cls",
+        ),
+        ({"objective": "mim", "target": "cls"}, "mim needs --target penultimate or last, not cls"),
+        ({"mask": "shapley", "keep_ratio": 0.25}, "own number of visible patches"),
+        ({"block_min_patches": 4}, "--block-min-patches needs --mask block"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any], reason: str) -> None:

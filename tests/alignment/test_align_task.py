@@ -1,4 +1,4 @@
-"""MaskEmbed as a task: the target scale, the loss of a step, validation, and what is refused at the start."""
+"""The alignment task: target scale, loss of a step, validation, and errors at the start."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_scale_is_the_spread_of_training_targets_under_the_training_masks(fo
     assert 0.01 < float(task.teacher.scale) < 100
 
 
-def test_the_scale_does_not_depend_on_the_plan_nor_on_being_estimated_twice(folder: Path) -> None:
+def test_the_scale_does_not_depend_on_the_plan_or_an_earlier_estimate(folder: Path) -> None:
     scales = []
     for batch, micro in ((8, 8), (8, 2), (4, 1)):
         task = task_of(folder)
@@ -69,18 +69,18 @@ def test_the_scale_does_not_depend_on_the_plan_nor_on_being_estimated_twice(fold
     task.on_train_start(alone(), plan())
     assert scales == [float(task.teacher.scale)] * 3
     other = task_of(folder, mask="bernoulli", keep_ratio=0.25)
-    other.start(alone(), plan())
+    other.on_train_start(alone(), plan())
     assert float(other.teacher.scale) != scales[0]
 
 
-def test_the_scale_travels_in_the_state_exactly_and_cosine_needs_none(folder: Path) -> None:
+def test_the_state_keeps_the_exact_scale_and_cosine_needs_no_scale(folder: Path) -> None:
     task = task_of(folder)
     task.on_train_start(alone(), plan())
     again = task_of(folder)
     again.load_state_dict(task.state_dict())
     assert torch.equal(again.teacher.scale, task.teacher.scale)
     cosine = task_of(folder, loss="cosine")
-    cosine.start(alone(), plan())
+    cosine.on_train_start(alone(), plan())
     assert float(cosine.teacher.scale) == 1
 
 
@@ -101,7 +101,7 @@ def test_mixing_works_with_any_number_of_scale_images(folder: Path) -> None:
     ],
 )
 @torch.no_grad()
-def test_a_step_is_the_same_however_it_is_split(folder: Path, options: dict[str, Any]) -> None:
+def test_a_step_gives_the_same_loss_for_any_micro_batch(folder: Path, options: dict[str, Any]) -> None:
     task = task_of(folder, **options)
     torch.nn.init.normal_(task.student.encoder.head.weight, std=0.2)
     sums = []
@@ -118,7 +118,7 @@ def test_a_step_is_the_same_however_it_is_split(folder: Path, options: dict[str,
 
 
 def test_training_and_validation_use_the_same_loss(folder: Path) -> None:
-    """On the same pixels and masks, the two differ in nothing."""
+    """On the same pixels and masks, both give exactly the same loss."""
     task = task_of(folder, val=str(folder), loss_tokens="hidden")
     torch.nn.init.normal_(task.student.encoder.head.weight, std=0.2)
     task.seed = 7
@@ -157,11 +157,11 @@ def test_only_the_student_is_trained_and_saved(folder: Path) -> None:
     assert all(p.grad is None for p in task.teacher.parameters())
     second = AlignTask(
         task.config, task.teacher.backbone
-    )  # a teacher's frozen backbone can start another run
+    )  # the teacher's frozen backbone can start another run
     assert all(p.requires_grad for p in second.module.parameters())
 
 
-def test_the_soft_cap_follows_the_family_unless_told(folder: Path) -> None:
+def test_the_soft_cap_follows_the_backbone_family_by_default(folder: Path) -> None:
     assert task_of(folder).module.encoder.backbone.soft_cap == 30.0
     assert task_of(folder).teacher.backbone.soft_cap is None
     assert task_of(folder, soft_cap="none").module.encoder.backbone.soft_cap is None
@@ -185,7 +185,7 @@ def test_the_soft_cap_follows_the_family_unless_told(folder: Path) -> None:
         ({"device": "gpu"}, "gpu"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_training(
+def test_options_that_do_not_fit_are_refused_before_training(
     folder: Path, options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(UserError, match=reason):

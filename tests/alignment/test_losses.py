@@ -1,4 +1,4 @@
-"""Losses go over the tokens they say, and divide by how many those were."""
+"""Losses count the selected tokens only, and divide by their number."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_values_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_whole_mean_is_that_of_torch(name: LossName) -> None:
+def test_the_mean_over_all_tokens_equals_torchs(name: LossName) -> None:
     prediction, target = pair()
     total, count = reconstruction_loss(prediction, target, name)
     reference = {
@@ -53,7 +53,7 @@ def test_a_whole_mean_is_that_of_torch(name: LossName) -> None:
     assert pooled_total.ndim == 0
 
 
-def test_hidden_has_the_prefix_tokens_and_visible_has_not() -> None:
+def test_hidden_includes_prefix_tokens_and_visible_does_not() -> None:
     keep = torch.tensor([[True, False, True], [True, True, True]])
     assert select_tokens(keep, 2, "all") is None
     hidden = select_tokens(keep, 2, "hidden")
@@ -66,7 +66,7 @@ def test_hidden_has_the_prefix_tokens_and_visible_has_not() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("selection", ["hidden", "visible"])
-def test_a_mean_divides_by_what_it_selected(name: LossName, selection: str) -> None:
+def test_a_mean_divides_by_the_number_of_selected_tokens(name: LossName, selection: str) -> None:
     prediction, target = pair()
     keep = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 1]]).bool()
     selected = select_tokens(keep, 1, selection)  # type: ignore[arg-type]
@@ -84,21 +84,21 @@ def test_micro_batches_of_any_size_give_one_mean(name: LossName) -> None:
     keep = torch.rand(12, 4, generator=torch.Generator().manual_seed(1)) < torch.linspace(0, 1, 12)[:, None]
     selected = select_tokens(keep, 1, "hidden")
     assert selected is not None
-    whole = reconstruction_loss(prediction, target, name, selected)
+    expected = reconstruction_loss(prediction, target, name, selected)
     for size in (1, 5, 6):
         chunks = zip(prediction.split(size), target.split(size), selected.split(size), strict=True)
         parts = [torch.stack(reconstruction_loss(p, t, name, s)) for p, t, s in chunks]
         total, count = torch.stack(parts).sum(0)
-        assert torch.allclose(total / count, whole[0] / whole[1])
+        assert torch.allclose(total / count, expected[0] / expected[1])
 
 
-def test_nothing_selected_is_a_sum_and_a_count_of_zero() -> None:
+def test_without_selected_tokens_sum_and_count_are_zero() -> None:
     prediction, target = pair()
     nothing = torch.zeros(4, 5, dtype=torch.bool)
     assert [x.item() for x in reconstruction_loss(prediction, target, "mse", nothing)] == [0, 0]
 
 
-def test_losses_are_taken_in_float32() -> None:
+def test_losses_are_computed_in_float32() -> None:
     prediction, target = (x.bfloat16() for x in pair())
     total, count = reconstruction_loss(prediction, target, "mse")
     assert total.dtype == count.dtype == torch.float32

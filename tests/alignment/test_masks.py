@@ -1,4 +1,4 @@
-"""What each sampler draws, for every combination of its options."""
+"""Masks of each sampler, for every combination of its options."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from shapley_games import coalitions, kernel_probabilities
 from torch import Tensor
 
 from localign.alignment.masks import MaskSampler, _one_block_mask
-from localign.alignment.shapley import coalitions, kernel_probabilities
 from localign.errors import UserError
 from localign.options.names import MaskKind
 
@@ -58,7 +58,7 @@ def test_a_mask_is_a_function_of_seed_and_position_alone(kind: MaskKind, keep: f
     assert torch.equal(together, sampler(3, torch.arange(100, 140), GRID))
 
 
-def test_uniform_cardinality_is_uniform_over_none_to_all() -> None:
+def test_uniform_cardinality_is_uniform_from_0_to_n() -> None:
     grid, draws = (3, 3), 20000
     sizes = draw("uniform", count=draws, grid=grid).sum(1)
     counts = torch.bincount(sizes, minlength=10).double()
@@ -67,7 +67,7 @@ def test_uniform_cardinality_is_uniform_over_none_to_all() -> None:
     assert chi_square < 27.9  # 9 degrees of freedom, one in a thousand
 
 
-def test_uniform_positions_are_uniform_whatever_the_cardinality() -> None:
+def test_uniform_positions_are_uniform_for_every_cardinality() -> None:
     masks = draw("uniform", count=40000, grid=(2, 3))
     codes = (masks * 2 ** torch.arange(6)).sum(1)
     for size in range(7):
@@ -80,7 +80,7 @@ def test_uniform_positions_are_uniform_whatever_the_cardinality() -> None:
         assert chi_square < len(subsets) - 1 + 5 * (2 * len(subsets)) ** 0.5
 
 
-def test_shapley_masks_are_drawn_as_likely_as_the_kernel_says() -> None:
+def test_shapley_masks_follow_the_kernels_probabilities() -> None:
     draws = 40000
     codes = (draw("shapley", count=draws, grid=(1, 4)) * 2 ** torch.arange(4)).sum(1)
     expected = draws * kernel_probabilities(4)
@@ -104,7 +104,7 @@ def test_bernoulli_keeps_each_patch_with_the_given_probability(keep: float) -> N
 
 
 @pytest.mark.parametrize("keep", [0.25, 0.5, 0.75])
-def test_blocks_reach_their_share_and_exceed_it_by_less_than_a_block(keep: float) -> None:
+def test_blocks_hide_their_share_and_overshoot_by_less_than_a_block(keep: float) -> None:
     grid = (14, 14)
     hidden = (~draw("block", keep, 300, grid)).sum(1)
     target = round((1 - keep) * 196)
@@ -116,7 +116,7 @@ def test_blocks_reach_their_share_and_exceed_it_by_less_than_a_block(keep: float
 @pytest.mark.parametrize("grid", [(14, 14), (8, 10), (3, 40)])
 def test_blocks_are_rectangles_of_at_least_sixteen_patches(grid: tuple[int, int]) -> None:
     class Recorder:
-        """Passes draws on; each pair of integers is where one accepted block lies."""
+        """Forwards draws and records them: each pair of integers is the position of one accepted block."""
 
         def __init__(self, seed: int) -> None:
             self.draw = np.random.default_rng(seed)
@@ -167,8 +167,8 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
         ({"kind": "blocks"}, "unknown mask kind"),
         ({"kind": "bernoulli", "keep_ratio": 0.0}, "between 0 and 1"),
         ({"kind": "bernoulli", "keep_ratio": 1.0}, "between 0 and 1"),
-        ({"kind": "uniform", "keep_ratio": 0.25}, "own cardinality"),
-        ({"kind": "shapley", "keep_ratio": 0.25}, "own cardinality"),
+        ({"kind": "uniform", "keep_ratio": 0.25}, "own number of visible patches"),
+        ({"kind": "shapley", "keep_ratio": 0.25}, "own number of visible patches"),
         ({"kind": "block", "block_min_patches": 0}, "at least one patch"),
     ],
 )

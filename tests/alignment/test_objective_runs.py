@@ -1,4 +1,4 @@
-"""Every objective through the loop and the command: it learns, resumes, exports, and leaves a whole folder."""
+"""Runs with every objective: the loss falls, and runs resume, export and write a complete folder."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def config_of(variant: str, photos: Path, out: Path, **options: Any) -> AlignCon
 
 
 class Stopping(AlignTask):
-    """An alignment that ends from outside before a step."""
+    """An alignment that is interrupted before a given step."""
 
     class Stopped(Exception):
         pass
@@ -112,12 +112,12 @@ def test_validation_is_the_same_for_any_micro_batch_and_number_of_ranks(
         task = AlignTask(config_of(variant, photos, tmp_path, micro_batch=micro))
         found: list[torch.Tensor] = []
 
-        class Listening(DistributedContext):
-            def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-                found.append(tensor.clone())
-                return tensor
+        class RecordingContext(DistributedContext):
+            def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+                found.append(values.clone())
+                return values
 
-        context = Listening(rank=rank, size=size, local_rank=rank, device=torch.device("cpu"))
+        context = RecordingContext(rank=rank, size=size, local_rank=rank, device=torch.device("cpu"))
         task.validate(task.module.eval(), context)
         return found[0]
 
@@ -128,7 +128,7 @@ def test_validation_is_the_same_for_any_micro_batch_and_number_of_ranks(
 
 
 @every_variant
-def test_the_command_leaves_a_whole_folder(
+def test_the_command_writes_a_complete_folder(
     variant: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -162,7 +162,7 @@ def test_the_command_leaves_a_whole_folder(
                 localign.load(folder, decoder=True)
 
 
-def test_what_an_export_says_of_its_method(photos: Path, tmp_path: Path) -> None:
+def test_an_export_names_its_method(photos: Path, tmp_path: Path) -> None:
     task = AlignTask(config_of("clipself", photos, tmp_path))
     task.export(task.module, tmp_path, {})
     provenance = json.loads((tmp_path / "config.json").read_text())["localign"]["provenance"]

@@ -1,4 +1,4 @@
-"""What each objective shows the teacher, asks of the student, and counts in its loss."""
+"""Views, targets, predictions and losses of each objective."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def images_of(backbone: Backbone, count: int = 4) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_prediction_and_target_meet_in_the_loss(variant: str) -> None:
+def test_the_loss_takes_prediction_and_target(variant: str) -> None:
     backbone = backbone_of()
     objective, student = parts(config_of(variant), backbone)
     images, views = images_of(backbone), objective.draw(0, torch.arange(4))
@@ -77,7 +77,7 @@ def test_prediction_and_target_meet_in_the_loss(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_views_and_losses_belong_to_positions_not_to_batches(variant: str) -> None:
+def test_views_and_losses_depend_on_positions_not_on_batches(variant: str) -> None:
     backbone = backbone_of()
     objective, student = parts(config_of(variant), backbone)
     images, positions = images_of(backbone), torch.tensor([9, 40, 2, 7])
@@ -163,7 +163,7 @@ def test_averaging_is_the_mean_of_the_visible_embeddings() -> None:
 
 @torch.no_grad()
 def test_additive_sums_grow_with_the_root_of_the_number_of_patches() -> None:
-    """Independent vectors of unit size add up to one of unit size, so no grid makes the first steps too long."""
+    """The sum of independent unit vectors has unit size, so the first steps do not overshoot on any grid."""
     backbone = backbone_of()
     objective, student = parts(config_of("additive"), backbone)
     images, views = images_of(backbone, 2), objective.draw(0, torch.arange(2))
@@ -176,7 +176,7 @@ def test_additive_sums_grow_with_the_root_of_the_number_of_patches() -> None:
 # -- crops -----------------------------------------------------------------------------------------------
 
 
-def test_crops_have_three_fourteenths_of_a_side_at_least() -> None:
+def test_crops_span_at_least_three_fourteenths_of_a_side() -> None:
     sides = {14: 3, 16: 3, 24: 5, 27: 6, 37: 8, 7: 2, 6: 1, 5: 1, 2: 1, 1: 1}
     assert {side: smallest_side(side) for side in sides} == sides
 
@@ -229,7 +229,7 @@ def test_the_largest_crop_is_the_image() -> None:
 
 
 @torch.no_grad()
-def test_clipself_averages_the_students_features_inside_of_the_window() -> None:
+def test_clipself_averages_the_students_features_inside_the_window() -> None:
     backbone = backbone_of()
     objective, student = parts(config_of("clipself"), backbone)
     images, views = images_of(backbone), objective.draw(0, torch.arange(4))
@@ -245,7 +245,7 @@ def test_clipself_averages_the_students_features_inside_of_the_window() -> None:
 
 
 @torch.no_grad()
-def test_clipself_with_a_decoder_hides_what_is_outside_of_the_window() -> None:
+def test_clipself_with_a_decoder_hides_embeddings_outside_the_window() -> None:
     backbone = backbone_of()
     objective, student = parts(config_of("clipself-transformer"), backbone)
     assert isinstance(objective, CLIPSelf)
@@ -254,12 +254,12 @@ def test_clipself_with_a_decoder_hides_what_is_outside_of_the_window() -> None:
     assert torch.equal(objective.predict(student, images, views), expected)
 
 
-def test_a_cosine_without_a_decoder_starts_with_a_direction_and_a_slope() -> None:
-    """From a head at zero the first gradient would be beyond all bounds."""
+def test_a_cosine_loss_without_a_decoder_starts_with_a_bounded_gradient() -> None:
+    """With a zero head, the first gradient would be unbounded."""
     backbone = backbone_of()
     config = config_of("clipself")
     student = fresh_student(config, backbone)
-    objective = CLIPSelf(config, Teacher(backbone, "cls"))
+    objective = build_objective(config, Teacher(backbone, "cls"))
     images, views = images_of(backbone), objective.draw(0, torch.arange(4))
     prediction = objective.predict(student, images, views)
     loss, _ = objective.loss(prediction, objective.target(images, views), views)

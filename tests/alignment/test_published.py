@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' release become students, or are refused by name."""
+"""Reading checkpoints of the authors' release; errors name the tensors that do not fit."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def outputs(student: Student) -> Tensor:
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("options", [{}, {"decoder_depth": 3, "layer_scale": None}])
-def test_a_published_file_gives_the_student_it_holds(
+def test_reading_a_published_file_restores_the_student(
     tmp_path: Path, prefix: str, options: dict[str, Any]
 ) -> None:
     backbone = backbone_of()
@@ -102,7 +102,7 @@ def test_layer_scale_folds_into_the_layers_before_it() -> None:
     assert all(torch.equal(v, kept[k]) for k, v in scaled.vit.state_dict().items())
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     backbone = backbone_of()
     state = published_state(student_of(backbone))
     path = tmp_path / "a.pth.tar"
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         r"decoder does not fit: missing 1 \(blocks\.0\.norm1\.weight\)",
     )
     refused(without("decoder.pos_embed"), "lacks pos_embed")
-    refused(without("decoder."), "no published alignment checkpoint")
-    refused(without("encoder."), "no published alignment checkpoint")
+    refused(without("decoder."), "not a published alignment checkpoint")
+    refused(without("encoder."), "not a published alignment checkpoint")
     refused({**state, "encoder.extra": torch.ones(1)}, r"extra 1 \(extra\)")
     refused({**state, "encoder.pos_embed": torch.ones(1, 9, 48)}, r"pos_embed \(1, 9, 48\) for \(1, 5, 48\)")

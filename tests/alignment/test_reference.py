@@ -1,4 +1,4 @@
-"""Our numbers against those of the published code, quantity by quantity."""
+"""Every quantity compared with the reference numbers of the published code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_quantity_of_the_published_code_is_reproduced() -> None:
     assert any("exported" in r.quantity for r in results)
     for result in results:
         assert result.max_error <= TOLERANCE, result
-        # From the image to the reconstruction, the reference's own rounding is larger than the tolerance.
+        # From image to reconstruction, the reference's own rounding error exceeds the tolerance.
         if result.quantity.split(" (exported")[0] != "student.reconstruction":
             assert result.max_absolute <= TOLERANCE, result
 

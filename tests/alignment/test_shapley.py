@@ -1,4 +1,4 @@
-"""Shapley values: the definition, the least-squares problem, and the objective that is trained agree."""
+"""Shapley values: their definition, the least-squares problem and the trained objective agree."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ from itertools import permutations
 
 import pytest
 import torch
+from shapley_games import coalitions, kernel_probabilities, kernel_solution, shapley_values
 from torch import Tensor
 
 from localign.alignment import AlignConfig
 from localign.alignment.objectives import Additive
-from localign.alignment.shapley import (
-    coalitions,
-    kernel_cardinalities,
-    kernel_probabilities,
-    kernel_solution,
-    shapley_values,
-)
+from localign.alignment.setup import build_objective
+from localign.alignment.shapley import kernel_cardinalities
 from localign.alignment.teacher import Teacher
 from localign.backbones import create_backbone
 
@@ -67,32 +63,36 @@ def test_the_kernel_is_a_distribution_without_the_two_trivial_sets() -> None:
 
 
 @pytest.mark.parametrize(("values", "reason"), [(6, "2\\*\\*n"), (2**11, "1 to 10 players"), (1, "not 0")])
-def test_what_cannot_be_enumerated_is_refused(values: int, reason: str) -> None:
+def test_games_that_cannot_be_enumerated_are_refused(values: int, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         shapley_values(torch.zeros(values))
 
 
-# -- the objective that is trained -----------------------------------------------------------------------
+# -- the trained objective -------------------------------------------------------------------------------
 
 
 def objective_and_game(grid: tuple[int, int], mask: str = "shapley") -> tuple[Additive, Tensor, Tensor]:
-    """A real teacher on one image, and its output for every mask, in units of the target scale."""
+    """An objective with a real teacher, one image, and the scaled output for every mask."""
     size = grid[0] * 8, grid[1] * 8
     backbone = create_backbone(
         "vit_tiny_patch16_224", weights="none", image_size=size, model_kwargs=TINY, seed=3
     )
-    for block in backbone.vit.blocks:  # random weights hardly mix patches: make the game far from additive
+    for (
+        block
+    ) in backbone.vit.blocks:  # random weights hardly mix patches; larger ones make the game non-additive
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.5, generator=torch.Generator().manual_seed(1))
     teacher = Teacher(backbone, "cls")
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     every = coalitions(grid[0] * grid[1])[None]
     teacher.scale.fill_(float(teacher(images, every).std()))
     config = AlignConfig(objective="additive", mask=mask)  # type: ignore[arg-type]
-    return Additive(config, teacher), images, teacher(images, every)
+    objective = build_objective(config, teacher)
+    assert isinstance(objective, Additive)
+    return objective, images, teacher(images, every)
 
 
 def expected_loss(objective: Additive, images: Tensor, vectors: Tensor) -> Tensor:
-    """The objective's own loss, averaged over the masks as likely as its sampler draws them."""
+    """The expected loss of the objective over the masks of its sampler."""
     masks = coalitions(vectors.shape[1])
     sizes, likely = masks.sum(1), kernel_cardinalities(vectors.shape[1])
     total = vectors.new_zeros(())
@@ -106,7 +106,7 @@ def expected_loss(objective: Additive, images: Tensor, vectors: Tensor) -> Tenso
 
 
 def exact_sum(vectors: Tensor, game: Tensor) -> Tensor:
-    """The patch vectors as the loss sees them: their sum is what the whole image gives."""
+    """The patch vectors inside the loss: they sum to the output for the whole image."""
     return vectors + (game[-1] - game[0] - vectors.sum(0)) / len(vectors)
 
 
@@ -138,10 +138,10 @@ def test_minimising_the_objective_gives_the_shapley_values() -> None:
     values = shapley_values(game).float()
     assert (exact_sum(vectors[0].detach(), game) - values).abs().max() < 1e-4
     plain = torch.linalg.lstsq(coalitions(9).double(), (game - game[0]).double()).solution
-    assert (plain - values).abs().max() > 1e-2  # all masks alike would give something else
+    assert (plain - values).abs().max() > 1e-2  # equal weights of all masks give another solution
 
 
-def test_the_empty_view_is_where_the_output_is_counted_from() -> None:
+def test_targets_are_relative_to_the_output_for_the_empty_view() -> None:
     objective, images, game = objective_and_game((2, 2), mask="uniform")
     none = torch.zeros(1, 1, 4, dtype=torch.bool)
     assert objective.target(images, none).abs().max() < 1e-6

@@ -1,4 +1,4 @@
-"""The student: what it starts as, what it hides, what it trains, and how it travels."""
+"""The student: initial state, hidden tokens, trained parameters, and export."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def student_of(backbone: Backbone, soft_cap: float | None = 30.0, **options: Any
 
 
 def trained(backbone: Backbone, **options: Any) -> Student:
-    """With a head that is no longer zero and a decoder whose blocks count."""
+    """A student with a non-zero head, and a LayerScale large enough that the decoder's blocks matter."""
     student = student_of(backbone, **{"layer_scale": 0.5, **options})
     nn.init.normal_(student.encoder.head.weight, std=0.5)
     return student
@@ -49,10 +49,10 @@ def test_embeddings_are_zero_at_step_zero() -> None:
     assert student.encoder(images).abs().max() == 0
     first = student(images, keep)
     assert first.shape == (6, 5, 48)
-    assert torch.equal(first, first[:1].expand_as(first))  # nothing of image or mask gets through yet
+    assert torch.equal(first, first[:1].expand_as(first))  # the output does not depend on image or mask yet
 
 
-def test_the_backbone_is_copied_but_for_its_norm_which_is_fresh() -> None:
+def test_the_backbone_is_copied_except_its_norm_which_is_new() -> None:
     backbone = backbone_of()
     nn.init.normal_(backbone.vit.norm.weight)
     student = student_of(backbone)
@@ -169,7 +169,7 @@ def test_recomputing_activations_gives_the_same_gradients(name: str) -> None:
     assert all(torch.allclose(plain[k], again[k], atol=1e-6) for k in plain)
 
 
-def test_training_the_last_blocks_freezes_all_before_them() -> None:
+def test_training_the_last_blocks_freezes_everything_before_them() -> None:
     backbone = backbone_of()
     student = trained(backbone)
     student.train_last_blocks(1)
@@ -206,7 +206,7 @@ def test_a_soft_cap_inside_the_backbone_cannot_be_undone() -> None:
     ],
 )
 @torch.no_grad()
-def test_an_exported_student_comes_back_bitwise(
+def test_an_exported_student_is_restored_bitwise(
     name: str, size: int, soft_cap: float | None, options: dict[str, Any], tmp_path: Path
 ) -> None:
     backbone = backbone_of(name, size)
@@ -220,7 +220,7 @@ def test_an_exported_student_comes_back_bitwise(
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
 
 
-def test_an_export_without_decoder_is_no_student(tmp_path: Path) -> None:
+def test_an_export_without_a_decoder_cannot_be_loaded_as_a_student(tmp_path: Path) -> None:
     export_student(student_of(backbone_of()), tmp_path, decoder=False)
     with pytest.raises(UserError, match="without a decoder"):
         load_student(tmp_path)
@@ -231,7 +231,7 @@ def test_an_export_without_decoder_is_no_student(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_student_without_a_decoder_gives_its_embeddings(tmp_path: Path) -> None:
+def test_a_student_without_a_decoder_returns_its_embeddings(tmp_path: Path) -> None:
     backbone = backbone_of()
     images, keep = sample(backbone)
     student = student_of(backbone, decoder=False)
@@ -249,7 +249,7 @@ def test_a_student_without_a_decoder_gives_its_embeddings(tmp_path: Path) -> Non
 
 
 @torch.no_grad()
-def test_a_head_may_start_as_the_identity() -> None:
+def test_a_head_can_start_as_the_identity() -> None:
     backbone = backbone_of()
     student = student_of(backbone, decoder=False, head="identity")
     images, _ = sample(backbone)

@@ -1,4 +1,4 @@
-"""The teacher: frozen, and shown masked images exactly as the method says."""
+"""The teacher is frozen, and sees masked images exactly as the paper defines them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_hidden_patches_are_zero_and_visible_ones_unchanged() -> None:
             assert torch.equal(views[image, :, rows, columns], expected)
 
 
-def test_views_of_one_image_are_neighbours() -> None:
+def test_views_of_one_image_are_adjacent() -> None:
     images = torch.stack([torch.full((3, 2, 2), 1.0), torch.full((3, 2, 2), 2.0)])
     keep = torch.tensor([True, False, True]).view(1, 3, 1).expand(2, 3, 1)
     views = mask_images(images, keep, (1, 1), (2, 2))

@@ -1,4 +1,4 @@
-"""How a teacher computes on a CPU: in pieces, with unfused attention, and with the same results."""
+"""On a CPU the teacher computes in chunks with another attention, with the same results."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def build() -> Backbone:
 
 
 @torch.no_grad()
-def test_views_in_pieces_are_the_views(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_views_give_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = Teacher(build())
     views = torch.randn(7, 3, 48, 48)
-    whole = teacher.of_views(views)
+    expected = teacher.of_views(views)
     monkeypatch.setattr(teachers, "_CPU_VIEWS", 3)
-    assert torch.allclose(teacher.of_views(views), whole, atol=1e-5)
+    assert torch.allclose(teacher.of_views(views), expected, atol=1e-5)
 
 
-def test_a_teacher_on_a_cpu_leaves_its_backbone_as_it_was() -> None:
+def test_a_teacher_on_a_cpu_does_not_change_its_backbone() -> None:
     teacher = Teacher(build())
     kinds = [type(module) for module in teacher.backbone.modules()]
     weights = [id(parameter) for parameter in teacher.parameters()]

@@ -1,4 +1,4 @@
-"""Steps of an alignment that are run, to be held against what is planned; also a program that measures memory."""
+"""Real training steps for comparison with plans. As a program: measures the memory of a step."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def planned(**options: Any) -> PlanConfig:
 
 
 def task(**options: Any) -> AlignTask:
-    """Its task, on drawn scenes that are not looked at."""
+    """The alignment task of the small ViT; its images are not used."""
     return AlignTask(AlignConfig(**{**SMALL_VIT, "batch_size": 32, "steps": 1, **options}))
 
 
 def step(chosen: AlignTask, images: int) -> float:
-    """One forward and backward pass; CPU seconds."""
+    """Run one forward and backward pass; returns CPU seconds."""
     pixels = torch.zeros(images, 3, 224, 224, dtype=torch.uint8)
     numbers = torch.arange(images)
     batch = Batch(
@@ -49,12 +49,12 @@ def _status(field: str) -> int:
 
 
 def measured_bytes(images: int) -> int:
-    """What a second step takes at its peak beyond weights and gradients, of this process's resident memory."""
+    """Peak resident memory of this process in a second step, beyond weights and gradients, in bytes."""
     torch.set_num_threads(1)
     chosen = task()
     step(chosen, images)
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     step(chosen, images)
     return _status("VmHWM") - before
 

@@ -1,4 +1,4 @@
-"""`localign plan`: figures that follow from the method, and figures held against steps that were run."""
+"""`localign plan`: figures that follow from the method, and figures compared with real steps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_three_masks_cost_as_published() -> None:
     assert plan.decode_cores == pytest.approx(plan.images_per_second / 400)
 
 
-def test_operations_are_those_counted_by_hand() -> None:
+def test_operations_equal_a_count_by_hand() -> None:
     counted = CountedAlignment(planned(target="last"))
     tokens, width, masks = 197, 192, 3
     block = 2 * tokens * 12 * width**2 + 4 * tokens**2 * width
@@ -49,18 +49,18 @@ def test_operations_are_those_counted_by_hand() -> None:
     decoder = masks * (2 * block + linear)
     flops = counted.flops()
     assert flops.teacher == pytest.approx(masks * (patches + 3 * block), rel=1e-6)
-    # Backward twice the forward pass, but for the pixels, which want no gradient.
+    # The backward pass costs twice the forward pass, except for the pixels, which need no gradient.
     assert flops.student == pytest.approx(3 * (forward_student + decoder) - patches, rel=1e-6)
 
 
-def test_checkpointed_gradients_cost_operations_and_spare_memory() -> None:
-    whole, again = (make_plan(planned(grad_checkpointing=on)) for on in (False, True))
-    assert 1.1 < again.flops.student / whole.flops.student < 1.4
-    assert again.memory.per_image < 0.6 * whole.memory.per_image
-    assert again.flops.teacher == whole.flops.teacher
+def test_gradient_checkpointing_costs_operations_and_saves_memory() -> None:
+    stored, recomputed = (make_plan(planned(grad_checkpointing=on)) for on in (False, True))
+    assert 1.1 < recomputed.flops.student / stored.flops.student < 1.4
+    assert recomputed.memory.per_image < 0.6 * stored.memory.per_image
+    assert recomputed.flops.teacher == stored.flops.teacher
 
 
-def test_parameters_are_the_runs() -> None:
+def test_parameters_equal_those_of_the_run() -> None:
     plan, run = make_plan(planned(train_blocks=2)), task(train_blocks=2)
     summary = run.summary()
     assert plan.parameters["encoder"] + plan.parameters["decoder"] == summary["parameters"]
@@ -71,9 +71,9 @@ def test_parameters_are_the_runs() -> None:
 
 
 @pytest.mark.skipif(
-    not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are not told by this system"
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not report peak memory"
 )
-def test_memory_is_what_a_step_takes() -> None:
+def test_memory_matches_a_measured_step() -> None:
     images = 16
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("planned_steps.py")), str(images)],
@@ -88,8 +88,8 @@ def test_memory_is_what_a_step_takes() -> None:
 @pytest.mark.parametrize(
     "change", [{"complement": False, "all_visible": False}, {"model_kwargs": {"depth": 6}}]
 )
-def test_time_grows_as_operations_do(change: dict[str, Any]) -> None:
-    """The rate that one run reaches foretells the time of another one."""
+def test_time_grows_with_operations(change: dict[str, Any]) -> None:
+    """The speed of one run predicts the time of another run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds: dict[bool, list[float]] = {False: [], True: []}
@@ -111,7 +111,7 @@ def test_the_largest_micro_batch_fits_and_divides() -> None:
     assert plan.memory.of(plan.largest) <= room
     larger = [n for n in range(plan.largest + 1, 193) if 192 % n == 0]
     assert all(plan.memory.of(n) > room for n in larger)
-    assert larger  # the case is one in which not everything fits
+    assert larger  # in this case not everything fits
 
 
 def test_bf16_takes_less_than_float32() -> None:
@@ -135,7 +135,7 @@ def test_large_recipes_can_be_planned(name: str) -> None:
     assert 10 < plan.gpu_hours < 2000
 
 
-def test_the_command_shows_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_and_writes_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plans" / "plan.json"
     options = ["--config", "align/in1k-vit-t", "--gpus", "2", "--gpu", "a10", "--out", str(file)]
     assert main(["plan", *options]) == 0

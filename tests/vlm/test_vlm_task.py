@@ -209,7 +209,7 @@ def test_unknown_attention_is_refused(
     assert "cannot load the language model" in line
     assert "nonsense" in line
     assert main([*without_llm(command), "--init", str(whole)]) == 2
-    assert "--llm-attention goes with --llm" in capsys.readouterr().err
+    assert "--llm-attention needs --llm" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -291,7 +291,7 @@ def test_a_bad_record_is_one_line_and_leaves_nothing(
         (["--prompt", "chat-template"], "chat template"),
         (["--features", "aligned"], "`localign align` wrote"),
         (["--adapter-lr", "0"], "--adapter-lr must be above 0"),
-        (["--adapter-lr", "1e-3", "--lr", "null"], "goes with --lr"),
+        (["--adapter-lr", "1e-3", "--lr", "null"], "needs --lr"),
         (["--turns", "independent", "--llm-attention", "flex_attention"], "independent turns need"),
     ],
 )

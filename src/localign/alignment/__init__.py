@@ -1,4 +1,4 @@
-"""The method: masks, targets (teacher), student (encoder and decoder), losses; and its task."""
+"""Locality alignment: masks, teacher, student (encoder and decoder), objectives, losses, and the training task."""
 
 from localign.alignment.export import export_student, load_student
 from localign.alignment.task import AlignTask

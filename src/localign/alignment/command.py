@@ -1,4 +1,4 @@
-"""`localign align`: align, then say what came of it and write the report."""
+"""`localign align`: train, print the results and write the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run_align(config: AlignConfig) -> None:
     """Align a backbone, print the results, and write pictures and the report.
 
     Raises:
-        UserError: Bad options or data.
+        UserError: Options or data are invalid.
         RunFailure: The run cannot continue.
     """
     config = resolve_align(config)

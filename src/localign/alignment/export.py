@@ -1,4 +1,4 @@
-"""An aligned student as an export folder, and back."""
+"""Export folders of aligned students: writing and reading."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _PROJECTION, _DECODER = "encoder_head.", "decoder."
 def export_student(
     student: Student, folder: str | Path, *, decoder: bool = True, provenance: dict[str, Any] | None = None
 ) -> Path:
-    """Write the aligned backbone and, unless told otherwise, its decoder with the projection before it.
+    """Write the aligned backbone and, by default, the decoder and the linear layer before it.
 
-    Of a student without a decoder only the backbone is written: its head served training alone.
+    A student without a decoder is exported as its backbone alone, because its head serves only training.
 
     Args:
-        student: Trained; not changed.
-        folder: Made where missing.
-        decoder: Also write ``decoder.safetensors``, where there is a decoder.
-        provenance: Facts for the reader of ``config.json``.
+        student: The trained student; not changed.
+        folder: Created if it does not exist.
+        decoder: Also write ``decoder.safetensors`` if the student has a decoder.
+        provenance: Facts about the run, stored in ``config.json``.
     """
     tensors, config = None, None
     if decoder and student.decoder is not None:
@@ -48,7 +48,10 @@ def export_student(
 
 
 def load_student(folder: str | Path, *, attention: AttentionBackend = "auto") -> Student:
-    """Read an export folder with its decoder; the inverse of :func:`export_student`, in eval mode.
+    """Read a student from an export folder with a decoder; the inverse of :func:`export_student`.
+
+    Returns:
+        The student in eval mode.
 
     Raises:
         UserError: The folder has no decoder, is damaged, or its parts do not fit together.
@@ -67,15 +70,17 @@ def load_student(folder: str | Path, *, attention: AttentionBackend = "auto") ->
 
 
 def run_export(config: ExportConfig) -> None:
-    """Write an export folder, from a run or from a backbone by name.
+    """Write an export folder from a run, or from a backbone by name.
 
     Raises:
-        UserError: No such run, checkpoint or backbone, or an option that a run has fixed.
+        UserError: The run, checkpoint or backbone does not exist, or an option is already fixed by the run.
     """
     source = Path(config.source)
     if (source / "checkpoints").is_dir():
         if config.model_kwargs or config.image_size or config.weights != "pretrained":
-            raise UserError(f"{source} is a run: its weights, image size and arguments are fixed")
+            raise UserError(
+                f"{source} is a run; --weights, --image-size and --model-kwargs apply to backbones by name only"
+            )
         student, facts = student_of_run(source, config.checkpoint)
         folder = export_student(
             student, config.out, decoder=config.decoder, provenance={**facts, **provenance()}
@@ -95,7 +100,7 @@ def run_import(config: ImportConfig) -> None:
     """Convert a checkpoint of the published release to an export folder.
 
     Raises:
-        UserError: The file or the backbone is unknown, or they do not fit.
+        UserError: The file is unreadable, the backbone is unknown, or they do not fit together.
     """
     backbone = create_backbone(
         config.backbone, weights="none", image_size=config.image_size, model_kwargs=config.model_kwargs

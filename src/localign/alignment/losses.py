@@ -1,7 +1,7 @@
-"""Reconstruction losses as pure functions, one table for training and validation alike.
+"""Reconstruction losses as pure functions, shared by training and validation.
 
-Each gives a *sum over tokens* and the *number of tokens* it went over, so that a mean over any number of
-micro-batches and ranks divides by what was selected.
+A loss is returned as a *sum over tokens* and the *number of tokens*, so that the mean over any number of micro-batches
+and ranks divides by the number of selected tokens.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from localign.options.names import LossName, TokenSelection
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared error, mean over channels: ``(..., width)`` twice to ``(...)``. Equation 1 of the paper."""
+    """Squared error, averaged over channels: two ``(..., width)`` to ``(...)``. Equation 1 of the paper."""
     return F.mse_loss(prediction, target, reduction="none").mean(dim=-1)
 
 
 def cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """One minus the cosine of two vectors: ``(..., width)`` twice to ``(...)`` in 0..2."""
+    """One minus the cosine similarity: two ``(..., width)`` to ``(...)`` in 0..2."""
     return 1 - F.cosine_similarity(prediction, target, dim=-1)
 
 
 def l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Absolute error, mean over channels: ``(..., width)`` twice to ``(...)``."""
+    """Absolute error, averaged over channels: two ``(..., width)`` to ``(...)``."""
     return (prediction - target).abs().mean(dim=-1)
 
 
@@ -33,13 +33,13 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "cosine": c
 
 
 def select_tokens(keep_mask: Tensor, num_prefix_tokens: int, selection: TokenSelection) -> Tensor | None:
-    """Which tokens a loss goes over.
+    """Select the tokens that count in a loss.
 
-    Prefix tokens are hidden at the decoder's input in every view, so they belong to ``hidden``.
+    Prefix tokens are hidden at the decoder's input in every view, so ``hidden`` includes them.
 
     Args:
         keep_mask: bool ``(views, patches)``, True = visible.
-        num_prefix_tokens: How many tokens come before the patches.
+        num_prefix_tokens: Number of tokens before the patches.
         selection: ``all``, ``hidden`` or ``visible``.
 
     Returns:
@@ -54,11 +54,11 @@ def select_tokens(keep_mask: Tensor, num_prefix_tokens: int, selection: TokenSel
 def reconstruction_loss(
     prediction: Tensor, target: Tensor, name: LossName, selected: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Loss summed over tokens, in float32, and the number of tokens.
+    """The loss summed over tokens in float32, and the number of tokens.
 
     Args:
         prediction: ``(views, tokens, width)``, or ``(views, width)``.
-        target: Same shape.
+        target: Same shape as ``prediction``.
         name: A key of :data:`LOSSES`.
         selected: bool ``(views, tokens)``, or ``(views,)``; None selects all.
 

@@ -1,4 +1,4 @@
-"""Keep-masks over patches (section 3.2 and Table 4 of the paper). True = visible, everywhere."""
+"""Keep-masks over patches (section 3.2 and Table 4 of the paper). True always means visible."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _BLOCK_ATTEMPTS = 10_000
 
 @dataclass(frozen=True)
 class MaskSampler(MaskOptions):
-    """Draws the masks of each image from the seed and the image's global position alone."""
+    """Draws the masks of each image as a function of the seed and the image's global position."""
 
     @classmethod
     def of(cls, options: MaskOptions) -> MaskSampler:
-        """The sampler that the options of an alignment describe."""
+        """The sampler with these options."""
         return cls(**vars(options))
 
     def check(self, grid: tuple[int, int]) -> None:
         """Refuse a grid on which the masks do not fit.
 
         Raises:
-            UserError: Blocks are larger than what is to be hidden, or than the grid is wide; or shapley masks
-                have no second patch.
+            UserError: The smallest block is larger than the area to hide or does not fit into the grid, or shapley
+                masks get fewer than two patches.
         """
         if self.kind == "shapley" and grid[0] * grid[1] < 2:
             raise UserError(
-                "shapley masks keep some patches and hide others: they need a grid of two or more"
+                "shapley masks show some patches and hide others; they need a grid of two or more patches"
             )
         if self.kind == "block":
             hidden = round((1 - self.keep_ratio) * grid[0] * grid[1])
@@ -59,8 +59,8 @@ class MaskSampler(MaskOptions):
             grid: Rows and columns of patches.
 
         Returns:
-            bool ``(batch, masks_per_image, rows * columns)`` on the CPU, True = visible, in the order mask,
-            complement, all-visible.
+            bool ``(batch, masks_per_image, rows * columns)`` on the CPU, True = visible. The order is mask, complement,
+            all-visible.
         """
         self.check(grid)
         drawn = _SAMPLERS[self.kind](self, seed, positions, grid)
@@ -86,7 +86,7 @@ def _shapley(sampler: MaskSampler, seed: int, positions: Tensor, grid: tuple[int
 
 
 def _keep_at_random(draws: Tensor, cardinality: Tensor) -> Tensor:
-    """Masks that keep the ``cardinality`` (``(batch, 1)``) patches with the smallest draws."""
+    """Keep the patches with the smallest draws; ``cardinality``, ``(batch, 1)``, is the number of kept patches."""
     ranks = draws.argsort(dim=1, stable=True).argsort(dim=1)
     return ranks < cardinality
 
@@ -116,7 +116,7 @@ def _one_block_mask(sampler: MaskSampler, draw: np.random.Generator, grid: tuple
         top, side = draw.integers(0, rows - height + 1), draw.integers(0, columns - width + 1)
         keep[top : top + height, side : side + width] = False
     raise UserError(
-        f"blocks do not cover {target} patches of a {rows}x{columns} grid; use a larger keep ratio"
+        f"cannot hide {target} patches of a {rows}x{columns} grid with blocks; use a larger keep ratio"
     )
 
 
@@ -126,7 +126,7 @@ def _block_sides(area: float, aspect: float, grid: tuple[int, int]) -> tuple[int
 
 
 def _smallest_block_fits(patches: int, grid: tuple[int, int]) -> bool:
-    """Whether some aspect gives a block of ``patches``: else the last gap could never be covered."""
+    """Whether some aspect ratio gives a block of ``patches``. Otherwise the last gap could never be covered."""
     aspects = np.geomspace(_BLOCK_ASPECT, 1 / _BLOCK_ASPECT, 101)
     return any(math.prod(_block_sides(patches, float(aspect), grid)) >= patches for aspect in aspects)
 

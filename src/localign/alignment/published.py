@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' release (``*.pth.tar``), read into our student."""
+"""Reader for checkpoints of the authors' release (``*.pth.tar``)."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _SCALED = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}
 
 
 def read_published(path: str | Path, backbone: Backbone, *, soft_cap: float | None) -> Student:
-    """Build the student whose weights a published checkpoint holds.
+    """Build a student from a published checkpoint.
 
     Args:
-        path: A file with ``encoder.*`` and ``decoder.*`` tensors, EMA preferred; the encoder's ``head`` is
-            the linear layer before the decoder.
-        backbone: The architecture it was trained from; its weights do not matter and it is not changed.
-        soft_cap: Bound of the encoder's attention logits in that run, or None.
+        path: A file with ``encoder.*`` and ``decoder.*`` tensors; averaged weights (EMA) are preferred. The encoder's
+            ``head`` is the linear layer before the decoder.
+        backbone: The architecture that the checkpoint was trained from. Its weights are ignored, and it is not changed.
+        soft_cap: Bound of the attention logits that the checkpoint was trained with, or None.
 
     Returns:
         The student in eval mode.
 
     Raises:
-        UserError: The file is unreadable, or its tensors do not fit the backbone; they are named.
+        UserError: The file is unreadable, or its tensors do not fit the backbone. The error names the tensors.
     """
     content = read_file(path)
     state = state_dict_of(content, path)
@@ -39,7 +39,7 @@ def read_published(path: str | Path, backbone: Backbone, *, soft_cap: float | No
     decoder = {k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")}
     if not encoder or not decoder:
         raise UserError(
-            f"{path} is no published alignment checkpoint: it lacks encoder.* or decoder.* tensors"
+            f"{path} is not a published alignment checkpoint: it lacks encoder.* or decoder.* tensors"
         )
     args = content.get("args")
     heads = getattr(args, "decoder_num_heads", None) if isinstance(args, argparse.Namespace) else None
@@ -57,7 +57,9 @@ def read_published(path: str | Path, backbone: Backbone, *, soft_cap: float | No
 
 def _width(decoder: StateDict, path: str | Path) -> int:
     if "pos_embed" not in decoder or "head.weight" not in decoder:
-        raise UserError(f"{path} is no published alignment checkpoint: its decoder lacks pos_embed or head")
+        raise UserError(
+            f"{path} is not a published alignment checkpoint: its decoder lacks pos_embed or head.weight"
+        )
     return int(decoder["pos_embed"].shape[-1])
 
 
@@ -76,9 +78,12 @@ def _decoder_config(decoder: StateDict, backbone: Backbone, heads: int, path: st
 
 
 def fold_layer_scale(state: StateDict, vit: nn.Module) -> StateDict:
-    """Multiply LayerScale vectors into the layers before them, where ``vit`` has no LayerScale of its own.
+    """Multiply LayerScale vectors into the layers before them where ``vit`` has no LayerScale.
 
-    ``gamma * (W x + b)`` is ``(gamma W) x + gamma b``: rows of the weight and entries of the bias scale.
+    ``gamma * (W x + b)`` equals ``(gamma W) x + gamma b``: gamma scales the rows of the weight and the bias.
+
+    Raises:
+        UserError: The checkpoint lacks the weight or bias of a scaled layer.
     """
     wanted = vit.state_dict()
     folded: StateDict = dict(state)
@@ -94,5 +99,5 @@ def fold_layer_scale(state: StateDict, vit: nn.Module) -> StateDict:
 
 def _require(state: StateDict, key: str) -> Tensor:
     if key not in state:
-        raise UserError(f"the checkpoint scales {key} but does not hold it")
+        raise UserError(f"the checkpoint has a LayerScale for {key} but lacks {key}")
     return state[key]

@@ -1,4 +1,4 @@
-"""From the options of an alignment to its backbone and student; and back from the folder of a run."""
+"""Builds backbone, objective and student from the options of an alignment, and the student from a run folder."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from localign.weights import load_strict
 DEFAULT_LR = 3e-4
 PUBLISHED_BATCH = 1024
 CPU_BATCH = 8
-"""Enough to see an alignment run on a laptop."""
+"""Default batch size on a CPU: small enough for a trial run on a laptop."""
 
 
 def starting_backbone(config: AlignConfig, weights: str | None = None) -> Backbone:
     """The backbone that an alignment starts from.
 
     Args:
-        config: Names it.
-        weights: Replaces the config's own, for those who need the architecture alone.
+        config: Options of the alignment.
+        weights: Replaces ``config.weights``; ``none`` gives the architecture with random weights.
     """
     return create_backbone(
         config.backbone,
@@ -47,7 +47,11 @@ def starting_backbone(config: AlignConfig, weights: str | None = None) -> Backbo
 
 
 def resolve_soft_cap(soft_cap: float | str | None, backbone: Backbone) -> float | None:
-    """A cap as asked for; ``auto`` is 30 where the catalogue says so or, outside of it, the family allows it."""
+    """The bound of attention logits.
+
+    ``auto`` gives 30 if the catalogue says so; for backbones outside the catalogue, if their attention supports it.
+    Otherwise ``auto`` gives the backbone's own bound.
+    """
     if soft_cap == "auto":
         entry = CATALOGUE.get(backbone.name)
         fits = entry.soft_cap if entry else type(backbone.vit.blocks[0].attn) is Attention
@@ -56,13 +60,13 @@ def resolve_soft_cap(soft_cap: float | str | None, backbone: Backbone) -> float 
 
 
 def default_lr(config: AlignConfig) -> float:
-    """The learning rate of a run that names none."""
+    """The learning rate of a run that does not set one."""
     entry = CATALOGUE.get(config.backbone)
     return entry.lr if entry else DEFAULT_LR
 
 
 def resolve_align(config: AlignConfig) -> AlignConfig:
-    """The config with its defaults filled in: the backbone's published learning rate, a batch for the device."""
+    """Fill in defaults: the backbone's published learning rate, and a batch size for the device."""
     on_cpu = choose_device(config.device).type == "cpu"
     return replace(
         config,
@@ -77,7 +81,7 @@ def build_objective(config: AlignConfig, teacher: Teacher) -> Objective:
     Raises:
         UserError: Its masks or crops do not fit the teacher's grid.
     """
-    assert config.loss is not None  # AlignConfig has filled in both
+    assert config.loss is not None  # AlignConfig filled in both
     assert config.decoder is not None
     masks = None if config.mask is None else MaskSampler.of(config.masks())
     options = ObjectiveOptions(config.loss, config.decoder, config.loss_tokens, masks)
@@ -95,7 +99,7 @@ def fresh_student(config: AlignConfig, backbone: Backbone) -> Student:
             decoder=decodes,
             decoder_depth=config.decoder_depth,
             layer_scale=config.decoder_layer_scale,
-            # What a head at zero gives has no direction, and the cosine no slope that could be used.
+            # A zero head outputs zero vectors, for which the gradient of the cosine loss is not usable.
             head="identity" if config.loss == "cosine" and not decodes else "zero",
         )
     if config.train_blocks is not None:
@@ -111,10 +115,10 @@ def student_of_run(folder: str | Path, checkpoint: str = "last") -> tuple[Studen
         checkpoint: ``last``, ``best`` (lowest validation loss), or a step.
 
     Returns:
-        The student in eval mode, with averaged weights where the run kept them, and facts about the run.
+        The student in eval mode, with averaged weights if the run has them, and facts about the run.
 
     Raises:
-        UserError: No such run or checkpoint, or it is damaged.
+        UserError: The run or checkpoint does not exist or is damaged.
     """
     folder = Path(folder)
     saved = read_run_config(folder)
@@ -124,7 +128,7 @@ def student_of_run(folder: str | Path, checkpoint: str = "last") -> tuple[Studen
     checkpoints = Checkpoints(folder / "checkpoints")
     step = _checkpoint_step(checkpoints, checkpoint, folder)
     loaded = checkpoints.load(step)
-    # The architecture is wanted, not the starting weights: nothing is fetched for what comes out of a name.
+    # Only the architecture is needed, so a backbone given by name downloads no weights.
     local = config.backbone == EMBEDDED or (Path(config.backbone) / CONFIG_FILE).is_file()
     student = fresh_student(config, starting_backbone(config, weights=None if local else "none"))
     load_strict(student, loaded.ema or loaded.model, checkpoints.path(step))
@@ -139,10 +143,10 @@ def _checkpoint_step(checkpoints: Checkpoints, wanted: str, folder: Path) -> int
     marked = checkpoints.best()
     best = marked["step"] if marked is not None else None
     if wanted == "best" and best is None:
-        raise UserError(f"{folder} has no best checkpoint: it was not validated")
+        raise UserError(f"{folder} has no best checkpoint, because the run had no validation")
     step = {"last": str(steps[-1]), "best": str(best)}.get(wanted, wanted)
     if step not in map(str, steps):
         raise UserError(
-            f"{folder} has no checkpoint {wanted!r}; there are last, best and {', '.join(map(str, steps))}"
+            f"{folder} has no checkpoint {wanted!r}; known: last, best, {', '.join(map(str, steps))}"
         )
     return int(step)

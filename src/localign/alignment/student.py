@@ -1,4 +1,4 @@
-"""The student: the trainable copy as encoder, and the shallow decoder (section 3.2 of the paper)."""
+"""The student: a trainable copy of the backbone as encoder, and a shallow decoder (section 3.2 of the paper)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from localign.options.names import AttentionBackend
 
 HeadStart = Literal["zero", "identity"]
 NORM_EPS = 1e-5
-"""eps of every LayerNorm that alignment creates."""
+"""Epsilon of every LayerNorm that alignment creates."""
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What it takes to build a decoder again."""
+    """Everything needed to rebuild a decoder."""
 
     width: int
-    """Channels of its tokens."""
+    """Channels of the decoder's tokens."""
     output_width: int
     """Channels of the teacher's tokens."""
     num_heads: int
@@ -35,20 +35,20 @@ class DecoderConfig:
     depth: int = 2
     """Transformer blocks."""
     qkv_bias: bool = True
-    """Bias of queries, keys and values."""
+    """Whether queries, keys and values have a bias."""
     layer_scale: float | None = 1e-6
-    """Initial LayerScale of both branches, or None for none."""
+    """Initial LayerScale of both residual branches; None: no LayerScale."""
     activation: str = "GELU"
     """Class name of the MLPs' activation."""
 
 
 class Encoder(nn.Module):
-    """A ViT on the whole image, then a linear head.
+    """A ViT applied to the whole image, followed by a linear head.
 
     Args:
         backbone: A copy that this module owns.
-        output_width: Channels of the decoder or, without one, of the target.
-        head: What the head starts as.
+        output_width: Channels of the decoder or, without a decoder, of the target.
+        head: Initial weight of the head: zero or the identity.
     """
 
     def __init__(self, backbone: Backbone, output_width: int, head: HeadStart = "zero") -> None:
@@ -64,15 +64,15 @@ class Encoder(nn.Module):
 
 
 def prepare_backbone(backbone: Backbone) -> Backbone:
-    """Remove pooling and put a fresh LayerNorm where the final norm was, in place.
+    """Remove pooling and replace the final norm by a new LayerNorm, in place.
 
-    The norm before pooling is renewed, or the one after it where that is the only one; either way it then
+    The replaced norm is the norm before pooling, or the norm after pooling if the ViT has no other. The new norm
     applies to every token.
     """
     vit = backbone.vit
     backbone.final_norm = "norm" if _has_weight(vit.norm) or not _has_weight(vit.fc_norm) else "fc_norm"
     if getattr(vit, "attn_pool", None) is not None:
-        backbone.model_kwargs["global_pool"] = ""  # built again, it has no attention pooling to fill
+        backbone.model_kwargs["global_pool"] = ""  # a rebuilt ViT must not have attention pooling
     vit.reset_classifier(0, "")
     setattr(vit, backbone.final_norm, nn.LayerNorm(backbone.width, eps=NORM_EPS))
     return backbone
@@ -83,7 +83,7 @@ def _has_weight(norm: nn.Module) -> bool:
 
 
 class Decoder(nn.Module):
-    """Position embedding, pre-norm blocks with ordinary attention, norm, linear."""
+    """Position embedding, pre-norm transformer blocks with ordinary attention, norm, linear layer."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -118,17 +118,17 @@ class Decoder(nn.Module):
 
 
 class DecoderNorm(nn.LayerNorm):
-    """LayerNorm with alignment's eps, whatever torch's or timm's default is."""
+    """LayerNorm with the epsilon of alignment instead of the default of torch or timm."""
 
     def __init__(self, width: int, **kwargs: Any) -> None:
         super().__init__(width, eps=NORM_EPS, **kwargs)
 
 
 def activation_class(name: str) -> type[nn.Module]:
-    """The activation of a class name, from torch or timm.
+    """The activation class of this name in torch or timm.
 
     Raises:
-        UserError: Neither has it.
+        UserError: Neither library has it.
     """
     import timm.layers
 
@@ -139,7 +139,7 @@ def activation_class(name: str) -> type[nn.Module]:
 
 
 class Student(nn.Module):
-    """Encoder and decoder with the masking between them; or the encoder alone."""
+    """Encoder, masking of embeddings, and decoder; or the encoder alone."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder | None) -> None:
         super().__init__()
@@ -155,17 +155,24 @@ class Student(nn.Module):
 
         Args:
             images: Normalised, ``(batch, 3, height, width)``.
-            keep_mask: bool ``(batch, masks, patches)``, True = visible; for the decoder, which needs it.
+            keep_mask: bool ``(batch, masks, patches)``, True = visible. None skips the decoder.
 
         Returns:
-            ``(batch * masks, tokens, teacher width)``; the views of one image are neighbours. Without a
-            keep-mask the embeddings themselves: ``(batch, tokens, width)``.
+            ``(batch * masks, tokens, teacher width)``; the views of one image are adjacent. Without a keep-mask: the
+            embeddings, ``(batch, tokens, width)``.
+
+        Raises:
+            ValueError: A keep-mask is given, but the student has no decoder.
         """
         embeddings = self.encoder(images)
         return embeddings if keep_mask is None else self.decode(embeddings, keep_mask)
 
     def decode(self, embeddings: Tensor, keep_mask: Tensor) -> Tensor:
-        """Mask embeddings ``(batch, tokens, width)``, prefix tokens always hidden, and decode each view."""
+        """Mask embeddings ``(batch, tokens, width)`` and decode each view. Prefix tokens are always hidden.
+
+        Raises:
+            ValueError: The student has no decoder.
+        """
         if self.decoder is None:
             raise ValueError("this student has no decoder")
         keep = F.pad(keep_mask, (self.num_prefix_tokens, 0), value=False)
@@ -173,16 +180,16 @@ class Student(nn.Module):
         return self.decoder(masked.flatten(0, 1))
 
     def set_grad_checkpointing(self, enable: bool) -> None:
-        """Recompute block activations in the backward pass instead of keeping them."""
+        """Recompute the blocks' activations in the backward pass instead of storing them."""
         self.encoder.backbone.vit.set_grad_checkpointing(enable)
         if self.decoder is not None:
             self.decoder.grad_checkpointing = enable
 
     def train_last_blocks(self, count: int) -> None:
-        """Freeze the encoder but for its last ``count`` blocks, final norm and head.
+        """Freeze the encoder except its last ``count`` blocks, final norm and head.
 
         Raises:
-            UserError: The backbone has fewer blocks.
+            UserError: ``count`` is below 1, or the backbone has fewer blocks.
         """
         backbone = self.encoder.backbone
         if not 0 < count <= backbone.depth:
@@ -206,20 +213,20 @@ def build_student(
     head: HeadStart = "zero",
     teacher_width: int | None = None,
 ) -> Student:
-    """A student for a pre-trained backbone, which itself stays as it is.
+    """Build a student from a pre-trained backbone.
 
     Args:
-        backbone: The pre-trained model; copied.
+        backbone: The pre-trained model; copied, not changed.
         soft_cap: Bound of the encoder's attention logits, or None.
-        attention: Back-end of soft-capped attention.
-        decoder: Whether there is one; without it the encoder's head gives the target's channels.
-        decoder_depth: Blocks of the decoder.
+        attention: Implementation of soft-capped attention.
+        decoder: Whether the student has a decoder. Without it, the encoder's head outputs the target's channels.
+        decoder_depth: Number of transformer blocks in the decoder.
         layer_scale: Initial LayerScale of the decoder, or None.
-        head: What the encoder's linear head starts as.
-        teacher_width: Channels of the target; the backbone's own by default.
+        head: Initial weight of the encoder's linear head.
+        teacher_width: Channels of the target; default the backbone's width.
 
     Raises:
-        UserError: The backbone's attention is soft-capped and no cap is given, or cannot be soft-capped.
+        UserError: The backbone is soft-capped but ``soft_cap`` is None, or its attention cannot be soft-capped.
     """
     if soft_cap is None and backbone.soft_cap is not None:
         raise UserError(

@@ -29,20 +29,23 @@ _SCALE_CHUNK = 32
 
 
 class AlignTask(Task):
-    """Reproduce what the frozen teacher makes of parts of images; the objective says how.
+    """Train a student to reproduce the frozen teacher's outputs for views of images, as the objective defines.
 
     Args:
         config: Backbone, objective, masks, target, loss, data.
-        backbone: The pre-trained model; built from the config if not given.
+        backbone: The pre-trained model; default: built from the config.
+
+    Raises:
+        UserError: The device, backbone or data does not exist, or the options do not fit the backbone.
     """
 
     def __init__(self, config: AlignConfig, backbone: Backbone | None = None) -> None:
         self.config = config
         self.seed = config.seed
         self.device = torch.device("cpu")
-        choose_device(config.device)  # a misspelt device fails before the weights are read
+        choose_device(config.device)  # refuse a misspelt device before reading weights
         backbone = backbone or starting_backbone(config)
-        assert config.target is not None  # AlignConfig has filled it in
+        assert config.target is not None  # AlignConfig filled it in
         self.teacher = Teacher(backbone, config.target)
         self.objective = build_objective(config, self.teacher)
         self.data = ImageData(config, backbone.image_size)
@@ -81,9 +84,9 @@ class AlignTask(Task):
 
     @torch.no_grad()
     def on_train_start(self, context: DistributedContext, plan: BatchPlan) -> None:
-        """Estimate the target scale on the first training images, alike on every rank."""
+        """Estimate the target scale on the first training images. Every rank gets the same value."""
         if self.config.loss == "cosine":
-            return  # does not depend on the target's scale
+            return  # the cosine does not depend on the scale
         count = self.config.scale_images
         steps = -(-count // _SCALE_CHUNK)
         alone = BatchPlan(self.seed, _SCALE_CHUNK, _SCALE_CHUNK, 0, 1, 0, 0, steps, False)
@@ -101,7 +104,12 @@ class AlignTask(Task):
         self.teacher.scale.fill_(float(std) if std > 0 else 1.0)
 
     def views(self, batch: Batch, purpose_seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Normalised images of a batch and the objective's views of them, on the device."""
+        """The normalised images of a batch and the objective's views, on the device.
+
+        Args:
+            batch: uint8 images and their positions.
+            purpose_seed: Seed of the views instead of the run's seed; also turns off Mixup and CutMix.
+        """
         seed = self.seed if purpose_seed is None else purpose_seed
         images = batch.images.to(self.device)
         if self.data.mixing is not None and purpose_seed is None:
@@ -117,7 +125,7 @@ class AlignTask(Task):
         return self.objective.loss(self.objective.predict(model, images, views), target, views)
 
     def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
-        """The training loss on held-out images, of views that are the same at every validation."""
+        """The training loss on validation images, with the same views at every validation."""
         if self.data.val_source is None:
             return {}
         sums = torch.zeros(2, device=self.device)

@@ -1,4 +1,4 @@
-"""The frozen teacher: what the pre-trained model makes of masked images."""
+"""The frozen teacher: outputs of the pre-trained model for masked images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from localign.errors import UserError
 from localign.options.names import TargetName
 
 _CPU_VIEWS = 24
-"""Views at a time on a CPU: attention there is not fused, and its matrices are to stay few, whatever the batch."""
+"""Views computed at once on a CPU. Attention on CPUs is not fused, so this bounds the memory of attention matrices."""
 
 
 def mask_images(images: Tensor, keep_mask: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
     """Hide patches by setting their normalised pixels to 0, the mean colour.
 
-    Pixels right of and below the last full patch belong to no patch and are 0 in every view.
+    Pixels to the right of and below the last full patch belong to no patch and are 0 in every view.
 
     Args:
         images: Normalised, ``(batch, 3, height, width)``.
@@ -29,7 +29,7 @@ def mask_images(images: Tensor, keep_mask: Tensor, grid: tuple[int, int], patch:
         patch: Patch height and width, pixels.
 
     Returns:
-        ``(batch * masks, 3, height, width)``; the views of one image are neighbours.
+        ``(batch * masks, 3, height, width)``; the views of one image are adjacent.
     """
     batch, masks, _ = keep_mask.shape
     pixels = keep_mask.view(batch, masks, 1, *grid).to(images.dtype)
@@ -41,18 +41,17 @@ def mask_images(images: Tensor, keep_mask: Tensor, grid: tuple[int, int], patch:
 
 
 class Teacher(nn.Module):
-    """A frozen backbone and the layer that is to be reproduced.
+    """A frozen backbone and the choice of its output that the student reproduces.
 
     Args:
-        backbone: The pre-trained model; set to eval mode, without gradients, never in a checkpoint.
-        target: ``penultimate``: tokens after the second-to-last block, then the final norm; ``last``: after
-            the last block, then the norm; ``cls``: the pooled output of a backbone whose only prefix token is
-            the class token; ``pooled``: the pooled output, by whatever pooling (class token, average,
-            attention).
+        backbone: The pre-trained model; set to eval mode without gradients, never part of a checkpoint.
+        target: ``penultimate``: tokens after the second-to-last block and the final norm. ``last``: tokens after the
+            last block and the final norm. ``cls``: the pooled output of a backbone whose only prefix token is the class
+            token. ``pooled``: the pooled output of any pooling (class token, average, attention).
 
     Raises:
-        UserError: ``cls`` on a backbone without exactly one prefix token, a pooled target on one that does not
-            pool, or too shallow a backbone.
+        UserError: The target is unknown; ``cls`` is given for a backbone without exactly one prefix token; ``cls`` or
+            ``pooled`` for a backbone without pooling; or ``penultimate`` for a backbone with one block.
     """
 
     scale: Tensor
@@ -68,10 +67,12 @@ class Teacher(nn.Module):
             )
         if target in ("cls", "pooled") and not backbone.vit.global_pool:
             raise UserError(
-                f"target {target} needs a pooled output; {backbone.name} has no pooling (any more)"
+                f"target {target} needs a pooled output; {backbone.name} has no pooling (alignment removes it)"
             )
         if target == "penultimate" and backbone.depth < 2:
-            raise UserError(f"target penultimate needs two blocks; {backbone.name} has {backbone.depth}")
+            raise UserError(
+                f"target penultimate needs two blocks or more; {backbone.name} has {backbone.depth}"
+            )
         self.backbone = backbone.eval().requires_grad_(False)
         self._computing = self.backbone
         self.target = target
@@ -79,11 +80,11 @@ class Teacher(nn.Module):
         self.register_buffer("scale", torch.ones((), device=next(backbone.parameters()).device))
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in eval mode whatever the loop asks for."""
+        """Stay in eval mode, regardless of ``mode``."""
         return super().train(False)
 
     def prepare(self, device: torch.device) -> None:
-        """Choose how views are computed on a device; :attr:`backbone` stays as it is, and its weights are shared."""
+        """Prepare a fast copy of the backbone for a device. It shares its weights with :attr:`backbone`."""
         self._computing = self.backbone
         if device.type == "cpu":
             weights = {id(parameter): parameter for parameter in self.backbone.parameters()}
@@ -96,7 +97,7 @@ class Teacher(nn.Module):
 
         Args:
             images: Normalised, ``(batch, 3, height, width)``.
-            keep_mask: bool ``(batch, masks, patches)``, True = visible; None: the images are the views.
+            keep_mask: bool ``(batch, masks, patches)``, True = visible. None: the images themselves are the views.
 
         Returns:
             ``(batch * masks, tokens, width)``, or ``(batch * masks, width)`` for ``cls`` and ``pooled``.
@@ -106,7 +107,7 @@ class Teacher(nn.Module):
         return self.of_views(images) / self.scale
 
     def of_views(self, views: Tensor) -> Tensor:
-        """Unscaled targets of images ``(views, 3, height, width)`` that are masked or cropped already."""
+        """Unscaled targets of images ``(views, 3, height, width)`` that are already masked or cropped."""
         if views.device.type == "cpu" and len(views) > _CPU_VIEWS and not torch.compiler.is_compiling():
             return torch.cat([self._of_views(some) for some in views.split(_CPU_VIEWS)])
         return self._of_views(views)

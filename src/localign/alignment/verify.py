@@ -1,4 +1,4 @@
-"""Recompute every quantity of a reference folder and report the largest error of each."""
+"""`localign verify-reference`: recompute every quantity in a reference folder and report the largest errors."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ class RecomputedQuantity:
     variant: str
     quantity: str
     max_error: float
-    """Largest absolute difference over ``max(1, root mean square of the reference)``.
+    """Largest absolute difference, divided by ``max(1, root mean square of the reference)``.
 
-    Float32 rounds relative to the size of the numbers that are added up, not to that of each result: in a
-    tensor of large entries the small ones carry the error of the large. Two builds of torch (another tanh,
-    another order of summation) differ by that much, so the tensor's own size is the yardstick; tensors of
-    small entries are judged by the absolute difference."""
+    Float32 rounding errors grow with the summands, not with the result, so small entries of a tensor carry errors as
+    large as those of its large entries. Builds of torch differ by that much (another tanh, another order of
+    summation). The error is therefore relative to the whole tensor; for tensors of small entries it is absolute."""
     max_absolute: float
     """Largest absolute difference."""
 
 
 def verify_reference(folder: str | Path) -> list[RecomputedQuantity]:
-    """Compare our numbers with a folder of ``meta.json``, ``<variant>.safetensors`` and ``<variant>.pth.tar``.
+    """Compare recomputed quantities with a folder of reference numbers, in float32 on the CPU.
 
-    Everything runs in float32 on the CPU.
+    Args:
+        folder: Holds ``meta.json`` and, for each variant, ``<variant>.safetensors`` and ``<variant>.pth.tar``.
 
     Raises:
-        UserError: The folder is not laid out like that.
+        UserError: The folder has no ``meta.json``, or a variant holds an unknown quantity.
     """
     folder = Path(folder)
     meta_file = folder / "meta.json"
     if not meta_file.is_file():
-        raise UserError(f"{folder} is no reference folder: it has no meta.json")
+        raise UserError(f"{folder} is not a reference folder: it has no meta.json")
     meta = json.loads(meta_file.read_text())
     results: list[RecomputedQuantity] = []
     with torch.no_grad():
@@ -72,7 +72,7 @@ def verify_reference(folder: str | Path) -> list[RecomputedQuantity]:
                 )
                 unchecked.discard(name.split(" ")[0])
             if unchecked:
-                raise UserError(f"{variant} holds quantities unknown here: {', '.join(sorted(unchecked))}")
+                raise UserError(f"{variant} holds unknown quantities: {', '.join(sorted(unchecked))}")
     return results
 
 
@@ -80,7 +80,7 @@ def _errors(value: Tensor, reference: Tensor) -> tuple[float, float]:
     if value.shape != reference.shape:
         return float("inf"), float("inf")
     largest = float((value.double() - reference.double()).abs().max())
-    if largest != largest:  # NaN: compares as no error at all
+    if largest != largest:  # NaN would pass every comparison with a tolerance
         return float("inf"), float("inf")
     rms = float(reference.double().square().mean().sqrt())
     return largest / max(1.0, rms), largest
@@ -116,7 +116,7 @@ def _keep_masks(reference: dict[str, Tensor]) -> Tensor:
 def _student(
     backbone: Backbone, reference: dict[str, Tensor], folder: Path, variant: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """The student read from the published file, then once more after a round trip through our export."""
+    """Quantities of the student from the published file, and again after a round trip through our export."""
     student = read_published(folder / f"{variant}.pth.tar", backbone, soft_cap=PUBLISHED_SOFT_CAP)
     yield from _student_quantities(student, backbone, reference, "")
     with tempfile.TemporaryDirectory() as temporary:
@@ -129,7 +129,7 @@ def _student_quantities(
 ) -> Iterator[tuple[str, Tensor]]:
     images, keep = reference["images"], _keep_masks(reference)
     yield f"student.encoder{note}", student.encoder(images)
-    # Rounding in the encoder is amplified by the decoder, so the decoder is also judged by itself.
+    # The decoder amplifies rounding errors of the encoder, so the decoder is also checked alone.
     yield f"student.reconstruction (decoder alone){note}", student.decode(reference["student.encoder"], keep)
     reconstruction = student(images, keep)
     yield f"student.reconstruction{note}", reconstruction
@@ -141,15 +141,15 @@ def _student_quantities(
 
 
 def run_verify_reference(config: VerifyConfig) -> int:
-    """Show the error of every quantity, and the largest of them as JSON.
+    """Print the error of every quantity, and the largest error as JSON.
 
     Returns:
-        The exit code: 1 where an error exceeds the tolerance.
+        The exit code: 1 if an error exceeds the tolerance, else 0.
 
     Raises:
         UserError: See :func:`verify_reference`.
     """
-    table = Table(caption="error: largest difference over max(1, root mean square of the reference)")
+    table = Table(caption="error: largest difference divided by max(1, root mean square of the reference)")
     for column in ("variant", "quantity", "error", "absolute"):
         table.add_column(column)
     results = verify_reference(config.folder)

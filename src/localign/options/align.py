@@ -21,20 +21,20 @@ from localign.options.train import TrainConfig
 
 @dataclass(frozen=True)
 class ObjectiveChoices:
-    """The targets, losses and decoders that an objective accepts, the default first."""
+    """The options that an objective accepts, with the default first."""
 
     targets: tuple[TargetName, ...]
     """Outputs of the teacher."""
     losses: tuple[LossName, ...] = ("mse", "cosine", "l1")
     decoders: tuple[DecoderName, ...] = ("none",)
     masked: bool = True
-    """Whether the options of masks apply."""
+    """Whether the mask options apply."""
 
 
 OBJECTIVE_CHOICES: Mapping[ObjectiveName, ObjectiveChoices] = {
     "maskembed": ObjectiveChoices(("penultimate", "last", "cls"), decoders=("transformer",)),
     "averaging": ObjectiveChoices(("cls", "pooled")),
-    # The solution (for Shapley masks: the Shapley values) is known only for mse.
+    # Only the squared error has a known solution; with shapley masks it is the Shapley values.
     "additive": ObjectiveChoices(("cls", "pooled"), losses=("mse",)),
     "clipself": ObjectiveChoices(
         ("cls", "pooled"), losses=("cosine", "mse", "l1"), decoders=("none", "transformer"), masked=False
@@ -45,23 +45,23 @@ OBJECTIVE_CHOICES: Mapping[ObjectiveName, ObjectiveChoices] = {
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """The keep-masks of an alignment; :class:`localign.alignment.masks.MaskSampler` draws them.
+    """Options of the keep-masks that :class:`localign.alignment.masks.MaskSampler` draws.
 
     Raises:
-        UserError: Unknown kind, or a share outside (0, 1).
+        UserError: The kind is unknown, the keep ratio is outside (0, 1) or has no effect, or blocks have no patch.
     """
 
     kind: MaskKind = "uniform"
-    """uniform: cardinality uniform in 0..n, then positions uniform; bernoulli: each patch kept with
-    probability ``keep_ratio``; block: rectangles are hidden until at least a share of ``1 - keep_ratio`` is
-    covered, which the last one exceeds by less than ``block_min_patches`` or so; shapley: cardinality k in
-    1..n-1 with probability proportional to 1 / (k (n - k)), then positions uniform."""
+    """uniform: the number of visible patches is uniform in 0..n, then positions are uniform. bernoulli: each patch is
+    visible with probability ``keep_ratio``. block: rectangles hide patches until at least a share ``1 - keep_ratio``
+    is hidden; the last rectangle overshoots by less than about ``block_min_patches``. shapley: the number k of visible
+    patches lies in 1..n-1, with probability proportional to 1 / (k (n - k)), then positions are uniform."""
     keep_ratio: float = 0.5
-    """Share of patches kept visible by bernoulli and block masks; other kinds take only the default."""
+    """Share of patches that bernoulli and block masks keep visible. Other kinds accept only the default."""
     complement: bool = True
-    """Also use the mask's complement."""
+    """Also use the complement of each mask."""
     all_visible: bool = True
-    """Also use the mask that hides nothing."""
+    """Also use a mask that hides nothing."""
     block_min_patches: int = 16
     """Smallest block, in patches."""
 
@@ -72,20 +72,21 @@ class MaskOptions:
             raise UserError(f"the keep ratio must lie between 0 and 1, not {self.keep_ratio}")
         if self.kind in ("uniform", "shapley") and self.keep_ratio != 0.5:
             raise UserError(
-                f"{self.kind} masks draw their own cardinality; a keep ratio goes with bernoulli or block"
+                f"{self.kind} masks draw their own number of visible patches; a keep ratio applies to bernoulli and "
+                "block masks only"
             )
         if self.block_min_patches < 1:
             raise UserError(f"blocks need at least one patch, not {self.block_min_patches}")
 
     @property
     def masks_per_image(self) -> int:
-        """How many masks an image gets: 1, 2 or 3."""
+        """Number of masks per image: 1, 2 or 3."""
         return 1 + self.complement + self.all_visible
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(DataConfig, TrainConfig):
-    """Align a backbone with MaskEmbed, or with one of the objectives that MaskEmbed is compared with."""
+    """Train a backbone with locality alignment: with MaskEmbed, or with another objective for comparison."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
         "Model": "backbone weights image_size model_kwargs decoder decoder_depth decoder_layer_scale soft_cap "
@@ -97,47 +98,48 @@ class AlignConfig(DataConfig, TrainConfig):
     }
 
     objective: ObjectiveName = "maskembed"
-    """maskembed, averaging (MaskEmbed without a decoder), additive, clipself (crops) or mim (masked input)."""
+    """Training objective: maskembed; averaging (MaskEmbed without a decoder); additive (patch vectors that sum to the
+    teacher's output); clipself (crops); or mim (the student sees masked images)."""
     backbone: str = "scenes-vit"
-    """A name of `localign list backbones`, any timm name, hf-hub:..., local-dir:..., or an export folder."""
+    """A name from `localign list backbones`, any timm name, hf-hub:..., local-dir:..., or an export folder."""
     weights: str = "pretrained"
-    """pretrained, none (random), or a weight file."""
+    """Starting weights: pretrained, none (random), or a weight file."""
     image_size: int | None = None
-    """Side of the square input, pixels; default the backbone's own."""
+    """Side of the square input in pixels; default the backbone's own."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of timm's constructor, for example depth=2."""
+    """Extra arguments for timm's constructor, for example depth=2."""
     soft_cap: float | str | None = "auto"
-    """Bound of the student's attention logits. auto: 30 if the backbone's family supports it, otherwise none."""
+    """Bound of the student's attention logits: a number, none, or auto (30 for backbone families that support it, else
+    none)."""
     attention: AttentionBackend = "auto"
-    """Back-end of soft-capped attention: eager, flex, or auto (flex on CUDA)."""
+    """Implementation of soft-capped attention: eager, flex, or auto (flex on CUDA)."""
     target: TargetName | None = None
-    """Output of the teacher to reconstruct: tokens after the penultimate or the last block, the cls token, or the
-    output of its pooling (pooled). Default penultimate for maskembed and mim, cls for the other objectives."""
+    """Output of the teacher to reproduce: tokens after the penultimate or the last block, the class token (cls), or the
+    pooled output (pooled). Default penultimate for maskembed and mim, else cls."""
     loss: LossName | None = None
-    """mse, cosine or l1. Default mse, for clipself cosine."""
+    """Reconstruction loss: mse, cosine or l1; default mse (for clipself: cosine)."""
     loss_tokens: TokenSelection = "all"
-    """Tokens in the loss: all, hidden (and prefix tokens) or visible."""
+    """Tokens that count in the loss: all, hidden (prefix tokens included) or visible."""
     mask: MaskKind | None = None
-    """How patches are hidden: uniform, bernoulli, block or shapley; default uniform. clipself crops instead."""
+    """Distribution of masks: uniform, bernoulli, block or shapley; default uniform (clipself: no masks)."""
     keep_ratio: float = 0.5
-    """Share of patches that bernoulli and block masks keep visible."""
+    """Share of patches that bernoulli and block masks keep visible, between 0 and 1."""
     block_min_patches: int = 16
-    """Patches in the smallest block of block masks."""
+    """Smallest block of block masks, in patches."""
     complement: bool = True
     """Also train with the complement of each mask."""
     all_visible: bool = True
-    """Also train with the mask that hides nothing."""
+    """Also train with a mask that hides nothing."""
     scale_images: int = 256
-    """Training images used to estimate the scale of the target before the first step."""
+    """Number of training images used to estimate the target scale before step 0."""
     decoder: DecoderName | None = None
-    """transformer or none. maskembed needs the transformer; clipself takes either, with none as its default; the other
-    objectives take none."""
+    """Decoder: transformer or none; default transformer for maskembed, else none. clipself accepts both."""
     decoder_depth: int = 2
-    """Transformer blocks of the decoder."""
+    """Number of transformer blocks in the decoder."""
     decoder_layer_scale: float | None = 1e-6
-    """Initial LayerScale of the decoder; null for none."""
+    """Initial LayerScale of the decoder; null: no LayerScale."""
     train_blocks: int | None = None
-    """Train only the last N blocks of the encoder, its norm and head, and the decoder; default all blocks."""
+    """Train only the encoder's last N blocks, final norm and head, and the decoder; default: train everything."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,7 +161,7 @@ class AlignConfig(DataConfig, TrainConfig):
             raise UserError(f"--soft-cap takes a number, auto or none, not {self.soft_cap!r}")
 
     def masks(self) -> MaskOptions:
-        """The mask options; only for objectives with masks."""
+        """The mask options; only for objectives that use masks."""
         assert self.mask is not None
         return MaskOptions(
             self.mask, self.keep_ratio, self.complement, self.all_visible, self.block_min_patches
@@ -180,7 +182,7 @@ class AlignConfig(DataConfig, TrainConfig):
                 raise UserError(f"{_option(name)} takes {', '.join(known)}, not {value!r}")
 
     def _fill_in(self, choices: ObjectiveChoices) -> None:
-        """Fill in the objective's defaults, so that the saved config is complete."""
+        """Replace None by the objective's defaults, so that the saved config is explicit."""
         defaults = {
             "target": choices.targets[0],
             "loss": choices.losses[0],
@@ -197,7 +199,7 @@ class AlignConfig(DataConfig, TrainConfig):
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise UserError(
-                    f"--objective {self.objective} goes with {_option(name)} {' or '.join(values)}, "
+                    f"--objective {self.objective} needs {_option(name)} {' or '.join(values)}, "
                     f"not {getattr(self, name)}"
                 )
         if not choices.masked and (given := self._changed(*_MASK_OPTIONS)):
@@ -205,19 +207,17 @@ class AlignConfig(DataConfig, TrainConfig):
         if self.decoder == "none" and (given := self._changed("decoder_depth", "decoder_layer_scale")):
             raise UserError(f"--objective {self.objective} has no decoder: {given} would have no effect")
         if self.decoder == "transformer" and self.target == "pooled":
-            raise UserError(
-                "--target pooled is for --decoder none; a decoder answers at the class token: cls"
-            )
+            raise UserError("--target pooled needs --decoder none; with a decoder, use --target cls")
         if self.mask != "block" and (given := self._changed("block_min_patches")):
-            raise UserError(f"{given} goes with --mask block")
+            raise UserError(f"{given} needs --mask block")
         if self.objective == "additive" and self.mask == "shapley" and not self.all_visible:
             raise UserError(
                 "--objective additive with --mask shapley needs --all-visible true: "
-                "Shapley values sum to what the whole image gives"
+                "Shapley values sum to the output for the whole image"
             )
 
     def _changed(self, *names: str) -> str:
-        """The options that do not have their default value, as a user writes them."""
+        """The named options that differ from their defaults, as a user writes them."""
         defaults = {f.name: f.default for f in fields(self)}
         return ", ".join(_option(name) for name in names if getattr(self, name) != defaults[name])
 

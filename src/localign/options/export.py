@@ -8,26 +8,26 @@ from localign.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a backbone as model.safetensors + config.json, from a run or by name."""
+    """Export the backbone of a run, or a backbone by name, as model.safetensors and config.json."""
 
     source: str = ""
-    """A run folder of `localign align`, or the name of any backbone."""
+    """Run folder of `localign align`, or the name of a backbone."""
     out: str = "export"
     """Folder to write."""
     checkpoint: str = "last"
-    """For a run: last, best, or the number of a step."""
+    """Checkpoint of a run: last, best, or a step."""
     decoder: bool = True
-    """For a run: also write the decoder."""
+    """Also write the decoder of a run."""
     weights: str = "pretrained"
-    """For a name: pretrained, none (random), or a weight file."""
+    """Weights of a backbone given by name: pretrained, none (random), or a weight file."""
     image_size: int | None = None
-    """For a name: side of the square input in pixels; default the backbone's own."""
+    """Side of the square input in pixels, for a backbone given by name; default the backbone's own."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    """For a name: further arguments of timm's constructor, for example depth=2."""
+    """Extra arguments for timm's constructor, for a backbone given by name; for example depth=2."""
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise UserError("export what? give a run folder or the name of a backbone")
+            raise UserError("export needs a run folder or the name of a backbone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,46 +35,48 @@ class ImportConfig:
     """Convert a checkpoint of the published release (.pth.tar) to an export folder."""
 
     file: str = ""
-    """The published file."""
+    """Published checkpoint file."""
     backbone: str = ""
-    """Catalogue or timm name of the backbone that the run started from."""
+    """Backbone that the checkpoint was trained from: a name from `localign list backbones`, or a timm name."""
     out: str = "imported"
     """Folder to write."""
     decoder: bool = False
     """Also write the decoder."""
     soft_cap: float | str | None = "auto"
-    """Bound of the encoder's attention logits in that run. auto: 30 if the catalogue lists a soft-cap."""
+    """Bound of the attention logits that the checkpoint was trained with: a number, none, or auto (30 for backbone
+    families that support it, else none)."""
     image_size: int | None = None
     """Side of the square input in pixels; default the backbone's own."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of timm's constructor."""
+    """Extra arguments for timm's constructor, for example depth=2."""
 
     def __post_init__(self) -> None:
         if not self.file or not self.backbone:
-            raise UserError("import takes a file and --backbone NAME")
+            raise UserError("import needs a file and --backbone NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Recompute a folder of reference numbers and print the largest error of each quantity."""
+    """Recompute every quantity in a folder of reference numbers and show the largest error of each."""
 
     folder: str = ""
     """Folder with meta.json, <variant>.safetensors and <variant>.pth.tar."""
     tol: float = 1e-5
-    """Largest allowed error; above it the exit code is 1."""
+    """Tolerance; the exit code is 1 if an error is larger. An error is the largest absolute difference, divided by the
+    root mean square of the reference where that exceeds 1."""
 
     def __post_init__(self) -> None:
         if not self.folder:
-            raise UserError("verify-reference takes the folder of reference numbers")
+            raise UserError("verify-reference needs the folder of reference numbers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Write report.html of a run again, for example after an update of localign."""
+    """Rebuild report.html in a run folder."""
 
     run: str = ""
-    """The run folder."""
+    """Run folder."""
 
     def __post_init__(self) -> None:
         if not self.run:
-            raise UserError("report takes a run folder")
+            raise UserError("report needs a run folder")

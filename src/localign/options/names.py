@@ -1,9 +1,9 @@
-"""Names that options take. What they stand for is defined where it is built, in tables by these names."""
+"""Names that options accept. The rooms that implement them have tables keyed by these names."""
 
 from typing import Literal, get_args
 
 EMBEDDED = "scenes-vit"
-"""The backbone inside the package."""
+"""The backbone whose weights ship with the package."""
 
 AttentionBackend = Literal["auto", "eager", "flex"]
 BACKENDS: tuple[str, ...] = get_args(AttentionBackend)

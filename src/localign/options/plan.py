@@ -9,12 +9,12 @@ from localign.gpus import gpu
 from localign.options.align import AlignConfig
 
 IMAGES: dict[str, int] = {"imagenet-1k": 1_281_167, "imagenet-21k": 12_600_000}
-"""Training images of the data sets that recipes name. ImageNet-21k is the processed version, rounded."""
+"""Number of training images by the data set's name in recipes; ImageNet-21k is the processed release, rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(AlignConfig):
-    """Estimate an alignment: parameters, arithmetic, memory, decoding and hours. Nothing runs, and nothing is downloaded."""
+    """Plan an alignment: parameters, compute, memory, image decoding and hours. Nothing is trained or downloaded."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
         "Plan": "gpus gpu dataset_size mfu decode_rate out",
@@ -23,18 +23,18 @@ class PlanConfig(AlignConfig):
     }
 
     dataset_size: int | None = None
-    """Number of training images; known by default for imagenet-1k and imagenet-21k."""
+    """Number of training images. Default: known for imagenet-1k and imagenet-21k, required for other data."""
     gpus: int = 8
     """GPUs over all nodes, one rank each."""
     gpu: str = "H100"
     """GPU: A100, A100-40GB, H100, H100-PCIe, H100-NVL, H200, B200, L40S, A10 or RTX-4090."""
     mfu: float = 0.4
-    """Share of the GPU's peak that training reaches. 0.4 is typical; `localign bench align` measures it."""
+    """Share of the GPU's peak FLOP/s that training reaches, 0..1. 0.4 is usual; `localign bench align` measures it."""
     decode_rate: float = 400.0
     """Training crops that one CPU core decodes per second; `localign bench loader` measures it. A server core decodes
-    about 100 per second from photographs of 3 megapixels, and 850 if the short side is 256 pixels."""
+    about 100 per second from 3-megapixel photographs, and 850 from images with a short side of 256 pixels."""
     out: str = ""
-    """JSON file for the plan. Only on the command line: `out` in a config file is the folder of the planned run."""
+    """JSON file for the plan, given on the command line. In a config file, out is the folder of the planned run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,12 +48,12 @@ class PlanConfig(AlignConfig):
 
     @property
     def images(self) -> int:
-        """Training images.
+        """Number of training images.
 
         Raises:
-            UserError: It is not known how many the data holds.
+            UserError: The number is unknown.
         """
         found = self.dataset_size or IMAGES.get(self.data)
         if found is None:
-            raise UserError(f"how many images does {self.data} hold? give --dataset-size")
+            raise UserError(f"the number of images in {self.data} is unknown; give --dataset-size")
         return found

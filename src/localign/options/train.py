@@ -57,10 +57,10 @@ class TrainConfig:
     clip_grad: float | None = 1.0
     """Largest gradient norm; null: no clipping."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on CUDA, fp32 elsewhere."""
+    """fp32, bf16 (autocast), or auto: bf16 on CUDA and fp32 elsewhere."""
     sharding: ShardingMode = "none"
-    """Which parameters, gradients and moments a rank holds. none: all. full: a part, over all ranks (FSDP2). hybrid: a
-    part, over the ranks of its node; nodes are replicas."""
+    """Sharding of parameters, gradients and optimizer state. none: every rank holds everything. full: split over all
+    ranks (FSDP2). hybrid: split over the ranks of each node; nodes are replicas."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which a sharded run sums gradients over ranks."""
     reshard_after_forward: bool = True
@@ -75,7 +75,7 @@ class TrainConfig:
     ema_decay: float | None = None
     """Decay per step of an exponential moving average of the weights; the average is exported. Default: no average."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto, cpu, cuda, cuda:N or mps."""
     workers: int = 2
     """Image loading processes per rank; 0 loads in the main process."""
     log_every: int = 10
@@ -134,4 +134,4 @@ class TrainConfig:
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"--ema-decay must lie between 0 and 1, not {self.ema_decay}")
         if self.steps is not None and self.warmup_steps >= self.steps:
-            raise UserError(f"--warmup-steps {self.warmup_steps} leaves nothing of --steps {self.steps}")
+            raise UserError(f"--warmup-steps {self.warmup_steps} must be below --steps {self.steps}")

@@ -1,1 +1,1 @@
-"""What an alignment takes before it runs: arithmetic, memory, decoding, hours."""
+"""Plans of alignments and VLM trainings before they run: parameters, compute, memory, image decoding and hours."""

@@ -1,8 +1,8 @@
-"""A training step that is counted and not computed: the run's own modules on tensors without data.
+"""Counts the operations and memory of a training step: runs the real modules on tensors without data.
 
-So the figures follow the code: another objective, target or decoder changes them by itself. Attention is taken as
-fused, which is what GPUs run (FlexAttention where it is soft-capped, whose operations are those of plain attention
-but for the cap), unless ``attention`` says eager.
+The figures therefore follow the code, for every objective, target and decoder. Unless ``attention`` is eager, attention
+is counted as fused, as on GPUs. Soft-capped attention is then FlexAttention, counted as plain attention without the
+operations of the cap.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from localign.errors import UserError
 from localign.options.align import AlignConfig
 
 _COUNTED = 2
-"""Images that operations are counted on: they are proportional to images."""
+"""Images in the step whose operations are counted. Operations are proportional to the number of images."""
 _SMALL, _LARGE = 32, 64
-"""Images of the two steps whose memory is counted; between and beyond it lies on a line."""
+"""Images in the two steps whose memory is counted. Memory is linear in the number of images."""
 ADAMW_BYTES, MUON_BYTES = 8, 4
-"""Of AdamW's two moments and of Muon's one, per trained parameter."""
+"""Bytes per trained parameter of AdamW's two moments and of Muon's single moment."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations per image; a multiplication with an addition is two."""
+    """Operations per image; a multiply-add counts as two."""
 
     teacher: float
-    """Of the frozen teacher's views, forward."""
+    """Forward pass of the frozen teacher, over all views."""
     student: float
-    """Of encoder and decoder, forward and backward."""
+    """Forward and backward pass of encoder and decoder."""
 
     @property
     def total(self) -> float:
@@ -55,32 +55,32 @@ class Flops:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one rank, bytes."""
+    """Memory of one rank, in bytes."""
 
     weights: int
-    """float32 weights of student and teacher, and the student's average where there is one."""
+    """float32 weights of student and teacher and, with ``ema_decay``, of the student's average."""
     gradients: int
-    """float32, of what is trained; replicas exchange them where they lie."""
+    """float32 gradients of trained parameters. Ranks exchange gradients in place."""
     moments: int
-    """The optimizer's."""
+    """Optimizer state."""
     fixed: float
-    """What a step takes besides, whatever its images: copies of weights in lower precision."""
+    """Working memory that does not depend on the number of images, such as copies of weights in lower precision."""
     per_image: float
-    """What an image of a micro-batch takes: activations kept for the backward pass, and working memory."""
+    """Memory per image of a micro-batch: activations kept for the backward pass, and working memory."""
 
     def of(self, micro_batch: int) -> float:
-        """At the peak of a step, with micro-batches of so many images."""
+        """Bytes at the peak of a step with ``micro_batch`` images per micro-batch."""
         return self.weights + self.gradients + self.moments + self.fixed + micro_batch * self.per_image
 
 
 class CountedAlignment:
-    """Teacher, objective and student of a run, without data in their tensors.
+    """Teacher, objective and student of a run, with tensors that hold no data.
 
     Args:
-        config: The run's; of its weights, images and folders nothing is read.
+        config: Options of the run. No weights, images or folders are read.
 
     Raises:
-        UserError: The backbone is not known or does not fit the options, or the objective draws no masks.
+        UserError: The backbone is unknown or does not fit the options, or the objective draws no masks.
     """
 
     def __init__(self, config: AlignConfig) -> None:
@@ -89,13 +89,11 @@ class CountedAlignment:
         with torch.device("meta"):
             backbone = starting_backbone(config, weights="none")
             self.student = fresh_student(replace(config, soft_cap="none") if fused else config, backbone)
-        assert config.target is not None  # AlignConfig has filled it in
+        assert config.target is not None  # AlignConfig filled it in
         self.teacher = Teacher(backbone, config.target)
         self.objective: Objective = build_objective(config, self.teacher)
         if not isinstance(self.objective, MaskedObjective):
-            raise UserError(
-                f"--objective {config.objective} has views that depend on data; it cannot be planned"
-            )
+            raise UserError(f"--objective {config.objective} cannot be planned: its views depend on data")
         self.mode = FakeTensorMode()
         with self.mode:
             for module in (self.student, self.teacher):
@@ -105,11 +103,11 @@ class CountedAlignment:
 
     @property
     def trained(self) -> int:
-        """Trained parameters."""
+        """Number of trained parameters."""
         return sum(p.numel() for p in self.student.parameters() if p.requires_grad)
 
     def parameters(self) -> dict[str, int]:
-        """Of teacher, encoder and decoder."""
+        """Number of parameters of teacher, encoder and decoder."""
         parts: dict[str, nn.Module | None] = {
             "teacher": self.teacher,
             "encoder": self.student.encoder,
@@ -118,9 +116,9 @@ class CountedAlignment:
         return {name: _count(part) for name, part in parts.items() if part is not None}
 
     def flops(self) -> Flops:
-        """Operations per image, recomputation included where gradients are checkpointed."""
+        """Operations per image, including recomputation if gradients are checkpointed."""
         images, views = self._inputs(_COUNTED)
-        # The counter does not know the CPU's fused attention, but the products that it stands for.
+        # The counter does not support fused attention on the CPU, but counts the matrix products of the math backend.
         with self._on_fakes(), sdpa_kernel(SDPBackend.MATH):
             with FlopCounterMode(display=False) as teacher:
                 target = self._target(images, views)
@@ -129,7 +127,7 @@ class CountedAlignment:
         return Flops(teacher.get_total_flops() / _COUNTED, student.get_total_flops() / _COUNTED)
 
     def memory(self) -> Memory:
-        """What a rank needs that holds a whole student."""
+        """Memory of a rank that holds the whole student."""
         peaks = {images: self._peak(images) for images in (_SMALL, _LARGE)}
         slope = (peaks[_LARGE] - peaks[_SMALL]) / (_LARGE - _SMALL)
         weights = 4 * (_count(self.student) + _count(self.teacher))
@@ -145,7 +143,7 @@ class CountedAlignment:
         return sum(size * (MUON_BYTES if name in matrices else ADAMW_BYTES) for name, size in trained)
 
     def _peak(self, count: int) -> float:
-        """Most bytes of weights, gradients, activations and working memory at any time of a step."""
+        """Peak bytes of weights, gradients, activations and working memory during a step."""
         images, views = self._inputs(count)
         with self._on_fakes(), _LiveBytes() as live:
             for tensor in (*self.student.parameters(), *self.teacher.parameters(), images, views):
@@ -180,7 +178,7 @@ class CountedAlignment:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, for as long as anything holds them."""
+    """Tracks the bytes of tensors that operations create, until their storage is freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +193,7 @@ class _LiveBytes(TorchDispatchMode):
         return made
 
     def see(self, tensor: Tensor) -> None:
-        """Count a tensor's memory, unless it is counted already."""
+        """Count a tensor's storage once."""
         storage = tensor.untyped_storage()
         if storage in self._known:
             return
@@ -209,7 +207,7 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def mask_cost(config: AlignConfig, flops: Flops) -> float | None:
-    """Operations of the run's masks as a multiple of those of one mask per image; None with one mask alone."""
+    """Operations of the run divided by those with one mask per image; None if the run has one mask per image."""
     if not (config.complement or config.all_visible):
         return None
     single = CountedAlignment(replace(config, complement=False, all_visible=False))

@@ -1,4 +1,4 @@
-"""Shapes of language models that a plan can be made for without fetching anything."""
+"""Shapes of language models, for plans that download nothing."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ KNOWN: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""The Llama architecture's arguments, by Hub name."""
+"""Arguments of LlamaConfig by the model's name on the Hugging Face Hub."""
 
 
 def text_config(name: str) -> PretrainedConfig:
-    """The config of a causal language model: of a folder, the Hub, its cache, or the table above.
+    """The config of a causal language model from :data:`KNOWN`, a folder, the Hub's cache, or the Hub.
 
     Raises:
-        UserError: It cannot be had.
+        UserError: The config cannot be read.
     """
     if name in KNOWN:
         return LlamaConfig(**KNOWN[name])

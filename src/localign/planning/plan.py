@@ -1,4 +1,4 @@
-"""From the options of an alignment to what it takes."""
+"""The plan of an alignment, from its options."""
 
 from __future__ import annotations
 
@@ -14,47 +14,50 @@ from localign.planning.counting import CountedAlignment, Flops, Memory, mask_cos
 
 GIB = 2**30
 OCCUPIED = 0.9
-"""Share of a GPU's memory that is planned for: the rest is the context, the libraries and fragments."""
+"""Usable share of a GPU's memory. The rest is left for the CUDA context, libraries and fragmentation."""
 
 
 @dataclass(frozen=True)
 class AlignmentPlan:
-    """What an alignment takes."""
+    """Size and duration of an alignment."""
 
     parameters: dict[str, int]
-    """Of teacher, encoder and decoder."""
+    """Number of parameters of teacher, encoder and decoder."""
     trained: int
-    """Trained parameters."""
+    """Number of trained parameters."""
     flops: Flops
-    """Per image."""
+    """Operations per image."""
     mask_cost: float | None
-    """Operations per image as a multiple of those with a single mask; None with one alone."""
+    """Operations per image divided by those with one mask; None if the run has one mask per image."""
     memory: Memory
-    """Of a rank, which holds a whole student."""
+    """Memory of one rank, which holds the whole student."""
     images_per_rank: int
-    """Of an optimizer step."""
+    """Images per rank and optimizer step."""
     largest: int | None
-    """Images of the largest micro-batch that fits and divides a rank's share; None where not even one does."""
+    """Images in the largest micro-batch that fits and divides ``images_per_rank``; None if one image does not fit."""
     images: int
-    """Training images in all, repetitions counted."""
+    """Training images over the whole run; repetitions count."""
     steps: int
+    """Optimizer steps."""
     images_per_second: float
-    """On all GPUs, at the assumed share of their peak."""
+    """Training speed of all GPUs together, at the assumed share of their peak."""
     decode_cores: float
-    """CPU cores that decoding keeps busy, over all nodes."""
+    """CPU cores needed to decode images, over all nodes."""
     hours: float
+    """Duration of the run."""
     gpu_hours: float
+    """Duration times the number of GPUs."""
 
 
 def make_plan(config: PlanConfig) -> AlignmentPlan:
-    """Count a step of the run and say what all of it takes.
+    """Count one step of the run and derive the plan of the whole run.
 
     Raises:
-        UserError: The run could not start so: unknown backbone, options that do not fit one another, a batch that
-            does not divide; or the number of images is not known.
+        UserError: The backbone or the number of images is unknown, options do not fit together, or the batch does not
+            divide by the ranks.
     """
     if config.sharding != "none":
-        raise UserError("alignments hold their model whole on every rank; leave --sharding at none")
+        raise UserError("alignment holds the whole model on every rank; leave --sharding at none")
     if config.batch_size == 0:
         config = replace(config, batch_size=PUBLISHED_BATCH)
     steps = total_steps(config, config.images if config.steps is None else 1)
@@ -85,12 +88,12 @@ def make_plan(config: PlanConfig) -> AlignmentPlan:
 
 
 def as_facts(plan: AlignmentPlan) -> dict[str, Any]:
-    """The plan as JSON holds it, with the memory of a step by the images of its micro-batches."""
+    """The plan as JSON content, with the peak bytes for several micro-batches."""
     by_size = {str(n): plan.memory.of(n) for n in micro_batches(plan)}
     return {**asdict(plan), "bytes_by_micro_batch": by_size}
 
 
 def micro_batches(plan: AlignmentPlan) -> list[int]:
-    """Powers of two up to a rank's share, and that."""
+    """Micro-batches to show: powers of two below a rank's images per step, and all of them; the 8 largest."""
     powers = [2**n for n in range(plan.images_per_rank.bit_length()) if 2**n < plan.images_per_rank]
     return [*powers, plan.images_per_rank][-8:]

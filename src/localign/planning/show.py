@@ -1,4 +1,4 @@
-"""A plan on the screen and on disk: `localign plan`."""
+"""`localign plan`: prints plans and writes them to disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from localign.planning.vlm import plan_vlm, print_vlm_plan
 
 
 def run_plan(config: PlanConfig) -> None:
-    """Plan, show and, where a file is given, write.
+    """Plan an alignment, print the plan, and write it to a file if ``out`` is given.
 
     Raises:
         UserError: See :func:`make_plan`.
@@ -34,7 +34,7 @@ def run_plan(config: PlanConfig) -> None:
 
 
 def run_vlm_plan(config: VLMPlanConfig) -> None:
-    """Plan a VLM training, print the plan, and write it where a file is given.
+    """Plan a VLM training, print the plan, and write it to a file if ``out`` is given.
 
     Raises:
         UserError: See :func:`plan_vlm`.
@@ -66,19 +66,19 @@ def _run_table(plan: AlignmentPlan, config: PlanConfig) -> Table:
     for name, count in plan.parameters.items():
         table.add_row(f"parameters, {name}", f"{count / 1e6:,.1f} M")
     table.add_row(
-        "GFLOP an image, teacher + student",
+        "GFLOP per image, teacher + student",
         f"{plan.flops.teacher / 1e9:,.1f} + {plan.flops.student / 1e9:,.1f}",
     )
     if plan.mask_cost is not None:
-        table.add_row("times the cost of one mask", f"{plan.mask_cost:.2f}")
-    table.add_row("images, in steps", f"{plan.images / 1e6:,.1f} M in {plan.steps:,}")
+        table.add_row("compute, relative to one mask", f"{plan.mask_cost:.2f}")
+    table.add_row("training images, steps", f"{plan.images / 1e6:,.1f} M, {plan.steps:,}")
     table.add_row(f"images/s at {config.mfu:.0%} of the peak", f"{plan.images_per_second:,.0f}")
-    table.add_row("cores that decode", f"{plan.decode_cores:,.0f}")
+    table.add_row("CPU cores for decoding", f"{plan.decode_cores:,.0f}")
     table.add_row("hours", f"{plan.hours:,.1f}")
     table.add_row("GPU-hours", f"{plan.gpu_hours:,.0f}")
     table.caption = (
-        f"Decoding at {config.decode_rate:g} images/s and core, see `localign bench loader`; "
-        "the share of the peak, see `localign bench align`."
+        f"Assumes that a core decodes {config.decode_rate:g} images/s (`localign bench loader` measures it; "
+        "`localign bench align` measures the share of the peak)."
     )
     return table
 
@@ -86,24 +86,24 @@ def _run_table(plan: AlignmentPlan, config: PlanConfig) -> Table:
 def _memory_table(plan: AlignmentPlan, config: PlanConfig) -> Table:
     room = gpu(config.gpu).gib
     memory = plan.memory
-    table = Table(title=f"GiB on a {config.gpu} of {room:g} GiB, by images in a micro-batch")
-    for column in ("micro-batch", "weights", "gradients, moments", "activations and the like", "in all", ""):
+    table = Table(title=f"GiB on one {config.gpu} ({room:g} GiB), by images per micro-batch")
+    for column in ("micro-batch", "weights", "gradients, moments", "activations etc.", "total", ""):
         table.add_column(column, justify="right")
     for count in micro_batches(plan):
         total = memory.of(count) / GIB
-        kept, trained = memory.weights / GIB, (memory.gradients + memory.moments) / GIB
+        weights, trained = memory.weights / GIB, (memory.gradients + memory.moments) / GIB
         table.add_row(
             str(count),
-            f"{kept:.2f}",
+            f"{weights:.2f}",
             f"{trained:.2f}",
-            f"{total - kept - trained:.2f}",
+            f"{total - weights - trained:.2f}",
             f"{total:.2f}",
             "" if total <= OCCUPIED * room else "too large",
         )
     table.caption = (
         f"--micro-batch {plan.largest} is the largest that divides a rank's {plan.images_per_rank} images and fits "
-        f"into {OCCUPIED:.0%} of it."
+        f"into {OCCUPIED:.0%} of the memory."
         if plan.largest is not None
-        else "not even one image fits: take larger GPUs, or --grad-checkpointing."
+        else "Not even one image fits: use larger GPUs or --grad-checkpointing."
     )
     return table

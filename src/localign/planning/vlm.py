@@ -1,4 +1,4 @@
-"""What a VLM training takes, found without weights: `localign plan` and `localign vlm train --dry-run`."""
+"""The plan of a VLM training, made without weights: `localign plan` and `localign vlm train --dry-run`."""
 
 from __future__ import annotations
 
@@ -30,44 +30,44 @@ from localign.vlm.model.presets import VisionSource, build_vision
 from localign.vlm.model.vision import VisionTower
 
 _MASTER, _GRADIENT, _MOMENTS, _FROZEN = 4, 4, 8, 2
-"""Bytes per parameter: fp32 weights, fp32 gradients, AdamW's two moments; bf16 where nothing is trained."""
+"""Bytes per parameter. Trained: fp32 weights, fp32 gradients, AdamW's two moments. Frozen: bf16 weights."""
 
 _RANKS_PER_NODE = 8
-"""What hybrid sharding is planned for."""
+"""GPUs per node assumed for hybrid sharding."""
 
 
 @dataclass(frozen=True)
 class VLMPlan:
-    """The size of a run."""
+    """Size of a VLM training."""
 
     parameters: dict[str, int]
-    """Of vision, adapter and language model."""
+    """Number of parameters of vision, adapter and language model."""
     trainable: int
-    """Parameters that the stage trains."""
+    """Number of parameters that the stage trains."""
     image_tokens: int
-    """Tokens an image takes in the language model's sequence."""
+    """Tokens per image in the language model's sequence."""
     bytes_per_rank: int
-    """Weights, gradients and optimizer state on one rank; activations come on top."""
+    """Weights, gradients and optimizer state on one rank, without activations."""
     records: int | None
-    """Conversations of an epoch; None where the data is not there."""
+    """Conversations per epoch; None if the data is missing."""
     steps: int | None
-    """Optimizer steps of the run, likewise."""
+    """Optimizer steps; None if the data is missing."""
     warmup_steps: int | None
-    """How many of them are warm-up."""
+    """Warm-up steps among them; None if the data is missing."""
 
 
 def plan_vlm(config: VLMConfig) -> tuple[LocalignVLM, VLMPlan]:
-    """The model of a run on the meta device, and its size.
+    """Build the model of a run on the meta device, and its plan.
 
     Args:
-        config: A backbone that is the folder of an alignment not run yet stands for what the recipe of the
-            folder's name would make: ``runs/align/clip-vit-b``.
+        config: A backbone may be the folder of an alignment that has not run yet, such as ``runs/align/clip-vit-b``.
+            It is planned as the recipe of the same name, ``align/clip-vit-b``.
 
     Raises:
-        UserError: A part is not there, or does not fit another.
+        UserError: A part does not exist, or does not fit another part.
     """
     if config.init is not None:
-        raise UserError("--dry-run plans from parts; leave --init out")
+        raise UserError("plans need --backbone, --adapter and --llm; leave --init out")
     with torch.device("meta"):
         llm = text_config(config.llm)
         tower, adapter = build_vision(
@@ -98,7 +98,7 @@ def plan_vlm(config: VLMConfig) -> tuple[LocalignVLM, VLMPlan]:
 
 
 def _model_config(llm: PretrainedConfig, tower: VisionTower, adapter: Adapter) -> LocalignVLMConfig:
-    """As after the tokenizer got its padding and image tokens."""
+    """The config after padding and image tokens were added to the tokenizer."""
     text = llm.get_text_config()
     pad, image = text.vocab_size, text.vocab_size + 1
     text.pad_token_id, text.vocab_size = pad, -(-(image + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE
@@ -109,7 +109,7 @@ def _model_config(llm: PretrainedConfig, tower: VisionTower, adapter: Adapter) -
 
 def _planned(name: str, config: VLMConfig) -> VisionSource:
     if export_folder(name) is not None:
-        with torch.device("cpu"):  # files have weights; shapes alone are wanted
+        with torch.device("cpu"):  # weights are loaded for their shapes, then moved to the meta device
             (source,) = vision_sources(_with_backbone(config, name))
         return VisionSource(
             source.backbone.to("meta"), source.aligned, source.student.to("meta") if source.student else None
@@ -143,13 +143,13 @@ def print_vlm_plan(plan: VLMPlan, ranks: int) -> None:
     total = sum(plan.parameters.values())
     for name, count in plan.parameters.items():
         print(f"{name:<16} {count:>14,} parameters")
-    print(f"{'all':<16} {total:>14,} parameters, {plan.trainable:,} of them trained")
-    print(f"{'an image':<16} {plan.image_tokens:>14,} tokens")
+    print(f"{'total':<16} {total:>14,} parameters, {plan.trainable:,} of them trained")
+    print(f"{'image':<16} {plan.image_tokens:>14,} tokens")
     print(
         f"{'memory':<16} {plan.bytes_per_rank / GIB:>10.1f} GiB on each of {ranks} ranks, before activations"
     )
     if plan.records is None or plan.steps is None:
-        print("steps            unknown: the data is not there")
+        print("steps            unknown: the data is missing")
     else:
         warmup = f"{plan.warmup_steps:,} of them warm-up ({plan.records:,} conversations)"
         print(f"{'steps':<16} {plan.steps:>14,}, {warmup}")

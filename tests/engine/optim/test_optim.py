@@ -230,7 +230,7 @@ def test_the_length_of_a_run() -> None:
         ({"workers": -1}, "--workers cannot be negative"),
         ({"min_lr_ratio": 1.5}, "--min-lr-ratio must lie in"),
         ({"ema_decay": 1.0}, "--ema-decay must lie between"),
-        ({"steps": 5, "warmup_steps": 5}, "--warmup-steps 5 leaves nothing"),
+        ({"steps": 5, "warmup_steps": 5}, "--warmup-steps 5 must be below --steps 5"),
         ({"warmup_steps": 5, "warmup_epochs": 1.0}, "--warmup-steps and --warmup-epochs contradict"),
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "--warmup-steps and --warmup-ratio contradict"),
         ({"warmup_epochs": 1.0, "warmup_ratio": 0.1}, "--warmup-epochs and --warmup-ratio contradict"),

@@ -1,4 +1,4 @@
-"""What the student may be asked for: one objective per file."""
+"""Training objectives of alignment, one per file, and their table."""
 
 from __future__ import annotations
 

@@ -13,17 +13,17 @@ from localign.alignment.teacher import Teacher
 
 
 class Additive(MaskedObjective):
-    """Patch vectors whose sum over the visible patches reproduces the teacher's output of the masked image.
+    """Patch vectors whose sum over the visible patches reproduces the teacher's output for the masked image.
 
-    The paper asks for ``m^T g = f(m(x))`` at every mask m. At m = 0 the left side is 0 and the right side,
-    the output for an image of nothing but mean colour, is not, so no g can meet it. The teacher's output is
-    therefore counted from there: the target is ``f(m(x)) - f(0)``, with the same f(0) for every image.
+    The paper requires ``m^T g = f(m(x))`` for every mask m. At m = 0 the left side is 0, but the right side, the output
+    for an image of the mean colour, is not, so no g satisfies it. The target is therefore ``f(m(x)) - f(0)``, with the
+    same f(0) for every image.
 
-    With masks from the Shapley kernel the solution is each patch's Shapley value (see
-    :mod:`localign.alignment.shapley`). The kernel never draws the empty and the full set, because it weighs
-    them infinitely: they have to be met exactly. The first one is, by what was just said; for the second, the
-    patch vectors share the difference between ``f(x) - f(0)`` and their sum equally, in every loss. The
-    all-visible view gives that sum and is no term of the loss then.
+    With masks from the Shapley kernel, the solution is each patch's Shapley value (see
+    :mod:`localign.alignment.shapley`). The kernel gives the empty and the full set infinite weight: it never draws
+    them, and the solution must meet both exactly. It always meets the empty set, because f(0) is subtracted. To meet
+    the full set, every loss adds an equal share of the difference between ``f(x) - f(0)`` and the sum of the patch
+    vectors to each vector. The all-visible view provides ``f(x)`` and is then not a term of the loss.
     """
 
     method = "additive reconstruction"
@@ -31,25 +31,25 @@ class Additive(MaskedObjective):
     def __init__(self, options: ObjectiveOptions, teacher: Teacher) -> None:
         super().__init__(options, teacher)
         self.exact_sum = self.masks.kind == "shapley"
-        self._nothing: Tensor | None = None
+        self._empty_output: Tensor | None = None
 
     def target(self, images: Tensor, views: Tensor) -> Tensor:
         """``(batch * masks, width)``."""
-        return self.teacher(images, views) - self.nothing(images) / self.teacher.scale
+        return self.teacher(images, views) - self.empty_output(images) / self.teacher.scale
 
     @torch.no_grad()
-    def nothing(self, images: Tensor) -> Tensor:
-        """f(0), the unscaled output for an all-hidden image: ``(1, width)``, computed once in float32."""
-        if self._nothing is None or self._nothing.device != images.device:
+    def empty_output(self, images: Tensor) -> Tensor:
+        """f(0), the unscaled output for a fully hidden image: ``(1, width)``, computed once in float32."""
+        if self._empty_output is None or self._empty_output.device != images.device:
             with torch.autocast(images.device.type, enabled=False):
-                self._nothing = self.teacher.of_views(torch.zeros_like(images[:1]))
-        return self._nothing
+                self._empty_output = self.teacher.of_views(torch.zeros_like(images[:1]))
+        return self._empty_output
 
     def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:
-        """The patch vectors g, ``(batch, patches, width)``: embeddings over the root of the number of patches.
+        """The patch vectors g, ``(batch, patches, width)``: embeddings divided by the root of the number of patches.
 
-        That is how a sum of so many independent terms grows; without it the first optimizer steps on a large
-        grid would overshoot by an order of magnitude.
+        A sum of n independent terms grows with the root of n. Without the division, the first optimizer steps on a
+        large grid would overshoot by an order of magnitude.
         """
         return model(images)[:, self.num_prefix_tokens :] / math.sqrt(views.shape[-1])
 

@@ -9,10 +9,10 @@ from localign.alignment.objectives.base import MaskedObjective, visible_mean
 
 
 class Averaging(MaskedObjective):
-    """The mean embedding of the visible patches reproduces the teacher's pooled output of the masked image.
+    """The mean embedding of the visible patches reproduces the teacher's pooled output for the masked image.
 
-    A view without any visible patch has no mean; it does not count. The paper keeps clear of such views by
-    block masks, which hide a share and never all.
+    A view without visible patches has no mean and does not count in the loss. The paper avoids such views with block
+    masks, which never hide every patch.
     """
 
     method = "MaskEmbed with averaging"

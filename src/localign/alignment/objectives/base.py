@@ -1,4 +1,4 @@
-"""What an objective is to the alignment task."""
+"""The interface of objectives, and what masked objectives share."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from localign.options.names import DecoderName, LossName, TokenSelection
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
-    """What an objective needs to know of the options of an alignment."""
+    """The options of an alignment that its objective uses."""
 
     loss: LossName
     decoder: DecoderName = "none"
     loss_tokens: TokenSelection = "all"
-    """Of masked objectives: the tokens that the loss goes over."""
+    """Tokens that count in the loss; masked objectives only."""
     masks: MaskSampler | None = None
-    """Of masked objectives."""
+    """Required by masked objectives."""
 
 
 class Objective(ABC):
-    """Which views of an image the teacher sees, and how the student's embeddings account for them.
+    """Defines which views of an image the teacher sees, and how the student predicts the teacher's outputs.
 
-    An objective has no weights: the student is ``encoder`` (backbone and linear head) and, with
-    ``--decoder transformer``, the decoder. It is used as::
+    An objective has no weights. The student consists of an encoder (backbone and linear head) and, with
+    ``--decoder transformer``, a decoder. Usage::
 
         views = objective.draw(seed, positions)
         target = objective.target(images, views)
         loss_sum, weight = objective.loss(objective.predict(model, images, views), target, views)
 
     Args:
-        options: They go with the objective, see :data:`localign.options.align.OBJECTIVE_CHOICES`.
-        teacher: Already on the right layer.
+        options: Options that the objective accepts, see :data:`localign.options.align.OBJECTIVE_CHOICES`.
+        teacher: The frozen teacher with its target.
 
     Raises:
         UserError: The views do not fit the backbone's grid.
     """
 
     method: ClassVar[str]
-    """What an export says about where it came from."""
+    """Name of the method in the provenance of exports."""
 
     def __init__(self, options: ObjectiveOptions, teacher: Teacher) -> None:
         self.loss_name: LossName = options.loss
@@ -58,40 +58,41 @@ class Objective(ABC):
 
     @abstractmethod
     def draw(self, seed: int, positions: Tensor) -> Tensor:
-        """The views of each image, a function of the seed and the image's global position alone.
+        """Draw the views of each image, as a function of the seed and the image's global position.
 
         Args:
-            seed: The run's, or one for a purpose of its own.
-            positions: int64 ``(batch,)``.
+            seed: The run's seed, or a seed for one purpose such as validation.
+            positions: int64 ``(batch,)``, global positions in the stream of samples.
 
         Returns:
-            On the CPU, first dimension ``batch``; the objective's own code for a view.
+            A tensor on the CPU whose first dimension is ``batch``, in the objective's own encoding of views.
         """
 
     @abstractmethod
     def target(self, images: Tensor, views: Tensor) -> Tensor:
-        """What the teacher makes of the views, divided by the target scale, without gradient.
+        """The teacher's outputs for the views, divided by the target scale, without gradient.
 
         Args:
             images: Normalised, ``(batch, 3, height, width)``.
             views: From :meth:`draw`, on the images' device.
 
         Returns:
-            ``(batch * views per image, ...)``; the views of one image are neighbours.
+            ``(batch * views per image, ...)``; the views of one image are adjacent.
         """
 
     @abstractmethod
     def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:
-        """What the student makes of them, with gradient.
+        """The student's predictions of the target, with gradient.
 
         Args:
-            model: The student, perhaps compiled and replicated: it is called once, as a whole.
-            images: As for :meth:`target`.
-            views: As for :meth:`target`.
+            model: The student, possibly compiled or wrapped for data parallelism, so it must be called as a module and
+                only once.
+            images: See :meth:`target`.
+            views: See :meth:`target`.
         """
 
     def loss(self, prediction: Tensor, target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss summed over its terms, and how many there are."""
+        """The loss summed over its terms, and the number of terms: two float32 scalars."""
         return reconstruction_loss(prediction, target, self.loss_name)
 
 
@@ -117,20 +118,20 @@ class MaskedObjective(Objective):
 
 
 def visible_sum(embeddings: Tensor, keep_mask: Tensor) -> Tensor:
-    """Patch vectors ``(batch, patches, width)``, summed over what each mask keeps.
+    """Sum the vectors of the patches that each mask keeps.
 
     Args:
-        embeddings: Without prefix tokens.
+        embeddings: ``(batch, patches, width)``, without prefix tokens.
         keep_mask: bool ``(batch, masks, patches)``, True = visible.
 
     Returns:
-        float32 ``(batch * masks, width)``, whatever the precision around it: hundreds of terms add up.
+        float32 ``(batch * masks, width)``, also under autocast, because hundreds of terms are summed.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         return (keep_mask.float() @ embeddings.float()).flatten(0, 1)
 
 
 def visible_mean(embeddings: Tensor, keep_mask: Tensor) -> Tensor:
-    """As :func:`visible_sum`, divided by how many patches each mask keeps; 0 for a mask that keeps none."""
+    """The mean vector of the patches that each mask keeps, see :func:`visible_sum`; 0 for a mask that keeps none."""
     count = keep_mask.sum(-1).clamp(min=1).flatten()
     return visible_sum(embeddings, keep_mask) / count[:, None]

@@ -1,4 +1,4 @@
-"""CLIPSelf (appendix B.3 of the paper): averaged features in a window reproduce the teacher's view of the crop."""
+"""CLIPSelf (appendix B.3 of the paper): features averaged in a window reproduce the teacher's output for the crop."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from localign import rng
 from localign.alignment.objectives.base import Objective, visible_mean
 
 SMALLEST_SHARE = 3 / 14
-"""Share of a side that a crop has at least: 3 of the 14 patches of ViT-B/16 at 224 pixels."""
+"""Smallest side of a crop as a share of the grid's side: 3 of the 14 patches of ViT-B/16 at 224 pixels."""
 
 
 class CLIPSelf(Objective):
-    """One crop per image, aligned with the patch grid, enlarged for the teacher.
+    """One crop per image, aligned with the patch grid and enlarged for the teacher.
 
-    The student sees the whole image. Without a decoder, its patch embeddings are averaged in the window; with
-    one, those outside of the window are hidden and the decoder's first token is the answer, as in MaskEmbed.
+    The student sees the whole image. Without a decoder, the prediction is the mean of the patch embeddings in the
+    window. With a decoder, embeddings outside the window are hidden, and the prediction is the decoder's first token,
+    as in MaskEmbed.
     """
 
     method = "CLIPSelf"
@@ -39,12 +40,12 @@ class CLIPSelf(Objective):
 
 
 def smallest_side(patches: int) -> int:
-    """The fewest patches of a crop along a side of ``patches``: 3/14 of it, rounded, and 1 at least."""
+    """Smallest side of a crop on a grid side of ``patches``: 3/14 of it, rounded, but at least 1. In patches."""
     return max(1, round(SMALLEST_SHARE * patches))
 
 
 def draw_windows(seed: int, positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """One window per image: height and width uniform and independent, then the place uniform.
+    """Draw one window per image: height and width uniform and independent, then the position uniform.
 
     Args:
         seed: The run's seed.
@@ -52,14 +53,14 @@ def draw_windows(seed: int, positions: Tensor, grid: tuple[int, int]) -> Tensor:
         grid: Rows and columns of patches.
 
     Returns:
-        int64 ``(batch, 4)`` on the CPU, in patches: top, left, height, width; sides from
-        :func:`smallest_side` to the whole side.
+        int64 ``(batch, 4)`` on the CPU, in patches: top, left, height, width. Sides range from :func:`smallest_side` to
+        the grid's side.
     """
     draws = rng.uniform(seed, "crop", positions, 4)
-    whole = torch.tensor(grid)
-    least = torch.tensor([smallest_side(side) for side in grid])
-    sides = least + (draws[:, :2] * (whole - least + 1)).long()
-    corners = (draws[:, 2:] * (whole - sides + 1)).long()
+    largest = torch.tensor(grid)
+    smallest = torch.tensor([smallest_side(side) for side in grid])
+    sides = smallest + (draws[:, :2] * (largest - smallest + 1)).long()
+    corners = (draws[:, 2:] * (largest - sides + 1)).long()
     return torch.cat([corners, sides], dim=1)
 
 
@@ -73,9 +74,10 @@ def window_masks(windows: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def crop_windows(images: Tensor, windows: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
-    """Cut windows out and enlarge each to the whole grid, bilinearly; nothing shrinks that could alias.
+    """Crop each image to its window and enlarge the crop to the whole grid, bilinearly.
 
-    Pixels right of and below the last full patch are 0, as in masked views.
+    Crops are never shrunk, so they need no antialiasing. Pixels to the right of and below the last full patch are 0, as
+    in masked views.
 
     Args:
         images: Normalised, ``(batch, 3, height, width)``.
@@ -84,7 +86,7 @@ def crop_windows(images: Tensor, windows: Tensor, grid: tuple[int, int], patch: 
         patch: Patch height and width, pixels.
 
     Returns:
-        The images' shape.
+        Crops in the shape of ``images``.
     """
     full = grid[0] * patch[0], grid[1] * patch[1]
     crops = []

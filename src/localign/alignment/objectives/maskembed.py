@@ -8,11 +8,11 @@ from localign.alignment.objectives.base import MaskedObjective
 
 
 class MaskEmbed(MaskedObjective):
-    """The teacher sees masked images, the decoder equally masked embeddings of whole ones (eq. 1)."""
+    """The teacher sees masked images; the decoder sees embeddings of the whole image under the same masks (eq. 1)."""
 
     method = "MaskEmbed"
 
     def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:
-        """``(batch * masks, tokens, width)``, or the first of the tokens for target ``cls``."""
+        """``(batch * masks, tokens, width)``; for target ``cls`` only the first token: ``(batch * masks, width)``."""
         prediction = model(images, views)
         return prediction[:, 0] if self.teacher.target == "cls" else prediction

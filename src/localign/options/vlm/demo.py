@@ -18,7 +18,7 @@ MODELS: dict[str, tuple[bool, AdapterName]] = {
     "aligned-transformer": (True, "transformer"),
     "aligned-truncated": (True, "truncated"),
 }
-"""Name of a model -> (whether its backbone is aligned, its adapter)."""
+"""Model name -> (whether its backbone is aligned, its adapter)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +40,22 @@ class VLMDemoConfig:
     kinds: tuple[str, ...] = ("referring", "position", "count", "relation", "presence")
     """Kinds of questions: referring, position, count, relation, presence, attribute, choice, caption."""
     seeds: int = 1
-    """Trainings of each model with different seeds; intervals need several."""
+    """Number of trainings per model, each with its own seed; confidence intervals need several."""
     seed: int = 0
     """First training seed, also used for the alignment."""
     scenes: int = 40_000
-    """Training scenes."""
+    """Number of training scenes."""
     questions: int = 8
-    """Most questions per scene."""
+    """Maximum number of questions per scene."""
     test_scenes: int = 600
-    """Test scenes."""
+    """Number of test scenes."""
     llm_steps: int = 300
     """Training steps of the language model."""
     steps: int = 1000
     """Training steps of a vision-language model. The default takes 25 minutes on two slow cores; with 3000 the models
     learn most kinds of questions. Skills appear suddenly, so compare models over several --seeds."""
     batch_size: int = 32
-    """Scenes per step."""
+    """Scenes per training step."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """Optimizer of the vision-language models; with adamw most kinds of questions take over twice as many steps."""
     lr: float = 3e-3
@@ -64,11 +64,11 @@ class VLMDemoConfig:
     """Peak learning rate of an adapter's pretrained layers (decoder, truncated); default --lr. With adamw, 1e-4 is
     better."""
     workers: int = 0
-    """Loader processes."""
+    """Image loading processes; 0 loads in the main process."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     at_once: int | None = None
-    """Models trained at the same time; default one per core on CPUs, else 1."""
+    """Number of models trained at the same time; default one per core on a CPU, else 1."""
 
     def __post_init__(self) -> None:
         for name, given, known in (

@@ -9,12 +9,12 @@ from localign.errors import UserError
 Scoring = Literal["default", "published", "strict"]
 
 IN_LMMS_EVAL = ("tallyqa", "vsr", "ocid-ref")
-"""The benchmarks that lmms-eval lacks and localign adds as tasks; every other name is a task of lmms-eval."""
+"""Benchmarks that localign adds to lmms-eval as tasks; every other name is one of lmms-eval's own tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluate a vision-language model on benchmarks. An interrupted evaluation continues; questions are asked once."""
+    """Evaluate a vision-language model on benchmarks. An interrupted evaluation resumes without repeating questions."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
         "Model": "model revision boxes dtype",
@@ -23,25 +23,25 @@ class EvalConfig:
     }
 
     model: str = ""
-    """A run folder of `localign vlm train`, its export, or an image-text-to-text model of transformers."""
+    """Run folder of `localign vlm train`, its export, or an image-text-to-text model of transformers."""
     revision: str | None = None
-    """Branch, tag or commit of a model on the Hub; default main. The results name the commit."""
+    """Branch, tag or commit of a model on the Hugging Face Hub; default main. The results record the commit."""
     benchmarks: tuple[str, ...] = ()
     """Benchmarks: refcoco, ocid-ref, tallyqa, vsr, ai2d, textvqa, textvqa-ocr, vqav2, vizwiz, pope, gqa, scenes. With
-    --engine lmms-eval: tallyqa, vsr, ocid-ref, and the package's own tasks, such as pope or mmstar."""
+    --engine lmms-eval: tallyqa, vsr, ocid-ref, and lmms-eval's own tasks, such as pope or mmstar."""
     data: str = ""
-    """Folder with the benchmarks' official files in download/. For scenes: the folder "test" of `vlm demo`. The own
-    tasks of lmms-eval download their data themselves."""
+    """Folder with the benchmarks' official files in download/. For scenes: the folder "test" of `vlm demo`. lmms-eval's
+    own tasks download their data themselves."""
     engine: Literal["localign", "lmms-eval"] = "localign"
-    """The engine that asks and averages: localign, or the package lmms-eval (install localign[lmms-eval]). lmms-eval
-    runs in one process and always starts from the beginning."""
+    """Harness that asks the questions and computes the scores: localign, or lmms-eval (needs the extra
+    localign[lmms-eval]). lmms-eval runs in one process and cannot resume."""
     task_folders: tuple[str, ...] = ()
-    """Folders with further tasks for --engine lmms-eval, for example its own tasks on local data."""
+    """Folders with more tasks for --engine lmms-eval, for example variants of its own tasks that read local data."""
     out: str = "eval"
     """Folder for answers and results."""
     limit: int | None = None
-    """Maximum number of questions per split; default all. A smaller subset is part of every larger one. For the own
-    tasks of lmms-eval: maximum number of questions per task."""
+    """Maximum number of questions per split; default all. A smaller subset is part of every larger one. For lmms-eval's
+    own tasks: maximum number of questions per task."""
     allow_partial: bool = False
     """Accept missing images, and files whose number of questions differs from the official one."""
     batch_size: int = 16
@@ -53,7 +53,7 @@ class EvalConfig:
     """Frame of coordinates in answers, as LAYOUT:0-SCALE: original:0-1 (shares of the image), letterboxed:336x336:0-1,
     padded-square:0-100, ...; default the frame that the model declares."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on CUDA, float32 elsewhere."""
+    """Precision; auto is bfloat16 on CUDA and float32 elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 

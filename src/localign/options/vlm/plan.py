@@ -11,7 +11,7 @@ from localign.options.vlm.train import VLMConfig
 
 @dataclass(frozen=True, kw_only=True)
 class VLMPlanConfig(VLMConfig):
-    """Plan a training of a vision-language model: parameters, image tokens, memory and steps, without any weights."""
+    """Plan the training of a vision-language model: parameters, image tokens, memory and steps. No weights are read."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
         "Plan": "gpus gpu out",
@@ -24,7 +24,7 @@ class VLMPlanConfig(VLMConfig):
     gpu: str = "H100"
     """GPU: A100, A100-40GB, H100, H100-PCIe, H100-NVL, H200, B200, L40S, A10 or RTX-4090."""
     out: str = ""
-    """JSON file for the plan. Only on the command line: `out` in a config file is the folder of the planned run."""
+    """JSON file for the plan, given on the command line. In a config file, out is the folder of the planned run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,11 +18,11 @@ class CheckConfig:
     images: tuple[str, ...] = ()
     """Folders that image paths in the data are relative to, or PREFIX=FOLDER; default each data file's own folder."""
     llm: str | None = None
-    """Count tokens too, with this language model's tokenizer."""
+    """Language model whose tokenizer counts tokens; default: tokens are not counted."""
     image_tokens: int = 576
-    """Tokens per image, if tokens are counted."""
+    """Tokens per image; --llm only."""
     max_length: int = 2048
-    """Most tokens per conversation, image tokens included."""
+    """Maximum number of tokens per conversation, image tokens included; --llm only."""
     prompt: PromptName = "in-out"
     """Prompt format: in-out, vicuna, or chat-template."""
     missing_list: str | None = None
@@ -30,7 +30,7 @@ class CheckConfig:
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise UserError("check what? give LLaVA-format JSON files")
+            raise UserError("check needs LLaVA-format JSON files")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         if self.what is None:
-            raise UserError("convert what? give lvis, lrv, strip-text-only or ocr-vqa")
+            raise UserError("convert needs one of lvis, lrv, strip-text-only and ocr-vqa")
         needs = {
             "lvis": ("base", "add", "images", "out"),
             "lrv": ("base", "add", "images", "out"),
@@ -82,12 +82,12 @@ class VLMExportConfig:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise UserError("export what? give a run folder of `localign vlm train`")
+            raise UserError("export needs a run folder of `localign vlm train`")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
-    """Ask a model about an image; the model sees the conversation so far, and an empty line ends it."""
+    """Chat with a model about an image. The model sees the conversation so far; an empty line ends the chat."""
 
     model: str = ""
     """Run folder of `localign vlm train`, or its export."""
@@ -98,7 +98,7 @@ class ChatConfig:
     boxes: str = "original:0-1"
     """Meaning of coordinates in answers, as LAYOUT:0-SCALE: original:0-1 (shares of the image), original:0-1000, ..."""
     max_new_tokens: int = 512
-    """Most tokens per answer."""
+    """Maximum number of tokens per answer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision; auto is bfloat16 on CUDA and float32 elsewhere."""
     device: str = "auto"

@@ -1,6 +1,6 @@
 """Options of `localign vlm train`.
 
-Defaults are the paper's (appendix D) where the paper gives a value.
+Defaults are the paper's values (appendix D) where it gives one.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class VLMConfig(TrainConfig):
     val: tuple[str, ...] = ()
     """Validation conversations in the same format; default none."""
     val_records: int | None = 2048
-    """Most conversations per validation; null for all."""
+    """Maximum number of conversations per validation; null for all."""
     skip_missing: bool = False
     """Drop records whose image is missing instead of refusing to start."""
     backbone: tuple[str, ...] = ("scenes-vit",)
@@ -68,7 +68,7 @@ class VLMConfig(TrainConfig):
     llm: str = ""
     """Causal language model: a name on the Hugging Face Hub or a folder in transformers' format."""
     llm_weights: Literal["pretrained", "none"] = "pretrained"
-    """pretrained, or none for random weights."""
+    """Weights of the language model: pretrained, or none (random)."""
     llm_attention: str = "sdpa"
     """Attention implementation of the language model, by its transformers name: sdpa (on CUDA, packed rows use torch's
     varlen kernel), eager, flash_attention_2, ..."""
@@ -86,7 +86,7 @@ class VLMConfig(TrainConfig):
     resize: Resize = "naive"
     """How an image is made square: naive (the paper's; stretches), letterbox (pads) or crop."""
     max_length: int = 2048
-    """Most tokens per conversation, image tokens included; longer conversations are truncated."""
+    """Maximum number of tokens per conversation, image tokens included; longer conversations are truncated."""
     batching: Batching = "packed"
     """packed: the conversations of a micro-batch share one row, and each attends only to itself. padded: one row per
     conversation."""
@@ -131,19 +131,15 @@ class VLMConfig(TrainConfig):
             object.__setattr__(self, "warmup_ratio", WARMUP_RATIO)
         super().__post_init__()
         if not self.data:
-            raise UserError("train on what? give --data, a LLaVA-format JSON file")
+            raise UserError("train needs --data, a LLaVA-format JSON file")
         if not self.llm and self.init is None:
-            raise UserError(
-                "which language model? give --llm, a Hub name or a folder in transformers' format"
-            )
+            raise UserError("train needs --llm, a Hub name or a folder in transformers' format")
         if self.attention not in BACKENDS:
             raise UserError(f"--attention takes {', '.join(BACKENDS)}, not {self.attention!r}")
         if self.adapter_lr is not None and (self.lr is None or not self.adapter_lr > 0):
-            raise UserError(
-                f"--adapter-lr must be above 0 and goes with --lr; not {self.adapter_lr}, {self.lr}"
-            )
+            raise UserError(f"--adapter-lr must be above 0 and needs --lr; not {self.adapter_lr}, {self.lr}")
         if self.max_length < 8:
-            raise UserError(f"--max-length must leave room for an image and words, not {self.max_length}")
+            raise UserError(f"--max-length must be at least 8, not {self.max_length}")
         if self.lora_rank < 1 or self.lora_alpha < 1:
             raise UserError("--lora-rank and --lora-alpha must be at least 1")
         if not 0 <= self.max_bad_share <= 1:
@@ -158,8 +154,8 @@ class VLMConfig(TrainConfig):
         if self.plan_ranks < 1:
             raise UserError(f"--plan-ranks must be at least 1, not {self.plan_ranks}")
         if not self.backbone:
-            raise UserError("--backbone names none")
+            raise UserError("--backbone needs at least one backbone")
         if self.init is not None and self.llm_attention != "sdpa":
-            raise UserError("--llm-attention goes with --llm; the model of --init has its own")
+            raise UserError("--llm-attention needs --llm; the language model of --init keeps its own")
         if self.init is not None and self.llm:
-            raise UserError("--init has its own language model; leave --llm out")
+            raise UserError("--init brings its own language model; leave --llm out")
