@@ -65,7 +65,7 @@ class VLMDemoResults(TypedDict):
 
     command: str
     config: dict[str, Any]
-    versions: dict[str, Any]
+    versions: run_folder.Versions
     seconds: float
     models: dict[str, list[TrainedModel]]
     """Name of a model -> its results by seed."""
