@@ -22,8 +22,9 @@ from localign.data.parallel import in_processes, parts
 from localign.data.scenes import Scene, SceneConfig, SceneSource
 from localign.errors import UserError, did_you_mean
 from localign.files import fsync_path, replace_text
+from localign.options.names import QuestionKind
 from localign.vlm.data.records import LLaVARecord, LLaVATurn
-from localign.vlm.data.scene_questions import KINDS, Box, QuestionKind, SceneQuestion, make_questions
+from localign.vlm.data.scene_questions import KINDS, Box, SceneQuestion, make_questions
 
 QUESTIONS_FILE, SETTINGS_FILE, IMAGES = "questions.json", "settings.json", "images"
 _FSYNC_THREADS = 16
