@@ -64,7 +64,7 @@ def plain_run(
         tokens, labels = batches(stream.indices(step * config.batch, (step + 1) * config.batch))
         loss = head_loss(spec, full_logits(head, tokens), labels)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     return _macro_recall(head, spec, PlainBatches(backbone, test, device), config.batch)
 

@@ -250,7 +250,7 @@ def _step(
         batch = to_device(batch, device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             result = loss(model, batch)
-        result.loss_sum.backward()  # type: ignore[no-untyped-call]
+        result.loss_sum.backward()
         sums += torch.stack([result.loss_sum.detach(), result.weight.detach()]).to(sums)
     scale_and_clip(model, 1 / sums[1].clamp(min=1), task.config.clip_grad)
     optimizer.step()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from timm.layers import Attention
+from timm.layers.attention import Attention
 
 from localign import rng
 from localign.alignment.masks import MaskSampler

@@ -60,7 +60,8 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``(batch, 3, height, width)`` to ``(batch, tokens, output width)``."""
-        return self.head(self.backbone.tokens(images))
+        output: Tensor = self.head(self.backbone.tokens(images))
+        return output
 
 
 def prepare_backbone(backbone: Backbone) -> Backbone:
@@ -114,7 +115,8 @@ class Decoder(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return self.head(self.norm(x))
+        output: Tensor = self.head(self.norm(x))
+        return output
 
 
 class DecoderNorm(nn.LayerNorm):
@@ -132,7 +134,7 @@ def activation_class(name: str) -> type[nn.Module]:
     """
     import timm.layers
 
-    found = getattr(nn, name, None) or getattr(timm.layers, name, None)
+    found: type[nn.Module] | None = getattr(nn, name, None) or getattr(timm.layers, name, None)
     if found is None:
         raise UserError(f"unknown activation {name!r}")
     return found
@@ -177,7 +179,8 @@ class Student(nn.Module):
             raise ValueError("this student has no decoder")
         keep = F.pad(keep_mask, (self.num_prefix_tokens, 0), value=False)
         masked = embeddings[:, None] * keep[..., None].to(embeddings.dtype)
-        return self.decoder(masked.flatten(0, 1))
+        output: Tensor = self.decoder(masked.flatten(0, 1))
+        return output
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute the blocks' activations in the backward pass instead of storing them."""

@@ -262,7 +262,7 @@ def plain(config: AlignConfig, server: StepServer) -> None:
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             loss, scale = plain_loss(student, teacher, images, keep_masks, scale)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), config.clip_grad or float("inf"))
         optimizer.step()
         server.end(loss.item())

@@ -97,7 +97,7 @@ class CountedAlignment:
         self.mode = FakeTensorMode()
         with self.mode:
             for module in (self.student, self.teacher):
-                module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+                module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))  # type: ignore[no-untyped-call]
         if config.grad_checkpointing:
             self.student.set_grad_checkpointing(True)
 
@@ -181,7 +181,7 @@ class _LiveBytes(TorchDispatchMode):
     """Tracks the bytes of tensors that operations create, until their storage is freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 

@@ -32,7 +32,8 @@ def text_config(name: str) -> PretrainedConfig:
     if name in KNOWN:
         return LlamaConfig(**KNOWN[name])
     try:
-        return AutoConfig.from_pretrained(name)
+        config: PretrainedConfig = AutoConfig.from_pretrained(name)
+        return config
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot read the language model's config, {name}: {reason}") from None

@@ -35,7 +35,8 @@ class Additive(MaskedObjective):
 
     def target(self, images: Tensor, views: Tensor) -> Tensor:
         """``(batch * masks, width)``."""
-        return self.teacher(images, views) - self.empty_output(images) / self.teacher.scale
+        target: Tensor = self.teacher(images, views) - self.empty_output(images) / self.teacher.scale
+        return target
 
     @torch.no_grad()
     def empty_output(self, images: Tensor) -> Tensor:
@@ -51,7 +52,8 @@ class Additive(MaskedObjective):
         A sum of n independent terms grows with the root of n. Without the division, the first optimizer steps on a
         large grid would overshoot by an order of magnitude.
         """
-        return model(images)[:, self.num_prefix_tokens :] / math.sqrt(views.shape[-1])
+        output: Tensor = model(images)[:, self.num_prefix_tokens :] / math.sqrt(views.shape[-1])
+        return output
 
     def loss(self, prediction: Tensor, target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
         vectors, target = prediction.float(), target.unflatten(0, views.shape[:2])

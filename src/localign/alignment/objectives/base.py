@@ -110,7 +110,8 @@ class MaskedObjective(Objective):
         return self.masks(seed, positions, self.grid)
 
     def target(self, images: Tensor, views: Tensor) -> Tensor:
-        return self.teacher(images, views)
+        target: Tensor = self.teacher(images, views)
+        return target
 
     def loss(self, prediction: Tensor, target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
         selected = select_tokens(views.flatten(0, 1), self.num_prefix_tokens, self.loss_tokens)

@@ -29,13 +29,15 @@ class CLIPSelf(Objective):
 
     def target(self, images: Tensor, views: Tensor) -> Tensor:
         """``(batch, width)``."""
-        return self.teacher(crop_windows(images, views, self.grid, self.patch_size))
+        target: Tensor = self.teacher(crop_windows(images, views, self.grid, self.patch_size))
+        return target
 
     def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:
         """``(batch, width)``."""
         inside = window_masks(views, self.grid)
         if self.decodes:
-            return model(images, inside)[:, 0]
+            output: Tensor = model(images, inside)[:, 0]
+            return output
         return visible_mean(model(images)[:, self.num_prefix_tokens :], inside)
 
 

@@ -15,4 +15,5 @@ class MaskEmbed(MaskedObjective):
     def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:
         """``(batch * masks, tokens, width)``; for target ``cls`` only the first token: ``(batch * masks, width)``."""
         prediction = model(images, views)
-        return prediction[:, 0] if self.teacher.target == "cls" else prediction
+        output: Tensor = prediction[:, 0] if self.teacher.target == "cls" else prediction
+        return output

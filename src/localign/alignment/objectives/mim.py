@@ -20,8 +20,10 @@ class MaskedImageModelling(MaskedObjective):
     def target(self, images: Tensor, views: Tensor) -> Tensor:
         """``(batch * masks, tokens, width)``, the same for all masks of one image."""
         tokens = self.teacher(images, views.new_ones(len(images), 1, views.shape[2]))
-        return tokens.repeat_interleave(views.shape[1], dim=0)
+        targets: Tensor = tokens.repeat_interleave(views.shape[1], dim=0)
+        return targets
 
     def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:
         """``(batch * masks, tokens, width)``."""
-        return model(mask_images(images, views, self.grid, self.patch_size))
+        output: Tensor = model(mask_images(images, views, self.grid, self.patch_size))
+        return output
