@@ -38,7 +38,8 @@ class Command:
 
     def config(self) -> type:
         """The config class."""
-        return self._imported(self.config_path)
+        config: type = self._imported(self.config_path)
+        return config
 
     def run(self, config: Any) -> int | None:
         """Do what the command does; returns the exit code, None for 0."""
