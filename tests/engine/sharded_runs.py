@@ -248,17 +248,17 @@ class Writer(sharded._Writer):
 
 
 def part(config: TrainConfig, **events: Any) -> dict[str, Any]:
-    """A run in the form that this program takes."""
+    """A run in the form that :func:`run_parts` takes."""
     return {"config": asdict(config), "events": events}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def run_parts(parts: list[dict[str, Any]]) -> None:
+    """Do runs one after another, on all ranks of the launch."""
     size = os.environ.get("WORLD_SIZE", "1")
     distributed = int(size) > 1
     if distributed:  # one process group for all runs
         dist.init_process_group("gloo")
-    for values in json.loads(sys.argv[1]):
+    for values in parts:
         os.environ["LOCAL_WORLD_SIZE"] = str(values["events"].pop("local_size", size))
         config, events = TrainConfig(**values["config"]), values["events"]
         if "stop_before" in events:
@@ -267,3 +267,8 @@ if __name__ == "__main__":
             run(config, **events)
     if distributed:
         dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_parts(json.loads(sys.argv[1]))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import launch, logged, make_images, max_difference, run, run_ranks, tiny, weights
+from engine_runs import logged, make_images, max_difference, run, tiny, weights
+from rank_forks import on_ranks
 
 from localign.engine.log import read_log
 from localign.engine.run_folder import read_results
@@ -44,7 +44,6 @@ def test_accumulated_gradients_equal_those_of_the_full_batch(
     equal(tmp_path / "full", tmp_path / "pieces")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "loss_tokens", "micro_batch", "more"),
     [
@@ -65,7 +64,8 @@ def test_several_ranks_equal_one(
         "val_every": 3, "eps": EPS,
     }  # fmt: skip
     run(tiny(tmp_path / "one", images, **values))
-    run_ranks(ranks, asdict(tiny(tmp_path / "several", images, micro_batch=micro_batch, **values, **more)))
+    end = on_ranks(ranks, run, tiny(tmp_path / "several", images, micro_batch=micro_batch, **values, **more))
+    assert end.codes == [0] * ranks, end.output
     equal(tmp_path / "one", tmp_path / "several")
     one, several = read_results(tmp_path / "one"), read_results(tmp_path / "several")
     assert (one["world_size"], several["world_size"]) == (1, ranks)
@@ -74,14 +74,14 @@ def test_several_ranks_equal_one(
     assert one["target_scale"] == several["target_scale"]
 
 
-@pytest.mark.slow
 def test_two_ranks_skip_a_step_with_one_bad_loss_and_report_all_bad_images(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     make_images(folder, 24, truncated=(3, 17))
-    values = asdict(tiny(tmp_path / "two", folder, batch_size=8, steps=6, max_bad_share=0.1))
+    config = tiny(tmp_path / "two", folder, batch_size=8, steps=6, max_bad_share=0.1)
     # The loss is NaN on rank 0 only.
-    run_ranks(2, values, poison=[2])
+    end = on_ranks(2, run, config, poison=(2,))
+    assert end.codes == [0, 0], end.output
     results = read_results(tmp_path / "two")
     assert results["skipped_steps"] == [3]
     assert sorted(results["skipped_images"]["images"]) == ["0003.png", "0017.png"]
@@ -92,12 +92,10 @@ def test_two_ranks_skip_a_step_with_one_bad_loss_and_report_all_bad_images(tmp_p
     assert len(list((tmp_path / "two" / "nonfinite").iterdir())) == 2, "both ranks save their batches"
 
 
-@pytest.mark.slow
 def test_a_refusal_ends_every_rank(tmp_path: Path, images: Path) -> None:
-    process = launch(2, asdict(tiny(tmp_path / "none", images, resume="must")))
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert b"nothing to resume" in output
+    end = on_ranks(2, run, tiny(tmp_path / "none", images, resume="must"))
+    assert end.codes == [2, 2], end.output
+    assert end.output.count("nothing to resume") == 1
 
 
 @pytest.mark.slow

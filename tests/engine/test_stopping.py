@@ -31,7 +31,7 @@ from torch import nn
 
 from localign.alignment import AlignConfig
 from localign.cli import EXIT_OK, exit_code, main
-from localign.data.loader import _start_worker
+from localign.data.workers import _start_worker
 from localign.engine import run_folder, train
 from localign.errors import RunStopped
 from localign.signals import SIGNALS, exit_on_signals, stop_requests

@@ -13,8 +13,9 @@ import pytest
 import sharded_runs
 import torch
 from engine_runs import kill_all, last_step, logged, max_difference, start
+from rank_forks import on_ranks
 from safetensors.torch import load_file
-from sharded_runs import TokenModel, part, run, run_until, token
+from sharded_runs import TokenModel, part, run, run_parts, run_until, token
 from torch import Tensor
 
 from localign.engine import TrainConfig
@@ -23,18 +24,12 @@ from localign.engine.checkpoints.replicated import Checkpoints
 STEPS = 8
 TOLERANCE = 1e-5
 
-pytestmark = pytest.mark.slow
-
 
 def run_ranks(ranks: int, *parts: dict[str, Any], fails: bool = False) -> str:
-    """Do runs one after another in new processes. Returns the output."""
-    process = start(ranks, sharded_runs.__file__, json.dumps(parts))
-    try:
-        output = process.communicate(timeout=400)[0].decode()
-    finally:
-        kill_all(process)
-    assert (process.returncode != 0) == fails, output
-    return output
+    """Do runs one after another on several ranks. Returns the output."""
+    end = on_ranks(ranks, run_parts, list(parts))
+    assert any(end.codes) == fails, end.output
+    return end.output
 
 
 def exported(folder: Path) -> dict[str, Tensor]:
@@ -62,8 +57,8 @@ def unsharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path: Path, unsharded: Path) -> None:
-    # One launch for all runs, because starting processes takes longest.
     sharded = token(tmp_path / "sharded")
     accumulated = token(tmp_path / "accumulated", micro_batch=1, val_every=3, grad_checkpointing=True)
     halved = token(tmp_path / "halved", micro_batch=2)
@@ -147,6 +142,7 @@ def test_a_death_during_a_checkpoint_leaves_the_previous_one(
     equal(tmp_path, unsharded)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds a run's processes through /proc")
 def test_three_kills_at_random_times(tmp_path: Path, unsharded: Path) -> None:
     config = token(tmp_path, resume="auto", checkpoint_every=1)

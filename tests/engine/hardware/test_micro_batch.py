@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,15 @@ import torch
 from engine_runs import (
     TINY_VIT,
     DisturbedAlignment,
-    launch,
     logged,
     max_difference,
     run,
-    run_ranks,
     run_until,
     same_bits,
     tiny,
     weights,
 )
+from rank_forks import on_ranks
 from torch import nn
 
 from localign.alignment import AlignConfig
@@ -199,19 +198,17 @@ def test_memory_that_cannot_be_measured_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_ranks_agree_on_a_size_that_fits_on_all(tmp_path: Path, images: Path, val: Path) -> None:
     values: dict[str, Any] = {"eps": EPS, "val": str(val), "ema_decay": 0.9, "batch_size": 16}
     run(tiny(tmp_path / "one", images, **values))
-    run_ranks(2, asdict(tiny(tmp_path / "two", images, micro_batch="auto", **values)), room=(8, 3))
+    end = on_ranks(2, run, tiny(tmp_path / "two", images, micro_batch="auto", **values), room=(8, 3))
+    assert end.codes == [0, 0], end.output
     assert read_results(tmp_path / "two")["micro_batch"] == 2
     assert logged(tmp_path / "one", "samples") == logged(tmp_path / "two", "samples")
     assert max_difference(weights(tmp_path / "one", STEPS), weights(tmp_path / "two", STEPS)) < 1e-5
 
 
-@pytest.mark.slow
 def test_the_error_is_printed_once_if_no_size_fits(tmp_path: Path, images: Path) -> None:
-    process = launch(2, asdict(tiny(tmp_path, images, micro_batch="auto")), room=(8, 0))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert output.count(b"not even a micro-batch of 1 fits") == 1, output.decode()
+    end = on_ranks(2, run, tiny(tmp_path, images, micro_batch="auto"), room=(8, 0))
+    assert end.codes == [2, 2], end.output
+    assert end.output.count("not even a micro-batch of 1 fits") == 1, end.output
