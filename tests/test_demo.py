@@ -36,7 +36,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("demo") / "run"
     align_config = DemoConfig.align_config
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("localign.demo.VALIDATION_SCENES", 24)
+        patch.setattr("localign.demo.run.VALIDATION_SCENES", 24)
         patch.setattr(
             DemoConfig, "align_config", lambda *a: replace(align_config(*a), val_images=16, scale_images=16)
         )
