@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,18 @@ def test_the_table_names_rooms_that_exist() -> None:
     assert len(rooms()) > 20
     assert [room for room in rooms() if room not in modules()] == []
     assert [room for room, count in Counter(rooms()).items() if count > 1] == []
+
+
+def test_a_walk_enters_no_room_twice() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    walks = text.partition("### Three walks")[2].partition("\n## ")[0].strip().split("\n\n")
+    assert len(walks) == 3
+    for walk in walks:
+        steps = [name for name in re.findall(r"`([^`]+)`", walk) if name.endswith(".py")]
+        entered = [room for room, _ in groupby(floor("localign." + s[:-3].replace("/", ".")) for s in steps)]
+        assert all(f"localign.{s[:-3].replace('/', '.')}" in modules() for s in steps), walk
+        assert len(steps) > 5
+        assert len(entered) == len(set(entered)), walk
 
 
 def _circle() -> list[str]:
