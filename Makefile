@@ -4,7 +4,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.localign-installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-slow check format install clean
+.PHONY: demo test test-all test-slow check format install clean
 
 install: $(STAMP)
 
@@ -15,11 +15,13 @@ $(STAMP): pyproject.toml scripts/setup.sh
 demo: $(STAMP)
 	$(BIN)/localign demo --out runs/demo
 
+# Tests of less than five seconds each.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
-
-test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not thorough"
+
+# The slow tests too; CI runs this.
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # More than fifty injected faults, thousands of random inputs, a run of 20,000 steps: about half an hour.
 test-slow: $(STAMP)
