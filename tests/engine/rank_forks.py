@@ -33,6 +33,12 @@ class RanksEnd:
     """Exit code of each rank; negative if a signal ended it."""
     output: str
     """Standard output and error of all ranks."""
+    seconds: float
+
+    @property
+    def lines(self) -> list[str]:
+        """The error lines of localign."""
+        return [line for line in self.output.splitlines() if line.startswith("localign: ")]
 
 
 def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, **options: Any) -> RanksEnd:
@@ -49,10 +55,13 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, **options: An
             forks.Process(target=_rank, args=(rank, size, port, output, work, arguments, options))
             for rank in range(size)
         ]
+        started = time.monotonic()
         for process in ranks:
             process.start()
         _wait(ranks)
-        return RanksEnd([process.exitcode or 0 for process in ranks], output.read_text(errors="replace"))
+        seconds = time.monotonic() - started
+        codes = [process.exitcode or 0 for process in ranks]
+        return RanksEnd(codes, output.read_text(errors="replace"), seconds)
 
 
 def _wait(ranks: list[ForkServerProcess]) -> None:

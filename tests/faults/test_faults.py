@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from engine_runs import logged, make_images, same_bits, tiny
 from fault_kinds import ON_THE_DISK, Fault
-from fault_runs import KILLED, Outcome, Server, server
+from fault_runs import KILLED, do_part
+from rank_forks import RanksEnd
 from safetensors.torch import load_file
 from sharded_runs import token
 
@@ -76,12 +77,6 @@ class Tally:
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with server(tmp_path_factory.mktemp("forks")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of images for training and for validation."""
     folder = tmp_path_factory.mktemp("pictures")
@@ -122,22 +117,21 @@ class Campaign:
     """One run with faults, and the run without faults that it must equal.
 
     Args:
-        forks: Runs the parts.
         config: Options of the run.
         ranks: Number of processes of each part.
         seed: Seed of the steps at which faults strike.
     """
 
-    def __init__(self, forks: Server, config: Any, ranks: int, seed: int) -> None:
-        self.forks, self.config, self.ranks = forks, config, ranks
+    def __init__(self, config: Any, ranks: int, seed: int) -> None:
+        self.config, self.ranks = config, ranks
         self.draw = random.Random(seed)
         self.out = Path(config.out)
         self.tried: list[str] = []
         self.is_align = isinstance(config, AlignConfig)
         self.disturbances: dict[str, Any] = {"poison": POISON if self.is_align else POISON[0]}
 
-    def part(self, config: Any, *faults: Fault, **options: Any) -> Outcome:
-        return self.forks.do(config, *faults, ranks=self.ranks, **options, **self.disturbances)
+    def part(self, config: Any, *faults: Fault, **options: Any) -> RanksEnd:
+        return do_part(config, *faults, ranks=self.ranks, **options, **self.disturbances)
 
     def run(self, kinds: list[str]) -> None:
         """Let faults strike in order at random steps, finish the run, and compare it."""
@@ -270,10 +264,8 @@ def disk_kinds(disk: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_few_faults(
-    forks: Server, disk: Path, pictures: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    campaign = Campaign(forks, alignment(disk / "run", pictures), 1, seed=0)
+def test_a_few_faults(disk: Path, pictures: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    campaign = Campaign(alignment(disk / "run", pictures), 1, seed=0)
     full, _, _ = disk_kinds(disk, capsys)
     kinds = ["SIGTERM in a step", "kill -9 while saving", full, "byte flipped", "SIGUSR1 in a step"]
     campaign.run(kinds)
@@ -287,7 +279,7 @@ def shuffled(kinds: list[str], draw: random.Random) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.thorough
 def test_fifty_faults_and_more(
-    forks: Server, disk: Path, pictures: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    disk: Path, pictures: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tally, draw = Tally(), random.Random(7)
     always = [*ENDS_BY_KILL, *STOPS, *GOES_ON, *disk_kinds(disk, capsys), *DAMAGE]
@@ -304,7 +296,7 @@ def test_fifty_faults_and_more(
     ]
     for seed, (config, ranks, kinds) in enumerate(campaigns):
         Path(config.out).parent.mkdir()
-        tally.add(Campaign(forks, config, ranks, seed), kinds)
+        tally.add(Campaign(config, ranks, seed), kinds)
         shutil.rmtree(Path(config.out).parent)
     with capsys.disabled():
         print(f"\n{tally.table()}")
