@@ -87,6 +87,7 @@ def test_flops_are_what_torch_counts(images: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_command_measures_both_ways(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], images: Path
 ) -> None:

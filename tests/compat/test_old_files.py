@@ -135,6 +135,7 @@ STOPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STOPPED)
 def test_a_stopped_run_ends_as_it_would_have(case: str) -> None:
     name, command = STOPPED[case]

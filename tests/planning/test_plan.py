@@ -30,6 +30,7 @@ def recipe(name: str, **options: Any) -> PlanConfig:
     return PlanConfig(**{**values, "betas": tuple(values["betas"]), **options})
 
 
+@pytest.mark.slow
 def test_three_masks_cost_as_published() -> None:
     plan = make_plan(recipe("align/clip-vit-b", gpus=4, gpu="A100"))
     assert plan.mask_cost == pytest.approx(1.66, abs=0.03)
@@ -70,6 +71,7 @@ def test_parameters_equal_those_of_the_run() -> None:
     assert plan.memory.gradients == 4 * plan.trained
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not report peak memory"
 )
@@ -85,6 +87,7 @@ def test_memory_matches_a_measured_step() -> None:
     assert memory.fixed + images * memory.per_image == pytest.approx(measured, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [{"complement": False, "all_visible": False}, {"model_kwargs": {"depth": 6}}]
 )
@@ -135,6 +138,7 @@ def test_large_recipes_can_be_planned(name: str) -> None:
     assert 10 < plan.gpu_hours < 2000
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plans" / "plan.json"
     options = ["--config", "align/in1k-vit-t", "--gpus", "2", "--gpu", "a10", "--out", str(file)]

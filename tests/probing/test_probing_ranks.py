@@ -24,6 +24,7 @@ def measured(outcome: dict[str, Any]) -> list[dict[str, Any]]:
     return [metrics for heads in results for tasks in heads.values() for metrics in tasks.values()]
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_in_every_mode(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     probe_ranks.run(one)

@@ -156,6 +156,7 @@ def test_a_changed_row_is_run_again_and_no_other(
     assert (ran.alignments, ran.probings) == (["table1/clipself"], ["table1/clipself"])
 
 
+@pytest.mark.slow
 def test_changed_heads_are_trained_again_on_what_is_aligned(
     out: Path, ran: Ran, monkeypatch: pytest.MonkeyPatch
 ) -> None:

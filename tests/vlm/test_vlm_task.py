@@ -289,7 +289,7 @@ def test_a_bad_record_is_one_line_and_leaves_nothing(
         (["--llm", "/nowhere/llm"], "cannot load the language model /nowhere/llm"),
         (["--stage", "frozen"], "--stage takes"),
         (["--prompt", "chat-template"], "chat template"),
-        (["--features", "aligned"], "`localign align` wrote"),
+        (["--features", "aligned"], "needs an export folder of `localign align`"),
         (["--adapter-lr", "0"], "--adapter-lr must be above 0"),
         (["--adapter-lr", "1e-3", "--lr", "null"], "needs --lr"),
         (["--turns", "independent", "--llm-attention", "flex_attention"], "independent turns need"),

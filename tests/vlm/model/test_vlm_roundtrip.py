@@ -56,6 +56,7 @@ def assert_equal_weights(model: LocalignVLM, other: LocalignVLM) -> None:
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_the_same_answers(tmp_path: Path) -> None:
     files = [None if seed is None else str(tmp_path / f"{seed}.png") for seed in IMAGES]
     for seed, file in zip(IMAGES, files, strict=True):
