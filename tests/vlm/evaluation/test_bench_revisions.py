@@ -15,6 +15,9 @@ from bench_files import WRITERS
 from bench_models import save_tiny_llava
 from safetensors.torch import load_file, save_file
 
+from localign.errors import UserError
+from localign.vlm.evaluation.models import fingerprint_of, hub_commit
+
 OLD, NEW = "a" * 40, "b" * 40
 MODEL = "someone/tiny"
 PROGRAM = """
@@ -42,6 +45,22 @@ def fill_cache(home: Path) -> None:
 def model_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "results.json").read_text())["model"]
     return found
+
+
+def test_branches_and_tags_become_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / f"models--{MODEL.replace('/', '--')}"
+    for name, commit in (("v1", OLD), ("main", NEW)):
+        (root / "snapshots" / commit).mkdir(parents=True)
+        (root / "snapshots" / commit / "config.json").write_text("{}")
+        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert [hub_commit(MODEL, revision) for revision in (None, "main", "v1", NEW)] == [NEW, NEW, OLD, NEW]
+    assert fingerprint_of(MODEL) == fingerprint_of(MODEL, NEW) == f"{MODEL}@{NEW}"
+    assert fingerprint_of(MODEL, OLD) == f"{MODEL}@{OLD}"
+    with pytest.raises(UserError, match=f"cannot load the model {MODEL}"):
+        hub_commit(MODEL, "v2")
 
 
 @pytest.mark.slow

@@ -125,6 +125,13 @@ def test_models_are_compared(scripted: Path, tmp_path: Path, capsys: pytest.Capt
     assert len(lines) == 2 * sum(len(part["figures"]) for part in one.values())
     assert {row["difference"] for row in lines if row["model"] == "a1"} == {""}
     assert {row["against"] for row in lines if row["model"] == "b1"} == {"a1"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"radar.png", "bars.png"}
+    in_radar = {
+        row["model"]: float(row["value"]) for row in rows(tmp_path / "radar.csv") if row["axis"] == "GQA"
+    }
+    assert in_radar == pytest.approx(
+        {model: own["gqa"]["figures"]["accuracy"]["value"] for model, own in (("a1", one), ("b1", two))}
+    )
     markdown = (tmp_path / "comparison.md").read_text()
     assert markdown.startswith("| benchmark | figure | model |")
     assert "over seeds" not in markdown
@@ -251,8 +258,8 @@ def test_a_model_alone_has_seeds_but_no_differences(
 # -- panels --------------------------------------------------------------------------------------------------
 
 
-def test_panels_have_a_first_model_of_their_own_and_one_scale(scripted: Path, tmp_path: Path) -> None:
-    found = score("C/plain=@a1 C/aligned=@a2 S/plain=@b1 S/aligned=@b2", scripted, tmp_path)
+def test_panels_have_a_first_model_of_their_own_and_one_scale(scripted: Path) -> None:
+    found = compared("C/plain=@a1 C/aligned=@a2 S/plain=@b1 S/aligned=@b2", scripted)
     assert [panel["models"] for panel in found["panels"]] == [
         ["C/plain", "C/aligned"],
         ["S/plain", "S/aligned"],
@@ -263,12 +270,13 @@ def test_panels_have_a_first_model_of_their_own_and_one_scale(scripted: Path, tm
     ]
     assert found["z_scores"]["means"]["gqa: accuracy"] == pytest.approx(np.mean(values))
     assert found["z_scores"]["deviations"]["gqa: accuracy"] == pytest.approx(np.std(values))
-    lines = [row for row in rows(tmp_path / "radar.csv") if row["axis"] == "GQA"]
+    charts = drawings(found)
+    lines = [row for row in charts["radar"] if row["axis"] == "GQA"]
     assert [(row["panel"], row["model"]) for row in lines] == [
         *(("C", "plain"), ("C", "aligned"), ("S", "plain"), ("S", "aligned"))
     ]
-    assert [float(row["value"]) for row in lines] == pytest.approx(values)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"radar.png", "bars-C.png", "bars-S.png"}
+    assert [row["value"] for row in lines] == pytest.approx(values)
+    assert set(charts) == {"radar", "bars-C", "bars-S"}
 
 
 def test_a_model_in_two_figures_counts_once(scripted: Path) -> None:
