@@ -6,8 +6,7 @@ keeps the file small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from localign.backbones import Backbone
 from localign.data.sources import UnreadableImage
 from localign.files import replacing
 from localign.probing import LabelledSource, Probed, reduce_labels
+from localign.probing.features import eval_mode
 from localign.probing.segmentation import attribute_table, labelled_batches
 from localign.results import PICTURES_FILE, Pictures
 
@@ -268,12 +268,12 @@ def gather_predictions(
 
 
 def _tokens(backbone: Backbone, images: Tensor) -> Tensor:
-    with _evaluating(backbone):
+    with eval_mode(backbone):
         return backbone.tokens(backbone.normalise(images.to(_device(backbone)))).float()
 
 
 def _probabilities(head: nn.Module, tokens: Tensor) -> NDArray[np.float16]:
-    with _evaluating(head):
+    with eval_mode(head):
         logits = head(tokens.to(_device(head)))
     return np.asarray(logits.float().sigmoid().cpu().numpy(), dtype=np.float16)
 
@@ -284,7 +284,7 @@ def _reconstructions(
     """The teacher's tokens of every view (patch tokens or one class token), and the student's reconstruction."""
     count, masks, _ = keep_masks.shape
     device, teacher_device = _device(student), _device(teacher.backbone)
-    with _evaluating(student):
+    with eval_mode(student):
         normalised = teacher.backbone.normalise(images.to(device))
         keep = keep_masks.to(device)
         predicted = student(normalised, keep).float()
@@ -315,13 +315,3 @@ def _reconstructions(
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from localign.engine.distributed import DistributedContext
@@ -236,14 +236,14 @@ class Extraction:
 
 
 @contextmanager
-def eval_mode(backbone: Backbone) -> Iterator[None]:
-    """Put the backbone in eval mode inside the block, and back into its own mode afterwards."""
-    was_training = backbone.training
-    backbone.eval()
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode inside the block, and back into its own mode afterwards."""
+    was_training = module.training
+    module.eval()
     try:
         yield
     finally:
-        backbone.train(was_training)
+        module.train(was_training)
 
 
 def rank_part(count: int, context: DistributedContext) -> Rows:
