@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from localign.alignment import AlignConfig, AlignTask, load_student
 from localign.alignment.setup import resolve_align
@@ -13,6 +13,22 @@ from localign.deprecated import with_new_names
 from localign.engine import Outcome, train
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
+
+
+@overload
+def load(
+    path_or_name: str | Path,
+    *,
+    decoder: Literal[False] = False,
+    attention: AttentionBackend = "auto",
+    **kwargs: Any,
+) -> Backbone: ...
+
+
+@overload
+def load(
+    path_or_name: str | Path, *, decoder: Literal[True], attention: AttentionBackend = "auto", **kwargs: Any
+) -> Student: ...
 
 
 def load(

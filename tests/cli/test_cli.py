@@ -151,7 +151,7 @@ def test_weights_that_do_not_fit_are_named(
     backbone = localign.load(
         "vit_tiny_patch16_224", weights="none", model_kwargs={"depth": 1, "embed_dim": 24}
     )
-    state = {k: v.contiguous() for k, v in backbone.vit.state_dict().items()}  # type: ignore[union-attr]
+    state = {k: v.contiguous() for k, v in backbone.vit.state_dict().items()}
     state["extra.weight"] = state.pop("norm.bias")
     save_file(state, tmp_path / "w.safetensors")
     command = (

@@ -17,7 +17,8 @@ def listed(capsys: pytest.CaptureFixture[str], what: str) -> list[dict[str, obje
     assert main(["list", what, "--json"]) == 0
     written = capsys.readouterr()
     assert written.err == ""
-    return json.loads(written.out)
+    rows: list[dict[str, object]] = json.loads(written.out)
+    return rows
 
 
 def test_backbones_as_json(capsys: pytest.CaptureFixture[str]) -> None:
