@@ -217,8 +217,8 @@ def test_contradictions_are_refused_with_the_numbers() -> None:
         "batch of 8 .* micro-batches of 3": {"micro_batch": 3},
         "rank 2 .* 2 processes": {"rank": 2, "world_size": 2},
         "steps": {"start_step": 13},
-        "-1 loader workers": {"workers": -1},
-        "lies in 0..1": {"max_bad_share": 2.0},
+        "loader workers must be at least 0, not -1": {"workers": -1},
+        "must lie in 0..1": {"max_bad_share": 2.0},
         "micro-batch 0": {"micro_batch": 0},
     }
     for line, options in cases.items():

@@ -87,7 +87,7 @@ def logged(out: Path, field: str) -> dict[int, Any]:
 def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], atol: float = 1e-5) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +379,7 @@ def test_a_published_fusion_has_exact_gelu_in_clip(data: Path, tmp_path: Path) -
         adapter = "fused-mlp" if len(names) > 1 else "mlp"
         more = ["--backbone", ",".join(names), "--adapter", adapter, "--image-size", "32", *small, *quirks]
         model, _ = build_vlm(parse("vlm train", arguments(data, tmp_path / "run", *more)[2:]))
-        first = model.vision.towers[0]
+        first: Any = model.vision.towers[0]
         assert (type(first.vit.blocks[0].mlp.act) is not QuickGELU) == exact
         again = LocalignVLM(model.config)
         assert [type(m) for m in again.vision.modules()] == [type(m) for m in model.vision.modules()]

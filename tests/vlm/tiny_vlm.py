@@ -61,7 +61,13 @@ def tiny_backbone(
     name: str = "tiny", *, prefix: bool = True, image_size: int = 16, width: int = 16
 ) -> Backbone:
     """A random ViT of three blocks over a 2 x 2 grid of 8-pixel patches, with a class token if ``prefix``."""
-    kwargs = {"img_size": image_size, "patch_size": 8, "embed_dim": width, "depth": 3, "num_heads": 2}
+    kwargs: dict[str, Any] = {
+        "img_size": image_size,
+        "patch_size": 8,
+        "embed_dim": width,
+        "depth": 3,
+        "num_heads": 2,
+    }
     if not prefix:
         kwargs |= {"class_token": False, "global_pool": "avg"}
     torch.manual_seed(1)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny_vlm import TEXT_WIDTH, tiny_backbone, tiny_llm, tiny_tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from localign.options.names import AdapterName
 from localign.vlm import LocalignVLM, LocalignVLMProcessor
@@ -27,14 +27,17 @@ def tiny_tower(**backbone: Any) -> VisionTower:
 
 
 def tiny_vlm(
-    kind: str = "llama",
+    kind: str | PreTrainedModel = "llama",
     adapter: AdapterName = "mlp",
     *,
     pad: bool = False,
     words: Sequence[str] = (),
     **llm: Any,
 ) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
-    """A random model in eval mode and its tokenizer, in which each of ``words`` is one token."""
+    """A random model in eval mode and its tokenizer, in which each of ``words`` is one token.
+
+    ``kind`` is as for :func:`tiny_llm`, or a language model.
+    """
     tower = tiny_tower()
     tokenizer = tiny_tokenizer(pad=pad, bos=kind == "llama")
     if words:

@@ -1,7 +1,7 @@
-"""The stream of samples, and the loaders that serve it.
+"""The loaders that serve the stream of samples.
 
-What a run sees at a global position is a pure function of (seed, epoch, position): not of the number of ranks
-or loader workers, nor of the step at which it was continued. So the step is all the loader state there is.
+The sample at a global position is a pure function of (seed, epoch, position). It does not depend on the number of
+ranks or loader workers, nor on where a run was resumed, so the step is the loader's only state.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from localign import rng
 from localign.data.decoding import UnreadableImage
-from localign.data.sources import ImageSource, load_undecoded
+from localign.data.sources import ImageSource
 from localign.data.stream import SampleStream, sample_stream
+from localign.data.transforms import TrainTransform
 from localign.data.workers import data_loader, served
 from localign.errors import UserError
 
 REPLACEMENT_ATTEMPTS = 100
-"""Draws in place of an unreadable image before its position counts as lost."""
-
-PositionTransform = Callable[[Any, int, int], Tensor]  # (image, seed, position) -> uint8 (3, H, W)
+"""Replacements drawn for an unreadable sample before the run gives up."""
 
 
 class Batch(NamedTuple):
@@ -37,15 +36,23 @@ class Batch(NamedTuple):
     indices: Tensor
     """int64 ``(batch,)``, the images' indices in the source, replacements included."""
     bad: tuple[tuple[str, str], ...]
-    """(name, reason) of the unreadable images met on the way."""
+    """(name, reason) of unreadable images that were replaced."""
 
 
 class BadImages:
-    """The unreadable images a run has met, each counted once; at most ``max_share`` of ``total`` may be."""
+    """The distinct unreadable images that a run has met.
+
+    Args:
+        total: Images in the source.
+        max_share: Share of unreadable images beyond which :meth:`add` raises, 0..1.
+
+    Raises:
+        UserError: ``max_share`` is out of range.
+    """
 
     def __init__(self, total: int, max_share: float = 0.01) -> None:
         if not 0.0 <= max_share <= 1.0:
-            raise UserError(f"the share of unreadable images lies in 0..1; {max_share} does not")
+            raise UserError(f"the share of unreadable images must lie in 0..1, not {max_share}")
         self.total, self.max_share = total, max_share
         self.reasons: dict[str, str] = {}
 
@@ -54,17 +61,17 @@ class BadImages:
 
     @property
     def share(self) -> float:
-        """Different unreadable images over all images of the source."""
+        """Distinct unreadable images over all images of the source."""
         return len(self.reasons) / self.total if self.total else 0.0
 
     def add(self, bad: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-        """Note unreadable images.
+        """Record unreadable images, as (name, reason).
 
         Returns:
-            Those not seen before, for the log.
+            The images that were not recorded before, for the log.
 
         Raises:
-            UserError: There are now more than ``max_share`` of the source.
+            UserError: The share of unreadable images now exceeds ``max_share``.
         """
         new = tuple((name, reason) for name, reason in dict(bad).items() if name not in self.reasons)
         self.reasons.update(new)
@@ -78,26 +85,27 @@ class BadImages:
 
 
 def replacement(seed: int, position: int, attempt: int, length: int) -> int:
-    """What is drawn of ``length`` samples in place of an unreadable one; ``attempt`` counts from 1."""
+    """The index, below ``length``, that replaces an unreadable sample; ``attempt`` counts from 1."""
     return int(rng.generator(seed, "replacement", position, attempt).integers(length))
 
 
 class _Fetched(NamedTuple):
     batch: Any
-    """None where ``lost`` is set, or where no sample is readable."""
+    """None if ``lost`` is set or no sample is readable."""
     bad: list[tuple[str, str]]
     lost: int | None
-    """The position for which no draw gave a readable sample."""
+    """A position for which all replacements are unreadable."""
 
 
 class StreamReader(ABC, Dataset[_Fetched]):
-    """Reads whole micro-batches in a loader worker; its items are lists of (position, index).
+    """Reads micro-batches in a loader worker; it is indexed by lists of (position, index).
 
-    A sample that cannot be read is replaced by one drawn from (seed, position, attempt): part of the stream too.
+    An unreadable sample is replaced by one drawn from (seed, position, attempt), so replacements are part of the
+    stream.
 
     Args:
         seed: The run's seed.
-        length: Samples that replacements are drawn from.
+        length: Samples in the data.
     """
 
     def __init__(self, seed: int, length: int) -> None:
@@ -105,11 +113,11 @@ class StreamReader(ABC, Dataset[_Fetched]):
 
     @abstractmethod
     def read(self, index: int, position: int) -> Any:
-        """One sample. Raises UnreadableImage where it is of no use."""
+        """Read one sample. Raises UnreadableImage if the sample is unusable."""
 
     @abstractmethod
     def collate(self, samples: list[Any], positions: Tensor, indices: Tensor) -> Any:
-        """A micro-batch of what :meth:`read` returned: a named tuple with an empty field ``bad``.
+        """Combine samples that :meth:`read` returned into a named tuple with an empty field ``bad``.
 
         Positions and indices are int64 ``(samples,)``.
         """
@@ -118,16 +126,17 @@ class StreamReader(ABC, Dataset[_Fetched]):
         bad: dict[str, str] = {}
         values, indices = [], []
         for position, index in samples:
-            found = self._read(position, index, bad)
-            if found is None:
+            sample = self._read_or_replace(position, index, bad)
+            if sample is None:
                 return _Fetched(None, list(bad.items()), position)
-            values.append(found[0])
-            indices.append(found[1])
+            values.append(sample[0])
+            indices.append(sample[1])
         positions = torch.tensor([position for position, _ in samples], dtype=torch.int64)
         batch = self.collate(values, positions, torch.tensor(indices, dtype=torch.int64))
         return _Fetched(batch, list(bad.items()), None)
 
-    def _read(self, position: int, index: int, bad: dict[str, str]) -> tuple[Any, int] | None:
+    def _read_or_replace(self, position: int, index: int, bad: dict[str, str]) -> tuple[Any, int] | None:
+        """The sample and its index; None if all replacements are unreadable."""
         for attempt in range(REPLACEMENT_ATTEMPTS + 1):
             if attempt:
                 index = replacement(self.seed, position, attempt, self.length)
@@ -139,24 +148,20 @@ class StreamReader(ABC, Dataset[_Fetched]):
 
 
 class _ImageReader(StreamReader):
-    def __init__(self, source: ImageSource, transform: PositionTransform, seed: int) -> None:
+    def __init__(self, source: ImageSource, transform: TrainTransform, seed: int) -> None:
         super().__init__(seed, len(source))
         self.source, self.transform = source, transform
 
     def read(self, index: int, position: int) -> Tensor:
-        return self.transform(self._load(index), self.seed, position)
-
-    def _load(self, index: int) -> Any:
-        if getattr(self.transform, "takes_undecoded", False):
-            return load_undecoded(self.source, index)
-        return self.source.load(index)
+        load = self.source.undecoded if self.transform.takes_undecoded else self.source.load
+        return self.transform(load(index), self.seed, position)
 
     def collate(self, samples: list[Tensor], positions: Tensor, indices: Tensor) -> Batch:
         return Batch(torch.stack(samples), positions, indices, ())
 
 
 class _OrderedReader(Dataset[_Fetched]):
-    """Decodes lists of indices in a worker, leaving out what is unreadable."""
+    """Reads batches in a loader worker without unreadable images; it is indexed by lists of indices."""
 
     def __init__(self, source: ImageSource, transform: Callable[[Any], Tensor]) -> None:
         self.source, self.transform = source, transform
@@ -184,7 +189,8 @@ class TrainLoader:
     Step s holds the global positions s * global_batch .. (s + 1) * global_batch - 1. Rank r takes the r-th of
     ``world_size`` equal consecutive parts and serves it in micro-batches of ``micro_batch``.
 
-    An unreadable image is replaced by one drawn from (seed, position, attempt): part of the stream too.
+    An unreadable image is replaced by one drawn from (seed, position, attempt), so replacements are part of the
+    stream.
 
     Args:
         source: The images.
@@ -192,17 +198,17 @@ class TrainLoader:
         seed: The run's seed.
         global_batch: Samples per step over all ranks.
         micro_batch: Samples per yielded batch.
-        rank: This process among ``world_size``.
-        world_size: Processes.
-        workers: Loader processes of this rank; 0 loads in the caller.
+        rank: Index of this process, below ``world_size``.
+        world_size: Number of processes.
+        workers: Loader processes of this rank; 0 loads in this process.
         start_step, end_step: The first step to serve, and one past the last.
-        shuffle: A new order for each epoch.
-        pin_memory: Page-locked batches, for copies to a CUDA device that overlap computation.
-        max_bad_share: Share of unreadable images beyond which the run stops.
-        multiprocessing_context: ``fork``, ``spawn``, ``forkserver``; None: fork on Linux, spawn elsewhere.
+        shuffle: Draw a new order in each epoch.
+        pin_memory: Return page-locked batches, whose copies to a CUDA device overlap computation.
+        max_bad_share: Stop when more than this share of the images is unreadable.
+        multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; default fork on Linux, spawn elsewhere.
 
     Attributes:
-        bad: The unreadable images met so far by this rank; its state goes into the checkpoint.
+        bad: The unreadable images that this rank has met.
 
     Raises:
         UserError: The sizes contradict one another; on iteration, too many images are unreadable.
@@ -212,7 +218,7 @@ class TrainLoader:
     def __init__(
         self,
         source: ImageSource,
-        transform: PositionTransform,
+        transform: TrainTransform,
         *,
         seed: int,
         global_batch: int,
@@ -229,20 +235,20 @@ class TrainLoader:
     ) -> None:
         check_batches(global_batch, micro_batch, rank, world_size)
         if not 0 <= start_step <= end_step:
-            raise UserError(f"steps must run upwards from 0, not from {start_step} to {end_step}")
+            raise UserError(f"steps must ascend from 0 or above, not from {start_step} to {end_step}")
         self.source = source
         self.stream: SampleStream = sample_stream(source, seed, shuffle)
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size = rank, world_size
         self.start_step, self.end_step = start_step, end_step
         self.bad = BadImages(len(source), max_bad_share)
-        self.bad.add(getattr(source, "unreadable", ()))
+        self.bad.add(source.unreadable)
         reader = _ImageReader(source, transform, seed)
         self._loader = data_loader(reader, self._samples, workers, pin_memory, multiprocessing_context)
 
     @property
     def micro_batches_per_step(self) -> int:
-        """Batches this rank serves per step."""
+        """Micro-batches per step of this rank."""
         return self.global_batch // self.world_size // self.micro_batch
 
     def __len__(self) -> int:
@@ -263,14 +269,14 @@ class TrainLoader:
 class EvalLoader:
     """Every image of a source once, in order, sharded over ranks.
 
-    Rank r takes the r-th of ``world_size`` consecutive parts, equal but for one image; the last batch may be
-    smaller. Unreadable images are left out, so ``positions`` (equal to ``indices``) may have gaps.
+    Rank r takes the r-th of ``world_size`` consecutive parts, whose sizes differ by at most one image; the last
+    batch may be smaller. Unreadable images are left out, so ``positions`` (equal to ``indices``) may have gaps.
 
     Args:
         source: The images.
         transform: image -> uint8 ``(3, H, W)``.
-        batch: Samples per yielded batch, at most.
-        limit: Only the first so many images; None for all.
+        batch: Most samples per yielded batch.
+        limit: Use only the first ``limit`` images; None for all.
         rank, world_size, workers, pin_memory, max_bad_share: As for ``TrainLoader``.
 
     Attributes:
@@ -299,7 +305,7 @@ class EvalLoader:
         reader = _OrderedReader(source, transform)
         self._loader = data_loader(reader, self._samples, workers, pin_memory, None)
 
-    def __len__(self) -> int:  # if no batch is wholly unreadable
+    def __len__(self) -> int:  # fewer if all images of a batch are unreadable
         return -(-(self.end - self.begin) // self.batch)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -312,11 +318,11 @@ class EvalLoader:
 
 
 def check_batches(global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
-    """Raises UserError where a batch does not divide into ranks and micro-batches."""
+    """Raise UserError unless a batch divides into ranks and micro-batches."""
     if not 0 <= rank < world_size:
         raise UserError(f"rank {rank} does not exist among {world_size} processes")
     if global_batch < 1 or micro_batch < 1:
-        raise UserError(f"batches must hold images: batch {global_batch}, micro-batch {micro_batch}")
+        raise UserError(f"batches must be at least 1: batch {global_batch}, micro-batch {micro_batch}")
     if global_batch % (world_size * micro_batch):
         raise UserError(
             f"a batch of {global_batch} does not divide into {world_size} processes "
@@ -328,16 +334,16 @@ def served_batches(loader: DataLoader[_Fetched], bad: BadImages, noun: str = "im
     """One pass over a reader's micro-batches.
 
     Args:
-        loader: Serves a :class:`StreamReader`.
-        bad: Counts the unreadable samples.
-        noun: What a sample is, for the error.
+        loader: The loader of a :class:`StreamReader`.
+        bad: Records the unreadable samples.
+        noun: The word for a sample in errors.
 
     Raises:
-        UserError: Too many samples are unreadable, or no draw gave a readable one for a position.
+        UserError: Too many samples are unreadable, or all replacements of a sample are.
         RunFailure: A worker died or gave up.
     """
-    for batch, met, lost in served(loader):
-        named = tuple((name, reason) for name, reason in met)  # pinning makes lists of tuples
+    for batch, pairs, lost in served(loader):
+        named = tuple((name, reason) for name, reason in pairs)  # pinning memory turns tuples into lists
         bad.add(named)
         if lost is not None:
             raise UserError(

@@ -27,7 +27,7 @@ def run_vlm_train(config: VLMConfig) -> None:
     """Train a vision-language model and print the results, or print the plan of a dry run.
 
     Raises:
-        UserError: Bad options or data.
+        UserError: Options or data are bad.
         RunFailure: The run cannot continue.
     """
     if config.dry_run:
@@ -39,10 +39,10 @@ def run_vlm_train(config: VLMConfig) -> None:
 
 
 def run_check(config: CheckConfig) -> int:
-    """Go through conversations and print what is wrong with them.
+    """Check conversations and print the findings.
 
     Returns:
-        The exit code: 2 where training would refuse to start.
+        The exit code: 2 if training would refuse to start, else 0.
 
     Raises:
         UserError: A file or the tokenizer cannot be read.
@@ -55,12 +55,12 @@ def run_check(config: CheckConfig) -> int:
             prompt_format(config.prompt), tokenizer, config.image_tokens, config.max_length
         )
     found = check(config.data, config.images, encoder=encoder, missing_list=config.missing_list)
-    _show_checked(found)
+    _print_check(found)
     return 0 if found.ready else 2
 
 
-def _show_checked(found: CheckResult) -> None:
-    print(f"records    {found.records:,}, {found.text_only:,} of them text alone; {found.turns:,} turns")
+def _print_check(found: CheckResult) -> None:
+    print(f"records    {found.records:,}, {found.text_only:,} of them text only; {found.turns:,} turns")
     print(
         f"images     {found.images:,}, {len(found.missing):,} missing (in {found.missing_records:,} records)"
     )
@@ -77,20 +77,20 @@ def _show_checked(found: CheckResult) -> None:
         if finding.count:
             print(f"{title:<10} {finding.count:,}: {'; '.join(finding.first[:3])}")
     for length in found.lengths or ():
-        print(f"tokens     {length.at_least:>6,} and more: {length.records:,} records")
+        print(f"tokens     {length.at_least:>6,} or more: {length.records:,} records")
     print("ready      yes" if found.ready else "ready      no: training would refuse to start")
 
 
 def run_convert(config: ConvertConfig) -> None:
-    """Make a published mixture of conversations.
+    """Build a published mixture of conversations and print its size.
 
     Raises:
-        UserError: A file cannot be read, or lacks what the mixture takes from it.
+        UserError: A file or an image is missing or malformed.
     """
     if config.what == "ocr-vqa":
-        done = mixtures.prepare_ocr_vqa(config.add or "")
-        print(f"written    {done.written:,} JPEG files; {done.present:,} were there")
-        for unreadable in done.unreadable:
+        prepared = mixtures.prepare_ocr_vqa(config.add or "")
+        print(f"written    {prepared.written:,} JPEG files; {prepared.present:,} existed before")
+        for unreadable in prepared.unreadable:
             print(f"unreadable {unreadable}")
         return
     base, add, out = config.base or "", config.add or "", config.out or ""
@@ -107,7 +107,7 @@ def run_vlm_export(config: VLMExportConfig) -> None:
     """Write a trained model as a transformers folder.
 
     Raises:
-        UserError: No such model.
+        UserError: The folder holds no model, or the model is damaged.
     """
     model, tokenizer = load_vlm(config.model)
     model.to(dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
@@ -116,10 +116,10 @@ def run_vlm_export(config: VLMExportConfig) -> None:
 
 
 def run_eval(config: EvalConfig) -> None:
-    """Put benchmarks to a model, with our engine or lmms-eval.
+    """Evaluate a model on benchmarks, with our engine or lmms-eval.
 
     Raises:
-        UserError: Bad options, files or answers.
+        UserError: Options, files or answers are bad.
     """
     if config.engine == "lmms-eval":
         from localign.vlm.lmms.run import run_lmms_eval  # needs an extra of the package

@@ -16,7 +16,7 @@ WITH_IMAGE, TEXT_ONLY = Record("a", "a.png", TURNS), Record("b", None, TURNS)
 
 
 def labelled(encoder: ConversationTokenizer, example: Example) -> str:
-    return encoder.tokenizer.decode(example.labels[example.labels != IGNORE_INDEX])
+    return str(encoder.tokenizer.decode(example.labels[example.labels != IGNORE_INDEX]))
 
 
 def test_image_tokens_come_after_the_beginning() -> None:

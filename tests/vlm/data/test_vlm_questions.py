@@ -246,7 +246,8 @@ def test_a_data_set_does_not_depend_on_the_processes_that_draw_it(tmp_path: Path
 
 def test_an_interrupted_data_set_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(tmp_path / "whole", "train", 8, 2)
-    write, written = scene_dataset._write_image, []
+    write = scene_dataset._write_image
+    written: list[Path] = []
 
     def stop_at_the_fifth(path: Path, scene: Scene) -> None:
         if len(written) == 4:

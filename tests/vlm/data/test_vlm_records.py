@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from vlm_data import IMAGE_TOKENS, mixed_data, record, tiny_encoder, turn, write_image, write_json
 
@@ -158,9 +159,9 @@ def test_image_roots(tmp_path: Path) -> None:
     write_image(tmp_path / "llava" / "vg" / "1.png", 11)
     write_image(tmp_path / "llava" / "coco" / "train" / "0.png", 99)
     write_image(tmp_path / "more" / "own" / "2.png", 12)
-    roots = [f"coco/train={tmp_path / 'elsewhere'}", tmp_path / "llava", tmp_path / "more"]
+    roots: list[str | Path] = [f"coco/train={tmp_path / 'elsewhere'}", tmp_path / "llava", tmp_path / "more"]
     data = Conversations.open([path], roots)
-    shown = [data.load_image(i, entries[i]["image"]).getpixel((0, 0))[0] for i in range(3)]
+    shown = [np.asarray(data.load_image(i, entries[i]["image"]))[0, 0, 0] for i in range(3)]
     assert shown == [10, 11, 12]  # the first root that has it
 
 
@@ -170,7 +171,7 @@ def test_images_beside_the_file_without_roots(tmp_path: Path) -> None:
     write_image(tmp_path / "a" / "x.png", 1)
     write_image(tmp_path / "b" / "x.png", 2)
     data = Conversations.open([one, two])
-    assert [data.load_image(i, "x.png").getpixel((0, 0))[0] for i in range(2)] == [1, 2]
+    assert [np.asarray(data.load_image(i, "x.png"))[0, 0, 0] for i in range(2)] == [1, 2]
 
 
 def test_missing_images(tmp_path: Path) -> None:

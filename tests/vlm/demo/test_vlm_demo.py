@@ -108,7 +108,7 @@ def test_export_check_and_chat(demo: Path, tmp_path: Path, capsys: pytest.Captur
     data = str(demo / "train" / "questions.json")
     assert main(["vlm", "check", data, "--llm", str(demo / "llm" / "export"), "--image-tokens", "36"]) == 0
     out = capsys.readouterr().out
-    assert "30, 0 of them text alone" in out
+    assert "30, 0 of them text only" in out
     assert "ready      yes" in out
     broken = tmp_path / "broken.json"
     broken.write_text(json.dumps([{"id": 1, "image": "gone.png", "conversations": []}]))

@@ -19,6 +19,7 @@ from localign.alignment.student import Student, build_student
 from localign.backbones import Backbone, create_backbone
 from localign.backbones.create import build_vit
 from localign.errors import UserError
+from localign.options.names import AdapterName
 from localign.vlm.model.adapters import Adapter, AdapterConfig, build_adapter, fresh_adapter
 from localign.vlm.model.presets import VisionSource, build_tower, build_vision
 from localign.vlm.model.pretrained_adapters import (
@@ -51,6 +52,11 @@ def tiny_student(backbone: Backbone | None = None, **options: Any) -> Student:
 def aligned_source(backbone: Backbone | None = None) -> VisionSource:
     student = tiny_student(backbone)
     return VisionSource(student.encoder.backbone, aligned=True, student=student)
+
+
+def student_of(source: VisionSource) -> Any:
+    assert source.student is not None
+    return source.student
 
 
 def pixels(batch: int = 2) -> Tensor:
@@ -122,7 +128,7 @@ def test_the_published_truncated_baseline_lacks_the_norm_and_the_last_block(inde
 
 
 def test_a_student_on_the_meta_device_gives_an_adapter_on_the_meta_device() -> None:
-    student = published_sources(0)["aligned"].student
+    student = student_of(published_sources(0)["aligned"])
     assert all(parameter.is_meta for parameter in adapter_from_student(student, 64).parameters())
 
 
@@ -155,10 +161,15 @@ def test_the_decoder_adapter_equals_the_published_one(variant: str) -> None:
 def test_tiny_adapters_have_the_published_sizes(variant: str) -> None:
     facts = json.loads((GOLDEN / "adapters" / "adapters.json").read_text())
     student, width = golden_student(variant), facts["llm_width"]
-    one = student.encoder.backbone.width
+    input_width = student.encoder.backbone.width
+    kinds: list[tuple[str, AdapterName, int]] = [
+        ("linear", "linear", 1),
+        ("mlp", "mlp", 1),
+        ("fused_mlp", "fused-mlp", 2),
+    ]
     sizes = {
-        name: size(build_adapter(AdapterConfig(kind, factor * one, width, num_tokens=4)))
-        for name, kind, factor in (("linear", "linear", 1), ("mlp", "mlp", 1), ("fused_mlp", "fused-mlp", 2))
+        name: size(build_adapter(AdapterConfig(kind, factor * input_width, width, num_tokens=4)))
+        for name, kind, factor in kinds
     }
     sizes["decoder"] = size(adapter_from_student(student, width))
     assert sizes == facts[variant]
@@ -238,6 +249,7 @@ def test_an_adapter_from_the_meta_device_gets_the_same_initial_weights(kind: Any
 def test_the_decoder_adapter_is_the_students_decoder_on_embeddings_with_hidden_prefix() -> None:
     student = tiny_student()
     adapter: Any = adapter_from_student(student, 16).eval()
+    assert student.decoder is not None
     adapter.decoder.head.load_state_dict(student.decoder.head.state_dict())
     tower = build_tower("decoder", [VisionSource(student.encoder.backbone, aligned=True, student=student)])
     tokens = tower(pixels())
@@ -253,7 +265,8 @@ def test_the_decoder_adapter_is_the_students_decoder_on_embeddings_with_hidden_p
 def test_a_truncated_adapter_continues_the_vit_to_its_end(aligned: bool) -> None:
     source = aligned_source() if aligned else VisionSource(tiny_backbone())
     whole = source.backbone
-    tower, adapter = build_vision("truncated", [source], whole.width)
+    tower, built = build_vision("truncated", [source], whole.width)
+    adapter: Any = built
     nn.init.eye_(adapter.head.weight)
     assert torch.allclose(adapter(tower(pixels())), whole(whole.normalise(pixels())), atol=1e-5)
     whole.requires_grad_(True)
@@ -265,7 +278,8 @@ def test_the_published_truncated_baseline_ends_one_block_early_without_norm() ->
     kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
     vit = build_vit("vit_tiny_patch16_224", kwargs, pretrained=False)
     whole = Backbone(vit, name="four", architecture="vit_tiny_patch16_224", model_kwargs=kwargs).eval()
-    tower, adapter = build_vision("truncated", [VisionSource(whole)], 16, published_quirks=True)
+    tower, built = build_vision("truncated", [VisionSource(whole)], 16, published_quirks=True)
+    adapter: Any = built
     nn.init.eye_(adapter.head.weight)
     expected = whole.tokens(whole.normalise(pixels()), layer=-2, norm=False)
     assert torch.allclose(adapter(tower(pixels())), expected, atol=1e-5)
@@ -278,7 +292,7 @@ def test_the_published_truncated_baseline_ends_one_block_early_without_norm() ->
 def test_a_fused_decoder_concatenates_the_decoders_patches_with_the_other_tokens() -> None:
     other = VisionSource(tiny_backbone("other", width=24))
     aligned = aligned_source()
-    alone: Any = adapter_from_student(aligned.student, 16)
+    alone: Any = adapter_from_student(student_of(aligned), 16)
     alone.decoder.head = nn.Identity()
     tokens = build_tower("decoder", [aligned])(pixels())
     decoded = alone(tokens)[:, 1:]
@@ -299,12 +313,13 @@ def test_a_decoder_keeps_the_activation_it_was_trained_with_unless_asked() -> No
     source = aligned_source(clip)
     outputs = []
     for quirks in (False, True):
-        tower, adapter = build_vision("decoder", [source], 16, published_quirks=quirks)
+        tower, built = build_vision("decoder", [source], 16, published_quirks=quirks)
+        adapter: Any = built
         assert (type(adapter.decoder.blocks[0].mlp.act) is nn.GELU) == quirks
-        adapter.decoder.head.load_state_dict(source.student.decoder.head.state_dict())
+        adapter.decoder.head.load_state_dict(student_of(source).decoder.head.state_dict())
         outputs.append(adapter(tower(pixels())))
     images = clip.normalise(pixels())
-    expected = source.student.eval()(images, torch.ones(2, 1, 4, dtype=torch.bool))
+    expected = student_of(source).eval()(images, torch.ones(2, 1, 4, dtype=torch.bool))
     assert torch.allclose(outputs[0], expected, atol=1e-5)
     assert not torch.allclose(outputs[1], expected, atol=1e-3)
 
@@ -340,12 +355,12 @@ def test_bfloat16_is_near_float32(kind: Any) -> None:
 def test_the_source_models_are_not_touched() -> None:
     for kind in ("decoder", "truncated"):
         source = aligned_source()
-        before = {k: v.clone() for k, v in source.student.state_dict().items()}
+        before = {k: v.clone() for k, v in student_of(source).state_dict().items()}
         _, adapter = build_vision(kind, [source], WIDTH)
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.fill_(9)
-        after = source.student.state_dict()
+        after = student_of(source).state_dict()
         assert after.keys() == before.keys()
         assert all(torch.equal(v, before[k]) for k, v in after.items())
 

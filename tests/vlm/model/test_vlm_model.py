@@ -184,12 +184,12 @@ def test_an_existing_padding_token_and_enough_rows_are_kept() -> None:
     model = LocalignVLM.from_parts(tower, fresh_adapter("mlp", tower, TEXT_WIDTH), llm, tokenizer)
     assert tokenizer.pad_token_id == 3
     assert model.config.text_config.pad_token_id == 3
-    assert model.get_input_embeddings().weight.shape[0] == 384
+    assert model.language_model.get_input_embeddings().weight.shape[0] == 384
 
 
 def test_a_language_model_without_a_padding_token_cannot_be_built_from_a_config() -> None:
     model, _ = tiny_vlm()
-    config = LocalignVLMConfig.from_dict(model.config.to_dict())
+    config: Any = LocalignVLMConfig.from_dict(model.config.to_dict())
     config.text_config.pad_token_id = None
     with pytest.raises(UserError, match="no padding token"):
         LocalignVLM(config)
@@ -377,7 +377,7 @@ def test_the_image_token_is_never_an_answer() -> None:
     batch = tiny_processor(model, tokenizer)(text=QUESTIONS[0])
     with torch.no_grad():
         last = model.language_model.get_decoder()(input_ids=batch["input_ids"]).last_hidden_state[0, -1]
-        model.get_output_embeddings().weight[model.config.image_token_id] = 100 * last
+        model.language_model.get_output_embeddings().weight[model.config.image_token_id] = 100 * last
     likeliest = model.generate(**batch, max_new_tokens=1, suppress_tokens=[])[0, -1]
     assert likeliest == model.config.image_token_id
     assert model.generate(**batch, max_new_tokens=1)[0, -1] != likeliest
@@ -393,7 +393,7 @@ def test_a_question_longer_than_the_positions_is_refused() -> None:
 
 def test_bfloat16_reaches_every_part_and_pixels_stay_bytes() -> None:
     model, tokenizer = tiny_vlm()
-    model.to(torch.bfloat16)
+    model.to(torch.bfloat16)  # type: ignore[arg-type]
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     batch = tiny_processor(model, tokenizer)(text=QUESTIONS, images=[picture(1), None, None, None])
     batch = batch.to(torch.bfloat16)

@@ -26,7 +26,7 @@ from localign.errors import UserError
 from localign.vlm import LocalignVLM
 from localign.vlm.model.attention import PACKED_SDPA, has_varlen_kernel, packed_sdpa
 
-TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def gradients(model: LocalignVLM, batches: list[dict[str, Tensor]]) -> tuple[float, int, dict[str, Tensor]]:
@@ -53,7 +53,7 @@ def assert_same(one: Any, other: Any) -> None:
     assert one[0] == pytest.approx(other[0], abs=1e-5)
     assert set(one[2]) == set(other[2])
     for name, grad in one[2].items():
-        torch.testing.assert_close(other[2][name], grad, **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(other[2][name], grad, **TOLERANCE, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
 @pytest.mark.parametrize("attention", [PACKED_SDPA, "eager"])
@@ -180,7 +180,12 @@ def test_sequences_may_not_be_longer_than_the_positions_but_rows_may() -> None:
 
 
 def test_a_recurrent_language_model_refuses_packed_rows() -> None:
-    sizes = {"vocab_size": 259, "hidden_size": TEXT_WIDTH, "state_size": 4, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {
+        "vocab_size": 259,
+        "hidden_size": TEXT_WIDTH,
+        "state_size": 4,
+        "num_hidden_layers": 1,
+    }
     model, tokenizer = tiny_vlm(MambaForCausalLM(MambaConfig(**sizes)))
     row = packed(mixed_records(model, tokenizer))
     with pytest.raises(UserError, match="MambaForCausalLM cannot keep packed sequences apart"):
@@ -228,14 +233,14 @@ def test_the_kernel_is_called_as_documented(
     kv_heads: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     borders = torch.tensor([0, 7, 8, 20], dtype=torch.int32)
-    inputs = [torch.randn(1, heads, 20, 8) for heads in (4, kv_heads, kv_heads)]
+    query, key, value = (torch.randn(1, heads, 20, 8) for heads in (4, kv_heads, kv_heads))
     layer = torch.nn.Module()
     layer.num_key_value_groups = 4 // kv_heads  # type: ignore[assignment]
     options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "cu_seq_lens_q": borders}
-    expected, _ = packed_sdpa(layer, *inputs, None, **options)
+    expected, _ = packed_sdpa(layer, query, key, value, None, **options)
     monkeypatch.setattr("localign.vlm.model.attention.VARLEN", flash_attention)
     monkeypatch.setattr("localign.vlm.model.attention.has_varlen_kernel", lambda *_: True)
-    output, _ = packed_sdpa(layer, *inputs, None, **options, max_length_q=12)
+    output, _ = packed_sdpa(layer, query, key, value, None, **options, max_length_q=12)
     torch.testing.assert_close(output, expected)
 
 
@@ -253,11 +258,10 @@ def test_the_varlen_kernel_equals_one_call_per_sequence(kv_heads: int, window: i
         inputs = [
             torch.randn(s, generator=generator.manual_seed(1)).to("cuda", torch.bfloat16) for s in shapes
         ]
-        inputs = [x.requires_grad_() for x in inputs]
-        assert has_varlen_kernel(inputs[0], inputs[2], 0.0)
-        output, _ = packed_sdpa(
-            layer, *inputs, None, sliding_window=window, cu_seq_lens_q=cu_seqlens, max_length_q=longest
-        )
+        query, key, value = inputs = [x.requires_grad_() for x in inputs]
+        assert has_varlen_kernel(query, value, 0.0)
+        options: dict[str, Any] = {"sliding_window": window, "cu_seq_lens_q": cu_seqlens}
+        output, _ = packed_sdpa(layer, query, key, value, None, **options, max_length_q=longest)
         output.float().square().sum().backward()
         results.append([output.float(), *(x.grad.float() for x in inputs if x.grad is not None)])
     for kernel, loop in zip(*results, strict=True):

@@ -207,7 +207,7 @@ def test_a_saved_and_loaded_processor_is_the_same(tmp_path: Path) -> None:
 def test_transformers_pipeline_answers_questions() -> None:
     model, tokenizer = tiny_vlm()
     own = tiny_processor(model, tokenizer)
-    ask = pipeline("image-text-to-text", model=model, processor=own)
+    ask: Any = pipeline("image-text-to-text", model=model, processor=own)
     chat = [
         {
             "role": "user",

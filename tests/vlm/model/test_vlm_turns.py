@@ -88,9 +88,7 @@ def test_loss_and_gradients_are_those_of_records_of_one_turn(
     torch.testing.assert_close(ours[0], expected[0], atol=1e-4, rtol=1e-6)
     assert ours[2].keys() == expected[2].keys()
     for name, grad in expected[2].items():
-        torch.testing.assert_close(
-            ours[2][name], grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(ours[2][name], grad, atol=1e-4, rtol=1e-4, msg=lambda m: f"{name}: {m}")  # noqa: B023
     conversation = batch(model, tokenizer, RECORDS, [one_turn(r) for r in RECORDS], packed)
     assert abs(float(sums(model, [conversation])[0] - expected[0])) > 1e-2, (
         "the test would notice visible turns"
@@ -149,7 +147,12 @@ def test_independent_turns_are_truncated_at_the_limit() -> None:
     ],
 )
 def test_models_that_cannot_keep_turns_apart(change: Any, message: str) -> None:
-    sizes = {"vocab_size": 64, "hidden_size": TEXT_WIDTH, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": TEXT_WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     llm = MistralForCausalLM(
         MistralConfig(**sizes, num_key_value_heads=2, intermediate_size=8, sliding_window=5)
     )

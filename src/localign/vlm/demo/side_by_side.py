@@ -20,7 +20,7 @@ from localign.options.train import TrainConfig
 from localign.signals import stop_requests
 
 OUTPUT_SUFFIX, CONFIG_SUFFIX = ".output.txt", ".yaml"
-"""Of files beside a run folder: the process's output, and its options."""
+"""Endings of the files beside a run folder with the process's output and options."""
 _POLL_SECONDS = 0.2
 """Time between two polls of the processes."""
 _GRACE_SECONDS = 60.0
