@@ -84,7 +84,7 @@ def make_read_only(out: Path) -> None:
 
 
 def take_away(out: Path) -> None:
-    out.rename(out.with_name("elsewhere"))
+    out.rename(out.with_name("moved-away"))
 
 
 def raising(number: int) -> Callable[..., Any]:

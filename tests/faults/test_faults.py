@@ -181,7 +181,7 @@ class Campaign:
             subprocess.run(["umount", self.out], check=True)
         elif fault.kind == "run folder gone":
             assert not self.out.exists(), "a run folder that was moved away was created again"
-            self.out.with_name("other_host").rename(self.out)
+            self.out.with_name("moved-away").rename(self.out)
         elif fault.kind in ON_THE_DISK:
             (self.out.parent / "ballast").unlink()
 
