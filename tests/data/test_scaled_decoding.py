@@ -16,7 +16,7 @@ from localign.data import decoding
 from localign.data.decoding import CROP_MARGIN, UndecodedJpeg, UnreadableImage, decode_image, open_image
 from localign.data.images import ImageData
 from localign.data.loader import EvalLoader, TrainLoader
-from localign.data.sources import FolderSource, load_undecoded, open_source
+from localign.data.sources import FolderSource, open_source
 from localign.data.transforms import TrainTransform
 from localign.errors import UserError
 from localign.finetuning import FinetuneConfig
@@ -242,16 +242,16 @@ def test_sources_of_sources_pass_undecoded_images_on(large: Path, tmp_path: Path
     excluding = open_source(str(large), exclude=str(tmp_path / "out.txt"))
     mixture = open_source(str(tmp_path / "m.yaml"))
     for source, index in ((excluding, 0), (mixture, 0), (mixture, 12)):
-        image = load_undecoded(source, index)
+        image = source.undecoded(index)
         assert isinstance(image, UndecodedJpeg)
         assert image.decode().tobytes() == source.load(index).tobytes()
-    cut = load_undecoded(mixture, 3)
+    cut = mixture.undecoded(3)
     assert isinstance(cut, UndecodedJpeg)
     with pytest.raises(UnreadableImage) as caught:  # decoding finds that the file is truncated
         cut.decode()
     assert caught.value.name == mixture.name(3)
     assert caught.value.name.endswith(": 04.jpg")
-    assert isinstance(load_undecoded(open_source("scenes"), 0), Image.Image)
+    assert isinstance(open_source("scenes").undecoded(0), Image.Image)
 
 
 def opened(**options: object) -> ImageData:

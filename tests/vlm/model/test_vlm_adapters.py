@@ -232,19 +232,6 @@ def test_the_start_depends_on_the_seed_alone(kind: Any) -> None:
     assert not torch.equal(flat_weights(first), flat_weights(other))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_from_the_meta_device_gets_the_same_initial_weights(kind: Any) -> None:
-    _, adapter = build_vision(kind, sides(kind), WIDTH)
-    with torch.device("meta"):
-        empty = build_adapter(adapter.config)
-    assert all(parameter.is_meta for parameter in empty.parameters())
-    empty.to_empty(device="cpu")
-    for parameter in empty.parameters():
-        nn.init.constant_(parameter, 7)
-    empty.reset_parameters(seed=6)
-    assert torch.equal(flat_weights(empty), flat_weights(build_adapter(adapter.config, seed=6)))
-
-
 @torch.no_grad()
 def test_the_decoder_adapter_is_the_students_decoder_on_embeddings_with_hidden_prefix() -> None:
     student = tiny_student()

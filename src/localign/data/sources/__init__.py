@@ -6,7 +6,6 @@ from localign.data.sources.base import (
     DECODE_HEADROOM,
     SUFFIXES,
     EncodedSource,
-    load_undecoded,
 )
 from localign.data.sources.excluding import ExcludingSource
 from localign.data.sources.files import FileListSource, FolderSource
@@ -27,7 +26,6 @@ __all__ = [
     "ParquetSource",
     "TarSource",
     "UnreadableImage",
-    "load_undecoded",
     "open_source",
     "read_image",
     "to_rgb",

@@ -25,11 +25,6 @@ DECODE_HEADROOM = 1.2
 by up to 1 / sqrt(0.8 * 0.9) = 1.18."""
 
 
-def load_undecoded(source: ImageSource, index: int) -> Image.Image | UndecodedJpeg:
-    """See :meth:`ImageSource.undecoded`."""
-    return source.undecoded(index)
-
-
 class Names:
     """A read-only sequence of names, stored in one block of bytes.
 

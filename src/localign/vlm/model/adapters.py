@@ -118,16 +118,6 @@ class Adapter(nn.Module):
         """:meth:`forward` on tokens in the adapter's dtype."""
         raise NotImplementedError
 
-    def reset_parameters(self, seed: int = 0) -> None:
-        """Reset every parameter to the random start that :func:`build_adapter` draws from ``seed``.
-
-        For an adapter built on the meta device and given memory with ``to_empty``. The pretrained weights of a
-        decoder or truncated adapter are not restored: these parameters are random too.
-        """
-        with torch.device("cpu"):
-            fresh = build_adapter(self.config, seed)
-        self.load_state_dict(fresh.state_dict())
-
 
 class LinearAdapter(Adapter):
     """One linear layer, initialised to zero."""
