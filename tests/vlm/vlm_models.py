@@ -8,13 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from tiny_vlm import TEXT_WIDTH, tiny_backbone, tiny_llm, tiny_tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from localign.alignment.student import Student, build_student
+from localign.backbones import Backbone
 from localign.options.names import AdapterName
 from localign.vlm import LocalignVLM, LocalignVLMProcessor
 from localign.vlm.data.prompts import prompt_format
 from localign.vlm.model.adapters import fresh_adapter
+from localign.vlm.model.presets import VisionSource
 from localign.vlm.model.vision import TowerConfig, VisionTower
 
 QUESTIONS = ["What is it?", "Where?", "Name the colour of the largest shape, please.", ""]
@@ -114,3 +117,27 @@ def padded(records: list[Encoded], pad_token_id: int) -> dict[str, Tensor]:
         "attention_mask": pad([torch.ones_like(r.ids) for r in records], True, 0),
         "pixel_values": torch.cat([r.image for r in records]),
     }
+
+
+def pixels(batch: int = 2, size: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def tiny_student(backbone: Backbone | None = None, **options: Any) -> Student:
+    """A student with large random weights, in eval mode."""
+    student = build_student(backbone or tiny_backbone(), soft_cap=1.0, **options).eval()
+    torch.manual_seed(5)
+    for parameter in student.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return student
+
+
+def aligned_source(backbone: Backbone | None = None) -> VisionSource:
+    student = tiny_student(backbone)
+    return VisionSource(student.encoder.backbone, aligned=True, student=student)
+
+
+def student_of(source: VisionSource) -> Any:
+    assert source.student is not None
+    return source.student

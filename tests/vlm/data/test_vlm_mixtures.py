@@ -25,7 +25,8 @@ from localign.vlm.data.records import Conversations
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())
+    records: list[dict[str, Any]] = json.loads(path.read_text())
+    return records
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_vlm import tiny_backbone
 from torch import Tensor, nn
+from vlm_models import aligned_source, pixels, student_of, tiny_student
 
 from localign.alignment.published import read_published
 from localign.alignment.student import Student, build_student
@@ -38,30 +39,6 @@ WIDTH = 32
 
 def size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def tiny_student(backbone: Backbone | None = None, **options: Any) -> Student:
-    """A student with large random weights, in eval mode."""
-    student = build_student(backbone or tiny_backbone(), soft_cap=1.0, **options).eval()
-    torch.manual_seed(5)
-    for parameter in student.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return student
-
-
-def aligned_source(backbone: Backbone | None = None) -> VisionSource:
-    student = tiny_student(backbone)
-    return VisionSource(student.encoder.backbone, aligned=True, student=student)
-
-
-def student_of(source: VisionSource) -> Any:
-    assert source.student is not None
-    return source.student
-
-
-def pixels(batch: int = 2) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, 256, (batch, 3, 16, 16), dtype=torch.uint8, generator=generator)
 
 
 def sides(kind: str) -> list[VisionSource]:

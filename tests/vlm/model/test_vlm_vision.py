@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_vlm import tiny_backbone
-from torch import Tensor
+from vlm_models import pixels
 
 from localign.alignment.student import build_student
 from localign.backbones import Backbone, create_backbone
@@ -17,11 +17,6 @@ from localign.backbones.create import build_vit
 from localign.errors import UserError
 from localign.vlm.model.presets import VisionSource, build_tower
 from localign.vlm.model.vision import TowerConfig, VisionTower
-
-
-def pixels(batch: int = 2, size: int = 16) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
 def tower_of(
