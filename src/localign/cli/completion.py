@@ -22,17 +22,15 @@ class CompletionConfig:
     """bash, zsh, fish or tcsh. For bash: localign completion bash >
     ~/.local/share/bash-completion/completions/localign"""
 
-    def __post_init__(self) -> None:
-        if self.shell is None:
-            raise UserError(f"completion takes a shell: {', '.join(get_args(Shell))}")
-
 
 def run_completion(config: CompletionConfig) -> None:
     """Print the script.
 
     Raises:
-        UserError: The extra is not installed.
+        UserError: No shell is given, or the extra is not installed.
     """
+    if config.shell is None:
+        raise UserError(f"completion takes a shell: {', '.join(get_args(Shell))}")
     try:
         import shtab
     except ImportError as error:
