@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import localign
-from localign import plainyaml
+from localign.text import plainyaml
 
 SOURCES = sorted(Path(localign.__file__).parent.rglob("*.py"))
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle"}

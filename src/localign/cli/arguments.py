@@ -9,7 +9,7 @@ from typing import Any, Literal
 from localign.cli.options import Option, flag, options_of
 from localign.deprecated import warn
 from localign.errors import UserError, did_you_mean
-from localign.plainyaml import load_options
+from localign.text.plainyaml import load_options
 
 HELP = ("-h", "--help")
 

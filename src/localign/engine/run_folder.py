@@ -26,8 +26,8 @@ from localign.errors import UserError
 from localign.files import replace_text
 from localign.options.names import Resume
 from localign.options.train import TrainConfig
-from localign.plainyaml import load_yaml
 from localign.results import SavedConfig, SkippedImages, TrainingResults, Versions
+from localign.text.plainyaml import load_yaml
 
 RESUMABLE: frozenset[str] = frozenset(
     {

@@ -14,7 +14,7 @@ from typing import Any
 
 from localign.deprecated import with_new_names
 from localign.errors import UserError, did_you_mean
-from localign.plainyaml import load_options
+from localign.text.plainyaml import load_options
 
 FOLDER = Path(str(files("localign"))) / "recipes"
 _NO_RECIPES = "worlds"

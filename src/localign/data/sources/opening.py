@@ -18,7 +18,7 @@ from localign.data.sources.mixture import MixtureSource
 from localign.data.sources.parquet import ParquetSource
 from localign.data.sources.tar import TarSource
 from localign.errors import UserError
-from localign.plainyaml import load_yaml
+from localign.text.plainyaml import load_yaml
 
 TAR, PARQUET = ".tar", ".parquet"
 MIXTURE_SUFFIXES = (".yaml", ".yml")

@@ -1,0 +1,1 @@
+"""Text that somebody else wrote: bounded readers with one error line, and safe ways to print it."""
