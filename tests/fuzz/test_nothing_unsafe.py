@@ -16,7 +16,7 @@ PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "she
 MAY_NAME_PICKLE = {"backbones/weights.py", "vlm/scoring/readers.py"}
 """One names the error of torch's safe reader, the other reads pickles without classes."""
 RUNS_CODE = {"eval", "exec", "compile", "__import__"}
-MAY_CALL_YAML_LOAD = {"plainyaml.py"}
+MAY_CALL_YAML_LOAD = {"text/plainyaml.py"}
 """With its own subclass of yaml.SafeLoader."""
 
 
