@@ -84,7 +84,8 @@ def kernel_solution(game: Tensor) -> Tensor:
     bordered[:-1, :-1] = sets.T @ (weights[:, None] * sets)
     bordered[-1, -1] = 0
     right = torch.cat([sets.T @ (weights[:, None] * value), value[-1:]])
-    return torch.linalg.solve(bordered, right)[:-1].reshape(players, *game.shape[1:])
+    solution: Tensor = torch.linalg.solve(bordered, right)
+    return solution[:-1].reshape(players, *game.shape[1:])
 
 
 def _players(game: Tensor) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from students import decoder_of
 
 from localign.alignment import AlignConfig, AlignTask
 from localign.backbones import Backbone, create_backbone, load_backbone
@@ -144,10 +145,10 @@ def test_validation_is_the_same_every_time_and_for_any_micro_batch(folder: Path)
 def test_the_student_is_a_function_of_the_seed(folder: Path) -> None:
     backbone = backbone_of()
     torch.manual_seed(1)
-    first = task_of(folder, backbone).module.decoder.pos_embed
+    first = decoder_of(task_of(folder, backbone).module).pos_embed
     torch.manual_seed(2)
-    assert torch.equal(task_of(folder, backbone).module.decoder.pos_embed, first)
-    assert not torch.equal(task_of(folder, backbone, seed=1).module.decoder.pos_embed, first)
+    assert torch.equal(decoder_of(task_of(folder, backbone).module).pos_embed, first)
+    assert not torch.equal(decoder_of(task_of(folder, backbone, seed=1).module).pos_embed, first)
 
 
 def test_only_the_student_is_trained_and_saved(folder: Path) -> None:

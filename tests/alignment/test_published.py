@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from students import decoder_block, decoder_of
 from torch import Tensor, nn
 
 from localign.alignment.published import fold_layer_scale, read_published
@@ -35,7 +36,7 @@ def student_of(backbone: Backbone, **options: Any) -> Student:
 def published_state(student: Student) -> dict[str, Tensor]:
     state = {f"encoder.{k}": v for k, v in student.encoder.backbone.vit.state_dict().items()}
     state |= {f"encoder.head.{k}": v for k, v in student.encoder.head.state_dict().items()}
-    return state | {f"decoder.{k}": v for k, v in student.decoder.state_dict().items()}
+    return state | {f"decoder.{k}": v for k, v in decoder_of(student).state_dict().items()}
 
 
 def save(path: Path, state: dict[str, Tensor], **extra: Any) -> Path:
@@ -55,7 +56,8 @@ def outputs(student: Student) -> Tensor:
     images = torch.randn(2, 3, 32, 32, generator=generator)
     keep = torch.rand(2, 2, 4, generator=generator) < 0.5
     with torch.no_grad():
-        return student(images, keep)
+        reconstruction: Tensor = student(images, keep)
+    return reconstruction
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
@@ -84,7 +86,7 @@ def test_averaged_weights_are_preferred_and_decoder_heads_come_from_the_argument
     )
     read = read_published(path, backbone, soft_cap=30.0)
     assert torch.equal(read.encoder.head.weight, student.encoder.head.weight)
-    assert read.decoder.blocks[0].attn.num_heads == 6
+    assert decoder_block(read, 0).attn.num_heads == 6
 
 
 @torch.no_grad()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from students import decoder_of
 from torch import Tensor, nn
 
 from localign.alignment import export_student, load_student
@@ -85,11 +86,11 @@ def test_a_norm_after_pooling_becomes_the_norm_of_every_token() -> None:
 )
 def test_the_decoder_is_built_as_published(name: str, size: int, activation: str, qkv_bias: bool) -> None:
     backbone = backbone_of(name, size)
-    decoder = student_of(backbone, soft_cap=None).decoder
+    decoder = decoder_of(student_of(backbone, soft_cap=None))
     tokens = backbone.num_prefix_tokens + backbone.num_patches
     assert decoder.pos_embed.shape == (1, tokens, 48)
     assert len(decoder.blocks) == 2
-    for block in decoder.blocks:
+    for block in cast(Any, decoder.blocks):
         assert block.attn.num_heads == 3
         assert (block.attn.qkv.bias is not None) == qkv_bias
         assert block.mlp.fc1.out_features == 4 * 48
@@ -101,7 +102,7 @@ def test_the_decoder_is_built_as_published(name: str, size: int, activation: str
 
 
 def test_position_embeddings_are_drawn_with_standard_deviation_002() -> None:
-    decoder = student_of(backbone_of(size=224)).decoder
+    decoder = decoder_of(student_of(backbone_of(size=224)))
     assert decoder.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
     assert abs(decoder.pos_embed.mean().item()) < 1e-3
 
@@ -132,7 +133,7 @@ def test_each_view_is_decoded_from_its_own_visible_embeddings() -> None:
             tokens = embeddings[image].clone()
             tokens[0] = 0
             tokens[1:][~keep[image, mask]] = 0
-            alone = student.decoder(tokens[None])[0]
+            alone = decoder_of(student)(tokens[None])[0]
             assert torch.allclose(student(images, keep)[3 * image + mask], alone, atol=1e-5)
 
 
@@ -259,4 +260,4 @@ def test_a_head_can_start_as_the_identity() -> None:
 def test_an_unknown_activation_is_named() -> None:
     with pytest.raises(UserError, match="Gelu"):
         activation_class("Gelu")
-    assert isinstance(Decoder(student_of(backbone_of()).decoder.config), Decoder)
+    assert isinstance(Decoder(decoder_of(student_of(backbone_of())).config), Decoder)

@@ -63,8 +63,8 @@ def test_the_plain_implementation_computes_the_same_loss_and_gradients(
     task.teacher.scale.fill_(float(scale))
     ours = task.step(task.student, batch)
     assert float(ours.loss_sum.detach() / ours.weight) == pytest.approx(float(loss.detach()), rel=1e-5)
-    (ours.loss_sum / ours.weight).backward()  # type: ignore[no-untyped-call]
-    loss.backward()  # type: ignore[no-untyped-call]
+    (ours.loss_sum / ours.weight).backward()
+    loss.backward()
     gradients = [
         {n.replace("given.", ""): p.grad for n, p in m.named_parameters()} for m in (task.student, student)
     ]
@@ -81,7 +81,7 @@ def test_flops_are_what_torch_counts(images: Path) -> None:
     task.to(torch.device("cpu"))
     batch = next(task.batches(BatchPlan(0, 3, 3, 0, 1, 0, 0, 4, False)))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        task.step(task.student, batch).loss_sum.backward()  # type: ignore[no-untyped-call]
+        task.step(task.student, batch).loss_sum.backward()
     assert 3 * CountedAlignment(task.config).flops().total == pytest.approx(
         counter.get_total_flops(), rel=0.01
     )

@@ -142,7 +142,7 @@ def test_useful_flops_are_what_torch_counts(task: VLMTask, trained: bool) -> Non
     model.language_model.requires_grad_(trained)
     try:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            bench.whole_logits_loss(model, batch).loss_sum.backward()  # type: ignore[no-untyped-call]
+            bench.whole_logits_loss(model, batch).loss_sum.backward()
         # With whole logits every token counts as labelled.
         expected = useful_flops(model, lengths, sum(lengths), len(batch.images))
     finally:

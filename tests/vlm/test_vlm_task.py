@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from vlm_runs import STEPS, arguments, assert_close, logged, trained, without_ll
 from localign.cli import main, parse
 from localign.engine import BatchPlan
 from localign.vlm.model.build import build_vlm, load_vlm
+from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.task import VLMTask
 
@@ -279,5 +280,5 @@ def test_a_published_fusion_has_exact_gelu_in_clip(data: Path, tmp_path: Path) -
         model, _ = build_vlm(parse("vlm train", arguments(data, tmp_path / "run", *more)[2:]))
         first: Any = model.vision.towers[0]
         assert (type(first.vit.blocks[0].mlp.act) is not QuickGELU) == exact
-        again = LocalignVLM(model.config)
+        again = LocalignVLM(cast(LocalignVLMConfig, model.config))
         assert [type(m) for m in again.vision.modules()] == [type(m) for m in model.vision.modules()]

@@ -51,7 +51,7 @@ def tiny_vlm(
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(4)  # otherwise images hardly change the answers
-    return LocalignVLM.from_parts(tower, module, language_model, tokenizer).eval(), tokenizer
+    return LocalignVLM.from_parts(tower, module, language_model, tokenizer).eval(), tokenizer  # type: ignore[no-untyped-call]
 
 
 def tiny_processor(model: LocalignVLM, tokenizer: PreTrainedTokenizerBase) -> LocalignVLMProcessor:

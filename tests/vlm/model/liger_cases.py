@@ -189,7 +189,10 @@ def test_a_models_gradients_are_those_of_the_chunks(kind: str, sharded: bool) ->
         if sharded:
             if not dist.is_initialized():
                 dist.init_process_group(
-                    "nccl" if DEVICE == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore()
+                    "nccl" if DEVICE == "cuda" else "gloo",
+                    rank=0,
+                    world_size=1,
+                    store=dist.HashStore(),  # type: ignore[attr-defined]
                 )
             shard(
                 copied,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_a_damaged_config_is_one_line() -> None:
 def test_the_whole_model_builds_on_the_meta_device() -> None:
     model, _ = tiny_vlm()
     with torch.device("meta"):
-        twin = LocalignVLM(model.config)
+        twin = LocalignVLM(cast(LocalignVLMConfig, model.config))
     assert {n: p.shape for n, p in twin.named_parameters()} == {
         n: p.shape for n, p in model.named_parameters()
     }
@@ -96,7 +96,7 @@ def test_the_whole_model_builds_on_the_meta_device() -> None:
 
 
 def test_a_model_from_a_config_has_initialised_parts() -> None:
-    model = LocalignVLM(tiny_vlm(adapter="linear")[0].config)
+    model = LocalignVLM(cast(LocalignVLMConfig, tiny_vlm(adapter="linear")[0].config))
     assert not any(p.any() for p in model.adapter.parameters())
     assert all(p.isfinite().all() for p in model.parameters())
     assert model.vision.backbones[0].vit.blocks[0].norm1.weight.eq(1).all()

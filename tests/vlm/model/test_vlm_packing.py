@@ -128,7 +128,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     model.language_model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
     assert_same(expected, gradients(model, [packed(records)]))
     assert len(runs) == 2, "the first block runs again in the backward pass"
 

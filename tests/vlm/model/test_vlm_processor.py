@@ -29,7 +29,10 @@ def processor(**options: Any) -> LocalignVLMProcessor:
 
 
 def plain(text: str) -> list[int]:
-    return tiny_tokenizer()(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    tokens: list[int] = tiny_tokenizer()(text, add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
+    return tokens
 
 
 def test_image_tokens_come_after_bos_and_padding_on_the_left() -> None:
@@ -217,4 +220,4 @@ def test_transformers_pipeline_answers_questions() -> None:
     answer = ask(text=chat, max_new_tokens=4, return_full_text=False)[0]["generated_text"]
     batch = own(text="What?", images=picture(1))
     output = model.generate(**batch, max_new_tokens=4)[0, batch["input_ids"].shape[1] :]
-    assert answer == own.decode(output, skip_special_tokens=True)
+    assert answer == own.decode(output, skip_special_tokens=True)  # type: ignore[no-untyped-call]
