@@ -54,7 +54,7 @@ CurvePoint = Mapping[str, int | Mapping[str, HeadLoss]]
 
 
 class HeadTraining(TypedDict, total=False):
-    """How the heads were trained."""
+    """Settings of the heads' training."""
 
     images: int
     curve: Sequence[CurvePoint]
@@ -89,7 +89,7 @@ class ProbeOutcome(TypedDict, total=False):
 
 
 class RecallDifference(TypedDict, total=False):
-    """What one backbone gained over another, with a paired bootstrap over images."""
+    """The gain of one backbone over another, with a paired bootstrap over images."""
 
     name: str
     against: str
@@ -136,7 +136,7 @@ class ProbeResults(TypedDict, total=False):
 
 
 class Versions(TypedDict):
-    """What wrote a file, and when."""
+    """The versions that wrote a file, and the time."""
 
     localign: str
     commit: str | None
@@ -153,7 +153,7 @@ class SkippedImages(TypedDict):
 
     count: int
     share: float
-    """Of the images in an epoch."""
+    """Share of the images in an epoch."""
     images: dict[str, str]
     """Name -> reason."""
 

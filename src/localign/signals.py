@@ -57,7 +57,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 @contextmanager
 def _handled_by(handle: Callable[[int], None]) -> Iterator[None]:
-    """Inside, signals call ``handle``; afterwards they do what they did before.
+    """Inside the block, signals call ``handle``; afterwards the previous handlers are restored.
 
     Outside of the main thread, where Python sets no signal handlers, this does nothing.
     """

@@ -39,7 +39,7 @@ class RecomputedQuantity:
     """Largest absolute difference, divided by ``max(1, root mean square of the reference)``.
 
     Float32 rounding errors grow with the summands, not with the result, so small entries of a tensor carry errors as
-    large as those of its large entries. Builds of torch differ by that much (another tanh, another order of
+    large as in its large entries. Builds of torch differ by that much (another tanh, another order of
     summation). The error is therefore relative to the whole tensor; for tensors of small entries it is absolute."""
     max_absolute: float
     """Largest absolute difference."""

@@ -45,7 +45,7 @@ _UNLIMITED = 1 << 20
 
 
 class StepCost(TypedDict):
-    """What one step of a process cost."""
+    """The cost of one step of a process."""
 
     wall: float
     """Seconds."""

@@ -15,7 +15,7 @@ EXIT_OK, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
 
 
 def usage(group: str = "") -> str:
-    """What `localign --help` prints, or `localign GROUP --help` for the commands with this first word."""
+    """The text of `localign --help`, or of `localign GROUP --help` for the commands with this first word."""
     width = max(map(len, COMMANDS)) + 2
     shown = commands_of(group) if group else COMMANDS
     lines = [f"  {name:<{width}}{command.help}" for name, command in shown.items()]

@@ -24,7 +24,7 @@ class Option:
     """One option, as the command line and config files give it."""
 
     name: str
-    """Of the field, as config files spell it."""
+    """The field's name, as config files spell it."""
     type: Any
     """The field's annotation."""
     default: Any

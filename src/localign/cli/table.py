@@ -42,7 +42,7 @@ class Command:
         return config
 
     def run(self, config: Any) -> int | None:
-        """Do what the command does; returns the exit code, None for 0."""
+        """Run the command; returns the exit code, None for 0."""
         function: Callable[[Any], object] = self._imported(self.run_path)
         result = function(config)
         return result if isinstance(result, int) else None

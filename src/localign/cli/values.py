@@ -1,4 +1,4 @@
-"""Values of options: from text, or from what a YAML file holds, to the type of the field."""
+"""Converts values of options, from text or from YAML, to the type of the field."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ SHAPES: dict[str, Callable[[Grid, Grid], NDArray[np.bool_]]] = {
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """How scenes look."""
+    """The look of scenes."""
 
     image_size: int = 48
     """Side of the square image, pixels."""

@@ -72,7 +72,7 @@ class DistributedContext:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """Raise a UserError or RunFailure of one rank on every rank, so that no rank waits for the one that failed."""
+        """Raise a UserError or RunFailure of one rank on every rank, so that no rank waits for a failed rank."""
         own: UserError | RunFailure | None = None
         try:
             yield

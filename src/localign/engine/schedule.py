@@ -1,4 +1,4 @@
-"""How long a run is and how its batch divides: steps, warm-up, micro-batches, precision."""
+"""The length of a run and the parts of its batch: steps, warm-up, micro-batches, precision."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def total_steps(config: TrainConfig, samples: int) -> int:
     if steps is None:
         steps = max(1, round((config.epochs or 1.0) * samples / config.batch_size))
     if config.warmup_steps >= steps:
-        raise UserError(f"--warmup-steps {config.warmup_steps} leaves nothing of the run's {steps} steps")
+        raise UserError(f"--warmup-steps {config.warmup_steps} must be below the run's {steps} steps")
     return steps
 
 

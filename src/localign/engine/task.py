@@ -138,7 +138,7 @@ class Task(ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
-        """What must not change on resume besides the config, as name -> digest: data, starting weights.
+        """Digests of everything besides the config that must not change on resume, by name: data, starting weights.
 
         The main rank's fingerprint is used.
         """

@@ -29,7 +29,7 @@ class UnreadableImages:
                 say(f"skipped unreadable image {name}: {reason}")
 
     def gather(self) -> tuple[dict[str, str], dict[str, str]]:
-        """The images of all ranks, and among them those that no earlier call returned. A call of all ranks."""
+        """All unreadable images of all ranks, and the new ones since the last call. All ranks call it."""
         parts = self.context.all_gather_object(self._own)
         images = {name: reason for part in parts for name, reason in part.items()}
         new = {name: reason for name, reason in images.items() if name not in self._logged}

@@ -52,7 +52,7 @@ class Run:
     """Folder of that alignment in a demo; empty if it is the run itself."""
     arrays: Pictures
     missing: list[str] = field(default_factory=list)
-    """What the report lacks and why, one line each."""
+    """Parts that the report lacks, each with its reason, one line each."""
 
 
 def run_report(config: ReportConfig) -> None:

@@ -1,4 +1,4 @@
-"""`localign reproduce`: run what is missing, then write the table or figure."""
+"""`localign reproduce`: run the missing runs, then write the table or figure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from localign.results import RecallDifference, Results, RunFolders
 
 
 def run_reproduce(config: ReproduceConfig) -> list[Path]:
-    """Plan, run what is missing, and write the results.
+    """Plan, run the missing runs, and write the results.
 
     Returns:
         The paths of the table or figure; none for a dry run.
@@ -45,7 +45,7 @@ def run_reproduce(config: ReproduceConfig) -> list[Path]:
         data = open_data(config, world)
         plan = Planner(config, world, data).plan()
         pieces = plan.pieces()
-        # All ranks use what the first one saw: another rank may look after the first has begun to write.
+        # All ranks use what rank 0 found: another rank may look after rank 0 has begun to write.
         done = context.all_gather_object([piece.steps_done() for piece in pieces])[0]
         if context.is_main:
             show_plan(config, pieces, done)

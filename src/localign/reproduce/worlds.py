@@ -26,13 +26,13 @@ class DataScale:
     recipe: str | None = None
     """Recipe of that backbone's alignment, for rows that do not name a method."""
     align: dict[str, Any] = field(default_factory=dict)
-    """Options of every alignment; they replace those of recipes."""
+    """Options of every alignment; they replace the options of recipes."""
     keeps: tuple[str, ...] | None = None
     """Options that a recipe keeps if it states them; None keeps all options of the recipe."""
     probe: dict[str, Any] = field(default_factory=dict)
     """Options of the heads' training; they replace the published settings."""
     heads: tuple[str, ...] = ()
-    """Heads to train in addition to those of the target."""
+    """Heads to train in addition to the heads of the target."""
     scenes: dict[str, int] = field(default_factory=dict)
     """Number of scenes to train (train) and to evaluate (test) heads on."""
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)

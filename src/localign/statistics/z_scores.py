@@ -60,7 +60,7 @@ def average_replicates(scales: ZScores, model: str, replicates: Mapping[str, Ten
     """A model's mean z-score in every replicate, with the scales held fixed.
 
     Args:
-        scales: Of the pool.
+        scales: Scales of the pool.
         model: One of its models.
         replicates: The model's metrics in every replicate, by name float64 ``(R,)``.
 

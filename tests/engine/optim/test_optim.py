@@ -217,7 +217,7 @@ def test_the_length_of_a_run() -> None:
     assert total_steps(TrainConfig(epochs=2, batch_size=10), 100) == 20
     assert total_steps(TrainConfig(epochs=0.001, batch_size=10), 100) == 1
     assert total_steps(TrainConfig(batch_size=10), 100) == 10
-    with pytest.raises(UserError, match="--warmup-steps 20 leaves nothing of the run's 20 steps"):
+    with pytest.raises(UserError, match="--warmup-steps 20 must be below the run's 20 steps"):
         total_steps(TrainConfig(epochs=2, batch_size=10, warmup_steps=20), 100)
 
 

@@ -12,7 +12,7 @@ class MaskedImageModelling(MaskedObjective):
     """The student sees masked images and predicts the teacher's tokens of the whole image, without a decoder.
 
     The teacher is not masked: with the same masked input, the teacher's own weights would already be the solution. This
-    way the student has to infer what is hidden.
+    way the student has to infer the hidden content.
     """
 
     method = "masked image modelling"

@@ -83,7 +83,7 @@ class ParquetSource(EncodedSource):
 
     @property
     def notice(self) -> str:
-        """How images are shuffled, and what remote files cost."""
+        """The order of shuffling, and the cost of remote files."""
         rows = int(self.blocks.max())
         cost = "each loader worker fetches every row group; " if is_remote(self.files[0]) else ""
         return cost + (

@@ -163,7 +163,7 @@ class StreamedTarSource(TarSource):
 
     @property
     def notice(self) -> str:
-        """How images are shuffled, and how large the cache gets."""
+        """The order of shuffling, and the size of the cache."""
         cached = min(self._remote.max_files, len(self.urls)) * max(self._remote.sizes) / 2**30
         return (
             f"{len(self.urls)} shards are fetched from {parent_of(self.urls[0])} in a new order in each epoch; images "

@@ -1,4 +1,4 @@
-"""What the JSON file of a checkpoint holds."""
+"""The content of a checkpoint's JSON file."""
 
 from __future__ import annotations
 

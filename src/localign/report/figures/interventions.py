@@ -1,4 +1,4 @@
-"""What the transformer head loses when it gets less of the tokens (fig. 9, right)."""
+"""The loss of the transformer head when it gets fewer tokens (fig. 9, right)."""
 
 from __future__ import annotations
 

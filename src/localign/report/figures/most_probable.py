@@ -49,7 +49,7 @@ HEADER = ("image", "backbone", "patches", "right")
 
 @dataclass(frozen=True)
 class ClassLook:
-    """How a class is drawn."""
+    """The look of a class: fill and sign."""
 
     fill: str
     hatch: str

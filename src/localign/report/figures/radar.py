@@ -113,7 +113,7 @@ def scale_of(scores: Sequence[float]) -> Scale:
 
 @dataclass(frozen=True)
 class LineLook:
-    """How a model's line is drawn."""
+    """The look of a model's line."""
 
     colour: str
     marker: str

@@ -1,4 +1,4 @@
-"""Masks and crops (fig. 10): what a teacher sees under MaskEmbed and under CLIPSelf."""
+"""Masks and crops (fig. 10): the views of a teacher under MaskEmbed and under CLIPSelf."""
 
 from __future__ import annotations
 

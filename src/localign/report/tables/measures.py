@@ -47,7 +47,7 @@ class Change:
     interval: tuple[float, float] | None = None
     """95 % interval."""
     over: str = ""
-    """What the interval is over: "images" (paired bootstrap) or "seeds" (paired t)."""
+    """The units that the interval resamples: "images" (paired bootstrap) or "seeds" (paired t)."""
 
     @property
     def significant(self) -> bool:

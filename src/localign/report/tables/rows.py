@@ -32,7 +32,7 @@ _HEAD_ORDER = ("transformer", "mlp", "linear", "transformer-anonymous", "transfo
 
 @dataclass(frozen=True)
 class MetricKey:
-    """Which metrics of a probing run: those of one head on one task of one source."""
+    """Selects the metrics of one head on one task of one source in a probing run."""
 
     source: str
     head: str

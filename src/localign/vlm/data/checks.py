@@ -41,7 +41,7 @@ class CheckResult:
     """The result of :func:`check`."""
 
     records: int
-    """Well-formed records, including those with a missing image."""
+    """Well-formed records, including records with a missing image."""
     turns: int
     """Answered questions."""
     images: int

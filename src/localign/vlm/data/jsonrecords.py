@@ -27,9 +27,9 @@ class Span(NamedTuple):
     number: int
     """Position in the file, from 1."""
     begin: int
-    """Offset of its first byte."""
+    """Offset of the record's first byte."""
     end: int
-    """Offset after its last byte."""
+    """Offset of the byte after the record."""
     value: Any
     """The decoded JSON value."""
 

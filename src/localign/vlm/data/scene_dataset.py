@@ -84,7 +84,7 @@ def write_dataset(
         scenes: Number of scenes. A scene for which no kind has a question gets no record.
         questions_per_scene: Most turns per conversation.
         kinds: See :func:`make_questions`.
-        seed: Seed of the questions; the scenes are those of the world's seed 0, as elsewhere.
+        seed: Seed of the questions; the scenes always come from the world's seed 0.
         world: Default ``SceneConfig()``.
         processes: Processes that draw; 0 draws in this one. The files do not depend on it.
 

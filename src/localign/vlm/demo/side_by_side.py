@@ -105,7 +105,7 @@ def _check(job: Job, status: int) -> None:
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask the processes to save a checkpoint and end; kill those that have not ended in time."""
+    """Ask the processes to save a checkpoint and end; kill any that do not end in time."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + _GRACE_SECONDS

@@ -26,7 +26,7 @@ class LocalignModel(LazyModel):
         folder: The export.
         fingerprint: Identifies the weights.
         device: Device of the weights.
-        dtype: Of the weights.
+        dtype: Type of the weights.
         frame: The frame of coordinates in the answers. The default for a model that stretches images is the original
             image. A model that pads or crops images has no default: its frame depends on its training conversations.
 

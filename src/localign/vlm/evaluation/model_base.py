@@ -67,7 +67,7 @@ class LazyModel(ABC):
     Args:
         fingerprint: Identifies the weights, see :func:`~localign.vlm.evaluation.models.fingerprint_of`.
         device: Device of the weights.
-        dtype: Of the weights.
+        dtype: Type of the weights.
         frame: The frame of coordinates in the answers; None where it is not known.
     """
 

@@ -36,7 +36,7 @@ def open_model(
         name: A run folder of ``localign vlm train``, an export, or any image-text-to-text model of transformers.
         fingerprint: See :func:`fingerprint_of`.
         device: Device of the weights.
-        dtype: Of the weights.
+        dtype: Type of the weights.
         frame: The frame of coordinates in the answers; default the frame that the model declares.
         commit: See :func:`hub_commit`.
 

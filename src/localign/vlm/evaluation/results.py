@@ -1,4 +1,4 @@
-"""What an evaluation writes: every answer with its score (answers.jsonl), and the metrics (results.json)."""
+"""The files of an evaluation: every answer with its score (answers.jsonl), and the metrics (results.json)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AnswerRecord(Sample):
 
     benchmark: str
     version: int
-    """Of the benchmark."""
+    """Name of the benchmark."""
     message: str
     prompt: str
     """The message in the model's prompt format."""
@@ -45,7 +45,7 @@ class MetricValue(TypedDict):
 
 
 class OutcomeFacts(TypedDict):
-    """What was asked of one benchmark, and how it was scored."""
+    """The questions of one benchmark and the way they were scored."""
 
     version: int
     scoring: str
@@ -55,7 +55,7 @@ class OutcomeFacts(TypedDict):
     limit: int | None
     """Maximum number of questions per split."""
     notes: list[str]
-    """How the data differ from the official data."""
+    """Differences of the data from the official data."""
     invalid: int
     """Answers that hold nothing to score."""
     headline: list[str]
@@ -94,7 +94,7 @@ class ScoredAnswers:
     limit: int | None
     """Maximum number of questions per split."""
     notes: tuple[str, ...]
-    """How the data differ from the official data."""
+    """Differences of the data from the official data."""
 
 
 def with_scoring(name: str, scoring: str) -> Benchmark:
@@ -199,7 +199,7 @@ def outcome_of(scored: ScoredAnswers) -> BenchmarkOutcome:
 
 
 def facts_of(scored: ScoredAnswers, metrics: Collection[str]) -> OutcomeFacts:
-    """What was asked of one benchmark, and how it was scored.
+    """The questions of one benchmark and the way they were scored.
 
     Args:
         scored: The answers.

@@ -23,7 +23,7 @@ class TransformersModel(LazyModel):
         name: A folder, or a model on the Hub.
         fingerprint: Identifies the weights.
         device: Device of the weights.
-        dtype: Of the weights.
+        dtype: Type of the weights.
         frame: The frame of coordinates in the answers; the model itself does not declare one.
         commit: For a model on the Hub, the commit to load.
 

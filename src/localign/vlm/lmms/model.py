@@ -23,7 +23,7 @@ from localign.vlm.scoring.questions import MAX_NEW_TOKENS
 
 
 class BridgedModel(Protocol):
-    """What the bridge needs of a model, see :class:`~localign.vlm.evaluation.model_base.LazyModel`."""
+    """The interface that the bridge needs from a model, see :class:`~localign.vlm.evaluation.model_base.LazyModel`."""
 
     def answer_texts(self, questions: Sequence[Promptable], max_new_tokens: int) -> list[str]:
         """Greedy answers to a batch of questions. Either all questions have an image or none has."""

@@ -38,7 +38,7 @@ transformers_logging.disable_progress_bar()  # localign shows its own
 def build_vlm(config: VLMConfig) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
     """The model that a run starts from and its tokenizer.
 
-    The model is float32 on the CPU, and what the stage does not train is frozen.
+    The model is float32 on the CPU. Parts that the stage does not train are frozen.
 
     In sharded runs only the first rank reads the weights of the language model or of ``init``. Other ranks build
     them on the meta device and receive their shards when the model is sharded, so that a node does not hold the
@@ -101,7 +101,7 @@ def save_vlm(model: LocalignVLM, processor: LocalignVLMProcessor, folder: Path) 
 
 
 def vision_sources(config: VLMConfig) -> list[VisionSource]:
-    """The backbones that a run names; those that the adapter takes its decoder from come with their student.
+    """The backbones of a run. A backbone whose decoder becomes the adapter comes with its student.
 
     Raises:
         UserError: A backbone cannot be created, or ``--features aligned`` names one that was not aligned.
@@ -192,7 +192,7 @@ def _cannot_load(llm: str, error: Exception) -> UserError:
 
 
 def set_stage(model: LocalignVLM, config: VLMConfig) -> LocalignVLM:
-    """Freeze what the stage does not train, in place; stage ``lora`` adds the low-rank updates."""
+    """Freeze the parts that the stage does not train, in place; stage ``lora`` adds the low-rank updates."""
     model.requires_grad_(True)
     model.vision.set_trainable(config.stage == "full-finetune")
     if config.stage == "align":

@@ -1,4 +1,4 @@
-"""What a benchmark is: questions read from its official files, and the scores of answers to them.
+"""The benchmark interface: questions read from official files, and the scores of answers to them.
 
 A benchmark's own file says where its questions lie, what is asked, and which metrics are reported. This file has the
 parts that all benchmarks share: the order of questions, subsets, checks of counts and images, scoring and averaging.
@@ -41,7 +41,7 @@ class QuestionSet:
     limit: int | None = None
     """Maximum number of questions per split."""
     deviations: tuple[str, ...] = ()
-    """How the data differ from the official data, one line each; shown beside every metric."""
+    """Differences of the data from the official data, one line each; shown beside every metric."""
     allow_partial: bool = False
     """Whether the data may differ."""
 
@@ -134,7 +134,7 @@ class Benchmark(ABC):
         return QuestionSet(self.complete(with_image), limit, tuple(deviations), allow_partial)
 
     def without_unreadable(self, data: QuestionSet, unreadable: Collection[str]) -> QuestionSet:
-        """The questions, less those whose image could not be decoded.
+        """The questions whose image could be decoded.
 
         Args:
             data: As read.

@@ -15,7 +15,7 @@ MAX_NEW_TOKENS = 128
 
 
 class Payload(TypedDict, total=False):
-    """What the score of an answer needs, JSON-able. Each benchmark has some of the keys."""
+    """The facts that the score of an answer needs, JSON-able. Each benchmark has some of the keys."""
 
     label: int
     """Index of the right choice."""
@@ -87,7 +87,7 @@ class AnswerScore(_AnswerScore, total=False):
     label: int
     """Index of the right choice."""
     probabilities: list[float]
-    """Of the choices; their sum is 1."""
+    """Probabilities of the choices; their sum is 1."""
     answerable: bool
     answer_type: str
     question_type: str
