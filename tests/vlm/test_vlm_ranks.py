@@ -9,42 +9,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from engine_runs import kill_all
 from safetensors.torch import load_file
 from tiny_vlm import tiny_llm, tiny_tokenizer
-from vlm_runs import arguments, assert_close, logged, trained, without_llm, write_conversations
+from vlm_runs import arguments, assert_close, logged, trained, without_llm
 
 import localign
 from localign.cli import main, parse
 from localign.errors import UserError
 from localign.vlm.model.build import build_vlm
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_conversations(tmp_path_factory.mktemp("conversations"))
-
-
-@pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference run: packed, one micro-batch."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    torch.set_num_threads(1)
-    trained(data, out)
-    return out
 
 
 def launched(ranks: int, command: list[str]) -> subprocess.Popen[bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from timm.layers.activations import QuickGELU
-from vlm_runs import STEPS, arguments, assert_close, logged, trained, without_llm, write_conversations
+from vlm_runs import STEPS, arguments, assert_close, logged, trained, without_llm
 
 from localign.cli import main, parse
 from localign.engine import BatchPlan
@@ -19,28 +18,6 @@ from localign.vlm.model.build import build_vlm, load_vlm
 from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.task import VLMTask
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_conversations(tmp_path_factory.mktemp("conversations"))
-
-
-@pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference run: packed, one micro-batch."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    torch.set_num_threads(1)
-    trained(data, out)
-    return out
 
 
 @pytest.mark.parametrize(
