@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from localign.alignment.formats import export_transformers
 from localign.alignment.published import read_published
 from localign.alignment.setup import resolve_soft_cap, student_of_run
 from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student
@@ -76,15 +77,18 @@ def run_export(config: ExportConfig) -> None:
         UserError: The run, checkpoint or backbone does not exist, or an option is already fixed by the run.
     """
     source = Path(config.source)
+    facts: dict[str, Any]
     if (source / "checkpoints").is_dir():
         if config.model_kwargs or config.image_size or config.weights != "pretrained":
             raise UserError(
                 f"{source} is a run; --weights, --image-size and --model-kwargs apply to backbones by name only"
             )
-        student, facts = student_of_run(source, config.checkpoint)
-        folder = export_student(
-            student, config.out, decoder=config.decoder, provenance={**facts, **provenance()}
-        )
+        student, run = student_of_run(source, config.checkpoint)
+        backbone, facts = student.encoder.backbone, {**run, **provenance()}
+        if config.format == "timm":
+            folder = export_student(student, config.out, decoder=config.decoder, provenance=facts)
+            print(f"export     {folder}")
+            return
     else:
         backbone = create_backbone(
             config.source,
@@ -92,8 +96,14 @@ def run_export(config: ExportConfig) -> None:
             image_size=config.image_size,
             model_kwargs=config.model_kwargs,
         )
-        folder = save_backbone(backbone, config.out, provenance={"source": config.source, **provenance()})
-    print(f"export     {folder}")
+        facts = {"source": config.source, **provenance()}
+        if config.format == "timm":
+            print(f"export     {save_backbone(backbone, config.out, provenance=facts)}")
+            return
+    difference = export_transformers(backbone.eval(), config, facts)
+    print(
+        f"export     {config.out}: format {config.format}, tokens within {difference:.1e} of their root mean square"
+    )
 
 
 def run_import(config: ImportConfig) -> None:

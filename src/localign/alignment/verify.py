@@ -20,7 +20,7 @@ from localign.alignment.published import PUBLISHED_SOFT_CAP, read_published
 from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher, mask_images
 from localign.backbones import Backbone
-from localign.backbones.create import build_vit
+from localign.backbones.timm_models import build_vit
 from localign.errors import UserError
 from localign.options.export import VerifyConfig
 from localign.options.names import LossName

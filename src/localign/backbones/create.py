@@ -15,15 +15,18 @@ from torch import nn
 from localign import rng
 from localign.backbones.backbone import Backbone
 from localign.backbones.export import CONFIG_FILE, export_folder, load_backbone
+from localign.backbones.families.reading import is_transformers_folder, load_transformers_backbone
+from localign.backbones.hub import model_folder
 from localign.backbones.moco import read_moco_v3
+from localign.backbones.timm_models import REMOTE, build_vit
 from localign.backbones.weights import read_state_dict
 from localign.errors import UserError, did_you_mean
 from localign.options.names import EMBEDDED, AttentionBackend
 from localign.recipes.catalogue import CATALOGUE
+from localign.text.reading import read_json_object
 from localign.weights import load_strict
 
 """The small backbone inside the package, pre-trained on scenes with image-level supervision."""
-_REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
 # Weight files may have a classifier; a backbone has none.
 _CLASSIFIER = ("head.", "head_dist.", "fc.")
 
@@ -40,7 +43,8 @@ def create_backbone(
     """Build a backbone.
 
     Args:
-        name: A catalogue name, ``scenes-vit``, any timm name, ``hf-hub:...``, ``local-dir:...`` or an export folder.
+        name: A catalogue name, ``scenes-vit``, any timm name, ``hf-hub:...``, ``local-dir:...``, a run or export
+            folder, or a folder or hub repository (``openai/clip-vit-base-patch16``) in transformers' or timm's format.
         weights: ``"pretrained"``, ``"none"`` (random weights that depend on ``seed``), or a safetensors or torch file
             with timm's parameter names or in an original format that timm converts.
         image_size: Input side, or (height, width), pixels; the position embedding is resampled.
@@ -56,20 +60,34 @@ def create_backbone(
             downloaded.
     """
     kwargs = dict(model_kwargs or {})
-    exported = (Path(name) / CONFIG_FILE).is_file() and not name.startswith(_REMOTE)
-    if name == EMBEDDED or exported:
+    folder = None if name.startswith(REMOTE) or name == EMBEDDED else model_folder(name)
+    if folder is not None and is_transformers_folder(folder):
+        if weights not in ("pretrained", "none"):
+            raise UserError(f"{name} has weights of its own; --weights FILE applies to timm names only")
+        with rng.seeded_globals(seed, "backbone weights"):
+            return load_transformers_backbone(
+                folder,
+                name=name,
+                image_size=image_size,
+                model_kwargs=kwargs,
+                attention=attention,
+                weights=weights == "pretrained",
+            )
+    if folder is not None and "localign" not in read_json_object(folder / CONFIG_FILE):
+        name, folder = (f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}"), None
+    if name == EMBEDDED or folder is not None:
         if kwargs or image_size or weights != "pretrained":
             raise UserError(
                 f"{name} is an exported backbone: its weights, image size and arguments are fixed"
             )
-        return load_backbone(_embedded_path() if name == EMBEDDED else Path(name), attention=attention)
+        return load_backbone(_embedded_path() if folder is None else folder, attention=attention)
     entry = CATALOGUE.get(name)
     architecture = entry.timm_name if entry else name
     if image_size is None and entry:
         image_size = entry.image_size
     if image_size is not None:
         kwargs["img_size"] = image_size
-    if not name.startswith(_REMOTE):
+    if not name.startswith(REMOTE):
         _check_timm_name(architecture)
     if entry and entry.loader == "moco-v3" and weights == "pretrained":
         raise UserError(
@@ -80,15 +98,19 @@ def create_backbone(
     if weights not in ("pretrained", "none"):
         moco = entry is not None and entry.loader == "moco-v3"
         _load_weight_file(vit, Path(weights), moco=moco)
-    if name.startswith(_REMOTE):  # store everything that a rebuild needs, as the folder may move
+    if name.startswith(REMOTE):  # store everything that a rebuild needs, as the folder may move
         architecture = vit.pretrained_cfg["architecture"]
         kwargs = {**_saved_arguments(vit), **kwargs, "img_size": vit.patch_embed.img_size}
     return backbone_of(vit, name=name, architecture=architecture, model_kwargs=kwargs, attention=attention)
 
 
-def _saved_arguments(vit: nn.Module) -> dict[str, Any]:
-    """Constructor arguments from a remote model's configuration."""
-    return dict(getattr(vit, "pretrained_model_args", {}))
+def _saved_arguments(vit: Any) -> dict[str, Any]:
+    """Constructor arguments from a remote model's configuration.
+
+    timm's own ``save_for_hf`` writes ``num_classes`` and ``in_chans`` among them, which every rebuild sets itself.
+    """
+    saved = dict(getattr(vit, "pretrained_model_args", None) or {})
+    return {k: v for k, v in saved.items() if k not in ("num_classes", "in_chans")}
 
 
 def _embedded_path() -> Path:
@@ -119,30 +141,6 @@ def backbone_of(
         std=tuple(cfg["std"]),
         attention=attention,
     ).eval()
-
-
-def build_vit(architecture: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> Any:
-    """Build a timm model without a classifier.
-
-    Raises:
-        UserError: timm does not accept an argument, or the weights cannot be downloaded.
-    """
-    try:
-        return timm.create_model(architecture, pretrained=pretrained, num_classes=0, **kwargs)
-    except TypeError as error:
-        raise UserError(f"{architecture}: {error}") from error
-    except AssertionError as error:
-        raise UserError(f"{architecture} with {dict(kwargs)}: {error}") from error
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if architecture.startswith(_REMOTE):
-            raise UserError(f"{architecture} cannot be downloaded or built: {reason}") from error
-        if not pretrained:
-            raise
-        raise UserError(
-            f"the weights of {architecture} cannot be downloaded ({reason}); "
-            "give a file with --weights FILE, or --weights none for random weights"
-        ) from error
 
 
 def _check_timm_name(name: str) -> None:

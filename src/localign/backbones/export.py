@@ -12,13 +12,13 @@ import json
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from localign._version import __version__
 from localign.backbones.backbone import Backbone, FinalNorm
+from localign.backbones.timm_models import NORM_EPS_ARGUMENT, build_vit
 from localign.backbones.weights import StateDict, read_file
 from localign.errors import UserError
 from localign.files import replace_text, replacing
@@ -72,6 +72,8 @@ class _Section(TypedDict):
 class ExportSection(_Section, total=False):
     """The section ``localign`` of an export's ``config.json``."""
 
+    block_norm_eps: float | None
+    """Epsilon of all other norms, if it is not timm's default for the architecture."""
     decoder_sha256: str | None
     classifier: ClassifierSection
 
@@ -141,6 +143,7 @@ def _config(
     vit = backbone.vit
     norm = vit.norm if backbone.final_norm == "norm" else getattr(vit, "fc_norm", None)
     kwargs = {k: list(v) if isinstance(v, tuple) else v for k, v in backbone.model_kwargs.items()}
+    block_norm_eps = kwargs.pop(NORM_EPS_ARGUMENT, None)  # timm has no such argument
     height, width = backbone.image_size
     return {
         # timm's keys, which timm.create_model("local-dir:FOLDER") reads
@@ -164,6 +167,7 @@ def _config(
             "final_norm": backbone.final_norm,
             "norm": type(norm).__name__,
             "norm_eps": getattr(norm, "eps", None),
+            "block_norm_eps": block_norm_eps,
             "pooling": vit.global_pool or None,
             "feature_layer": backbone.depth - 1,
             "num_prefix_tokens": backbone.num_prefix_tokens,
@@ -232,7 +236,15 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
     state = _read_tensors(path, ours.get("sha256"))
     try:
         vit = _empty_vit(config)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+    except (
+        UserError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
         raise UserError(
             f"{folder / CONFIG_FILE} describes a model that cannot be built: {error!r}"
         ) from error
@@ -242,7 +254,7 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
         vit,
         name=ours["name"],
         architecture=config["architecture"],
-        model_kwargs=config["model_args"],
+        model_kwargs=_arguments(config),
         mean=tuple(cfg["mean"]),
         std=tuple(cfg["std"]),
         soft_cap=ours["soft_cap"],
@@ -251,12 +263,16 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
     ).eval()
 
 
+def _arguments(config: ExportDescription) -> dict[str, Any]:
+    """Arguments of :func:`build_vit`."""
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config["model_args"].items()}
+    eps = config["localign"].get("block_norm_eps")
+    return arguments if eps is None else {**arguments, NORM_EPS_ARGUMENT: eps}
+
+
 def _empty_vit(config: ExportDescription) -> Any:
     ours = config["localign"]
-    kwargs: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in config["model_args"].items()
-    }
-    vit: Any = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **kwargs)
+    vit = build_vit(config["architecture"], _arguments(config), pretrained=False)
     if ours["pooling"] is None:
         vit.reset_classifier(0, "")
     name = ours["final_norm"]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from localign.errors import UserError
+from localign.options.names import ExportFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +17,18 @@ class ExportConfig:
     """Folder to write."""
     checkpoint: str = "last"
     """Checkpoint of a run: last, best, or a step."""
+    format: ExportFormat = "timm"
+    """Format of the folder: timm (localign and timm load it), or a transformers family: clip, siglip, siglip2, dinov2,
+    dinov3, vit. transformers' own class loads these."""
+    bake: bool = False
+    """Write a soft-capped backbone in a transformers format, which has ordinary attention. The change of the tokens is
+    measured on --images; the export is refused above --tolerance."""
+    images: str | None = None
+    """Folder of images on which the tokens of a transformers format are compared; default random pixels."""
+    tolerance: float | None = None
+    """Largest difference of a token channel, divided by the tokens' root mean square; default 1e-4, with --bake 0.05."""
     decoder: bool = True
-    """Also write the decoder of a run."""
+    """Also write the decoder of a run (format timm)."""
     weights: str = "pretrained"
     """Weights of a backbone given by name: pretrained, none (random), or a weight file."""
     image_size: int | None = None
@@ -28,6 +39,10 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise UserError("export needs a run folder or the name of a backbone")
+        if self.bake and self.images is None:
+            raise UserError("--bake needs --images DIR, on which the change of the tokens is measured")
+        if self.format == "timm" and (self.bake or self.images or self.tolerance is not None):
+            raise UserError("--bake, --images and --tolerance apply to --format clip, siglip, dinov2, ...")
 
 
 @dataclass(frozen=True, kw_only=True)

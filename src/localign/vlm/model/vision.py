@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from localign.backbones import Backbone
 from localign.backbones.backbone import FinalNorm
-from localign.backbones.create import build_vit
+from localign.backbones.timm_models import build_vit
 from localign.errors import UserError
 
 

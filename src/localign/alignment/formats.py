@@ -1,0 +1,66 @@
+"""Exports in transformers' formats, compared with the backbone before they count as written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localign import rng
+from localign.backbones import Backbone
+from localign.backbones.families.parity import token_difference
+from localign.backbones.families.writing import save_transformers
+from localign.data.sources import open_source
+from localign.data.transforms import EvalTransform
+from localign.errors import UserError
+from localign.options.export import ExportConfig
+
+IMAGES = 16
+"""Images of the comparison."""
+EXACT, BAKED = 1e-4, 0.05
+"""Default tolerances, in units of the tokens' root mean square: rounding, and a dropped soft-cap."""
+
+
+def export_transformers(backbone: Backbone, config: ExportConfig, provenance: dict[str, Any]) -> float:
+    """Write a folder that transformers loads, and measure how far its tokens are from the backbone's.
+
+    Args:
+        backbone: In eval mode on the CPU.
+        config: Options of the export.
+        provenance: Stored in ``config.json`` under ``localign_provenance``.
+
+    Returns:
+        The largest difference, divided by the root mean square of the tokens.
+
+    Raises:
+        UserError: The backbone does not fit the format, or the difference is above the tolerance; then the folder has
+            no ``config.json``, so that nothing loads it.
+    """
+    if backbone.soft_cap is not None and not config.bake:
+        raise UserError(
+            f"{backbone.name} has soft-capped attention ({backbone.soft_cap:g}), which transformers' classes lack; "
+            "--bake --images DIR drops the soft-cap and measures the change, --format timm keeps it"
+        )
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"localign_provenance": {**provenance, "dropped_soft_cap": backbone.soft_cap}}
+    save_transformers(backbone, folder, config.format, extra=facts)
+    difference = token_difference(backbone, folder, _images(config, backbone.image_size))
+    tolerance = config.tolerance if config.tolerance is not None else BAKED if config.bake else EXACT
+    if not difference <= tolerance:
+        (folder / "config.json").unlink()
+        raise UserError(
+            f"in the format {config.format} the tokens of {backbone.name} change by {difference:.2g} of their root mean "
+            f"square, more than the tolerance of {tolerance:g}"
+        )
+    return difference
+
+
+def _images(config: ExportConfig, size: tuple[int, int]) -> Tensor:
+    if config.images is None:
+        pixels = rng.generator(0, "export comparison").integers(0, 256, (IMAGES, 3, *size), dtype="uint8")
+        return torch.from_numpy(pixels)
+    source, transform = open_source(config.images, image_size=size), EvalTransform(size)
+    return torch.stack([transform(source.load(index)) for index in range(min(IMAGES, len(source)))])

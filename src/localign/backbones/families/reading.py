@@ -1,0 +1,218 @@
+"""Reads a vision transformer from a folder or hub repository in transformers' format.
+
+The folder may hold the vision model alone, a model of images and text, or a vision-language model such as LLaVA whose
+``vision_config`` describes one of the families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from localign.backbones.backbone import Backbone
+from localign.backbones.families import TRANSFORMERS_FAMILIES, TransformersFamily
+from localign.backbones.families.names import StateDict
+from localign.backbones.timm_models import build_vit
+from localign.backbones.weights import read_file
+from localign.errors import UserError
+from localign.options.names import AttentionBackend
+from localign.text.printing import printable
+from localign.text.reading import read_json_object
+from localign.weights import load_strict
+
+CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
+_WEIGHTS, _TORCH_WEIGHTS = "model.safetensors", "pytorch_model.bin"
+_INDEX = ".index.json"
+
+
+@dataclass(frozen=True)
+class VisionFolder:
+    """A folder whose vision model one of the families describes."""
+
+    folder: Path
+    family: TransformersFamily
+    config: Mapping[str, Any]
+    """The vision model's own part of ``config.json``."""
+
+
+def is_transformers_folder(folder: Path) -> bool:
+    """Whether a folder's ``config.json`` has a ``model_type``, and is not one of localign's or timm's."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return False
+    content = read_json_object(path)
+    return "model_type" in content and not {"localign", "architecture"} & set(content)
+
+
+def describe(folder: Path) -> VisionFolder:
+    """Find the family of a folder.
+
+    Raises:
+        UserError: The folder holds another architecture; the line names it, and the families that can be read.
+    """
+    content = read_json_object(folder / CONFIG_FILE)
+    inner = content.get("vision_config")
+    for config in (content, inner if isinstance(inner, dict) else {}):
+        for family in TRANSFORMERS_FAMILIES.values():
+            if config.get("model_type") in family.model_types:
+                return VisionFolder(folder, family, config)
+    for family in TRANSFORMERS_FAMILIES.values():
+        if content.get("model_type") in family.wrappers and isinstance(inner, dict):
+            return VisionFolder(folder, family, {"model_type": family.model_types[0], **inner})
+    kind = content.get("model_type")
+    within = f", its vision model a {inner.get('model_type')!r:.40}" if isinstance(inner, dict) else ""
+    named = content.get("mm_vision_tower")
+    hint = f"; its vision model is {printable(named)}: give that" if isinstance(named, str) else ""
+    known = ", ".join(kind for family in TRANSFORMERS_FAMILIES.values() for kind in family.model_types)
+    raise UserError(
+        f"{printable(folder)} holds a {kind!r:.40}{within}{hint}; vision models that can be read: {known}"
+    )
+
+
+def load_transformers_backbone(
+    folder: Path,
+    *,
+    name: str,
+    image_size: int | tuple[int, int] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    attention: AttentionBackend = "auto",
+    weights: bool = True,
+) -> Backbone:
+    """Read the vision model of a folder as a backbone.
+
+    Args:
+        folder: The folder.
+        name: The name in reports.
+        image_size: Input side, or (height, width), pixels; the position embedding is resampled. Default: the config's.
+        model_kwargs: Further arguments of timm's constructor.
+        attention: Back-end of soft-capped attention, if the backbone gets it.
+        weights: False leaves the weights random.
+
+    Returns:
+        The backbone in eval mode, float32. Its hidden states are transformers' own.
+
+    Raises:
+        UserError: The folder holds another architecture, is incomplete, or its tensors do not fit.
+    """
+    found = describe(folder)
+    try:
+        architecture, kwargs = found.family.architecture(found.config)
+    except UserError as error:
+        raise UserError(f"{printable(folder)}: {error}") from None
+    kwargs |= dict(model_kwargs or {})
+    own_size = kwargs["img_size"]
+    vit = build_vit(architecture, kwargs, pretrained=False)
+    if weights:
+        shapes = {k: v.shape for k, v in vit.state_dict().items()}
+        state = found.family.to_timm(read_tensors(folder, found.family.anchor), found.config, shapes)
+        for key, value in vit.state_dict().items():
+            if key.endswith(".k_bias"):  # a constant of timm's
+                state.setdefault(key, value)
+        load_strict(vit, {k: v.float() for k, v in state.items()}, printable(folder))
+    if image_size is not None and image_size != own_size:
+        vit.set_input_size(img_size=image_size)
+        kwargs["img_size"] = image_size
+    mean, std = pixel_statistics(folder, found.family)
+    return Backbone(
+        vit,
+        name=name,
+        architecture=architecture,
+        model_kwargs=kwargs,
+        mean=mean,
+        std=std,
+        attention=attention,
+    ).eval()
+
+
+def pixel_statistics(folder: Path, family: TransformersFamily) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel from ``preprocessor_config.json``, else the family's.
+
+    Raises:
+        UserError: The file has other than three finite numbers, or a standard deviation of 0.
+    """
+    path = folder / PREPROCESSOR_FILE
+    content = read_json_object(path) if path.is_file() else {}
+    content = content.get("image_processor", content)
+    mean, std = content.get("image_mean", family.mean), content.get("image_std", family.std)
+    for values in (mean, std):
+        if not isinstance(values, list | tuple) or len(values) != 3 or not all(_is_number(v) for v in values):
+            raise UserError(f"{printable(path)}: image_mean and image_std need three numbers each")
+    if min(std) <= 0:
+        raise UserError(f"{printable(path)}: image_std must be above 0")
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
+
+
+def read_tensors(folder: Path, anchor: str) -> StateDict:
+    """The tensors of the vision model, without the prefix that they have in a larger model.
+
+    Args:
+        folder: Holds ``model.safetensors``, its sharded form with an index, or ``pytorch_model.bin``.
+        anchor: A name that exactly one tensor ends with; the text before it is the prefix.
+
+    Raises:
+        UserError: There is no weight file, a shard is missing or damaged, or no tensor has the anchor.
+    """
+    files = _weight_files(folder)
+    names: dict[str, Path] = {}
+    tensors: StateDict = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            names.update(dict.fromkeys(_names(file), file))
+        else:
+            tensors.update(read_file(file))
+            names.update(dict.fromkeys(tensors, file))
+    prefixes = {name.removesuffix(anchor) for name in names if name.endswith(anchor)}
+    prefixes = {p for p in prefixes if not p or p.endswith(".")}
+    if len(prefixes) != 1:
+        problem = "several vision models" if prefixes else f"no tensor {anchor}"
+        raise UserError(
+            f"{printable(folder)} has {problem}; its weights are not of the model that config.json describes"
+        )
+    prefix = prefixes.pop()
+    wanted = {name: file for name, file in names.items() if name.startswith(prefix)}
+    for file in {f for f in wanted.values() if f.suffix == ".safetensors"}:
+        tensors.update(_read(file, [name for name, place in wanted.items() if place == file]))
+    return {name.removeprefix(prefix): tensors[name] for name in wanted}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in (_WEIGHTS, _TORCH_WEIGHTS):
+        if (index := folder / f"{name}{_INDEX}").is_file():
+            shards = read_json_object(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(
+                isinstance(s, str) and Path(s).name == s for s in shards.values()
+            ):
+                raise UserError(f"{printable(index)} has no weight_map of file names in the same folder")
+            files = [folder / str(shard) for shard in sorted(set(shards.values()))]
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise UserError(
+                    f"{printable(folder)} lacks {len(missing)} weight files, such as {printable(missing[0])}"
+                )
+            return files
+        if (folder / name).is_file():
+            return [folder / name]
+    raise UserError(f"{printable(folder)} has no {_WEIGHTS} or {_TORCH_WEIGHTS}")
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as content:
+            return list(content.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{printable(file)} is not a readable safetensors file: {printable(error)}") from None
+
+
+def _read(file: Path, names: list[str]) -> StateDict:
+    try:
+        with safe_open(file, "pt") as content:
+            return {name: content.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{printable(file)} is not a readable safetensors file: {printable(error)}") from None

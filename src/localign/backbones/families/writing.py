@@ -1,0 +1,107 @@
+"""Writes a backbone as a folder that transformers' own class of its family loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from localign.backbones.backbone import Backbone
+from localign.backbones.families import TRANSFORMERS_FAMILIES
+from localign.backbones.families.reading import CONFIG_FILE, PREPROCESSOR_FILE
+from localign.backbones.timm_models import build_vit
+from localign.errors import UserError
+from localign.files import replace_text, replacing
+
+_PROCESSORS = {
+    "clip": "CLIPImageProcessor",
+    "siglip": "SiglipImageProcessor",
+    "siglip2": "Siglip2ImageProcessor",
+    "dinov2": "BitImageProcessor",
+    "dinov3": "DINOv3ViTImageProcessorFast",
+    "vit": "ViTImageProcessor",
+}
+_BICUBIC = 3
+
+
+def save_transformers(
+    backbone: Backbone, folder: Path, family: str, *, extra: dict[str, Any] | None = None
+) -> Path:
+    """Write ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``; the config last.
+
+    Args:
+        backbone: Not changed. A soft-cap is left out, since transformers' classes have none.
+        folder: Exists.
+        family: ``clip``, ``siglip``, ``siglip2``, ``dinov2``, ``dinov3`` or ``vit``.
+        extra: Further keys of ``config.json``, such as provenance; transformers keeps keys that it does not know.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: The backbone has a part that the family lacks, or lacks one that the family needs.
+    """
+    config, state = transformers_content(backbone, family)
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
+    replace_text(folder / PREPROCESSOR_FILE, json.dumps(_preprocessor(backbone, family), indent=1) + "\n")
+    replace_text(folder / CONFIG_FILE, json.dumps({**config, **(extra or {})}, indent=1) + "\n")
+    return folder
+
+
+def transformers_content(backbone: Backbone, family: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The content of ``config.json``, and the tensors with transformers' names.
+
+    Raises:
+        UserError: As for :func:`save_transformers`.
+    """
+    chosen = TRANSFORMERS_FAMILIES[family]
+    try:
+        if backbone.final_norm != "norm":
+            raise UserError(f"its last norm is {backbone.final_norm}")
+        config = chosen.config_of(backbone.vit)
+        architecture, arguments = chosen.architecture(config)
+        state = chosen.to_transformers(
+            {k: v.detach().cpu().float() for k, v in backbone.vit.state_dict().items()}, config
+        )
+    except (
+        UserError,
+        AttributeError,
+    ) as error:  # AttributeError: a part of the family that this timm model lacks
+        raise UserError(f"{backbone.name} does not fit the format {family}: {error}") from None
+    with torch.device("meta"):
+        twin = build_vit(architecture, arguments, pretrained=False).state_dict()
+    shapes = ({(k, tuple(v.shape)) for k, v in part.items()} for part in (twin, backbone.vit.state_dict()))
+    if other := sorted({name for name, _ in set.symmetric_difference(*shapes)}):
+        raise UserError(
+            f"{backbone.name} does not fit the format {family}: it differs in {', '.join(other[:6])}"
+        )
+    return config, state
+
+
+def _preprocessor(backbone: Backbone, family: str) -> dict[str, Any]:
+    height, width = backbone.image_size
+    common = {
+        "image_processor_type": _PROCESSORS[family],
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(backbone.mean),
+        "image_std": list(backbone.std),
+        "resample": _BICUBIC,
+        "rescale_factor": 1 / 255,
+    }
+    if family == "siglip2":
+        return {**common, "patch_size": backbone.patch_size[0], "max_num_patches": backbone.num_patches}
+    size = {"height": height, "width": width}
+    if family in ("clip", "dinov2"):
+        return {
+            **common,
+            "do_center_crop": True,
+            "crop_size": size,
+            "size": {"shortest_edge": min(height, width)},
+        }
+    return {**common, "size": size}
