@@ -52,8 +52,8 @@ def export_transformers(backbone: Backbone, config: ExportConfig, provenance: di
     if not difference <= tolerance:
         (folder / "config.json").unlink()
         raise UserError(
-            f"in the format {config.format} the tokens of {backbone.name} change by {difference:.2g} of their root mean "
-            f"square, more than the tolerance of {tolerance:g}"
+            f"in the format {config.format} the tokens of {backbone.name} change by {difference:.2g} of their root "
+            f"mean square, more than the tolerance of {tolerance:g}"
         )
     return difference
 

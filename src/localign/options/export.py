@@ -26,7 +26,8 @@ class ExportConfig:
     images: str | None = None
     """Folder of images on which the tokens of a transformers format are compared; default random pixels."""
     tolerance: float | None = None
-    """Largest difference of a token channel, divided by the tokens' root mean square; default 1e-4, with --bake 0.05."""
+    """Largest difference of a token channel, divided by the tokens' root mean square; default 1e-4, with --bake
+    0.05."""
     decoder: bool = True
     """Also write the decoder of a run (format timm)."""
     weights: str = "pretrained"

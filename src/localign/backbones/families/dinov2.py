@@ -96,11 +96,8 @@ class DINOv2(TransformersFamily):
             named["embeddings.position_embeddings"] = torch.cat(
                 [torch.zeros_like(positions[:, :1]), positions], 1
             )
-        else:
-            named["embeddings.mask_token"] = torch.zeros(
-                1, config["hidden_size"]
-            )  # unused, but always stored
-        return named
+        # The mask token serves training only, but transformers always stores it.
+        return {**named, "embeddings.mask_token": torch.zeros(1, config["hidden_size"])}
 
     def config_of(self, vit: Any) -> dict[str, Any]:
         registers = int(vit.num_reg_tokens)
