@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from localign.backbones import create_backbone, load_backbone, save_backbone
 from localign.backbones.families.writing import save_transformers
 from localign.cli import main
 from localign.errors import UserError
+from localign.vlm.model.vision import TowerConfig
 
 
 def pixels(size: int = SIZE) -> torch.Tensor:
@@ -301,3 +303,13 @@ def test_weights_file_and_folder_exclude_each_other(tmp_path: Path) -> None:
 
 def test_models_have_weights_that_matter() -> None:
     assert not torch.equal(model_of("vit", 0).embeddings.cls_token, model_of("vit", 1).embeddings.cls_token)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2", "dinov3", "vit"])
+@torch.no_grad()
+def test_a_tower_of_a_vision_language_model_is_rebuilt_exactly(name: str, tmp_path: Path) -> None:
+    backbone = create_backbone(str(folder_of(name, tmp_path)[1]))
+    stored = json.loads(json.dumps(asdict(TowerConfig.of(backbone, layer=-1, norm=True, keep_prefix=False))))
+    tower = TowerConfig(**stored).build().eval()
+    tower.vit.load_state_dict(backbone.vit.state_dict(), strict=False)
+    assert torch.equal(tower(pixels()), backbone(pixels()))
