@@ -72,12 +72,9 @@ def _probe_all(config: ProbeCommandConfig, context: DistributedContext) -> Resul
     clock = Stopwatch()
     probe_config = config.probe_config()
     backbones = load_backbones(config)
-    train = open_labelled(
-        config.data, "train", scenes=config.train_scenes or TRAIN_SCENES, things_only=config.things_only
-    )
-    test = open_labelled(
-        config.data, "test", scenes=config.test_scenes or TEST_SCENES, things_only=config.things_only
-    )
+    options = {"things_only": config.things_only, "ignore": config.ignore}
+    train = open_labelled(config.data, "train", scenes=config.train_scenes or TRAIN_SCENES, **options)
+    test = open_labelled(config.data, "test", scenes=config.test_scenes or TEST_SCENES, **options)
     folder = Path(config.out)
     cache = Path(config.cache_dir) if config.cache_dir is not None else folder / "cache"
     probed: dict[str, list[Probed]] = {}

@@ -134,7 +134,7 @@ def _folder_shards(folder: Path) -> list[Path]:
             if entry.name.startswith("."):
                 continue
             kind = kind_of(entry)
-            if suffix in SUFFIXES or kind == FOLDER:
+            if kind == FOLDER or (suffix in SUFFIXES and kind == FILE):
                 return []
             if suffix in shards and kind == FILE:
                 shards[suffix].append(Path(entry.path))
