@@ -1,4 +1,4 @@
-"""A fault of the machine is tried again or ends the run; only what is wrong with a file makes it an unreadable image."""
+"""A fault of the machine is tried again or ends the run; only a fault of the file makes an image unreadable."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def test_a_fault_of_the_machine_ends_an_evaluation(fault: str) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_no_memory_in_a_transform_is_one_line(workers: int) -> None:
     loader = train(Failing(ValueError()), workers, InTransform(8))
-    with pytest.raises(RunFailure, match=r"^the sample at position 5 cannot be read: out of memory[^\n]+--workers"):
+    with pytest.raises(
+        RunFailure, match=r"^the sample at position 5 cannot be read: out of memory[^\n]+--workers"
+    ):
         list(loader)
 
 

@@ -1,4 +1,4 @@
-"""What a file says about its pixels (orientation, mode, size) is checked where it is read, and means the same everywhere."""
+"""What a file says of its pixels (orientation, mode, size) is checked where it is read, and once for all readers."""
 
 from __future__ import annotations
 
@@ -210,7 +210,9 @@ def test_an_image_behind_a_url_is_read_as_from_a_file() -> None:
         try:
             expected = np.asarray(decode_image(ODD_MODES["16 bits"], "x"))
             assert np.array_equal(np.asarray(vlm_image(f"{url}/x.png")), expected)
-            with pytest.raises(UserError, match=r"cannot read an image: .*none\.png: it cannot be fetched: .*404"):
+            with pytest.raises(
+                UserError, match=r"cannot read an image: .*none\.png: it cannot be fetched: .*404"
+            ):
                 vlm_image(f"{url}/none.png")
         finally:
             server.shutdown()

@@ -1,4 +1,4 @@
-"""Pipes, sockets, devices and links in circles are no images: they are skipped and named, and nothing waits for them."""
+"""Pipes, sockets, devices and links in circles are no images: they are skipped and named; nothing waits for them."""
 
 from __future__ import annotations
 
@@ -144,7 +144,9 @@ def test_a_folder_of_shards_is_no_folder_of_pipes(suffix: str, tmp_path: Path) -
 def test_a_folder_of_nothing_but_pipes_says_so(tmp_path: Path) -> None:
     for number in range(5):
         os.mkfifo(tmp_path / f"{number}.png")
-    with pytest.raises(UserError, match=r"skipped 5 entries that are no images: .\.png \(a pipe\), .*, \.\.\.$"):
+    with pytest.raises(
+        UserError, match=r"skipped 5 entries that are no images: .\.png \(a pipe\), .*, \.\.\.$"
+    ):
         FolderSource(tmp_path)
 
 
