@@ -358,3 +358,13 @@ def test_images_of_ignored_pixels_only_have_no_label_to_learn(tmp_path: Path) ->
         UserError, match=r"no image .* has a positive label: all pixels are 'nothing' or ignored"
     ):
         check_labels("train", source, (16, 16))
+
+
+@pytest.mark.parametrize("before", [b"", chunk(b"tEXt", b"Comment\0hello")])
+def test_a_map_with_two_headers_or_a_late_one_is_refused(before: bytes, tmp_path: Path) -> None:
+    """The first header says 2 bits, the second 8: no reading of such a file is right."""
+    data = png(np.full((16, 16), 3), GREY, 8)
+    other = chunk(b"IHDR", struct.pack(">LLBBBBB", 16, 16, 2, GREY, 0, 0, 0))
+    source = folder_of(tmp_path, {"a": data[:8] + before + other + data[8:]}, ["a", "b", "c", "d"])
+    with pytest.raises(UserError, match="cannot read the label map"):
+        source.load_labelled(0)

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from localign.errors import UserError
 
-_DEFAULT = object()
-
 KINDS = ("thing", "stuff", "other")
 """Kinds of classes: an object with a shape, amorphous matter, or neither (such as "unlabeled")."""
 
@@ -113,8 +111,8 @@ def class_table(classes: str | Path | Mapping[Any, Any] | Sequence[Any]) -> Clas
             ) from None
     try:
         pairs = dict(entries.items() if isinstance(entries, Mapping) else enumerate(entries))
-        ignore = pairs.pop("ignore", _DEFAULT)
-        if ignore is not _DEFAULT and ignore is not None and type(ignore) is not int:
+        has_ignore, ignore = "ignore" in pairs, pairs.pop("ignore", None)
+        if ignore is not None and type(ignore) is not int:
             raise ValueError(f"the value to ignore is a number or null, not {json.dumps(ignore):.60}")
         table = {int(key): _name_and_kind(entry) for key, entry in pairs.items()}
     except (ValueError, TypeError) as error:
@@ -128,7 +126,7 @@ def class_table(classes: str | Path | Mapping[Any, Any] | Sequence[Any]) -> Clas
         ids=np.array([i if i in table else -1 for i in range(size)], dtype=np.int32),
         kinds=tuple(kind or "other" for kind in kinds) if any(kinds) else None,
     )
-    return _with_default(read) if ignore is _DEFAULT else read.ignoring(ignore)
+    return read.ignoring(ignore) if has_ignore else _with_default(read)
 
 
 def _name_and_kind(entry: Any) -> tuple[str, str]:

@@ -28,7 +28,7 @@ from localign.text.printing import printable
 MAP_SUFFIX = ".png"
 """File name ending of label maps; upper case is accepted too."""
 
-_PNG, _GREY = b"\x89PNG\r\n\x1a\n", 0
+_PNG, _HEADER, _GREY = b"\x89PNG\r\n\x1a\n", b"IHDR", 0
 
 FINGERPRINTED = 256
 """Number of image and label map pairs whose bytes enter a data set's fingerprint."""
@@ -272,7 +272,7 @@ def _read_values(path: Path) -> NDArray[Any]:
     name = printable(path)
     try:
         data = read_bytes(path, name)
-        if not data.startswith(_PNG):
+        if not data.startswith(_PNG) or data[12:16] != _HEADER:
             raise UnreadableImage(name, "not a PNG image")
         with unreadable_on_failure(name), opened(data, name) as image:
             values = np.asarray(image)
@@ -281,8 +281,10 @@ def _read_values(path: Path) -> NDArray[Any]:
     if values.ndim != 2:
         raise UserError(f"the label map {name} has {values.shape[-1]} channels; a label map has one")
     depth, colour = data[24], data[25]
-    if colour == _GREY and depth < 8 and values.dtype != bool:
-        return values // (255 // (2**depth - 1))  # Pillow stretches grey levels to 0..255
+    if colour == _GREY and depth in (2, 4):  # Pillow stretches these to 0..255
+        values, rest = np.divmod(values, np.uint8(255 // (2**depth - 1)))
+        if rest.any():
+            raise UserError(f"cannot read the label map {name}: it has more than one header")
     return values.astype(np.uint8) if values.dtype == bool else values
 
 
