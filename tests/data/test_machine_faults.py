@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from localign.data import decoding
 from localign.data.decoding import UnreadableImage, decode_image, decode_pixels, open_image, read_bytes
 from localign.data.image_source import ImageSource
 from localign.data.loader import EvalLoader, TrainLoader
-from localign.data.sources import FolderSource
+from localign.data.sources import FolderSource, TarSource
 from localign.data.transforms import EvalTransform, TrainTransform
 from localign.data.untrusted import faults
 from localign.datatools.verify import _Verifier
@@ -229,3 +230,52 @@ def test_probing_ends_with_a_failed_run(part: str, tmp_path: Path, monkeypatch: 
     failing_open(monkeypatch, errno.EIO, 99)
     with pytest.raises((RunFailure, UserError), match=rf"{part}/x\.png cannot be read"):
         list(labelled_batches(source, (8, 8), 1))
+
+
+def a_shard(folder: Path) -> Path:
+    Image.new("RGB", (8, 8)).save(folder / "x.png")
+    with tarfile.open(folder / "part.tar", "w") as tar:
+        tar.add(folder / "x.png", "x.png")
+    return folder / "part.tar"
+
+
+def test_a_shard_that_is_gone_is_not_a_bad_image(tmp_path: Path) -> None:
+    shard = a_shard(tmp_path)
+    source = TarSource([shard])
+    shard.unlink()
+    with pytest.raises(RunFailure, match=r"part\.tar cannot be read any more: No such file"):
+        source.load(0)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("times", [2, 99])
+def test_a_fault_while_a_shard_is_read_is_tried_again(
+    number: int, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = TarSource([a_shard(tmp_path)])
+    attempts: list[int] = []
+    real = os.pread
+
+    def pread(descriptor: int, size: int, offset: int) -> bytes:
+        attempts.append(descriptor)
+        if len(attempts) <= times:
+            raise os_error(number)
+        return real(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    if times == 2:
+        assert source.load(0).size == (8, 8)
+        assert len(attempts) == 3
+        return
+    with pytest.raises(RunFailure, match=r"^x\.png in .*part\.tar cannot be read: "):
+        source.load(0)
+    assert len(attempts) == 4
+
+
+def test_a_user_error_in_a_worker_is_one_line() -> None:
+    class Wrong(Failing):
+        def load(self, index: int) -> Image.Image:
+            raise UserError("the data are wrong")
+
+    with pytest.raises(UserError, match=r"^the data are wrong$"):
+        list(train(Wrong(ValueError()), 1))

@@ -28,6 +28,7 @@ from localign.data.decoding import (
 from localign.data.transforms import TrainTransform
 from localign.errors import UserError
 from localign.vlm.data.images import open_image as vlm_image
+from localign.vlm.scoring.readers import StoredImage, stored_image
 
 SHORT, LONG, BYTE, RATIONAL = 3, 4, 1, 5
 SEEN_IN_THE_WILD = [0, 9, 49, 255, 256, 65535]
@@ -222,3 +223,26 @@ def test_an_image_behind_a_url_is_read_as_from_a_file() -> None:
 def test_a_data_url_without_an_image_is_one_line(bad: str) -> None:
     with pytest.raises(UserError, match=r"^cannot read an image: [^\n]+$"):
         vlm_image(bad)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "TIFF", "PNG"])
+@pytest.mark.parametrize("value", [*range(1, 9), 9, 256])
+def test_a_true_box_of_stored_pixels_lies_where_a_model_sees_it(
+    value: int, form: str, tmp_path: Path
+) -> None:
+    image = Image.new("RGB", (96, 64))
+    image.paste((255, 255, 255), (16, 8, 40, 24))
+    (tmp_path / "x.bin").write_bytes(encoded(image, form, exif=orientation(value)))
+    stored = stored_image(str(tmp_path / "x.bin"))
+    assert stored == StoredImage(96, 64, value if value < 9 else 1)
+    seen = vlm_image(tmp_path / "x.bin")
+    assert seen.size == stored.upright_size
+    bounds = seen.convert("L").point([0] * 128 + [255] * 128).getbbox()
+    assert bounds == tuple(stored.upright((16, 8, 40, 24)))
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff"])
+def test_the_size_of_no_image_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=r"^the size of the image .*x\.jpg cannot be read: [^\n]+$"):
+        stored_image(str(tmp_path / "x.jpg"))

@@ -145,6 +145,12 @@ def stored_size(data: bytes, name: str) -> tuple[str, int, int]:
         return image.format or "?", width, height
 
 
+def orientation_of(data: bytes, name: str) -> int:
+    """The EXIF orientation of an image, 1..8. Raises UnreadableImage."""
+    with unreadable_on_failure(name), opened(data, name) as image:
+        return _orientation(image)
+
+
 def open_image(data: bytes, name: str) -> Image.Image | UndecodedJpeg:
     """Open an image: a JPEG undecoded, any other format in RGB and upright. Raises UnreadableImage."""
     with unreadable_on_failure(name), _strict_pillow():
@@ -327,7 +333,7 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1..8. Cameras and programs also write other values, which mean nothing."""
     try:
-        value = image.getexif().get(_EXIF_ORIENTATION)
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
         return int(value) if value in range(1, 9) else 1
     except MemoryError:
         raise

@@ -59,8 +59,8 @@ class PatchLabels:
         return self._each(lambda t: t.to(device))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> PatchLabels:
-        tensors = (function(t) for t in (self.patch, self.image, self.majority))
-        return PatchLabels(*tensors, codes=self.codes, partial=self.partial)
+        patch, image, majority = function(self.patch), function(self.image), function(self.majority)
+        return PatchLabels(patch, image, majority, self.codes, self.partial)
 
     @staticmethod
     def cat(parts: list[PatchLabels]) -> PatchLabels:
@@ -100,12 +100,12 @@ def reduce_labels(
     """
     codes, largest = _codes(maps, classes, attributes, ignores)
     ignored = largest == codes
-    present, image, majority = _contents(
-        _full_patches(maps, patch_size, codes + ignored), codes + ignored, ignored
-    )
-    partial = ignored and int(majority.min()) < 0
-    contents = (np.ascontiguousarray(a[..., :codes]) for a in (present, image))
-    present, image, majority = (torch.from_numpy(a).to(maps.device) for a in (*contents, majority))
+    pixels = _full_patches(maps, patch_size, codes + ignored)
+    contents = _contents(pixels, codes + ignored, ignored)
+    partial = ignored and int(contents[2].min()) < 0
+    present, image, majority = (torch.from_numpy(a).to(maps.device) for a in contents)
+    if ignored:
+        present, image = present[..., :codes].contiguous(), image[..., :codes].contiguous()
     if attributes is not None:
         # Matrix products are exact in float32: no sum exceeds the number of codes.
         table = attributes.to(maps.device).float()
