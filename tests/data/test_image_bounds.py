@@ -19,6 +19,7 @@ from localign.data.decoding import UnreadableImage, decode_image, decode_pixels,
 from localign.data.loader import TrainLoader
 from localign.data.sources import FolderSource
 from localign.data.transforms import TrainTransform
+from localign.data.untrusted import modes
 from localign.data.untrusted.bounds import bound, jpeg_scans
 from localign.errors import UserError
 from localign.probing.segmentation import FolderSegmentation
@@ -54,7 +55,8 @@ def png_with(*chunks: bytes) -> bytes:
 ZEROS = zlib.compress(bytes(10 * 2**20))
 """10 KB that expand to 10 MB."""
 
-PNG, GIF = encoded(noise(), "PNG"), encoded(noise().quantize(16), "GIF")
+JPEG, PNG, GIF = encoded(noise(), "JPEG"), encoded(noise(), "PNG"), encoded(noise().quantize(16), "GIF")
+WEBP = encoded(noise(), "WEBP", save_all=True, append_images=[noise().rotate(180)])
 LARGE_HEADER = chunk(b"IHDR", struct.pack(">LLBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0))
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "a thousand scans": (with_scans(1000), "LOCALIGN_MAX_JPEG_SCANS"),
@@ -71,7 +73,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     ),
     "a PNG of 2 ** 62 pixels": (PNG[:8] + LARGE_HEADER + PNG[33:], "LOCALIGN_MAX_PIXELS"),
     "a GIF of 2 ** 32 pixels": (GIF[:6] + struct.pack("<HH", 65535, 65535) + GIF[10:], "LOCALIGN_MAX_PIXELS"),
-    "a large WebP": (encoded(Image.new("RGB", (16383, 9000)), "WEBP", quality=0, method=0), "LOCALIGN_MAX_PIXELS"),
+    "a WebP of 2 ** 28 pixels": (WEBP[:24] + b"\xfe\x3f\0\xfe\x3f\0" + WEBP[30:], "LOCALIGN_MAX_PIXELS"),
+    "very many chunks": (png_with(*[chunk(b"abCd", b"")] * 30_000), "LOCALIGN_MAX_IMAGE_PARTS"),
+    "very many segments": (JPEG[:2] + b"\xff\xe5\0\2" * 30_000 + JPEG[2:], "LOCALIGN_MAX_IMAGE_PARTS"),
+    "very many fillings": (JPEG[:2] + b"\xff\xff" * 30_000 + JPEG[2:], "LOCALIGN_MAX_IMAGE_PARTS"),
 }  # fmt: skip
 READERS = {
     "decode_image": decode_image,
@@ -91,10 +96,11 @@ def test_a_hostile_image_is_refused_at_once_with_the_variable_that_allows_it(kin
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [k for k in HOSTILE if "pixels" not in k and "WebP" not in k])
+@pytest.mark.parametrize("kind", [k for k in HOSTILE if "pixels" not in k])
 def test_a_raised_bound_lets_the_image_through(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "MAX_SCANS", 2000)
     monkeypatch.setattr(decoding, "MAX_TEXT", 2**24)
+    monkeypatch.setattr(decoding, "MAX_PARTS", 100_000)
     assert decode_image(HOSTILE[kind][0], "x").size == (64, 48)
 
 
@@ -202,7 +208,7 @@ def of_mode(mode: str) -> Image.Image:
 def test_bands_are_the_image(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = to_rgb(of_mode(mode), "x")
     for pixels in (1, 23, 100, 37 * 23 - 1):
-        monkeypatch.setattr(decoding, "_BAND_PIXELS", pixels)
+        monkeypatch.setattr(modes, "BAND_PIXELS", pixels)
         assert to_rgb(of_mode(mode), "x").tobytes() == whole.tobytes()
 
 

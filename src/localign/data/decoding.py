@@ -11,7 +11,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,13 +22,16 @@ from torch import Tensor
 
 from localign.data.untrusted.bounds import (
     BYTES_VARIABLE,
+    PARTS_VARIABLE,
     PIXELS_VARIABLE,
     SCANS_VARIABLE,
     TEXT_VARIABLE,
     bound,
+    has_more_parts,
     jpeg_scans,
 )
 from localign.data.untrusted.faults import machine_faults, retried
+from localign.data.untrusted.modes import by_bands, from_levels, over_white
 from localign.errors import RunFailure, RunStopped, UserError
 
 try:
@@ -45,6 +48,9 @@ MAX_BYTES = bound(BYTES_VARIABLE, 2**28)
 MAX_SCANS = bound(SCANS_VARIABLE, 100)
 """JPEGs with more scans are refused before decoding, which takes time for each scan. Encoders write 1 to 20."""
 
+MAX_PARTS = bound(PARTS_VARIABLE, 20_000)
+"""Files with more chunks or segments besides the pixels' own are refused: 250 MB of empty ones take four minutes."""
+
 MAX_TEXT = bound(TEXT_VARIABLE, PngImagePlugin.MAX_TEXT_CHUNK)
 """Bytes to which a compressed text or colour profile of a PNG may expand; all texts together have 64 times as many."""
 
@@ -59,7 +65,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 _JPEG = ("JPEG", "MPO")
 _EXIF_ORIENTATION = 0x0112
 _GIT_LFS = b"version https://git-lfs"
-_BAND_PIXELS = 2**22
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -289,6 +294,10 @@ def _open(data: bytes, name: str) -> Image.Image:
     check_bytes(len(data), name)
     if data.startswith(_GIT_LFS):
         raise UnreadableImage(name, "a Git LFS pointer, not the image itself; run `git lfs pull`")
+    if has_more_parts(data, MAX_PARTS):
+        raise UnreadableImage(
+            name, f"more than {MAX_PARTS} pieces of metadata ({PARTS_VARIABLE} allows more)"
+        )
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     image.decodermaxblock = len(data)  # one block, which avoids copies
     width, height = image.size
@@ -355,35 +364,12 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
         raise UnreadableImage(name, "floating-point pixels have no known range")
     if image.mode == "I" and image.getextrema()[1] <= 255:  # type: ignore[operator]
-        return _by_bands(image, lambda band: _levels(band, shift=0))
+        return by_bands(image, lambda band: from_levels(band, shift=0))
     if image.mode.startswith("I"):
-        return _by_bands(image, lambda band: _levels(band, shift=8))
+        return by_bands(image, lambda band: from_levels(band, shift=8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        return _by_bands(image, _over_white)
+        return by_bands(image, over_white)
     return image.convert("RGB")
-
-
-def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Convert an image to RGB by bands of rows: the conversion takes several times the memory of its part."""
-    rows = max(1, _BAND_PIXELS // image.width)
-    if rows >= image.height:
-        return convert(image)
-    result = Image.new("RGB", image.size, None)
-    for top in range(0, image.height, rows):
-        box = (0, top, image.width, min(image.height, top + rows))
-        result.paste(convert(image.crop(box)), box)
-    return result
-
-
-def _levels(image: Image.Image, shift: int) -> Image.Image:
-    levels = np.asarray(image).clip(0, 65535) >> shift
-    return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def _reason(error: Exception, path: str | os.PathLike[str]) -> str:

@@ -11,6 +11,7 @@ PIXELS_VARIABLE = "LOCALIGN_MAX_PIXELS"
 BYTES_VARIABLE = "LOCALIGN_MAX_IMAGE_BYTES"
 SCANS_VARIABLE = "LOCALIGN_MAX_JPEG_SCANS"
 TEXT_VARIABLE = "LOCALIGN_MAX_PNG_TEXT"
+PARTS_VARIABLE = "LOCALIGN_MAX_IMAGE_PARTS"
 
 _START_OF_SCAN = b"\xff\xda"
 _END_OF_IMAGE = 0xD9
@@ -54,3 +55,20 @@ def jpeg_scans(data: bytes, enough: int) -> int:
         scans += marker == _START_OF_SCAN[1]
         at += max(2, int.from_bytes(data[at : at + 2], "big"))
     return scans
+
+
+def has_more_parts(data: bytes, limit: int) -> bool:
+    """Whether a PNG has more than ``limit`` chunks besides its pixels', or a JPEG more segments before its pixels."""
+    if data.startswith(b"\x89PNG"):
+        at, parts = 8, 0
+        while at + 8 <= len(data) and parts <= limit:
+            parts += data[at + 4 : at + 8] not in (b"IDAT", b"fdAT")
+            at += 12 + int.from_bytes(data[at : at + 4], "big")
+        return parts > limit
+    at, parts = 2, 0
+    is_jpeg = data.startswith(b"\xff\xd8")
+    while is_jpeg and parts <= limit and data[at : at + 1] == b"\xff" and data[at : at + 2] != _START_OF_SCAN:
+        parts += 1
+        bare = at + 1 < len(data) and (data[at + 1] in _WITHOUT_LENGTH or data[at + 1] == 0xFF)
+        at += 2 if bare else 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
+    return parts > limit
