@@ -8,6 +8,7 @@ import struct
 import time
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "very many segments": (JPEG[:2] + b"\xff\xe5\0\2" * 30_000 + JPEG[2:], "LOCALIGN_MAX_IMAGE_PARTS"),
     "very many fillings": (JPEG[:2] + b"\xff\xff" * 30_000 + JPEG[2:], "LOCALIGN_MAX_IMAGE_PARTS"),
 }  # fmt: skip
-READERS = {
+READERS: dict[str, Callable[[bytes, str], object]] = {
     "decode_image": decode_image,
     "decode_pixels": decode_pixels,
     "open_image": open_image,

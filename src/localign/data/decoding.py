@@ -343,7 +343,7 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1..8. Cameras and programs also write other values, which mean nothing."""
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
-        return int(value) if value in range(1, 9) else 1
+        return int(value or 1) if value in range(1, 9) else 1
     except MemoryError:
         raise
     except Exception:  # broken metadata does not make the pixels unreadable

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -114,10 +114,12 @@ class PackedLabels:
         """Concatenate the targets of several batches."""
         tensors = [p.tensors() for p in parts]
         joined = {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
-        return replace(parts[0], **joined, partial=any(p.partial for p in parts))
+        first, partial = parts[0], any(p.partial for p in parts)
+        return PackedLabels(**joined, classes=first.classes, codes=first.codes, partial=partial)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> PackedLabels:
-        return replace(self, **{name: function(t) for name, t in self.tensors().items()})
+        patch, image, majority = function(self.patch), function(self.image), function(self.majority)
+        return PackedLabels(patch, image, majority, self.classes, self.codes, self.partial)
 
 
 def _pack(flags: Tensor) -> Tensor:
@@ -204,8 +206,8 @@ class Extraction:
     def bytes_per_image(self) -> int:
         """Bytes of an image's stored features and targets."""
         tokens, width = self.token_shape
-        labels = (self.backbone.num_patches + 1) * -(-self.classes // 8) + 2 * self.backbone.num_patches
-        return tokens * width * self.dtype.itemsize + labels
+        patches = self.backbone.num_patches
+        return tokens * width * self.dtype.itemsize + (patches + 1) * -(-self.classes // 8) + 2 * patches
 
     @torch.no_grad()
     def run(self, rows: Rows, batch: int) -> Iterator[Batch]:
@@ -375,17 +377,17 @@ def free_ram() -> int:
 
 
 def extract_to_memory(
-    extraction: Extraction, device: torch.device, on_progress: DoneCallback
+    extraction: Extraction, storage: torch.device, on_progress: DoneCallback
 ) -> MemoryFeatures:
     """Compute this rank's part of a source's features.
 
     Args:
         extraction: The backbone and the source.
-        device: Device that stores the features.
+        storage: Device that stores the features.
         on_progress: Called with how many images this rank has done, and how many it has to do.
     """
     rows = rank_part(len(extraction.source), extraction.context)
-    store = torch.empty(len(rows), *extraction.token_shape, dtype=extraction.dtype, device=device)
+    store = torch.empty(len(rows), *extraction.token_shape, dtype=extraction.dtype, device=storage)
     targets: list[PackedLabels] = []
     done = 0
     for tokens, labels in extraction.stored(rows):
@@ -393,7 +395,6 @@ def extract_to_memory(
         targets.append(labels)
         done += len(tokens)
         on_progress(done, len(rows))
-    labels = PackedLabels.cat(targets).to(device)
-    return MemoryFeatures(
-        store, labels, extraction.context.device, len(extraction.source), int(rows[0]), extraction.ignores
-    )
+    labels = PackedLabels.cat(targets).to(storage)
+    source, device = extraction.source, extraction.context.device
+    return MemoryFeatures(store, labels, device, len(source), int(rows[0]), extraction.ignores)
