@@ -26,7 +26,7 @@ from localign.data.sources import UnreadableImage
 from localign.files import replacing
 from localign.probing import LabelledSource, Probed, reduce_labels
 from localign.probing.features import eval_mode
-from localign.probing.segmentation import attribute_table, labelled_batches
+from localign.probing.segmentation import attribute_table, ignores_pixels, labelled_batches
 from localign.results import PICTURES_FILE, Pictures
 
 PICTURES = 6
@@ -115,7 +115,9 @@ def save_predictions(
     images, truth, majority = {}, {}, {}
     for name, (backbone, _) in models.items():
         images[name], maps = next(labelled_batches(source, backbone.image_size, PICTURES))
-        labels = reduce_labels(maps, backbone.patch_size, len(source.classes), table)
+        labels = reduce_labels(
+            maps, backbone.patch_size, len(source.classes), table, ignores=ignores_pixels(source)
+        )
         truth[name], majority[name] = labels.patch, labels.majority
     # With several classes per pixel, no single class has the most pixels of a patch.
     arrays = gather_predictions(models, images, truth, source.classes, majority if table is None else None)

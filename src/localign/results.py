@@ -256,7 +256,7 @@ patch_size                  int (2,)                height and width of a patch,
 mean_colour                 float (3,)              the colour of hidden patches, 0..1
 class_names                 str (C,)
 truth                       bool (k, n, C)          the classes of each patch
-majority                    int64 (k, n)            the class with most pixels of each patch
+majority                    int64 (k, n)            the class with most pixels of each patch; -1: all ignored
 probability_<backbone>      float16 (k, n, C)       predictions of a local-task head
 grid_<backbone>             as ``grid``             of a backbone with another grid; so are ``truth_<backbone>``
                                                     and ``majority_<backbone>``

@@ -31,6 +31,7 @@ from localign.data.sources import (
 )
 from localign.data.sources.files import LABEL_HEADERS, is_heading, list_rows
 from localign.data.sources.parquet import labels_column
+from localign.data.untrusted.walking import FOLDER, kind_of
 from localign.errors import UserError
 
 
@@ -136,7 +137,12 @@ def _folder_labels(source: FolderSource) -> ClassLabels:
     """Each image's class is its top-level folder, as in torchvision's ImageFolder."""
     root = source.root
     with os.scandir(root) as entries:
-        folders = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        skipped = {name for name, _ in source.skipped}
+        folders = sorted(
+            e.name
+            for e in entries
+            if not e.name.startswith(".") and e.name not in skipped and kind_of(e) == FOLDER
+        )
     if not folders:
         raise UserError(f"{root} has no class folders; put the images into one folder per class")
     codes = _first_folders(source, folders, str(root))

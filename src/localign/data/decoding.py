@@ -1,36 +1,58 @@
 """Decodes image files to RGB pixels, or says why a file cannot be decoded.
 
 The files are untrusted: only bitmap formats are tried (Pillow starts other programs for some formats), sizes are
-checked before decoding, and every failure raises the same exception.
+checked before decoding, and every failure of a file raises the same exception. Faults of the machine raise RunFailure.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import math
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from localign.errors import RunFailure
+from localign.data.untrusted.bounds import (
+    BYTES_VARIABLE,
+    PARTS_VARIABLE,
+    PIXELS_VARIABLE,
+    SCANS_VARIABLE,
+    TEXT_VARIABLE,
+    bound,
+    has_more_parts,
+    jpeg_scans,
+)
+from localign.data.untrusted.faults import machine_faults, retried
+from localign.data.untrusted.modes import by_bands, from_levels, over_white
+from localign.errors import RunFailure, RunStopped, UserError
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:  # a later torchvision will remove it; Pillow decodes to the same pixels
     decode_jpeg = None
 
-MAX_PIXELS = 2**27
+MAX_PIXELS = bound(PIXELS_VARIABLE, 2**27)
 """Images with more pixels, such as decompression bombs, are refused before decoding."""
 
-MAX_BYTES = 2**28
+MAX_BYTES = bound(BYTES_VARIABLE, 2**28)
 """Larger files are refused before they are read."""
+
+MAX_SCANS = bound(SCANS_VARIABLE, 100)
+"""JPEGs with more scans are refused before decoding, which takes time for each scan. Encoders write 1 to 20."""
+
+MAX_PARTS = bound(PARTS_VARIABLE, 20_000)
+"""Files with more chunks or segments besides the pixels' own are refused: 250 MB of empty ones take four minutes."""
+
+MAX_TEXT = bound(TEXT_VARIABLE, PngImagePlugin.MAX_TEXT_CHUNK)
+"""Bytes to which a compressed text or colour profile of a PNG may expand; all texts together have 64 times as many."""
 
 CROP_MARGIN = 1.25
 """A crop is decoded at a size that leaves each side at least this many times its target. On average, crops of
@@ -42,6 +64,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 _JPEG = ("JPEG", "MPO")
 _EXIF_ORIENTATION = 0x0112
+_GIT_LFS = b"version https://git-lfs"
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,10 +74,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_UNDONE = _UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 # Orientations whose upright image starts, in x and in y, at the stored right or lower end.
 _STARTS_AT_END_X, _STARTS_AT_END_Y = frozenset({2, 3, 6, 7}), frozenset({3, 4, 7, 8})
-# The machine is short of resources and the file is not at fault: skipping the image would silently change the data.
-_RESOURCE_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class UnreadableImage(Exception):
@@ -82,36 +104,61 @@ def read_image(
         upright: Apply the EXIF orientation; False returns the pixels as they are stored.
 
     Raises:
-        UnreadableImage: The file is missing, empty, truncated, corrupt, not an image, or larger than MAX_BYTES or
-            MAX_PIXELS.
+        UnreadableImage: The file is missing, empty, truncated, corrupt, not an image, or beyond MAX_BYTES, MAX_PIXELS,
+            MAX_SCANS or MAX_TEXT.
+        RunFailure: The machine is at fault: no memory, or a disk that fails.
     """
     return decode_image(read_bytes(path, name), name, at_least, upright=upright)
 
 
 def read_bytes(path: str | os.PathLike[str], name: str) -> bytes:
-    """The content of a file of at most MAX_BYTES. Raises UnreadableImage as :func:`read_image` does."""
-    with unreadable_on_failure(name, path), open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        check_bytes(size, name)
-        return file.read(size + 1)  # not read(): a device file never ends
+    """The content of a regular file of at most MAX_BYTES. Raises as :func:`read_image` does."""
+    with unreadable_on_failure(name, path):
+        return retried(lambda: _content(path, name), os.fspath(path))
+
+
+def _content(path: str | os.PathLike[str], name: str) -> bytes:
+    # A pipe without a writer would block open() forever.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImage(name, "a folder, pipe or device, not a file")
+        check_bytes(status.st_size, name)
+        return file.read(status.st_size + 1)  # not read(): some files that report no size never end
 
 
 def check_bytes(size: int, name: str) -> None:
     """Raises UnreadableImage if a file of ``size`` bytes is too large."""
     if size > MAX_BYTES:
-        raise UnreadableImage(name, f"{size} bytes; the limit is {MAX_BYTES}")
+        raise UnreadableImage(name, f"{size} bytes ({BYTES_VARIABLE} allows more); the limit is {MAX_BYTES}")
 
 
 def decode_image(data: bytes, name: str, at_least: int | None = None, *, upright: bool = True) -> Image.Image:
     """Decode the bytes of a file to an RGB image; see :func:`read_image`."""
     min_size = None if at_least is None else (at_least, at_least)
-    with unreadable_on_failure(name), _opened(data, name) as image:
+    with unreadable_on_failure(name), opened(data, name) as image:
         return _decode(image, name, min_size, upright)
+
+
+def stored_size(data: bytes, name: str) -> tuple[str, int, int]:
+    """Format, width and height, in pixels as they are stored, without decoding. Raises UnreadableImage."""
+    with unreadable_on_failure(name), opened(data, name) as image:
+        # Pillow swaps the sides of TIFFs only.
+        swapped = image.format == "TIFF" and _orientation(image) >= 5
+        width, height = image.size[::-1] if swapped else image.size
+        return image.format or "?", width, height
+
+
+def orientation_of(data: bytes, name: str) -> int:
+    """The EXIF orientation of an image, 1..8. Raises UnreadableImage."""
+    with unreadable_on_failure(name), opened(data, name) as image:
+        return _orientation(image)
 
 
 def open_image(data: bytes, name: str) -> Image.Image | UndecodedJpeg:
     """Open an image: a JPEG undecoded, any other format in RGB and upright. Raises UnreadableImage."""
-    with unreadable_on_failure(name), _without_warnings():
+    with unreadable_on_failure(name), _strict_pillow():
         image = _open(data, name)
         if image.format in _JPEG:
             return UndecodedJpeg(data, name, image)
@@ -142,11 +189,11 @@ class UndecodedJpeg:
     def decode(self, fraction: int = 1) -> Image.Image:
         """Decode to RGB, upright, both sides divided by 1, 2, 4 or 8 and rounded up. Raises UnreadableImage."""
         min_size = None if fraction == 1 else (self._stored[0] // fraction, self._stored[1] // fraction)
-        with unreadable_on_failure(self.name), _without_warnings():
+        with unreadable_on_failure(self.name), _strict_pillow():
             image = self._opened or _open(self._data, self.name)
             self._opened = None  # Pillow decodes an opened image only once
             with image:
-                return _decode(image, self.name, min_size, upright=True)
+                return _turned(_decode(image, self.name, min_size, upright=False), self._orientation)
 
     def resized_crop(
         self, box: tuple[int, int, int, int], size: tuple[int, int], resample: Image.Resampling
@@ -184,7 +231,7 @@ def decode_pixels(data: bytes, name: str, at_least: int | None = None) -> Tensor
     Raises:
         UnreadableImage: As :func:`read_image` does.
     """
-    with unreadable_on_failure(name), _opened(data, name) as image:
+    with unreadable_on_failure(name), opened(data, name) as image:
         if decode_jpeg is not None and _is_plain_jpeg(image, at_least):
             try:
                 decoded: Tensor = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
@@ -198,47 +245,71 @@ def decode_pixels(data: bytes, name: str, at_least: int | None = None) -> Tensor
 
 @contextmanager
 def unreadable_on_failure(name: str, path: str | os.PathLike[str] = "") -> Iterator[None]:
-    """Turn every exception into UnreadableImage, except shortages of memory and file descriptors.
+    """Turn every exception into UnreadableImage, except faults of the machine, which become RunFailure.
 
     Args:
         name: The image's name.
         path: The file's path, which is removed from the reason.
     """
     try:
-        yield
-    except (UnreadableImage, RunFailure):
+        with machine_faults(name):
+            yield
+    except (UnreadableImage, RunFailure, RunStopped, UserError):
         raise
     except Exception as error:  # decoders raise SyntaxError, struct.error, IndexError, ... on corrupt files
-        if isinstance(error, OSError) and error.errno in _RESOURCE_ERRORS:
-            raise
         raise UnreadableImage(name, _reason(error, path)) from None
 
 
 @contextmanager
-def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+def opened(data: bytes, name: str) -> Iterator[Image.Image]:
     """Pillow's image, opened but not decoded, after a check of its size."""
-    with _without_warnings(), _open(data, name) as image:
+    with _strict_pillow(), _open(data, name) as image:
         yield image
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silence warnings about metadata and about size, which is checked here."""
+def _strict_pillow() -> Iterator[None]:
+    """Set Pillow's global settings, which another library may have changed, to our bounds; silence its warnings."""
+    settings: tuple[tuple[Any, str, object], ...] = (
+        (ImageFile, "LOAD_TRUNCATED_IMAGES", False),  # a half-grey image is not data
+        (Image, "MAX_IMAGE_PIXELS", MAX_PIXELS),  # Pillow refuses twice as many
+        (PngImagePlugin, "MAX_TEXT_CHUNK", MAX_TEXT),
+        (PngImagePlugin, "MAX_TEXT_MEMORY", 64 * MAX_TEXT),
+    )
+    before = [getattr(module, name) for module, name, _ in settings]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        try:
+            for module, name, value in settings:
+                setattr(module, name, value)
+            yield
+        finally:
+            for (module, name, _), value in zip(settings, before, strict=True):
+                setattr(module, name, value)
 
 
 def _open(data: bytes, name: str) -> Image.Image:
     if not data:
         raise UnreadableImage(name, "empty file")
     check_bytes(len(data), name)
+    if data.startswith(_GIT_LFS):
+        raise UnreadableImage(name, "a Git LFS pointer, not the image itself; run `git lfs pull`")
+    if has_more_parts(data, MAX_PARTS):
+        raise UnreadableImage(
+            name, f"more than {MAX_PARTS} pieces of metadata ({PARTS_VARIABLE} allows more)"
+        )
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     image.decodermaxblock = len(data)  # one block, which avoids copies
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise UnreadableImage(name, f"{width} x {height} pixels; the limit is {MAX_PIXELS} pixels")
+        raise UnreadableImage(name, f"{width} x {height} pixels; {_pixel_limit()}")
+    if image.format in _JPEG and (scans := jpeg_scans(data, MAX_SCANS)) > MAX_SCANS:
+        raise UnreadableImage(name, f"{scans} scans; the limit is {MAX_SCANS} ({SCANS_VARIABLE} allows more)")
     return image
+
+
+def _pixel_limit() -> str:
+    return f"the limit is {MAX_PIXELS} pixels ({PIXELS_VARIABLE} allows more)"
 
 
 def _is_plain_jpeg(image: Image.Image, at_least: int | None) -> bool:
@@ -252,24 +323,38 @@ def _decode(image: Image.Image, name: str, min_size: tuple[int, int] | None, upr
     """Decode to RGB; a JPEG at the smallest fraction whose width and height are not below ``min_size``."""
     if min_size is not None:
         image.draft(None, min_size)  # formats other than JPEG ignore it
-    tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it; a half-grey image is not data
-    try:
-        image.load()
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
-    # After loading, because reading a PNG's metadata loads the image, and a failure there leaves a blank image.
-    turn = _UPRIGHT.get(_orientation(image)) if upright else None
+    by_pillow = (
+        _orientation(image) if image.format == "TIFF" else 1
+    )  # Pillow turns only TIFFs, while it loads them
+    image.load()
     # A JPEG's pixels survive the closing of its file. A copy would take a tenth of the decoding time.
     rgb = image if image.format == "JPEG" and image.mode == "RGB" else to_rgb(image, name)
-    return rgb if turn is None else rgb.transpose(turn)
+    if upright:
+        # After loading, because reading a PNG's metadata loads the image, and a failure there leaves a blank image.
+        return _turned(rgb, _orientation(image))
+    return rgb if by_pillow == 1 else rgb.transpose(_UNDONE[by_pillow])
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
 
 
 def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1..8. Cameras and programs also write other values, which mean nothing."""
     try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return int(value or 1) if value in range(1, 9) else 1
+    except MemoryError:
+        raise
     except Exception:  # broken metadata does not make the pixels unreadable
         return 1
+
+
+def upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Convert an image that somebody else opened to RGB, upright. Raises UnreadableImage."""
+    with unreadable_on_failure(name), _strict_pillow():
+        image.load()
+        return _turned(to_rgb(image, name), _orientation(image))
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -278,15 +363,12 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         return image.copy()  # the original is closed with its file
     if image.mode == "F":
         raise UnreadableImage(name, "floating-point pixels have no known range")
+    if image.mode == "I" and image.getextrema()[1] <= 255:  # type: ignore[operator]
+        return by_bands(image, lambda band: from_levels(band, shift=0))
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        wide = image.mode != "I" or values.max() > 255
-        levels = values.clip(0, 65535) >> 8 if wide else values.clip(0)
-        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+        return by_bands(image, lambda band: from_levels(band, shift=8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return by_bands(image, over_white)
     return image.convert("RGB")
 
 
@@ -296,7 +378,9 @@ def _reason(error: Exception, path: str | os.PathLike[str]) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image in a supported format"
     if isinstance(error, Image.DecompressionBombError):
-        return f"more than {MAX_PIXELS} pixels"
+        return f"more than twice as many pixels as allowed; {_pixel_limit()}"
+    if isinstance(error, ValueError) and "MAX_TEXT" in str(error):
+        return f"a text or colour profile expands to more than {MAX_TEXT} bytes ({TEXT_VARIABLE} allows more)"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = " ".join(text.replace(str(path), "").split() if str(path) else text.split())
     return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -19,6 +19,7 @@ from localign.data.decoding import UnreadableImage
 from localign.data.sources import ImageSource
 from localign.data.stream import SampleStream, sample_stream
 from localign.data.transforms import TrainTransform
+from localign.data.untrusted.faults import machine_faults
 from localign.data.workers import data_loader, served
 from localign.errors import UserError
 
@@ -113,7 +114,7 @@ class StreamReader(ABC, Dataset[_Fetched]):
 
     @abstractmethod
     def read(self, index: int, position: int) -> Any:
-        """Read one sample. Raises UnreadableImage if the sample is unusable."""
+        """Read one sample. Raises UnreadableImage if the sample is unusable; a lack of memory ends the run."""
 
     @abstractmethod
     def collate(self, samples: list[Any], positions: Tensor, indices: Tensor) -> Any:
@@ -132,7 +133,8 @@ class StreamReader(ABC, Dataset[_Fetched]):
             values.append(sample[0])
             indices.append(sample[1])
         positions = torch.tensor([position for position, _ in samples], dtype=torch.int64)
-        batch = self.collate(values, positions, torch.tensor(indices, dtype=torch.int64))
+        with machine_faults(f"the batch at position {samples[0][0]}"):
+            batch = self.collate(values, positions, torch.tensor(indices, dtype=torch.int64))
         return _Fetched(batch, list(bad.items()), None)
 
     def _read_or_replace(self, position: int, index: int, bad: dict[str, str]) -> tuple[Any, int] | None:
@@ -141,7 +143,8 @@ class StreamReader(ABC, Dataset[_Fetched]):
             if attempt:
                 index = replacement(self.seed, position, attempt, self.length)
             try:
-                return self.read(index, position), index
+                with machine_faults(f"the sample at position {position}"):
+                    return self.read(index, position), index
             except UnreadableImage as error:
                 bad[error.name] = error.reason
         return None
@@ -172,12 +175,14 @@ class _OrderedReader(Dataset[_Fetched]):
         if not images:
             return _Fetched(None, list(bad.items()), None)
         read = torch.tensor(list(images), dtype=torch.int64)
-        batch = Batch(torch.stack(list(images.values())), read, read.clone(), ())
+        with machine_faults(f"the batch at image {samples[0]}"):
+            batch = Batch(torch.stack(list(images.values())), read, read.clone(), ())
         return _Fetched(batch, list(bad.items()), None)
 
     def _read(self, index: int, bad: dict[str, str]) -> Tensor | None:
         try:
-            return self.transform(self.source.load(index))
+            with machine_faults(f"image {index}"):
+                return self.transform(self.source.load(index))
         except UnreadableImage as error:
             bad[error.name] = error.reason
         return None

@@ -80,8 +80,9 @@ def served(loader: DataLoader[T]) -> Iterator[T]:
         signal.signal(signal.SIGCHLD, handler)
     try:
         yield from iterator
-    except RunFailure as error:  # raised in a live worker, so its text includes a traceback
-        raise RunFailure(str(error).strip().rpartition(f"{RunFailure.__module__}.RunFailure: ")[2]) from None
+    except (RunFailure, UserError) as error:  # raised in a live worker, so its text includes a traceback
+        kind = RunFailure if isinstance(error, RunFailure) else UserError
+        raise kind(str(error).strip().rpartition(f"{kind.__module__}.{kind.__name__}: ")[2]) from None
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
         first = str(error).partition("\n")[0]
         other = isinstance(error, RuntimeError) and not first.startswith("DataLoader worker")

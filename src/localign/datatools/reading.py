@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from localign.data.image_source import ImageSource
-from localign.data.sources import EncodedSource, ExcludingSource, MixtureSource, open_source
+from localign.data.sources import EncodedSource, ExcludingSource, FolderSource, MixtureSource, open_source
 from localign.errors import UserError
 
 
@@ -16,6 +18,9 @@ def open_files(spec: str, exclude: str | None = None) -> ImageSource:
     source = open_source(spec, exclude=exclude)
     if isinstance(source, MixtureSource):
         raise UserError(f"{spec} is a mixture; run the command on each of its sources instead")
+    inner = source.source if isinstance(source, ExcludingSource) else source
+    if isinstance(inner, FolderSource) and inner.notice:
+        print(f"data       {inner.notice}", file=sys.stderr)
     return source
 
 

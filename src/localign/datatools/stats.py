@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +11,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from localign.data.classification import ClassLabels, labels_of
-from localign.data.decoding import FORMATS, UnreadableImage, unreadable_on_failure
+from localign.data.decoding import UnreadableImage, stored_size
 from localign.data.image_source import ImageSource
 from localign.data.parallel import in_processes, parts
 from localign.datatools.reading import encoded_image, open_files
@@ -51,10 +48,7 @@ class _HeaderReader:
         for index in self.indices[slice(*part)]:
             try:
                 data = encoded_image(self.source, index)
-                with unreadable_on_failure(""), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                        headers.append((image.format or "?", *image.size, len(data)))
+                headers.append((*stored_size(data, self.source.name(index)), len(data)))
             except UnreadableImage:
                 headers.append(("", 0, 0, 0))
         return headers

@@ -164,7 +164,7 @@ class ProbeCommandConfig:
 
     GROUPS: ClassVar[Mapping[str, str]] = {
         "Model": "backbone weights image_size model_kwargs",
-        "Data": "data train_scenes test_scenes things_only",
+        "Data": "data train_scenes test_scenes things_only ignore",
         "Heads": "heads tasks protocol seeds",
         "Optimisation": "epochs steps batch_size lr",
         "Features": "cache cache_dir cache_dtype",
@@ -179,6 +179,9 @@ class ProbeCommandConfig:
     masks/ (each with train and val)."""
     things_only: bool = False
     """COCO-Stuff only: treat stuff as unlabeled."""
+    ignore: int | None = None
+    """Value of label map pixels that belong to no class and count nowhere; default: the key "ignore" of classes.json,
+    else 255 if that is not a class."""
     out: str = "runs/probe"
     """Folder for results.json, tables, figures and report.html."""
     heads: tuple[str, ...] = ("transformer", "mlp", "linear")
@@ -231,6 +234,8 @@ class ProbeCommandConfig:
             raise UserError(f"--cache-dir has no effect with --cache {self.cache}")
         if self.data != "scenes" and (self.train_scenes is not None or self.test_scenes is not None):
             raise UserError("--train-scenes and --test-scenes apply to --data scenes only")
+        if self.ignore is not None and self.data == "scenes":
+            raise UserError("--ignore applies to folders of label maps only, not to --data scenes")
         self.named_backbones()
         self.probe_config()
 

@@ -113,7 +113,7 @@ class DiskFeatures:
 
     def __init__(self, folder: Path, extraction: Extraction, shard_images: int) -> None:
         self.extraction, self.context, self.shard_images = extraction, extraction.context, shard_images
-        self.classes, self.codes = extraction.classes, extraction.codes
+        self.classes, self.codes, self.ignores = extraction.classes, extraction.codes, extraction.ignores
         shards = range(-(-len(self) // shard_images))
         self._shards = [_read_shard(_shard_path(folder, shard)) for shard in shards]
 
@@ -144,7 +144,8 @@ class DiskFeatures:
                 target[in_shard] = self._shards[shard][name][within[in_shard]]
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         tokens = tensors.pop("features").view(self.extraction.dtype)
-        return tokens, PackedLabels(**tensors, classes=self.classes, codes=self.codes)
+        partial = self.ignores and int(arrays["majority"].min(initial=0)) < 0
+        return tokens, PackedLabels(**tensors, classes=self.classes, codes=self.codes, partial=partial)
 
 
 def extract_to_disk(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ KINDS = ("thing", "stuff", "other")
 
 COCO_STUFF_THINGS = 91
 """The last thing among COCO-Stuff's 183 classes: 1 to 91 are things, 92 to 182 are stuff."""
+
+IGNORED = 255
+"""The value of pixels to ignore, unless it is a class or another value is given."""
 
 LARGEST_ID = 65_535
 """Largest class id. Label maps are images of at most 16 bits."""
@@ -36,20 +40,51 @@ class ClassTable:
     """One of ``KINDS`` by class id; None if unknown."""
     values: str = ""
     """The allowed pixel values in words, for error lines."""
+    ignore: int | None = None
+    """The value of pixels that belong to no class and count nowhere."""
+
+    def ignoring(self, value: int | None) -> ClassTable:
+        """The table with another value of pixels to ignore, even if that value has a class.
+
+        Raises:
+            UserError: No pixel can have the value.
+        """
+        if value is not None and not 0 <= value <= LARGEST_ID:
+            raise UserError(f"the value to ignore must lie within 0..{LARGEST_ID}, not {value}")
+        return replace(self, ignore=value)
+
+    @cached_property
+    def _codes(self) -> NDArray[np.int32]:
+        """The class id of every pixel value, and the number of classes for the value to ignore."""
+        if self.ignore is None:
+            return self.ids
+        codes = np.full(max(len(self.ids), self.ignore + 1), -1, dtype=np.int32)
+        codes[: len(self.ids)] = self.ids
+        codes[self.ignore] = len(self.names)
+        return codes
 
     def classes_of(self, values: NDArray[Any]) -> NDArray[Any]:
-        """The class ids of pixel values: uint8 for at most 256 classes, else int32.
+        """The class ids of pixel values, and the number of classes for pixels to ignore.
+
+        Returns:
+            uint8 if that allows all ids, else int32.
 
         Raises:
             ValueError: Values without a class; the error's only argument is a list of the first five.
         """
-        known = len(self.ids)
+        known = len(self._codes)
         if int(values.min()) >= 0 and int(values.max()) < known:
-            ids: NDArray[Any] = self.ids[values]
+            ids: NDArray[Any] = self._codes[values]
             if int(ids.min()) >= 0:
-                return ids.astype(np.uint8) if len(self.names) <= 256 else ids
+                return ids.astype(np.uint8) if len(self.names) + (self.ignore is not None) <= 256 else ids
         found = np.unique(values).tolist()
-        raise ValueError([v for v in found if not (0 <= v < known and self.ids[v] >= 0)][:5])
+        raise ValueError([v for v in found if not (0 <= v < known and self._codes[v] >= 0)][:5])
+
+
+def _with_default(table: ClassTable) -> ClassTable:
+    """The table, ignoring ``IGNORED`` unless that value is a class."""
+    has_class = len(table.ids) > IGNORED and table.ids[IGNORED] >= 0
+    return table if has_class else replace(table, ignore=IGNORED)
 
 
 def class_table(classes: str | Path | Mapping[Any, Any] | Sequence[Any]) -> ClassTable:
@@ -58,7 +93,8 @@ def class_table(classes: str | Path | Mapping[Any, Any] | Sequence[Any]) -> Clas
     Args:
         classes: A JSON file or a mapping from id to class, or a list of classes in the order of their ids. A class is
             its name, or ``{"name": ..., "kind": "thing" | "stuff" | "other"}``. Ids may have gaps: no pixel may have
-            an id in a gap. If any class has a kind, classes without a kind are "other".
+            an id in a gap. If any class has a kind, classes without a kind are "other". The key ``"ignore"`` of a
+            mapping gives the value of pixels to ignore, null for none; default 255 if that is not a class.
 
     Raises:
         UserError: The file cannot be read, an id is not a number or out of range, or a kind is unknown.
@@ -74,19 +110,23 @@ def class_table(classes: str | Path | Mapping[Any, Any] | Sequence[Any]) -> Clas
                 f"cannot read {description}: {getattr(error, 'strerror', None) or error}"
             ) from None
     try:
-        pairs = entries.items() if isinstance(entries, Mapping) else enumerate(entries)
-        table = {int(key): _name_and_kind(entry) for key, entry in pairs}
+        pairs = dict(entries.items() if isinstance(entries, Mapping) else enumerate(entries))
+        has_ignore, ignore = "ignore" in pairs, pairs.pop("ignore", None)
+        if ignore is not None and type(ignore) is not int:
+            raise ValueError(f"the value to ignore is a number or null, not {json.dumps(ignore):.60}")
+        table = {int(key): _name_and_kind(entry) for key, entry in pairs.items()}
     except (ValueError, TypeError) as error:
         raise UserError(f"{description} needs ids and names: {error}") from None
     if not table or min(table) < 0 or max(table) > LARGEST_ID:
         raise UserError(f"{description} needs at least one id, and all ids within 0..{LARGEST_ID}")
     size = max(table) + 1
     kinds = tuple(table.get(i, ("", ""))[1] for i in range(size))
-    return ClassTable(
+    read = ClassTable(
         names=tuple(table[i][0] if i in table else f"(no class {i})" for i in range(size)),
         ids=np.array([i if i in table else -1 for i in range(size)], dtype=np.int32),
         kinds=tuple(kind or "other" for kind in kinds) if any(kinds) else None,
     )
+    return read.ignoring(ignore) if has_ignore else _with_default(read)
 
 
 def _name_and_kind(entry: Any) -> tuple[str, str]:
@@ -131,7 +171,8 @@ def ade20k(info: Path | None = None) -> ClassTable:
     found = names if info is None else (names[0], *_object_info(info, len(names) - 1))
     ids = np.full(256, -1, dtype=np.int32)
     ids[: len(names)] = np.arange(len(names))
-    return ClassTable(found, ids, kinds if found == names else None, f"the values 0..{len(names) - 1}")
+    words = f"the values 0..{len(names) - 1}"
+    return _with_default(ClassTable(found, ids, kinds if found == names else None, words))
 
 
 def _object_info(path: Path, count: int) -> list[str]:

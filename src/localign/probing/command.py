@@ -16,7 +16,7 @@ from localign.errors import UserError
 from localign.options.probe import ProbeCommandConfig, file_name
 from localign.pictures import save_predictions
 from localign.probing import Probed, probe_heads
-from localign.probing.datasets import open_labelled
+from localign.probing.datasets import Split, open_labelled
 from localign.probing.suite import TEST_SOURCE, differences
 from localign.report import build_report
 from localign.report.probing import write_probe_report
@@ -72,11 +72,9 @@ def _probe_all(config: ProbeCommandConfig, context: DistributedContext) -> Resul
     clock = Stopwatch()
     probe_config = config.probe_config()
     backbones = load_backbones(config)
-    train = open_labelled(
-        config.data, "train", scenes=config.train_scenes or TRAIN_SCENES, things_only=config.things_only
-    )
-    test = open_labelled(
-        config.data, "test", scenes=config.test_scenes or TEST_SCENES, things_only=config.things_only
+    train, test = (
+        open_labelled(config.data, split, scenes=scenes, things_only=config.things_only, ignore=config.ignore)
+        for split, scenes in _splits(config)
     )
     folder = Path(config.out)
     cache = Path(config.cache_dir) if config.cache_dir is not None else folder / "cache"
@@ -124,6 +122,11 @@ def _probe_all(config: ProbeCommandConfig, context: DistributedContext) -> Resul
         save_predictions(folder, backbones, probed, test)
         run_folder.write_results(folder, content)
     return content
+
+
+def _splits(config: ProbeCommandConfig) -> tuple[tuple[Split, int], tuple[Split, int]]:
+    """The splits to train and to report on, each with its number of scenes."""
+    return ("train", config.train_scenes or TRAIN_SCENES), ("test", config.test_scenes or TEST_SCENES)
 
 
 def _notes(config: ProbeCommandConfig, outcome: ProbeOutcome) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from localign.data.cached_scenes import CachedScenes
 from localign.data.sources import UnreadableImage
 from localign.errors import UserError, did_you_mean
-from localign.probing.classes import ade20k, class_table, coco_stuff
+from localign.probing.classes import ClassTable, ade20k, class_table, coco_stuff
 from localign.probing.segmentation import MAP_SUFFIX, AttributeLabels, FolderSegmentation, LabelledSource
 
 Split = Literal["train", "val", "test"]
@@ -26,7 +26,12 @@ COCO_MAPS = ("stuffthingmaps/{part}", "stuffthingmaps_trainval2017/{part}", "ann
 
 
 def open_labelled(
-    data: str | os.PathLike[str], split: Split, *, scenes: int = 4000, things_only: bool = False
+    data: str | os.PathLike[str],
+    split: Split,
+    *,
+    scenes: int = 4000,
+    things_only: bool = False,
+    ignore: int | None = None,
 ) -> LabelledSource:
     """One split of a labelled data set.
 
@@ -50,10 +55,12 @@ def open_labelled(
         split: ``train``, ``val`` or ``test``.
         scenes: Number of scenes.
         things_only: Treat stuff as unlabeled, which leaves 92 classes; for COCO-Stuff only.
+        ignore: Value of the label map's pixels that belong to no class and count nowhere, even if that value has a
+            class; for folders only. Default: what ``classes.json`` says, else 255 if that is not a class.
 
     Raises:
         UserError: There is no such data set, a folder is missing or empty, an image has no label map, the first image
-            or label map is bad, or ``things_only`` does not apply.
+            or label map is bad, or ``things_only`` or ``ignore`` does not apply.
     """
     if split not in get_args(Split):
         raise UserError(f"unknown split {split!r}; known: {', '.join(get_args(Split))}")
@@ -61,8 +68,10 @@ def open_labelled(
     if things_only and layout != "coco":
         raise UserError(f"--things-only applies to COCO-Stuff only, not to {data}")
     if layout == "scenes":
+        if ignore is not None:
+            raise UserError("--ignore applies to label maps in folders only, not to scenes")
         return labelled_scenes(split, scenes)
-    return _first_pair_checked(LAYOUTS[layout](root, split, things_only))
+    return _first_pair_checked(LAYOUTS[layout](root, split, things_only, ignore))
 
 
 def labelled_scenes(split: Split, length: int) -> AttributeLabels:
@@ -114,7 +123,7 @@ def _layout(root: Path) -> str | None:
     return None
 
 
-def _folder(root: Path, split: str, things_only: bool) -> FolderSegmentation:
+def _folder(root: Path, split: str, things_only: bool, ignore: int | None) -> FolderSegmentation:
     part = "val" if split == "test" else split
     found = sorted(path for path in root.glob(f"images/{part}*") if path.is_dir())
     if not found:
@@ -123,28 +132,34 @@ def _folder(root: Path, split: str, things_only: bool) -> FolderSegmentation:
         names = ", ".join(path.name for path in found)
         raise UserError(f"{root / 'images'} has several folders for {part}: {names}; keep one")
     masks = _existing(root, (f"masks/{found[0].name}",), "label maps")
-    return FolderSegmentation(found[0], masks, class_table(root / "classes.json"))
+    return FolderSegmentation(found[0], masks, _ignoring(class_table(root / "classes.json"), ignore))
 
 
-def _coco(root: Path, split: str, things_only: bool) -> FolderSegmentation:
+def _coco(root: Path, split: str, things_only: bool, ignore: int | None) -> FolderSegmentation:
     part = COCO_PARTS[split]
     images = _existing(root, [place.format(part=part) for place in COCO_IMAGES], "COCO images")
     places = [place.format(part=part) for place in COCO_MAPS]
     if images == root / part and not any(name.lower().endswith(MAP_SUFFIX) for name in os.listdir(images)):
         places.remove(part)  # the folder holds photographs only
     maps = _existing(root, places, "COCO-Stuff pixel maps")
-    return FolderSegmentation(images, maps, coco_stuff(things_only=things_only), kind="coco-stuff")
+    table = _ignoring(coco_stuff(things_only=things_only), ignore)
+    return FolderSegmentation(images, maps, table, kind="coco-stuff")
 
 
-def _ade20k(root: Path, split: str, things_only: bool) -> FolderSegmentation:
+def _ade20k(root: Path, split: str, things_only: bool, ignore: int | None) -> FolderSegmentation:
     part = ADE20K_PARTS[split]
     images = _existing(root, (f"images/{part}",), "ADE20k images")
     maps = _existing(root, (f"annotations/{part}",), "ADE20k label maps")
     info = root / "objectInfo150.txt"
-    return FolderSegmentation(images, maps, ade20k(info if info.exists() else None), kind="ade20k")
+    table = _ignoring(ade20k(info if info.exists() else None), ignore)
+    return FolderSegmentation(images, maps, table, kind="ade20k")
 
 
-LAYOUTS: dict[str, Callable[[Path, str, bool], FolderSegmentation]] = {
+def _ignoring(table: ClassTable, ignore: int | None) -> ClassTable:
+    return table if ignore is None else table.ignoring(ignore)
+
+
+LAYOUTS: dict[str, Callable[[Path, str, bool, int | None], FolderSegmentation]] = {
     "folder": _folder,
     "coco": _coco,
     "ade20k": _ade20k,

@@ -103,8 +103,8 @@ def _count(
     if isinstance(counts, MajorityCounts):
         return counts.update(logits, labels.majority)
     if task == "local":
-        return counts.update(logits, labels.patch)
-    return counts.update(logits, labels.image, labels.patch)
+        return counts.update(logits, labels.patch, counted=labels.counted)
+    return counts.update(logits, labels.image, labels.patch, labels.counted)
 
 
 class BestEpochs:

@@ -29,7 +29,7 @@ from localign.engine.distributed import DistributedContext
 from localign.errors import RunFailure, UserError
 from localign.probing.heads import Geometry
 from localign.probing.labels import PatchLabels, reduce_labels
-from localign.probing.segmentation import LabelledSource, attribute_table, labelled_batches
+from localign.probing.segmentation import LabelledSource, attribute_table, ignores_pixels, labelled_batches
 
 if TYPE_CHECKING:
     from localign.backbones.backbone import Backbone
@@ -54,6 +54,8 @@ class Features(Protocol):
     """Number of classes of the local and the global task."""
     codes: int
     """Number of classes of the majority task."""
+    ignores: bool
+    """Whether label maps may hold pixels to ignore; the same on all ranks."""
 
     def __len__(self) -> int:
         """Number of images over all ranks."""
@@ -77,15 +79,18 @@ class PackedLabels:
     image: Tensor
     """uint8 ``(N, ceil(C / 8))``."""
     majority: Tensor
-    """int16 ``(N, n)``."""
+    """int16 ``(N, n)``, int32 for more than 32,768 codes."""
     classes: int
     codes: int
+    partial: bool = False
+    """As for :class:`PatchLabels`."""
 
     @staticmethod
     def pack(labels: PatchLabels) -> PackedLabels:
         """Pack targets, on their device."""
-        packed = (_pack(labels.patch), _pack(labels.image), labels.majority.short())
-        return PackedLabels(*packed, labels.classes, labels.codes)
+        majority = labels.majority.to(torch.int16 if labels.codes <= 2**15 else torch.int32)
+        patch, image = _pack(labels.patch), _pack(labels.image)
+        return PackedLabels(patch, image, majority, labels.classes, labels.codes, labels.partial)
 
     def __getitem__(self, rows: slice | Tensor) -> PackedLabels:
         return self._each(lambda t: t[rows])
@@ -98,7 +103,7 @@ class PackedLabels:
         """The targets on a device, as losses and metrics take them."""
         packed = self.to(device)
         patch, image = _unpack(packed.patch, self.classes), _unpack(packed.image, self.classes)
-        return PatchLabels(patch, image, packed.majority.long(), self.codes)
+        return PatchLabels(patch, image, packed.majority.long(), self.codes, self.partial)
 
     def tensors(self) -> dict[str, Tensor]:
         """The three tensors by the names of the constructor's arguments."""
@@ -109,11 +114,12 @@ class PackedLabels:
         """Concatenate the targets of several batches."""
         tensors = [p.tensors() for p in parts]
         joined = {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
-        return PackedLabels(**joined, classes=parts[0].classes, codes=parts[0].codes)
+        first, partial = parts[0], any(p.partial for p in parts)
+        return PackedLabels(**joined, classes=first.classes, codes=first.codes, partial=partial)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> PackedLabels:
-        tensors = {name: function(t) for name, t in self.tensors().items()}
-        return PackedLabels(**tensors, classes=self.classes, codes=self.codes)
+        patch, image, majority = function(self.patch), function(self.image), function(self.majority)
+        return PackedLabels(patch, image, majority, self.classes, self.codes, self.partial)
 
 
 def _pack(flags: Tensor) -> Tensor:
@@ -134,7 +140,7 @@ class SubsetSource:
     def __init__(self, source: LabelledSource, rows: Rows) -> None:
         self.source, self.rows = source, rows
         self.kind, self.classes, self.class_kinds = source.kind, source.classes, source.class_kinds
-        self.attributes = source.attributes
+        self.attributes, self.ignores = source.attributes, ignores_pixels(source)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -181,6 +187,11 @@ class Extraction:
         return attribute_table(self.source)
 
     @property
+    def ignores(self) -> bool:
+        """Whether label maps may hold pixels to ignore."""
+        return ignores_pixels(self.source)
+
+    @property
     def codes(self) -> int:
         """Number of values that a pixel can have, and of classes of the majority task."""
         return self.classes if self.table is None else len(self.table)
@@ -195,8 +206,8 @@ class Extraction:
     def bytes_per_image(self) -> int:
         """Bytes of an image's stored features and targets."""
         tokens, width = self.token_shape
-        labels = (self.backbone.num_patches + 1) * -(-self.classes // 8) + 2 * self.backbone.num_patches
-        return tokens * width * self.dtype.itemsize + labels
+        patches = self.backbone.num_patches
+        return tokens * width * self.dtype.itemsize + (patches + 1) * -(-self.classes // 8) + 2 * patches
 
     @torch.no_grad()
     def run(self, rows: Rows, batch: int) -> Iterator[Batch]:
@@ -215,7 +226,8 @@ class Extraction:
         ):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
                 tokens = self.backbone.tokens(self.backbone.normalise(images.to(device)))
-            yield tokens, reduce_labels(maps, self.backbone.patch_size, self.classes, table)
+            labels = reduce_labels(maps, self.backbone.patch_size, self.classes, table, ignores=self.ignores)
+            yield tokens, labels
 
     def stored(self, rows: Rows, batch: int | None = None) -> Iterator[tuple[Tensor, PackedLabels]]:
         """Tokens in :attr:`dtype` on the context's device, and packed targets on the CPU, to be stored.
@@ -269,7 +281,7 @@ class LiveFeatures:
 
     def __init__(self, extraction: Extraction) -> None:
         self.extraction, self.context = extraction, extraction.context
-        self.classes, self.codes = extraction.classes, extraction.codes
+        self.classes, self.codes, self.ignores = extraction.classes, extraction.codes, extraction.ignores
 
     def __len__(self) -> int:
         return len(self.extraction.source)
@@ -300,6 +312,7 @@ class MemoryFeatures:
         device: Device of the batches; the features stay on their own device.
         count: Number of images over all ranks; default N.
         first: Index of this rank's first image.
+        ignores: Whether the label maps of any rank may hold pixels to ignore.
     """
 
     def __init__(
@@ -309,10 +322,11 @@ class MemoryFeatures:
         device: torch.device | str = "cpu",
         count: int | None = None,
         first: int = 0,
+        ignores: bool = False,
     ) -> None:
         self.features, self.labels, self.device = features, labels, torch.device(device)
         self.count, self.first = len(features) if count is None else count, first
-        self.classes, self.codes = labels.classes, labels.codes
+        self.classes, self.codes, self.ignores = labels.classes, labels.codes, ignores or labels.partial
 
     def __len__(self) -> int:
         return self.count
@@ -363,17 +377,17 @@ def free_ram() -> int:
 
 
 def extract_to_memory(
-    extraction: Extraction, device: torch.device, on_progress: DoneCallback
+    extraction: Extraction, storage: torch.device, on_progress: DoneCallback
 ) -> MemoryFeatures:
     """Compute this rank's part of a source's features.
 
     Args:
         extraction: The backbone and the source.
-        device: Device that stores the features.
+        storage: Device that stores the features.
         on_progress: Called with how many images this rank has done, and how many it has to do.
     """
     rows = rank_part(len(extraction.source), extraction.context)
-    store = torch.empty(len(rows), *extraction.token_shape, dtype=extraction.dtype, device=device)
+    store = torch.empty(len(rows), *extraction.token_shape, dtype=extraction.dtype, device=storage)
     targets: list[PackedLabels] = []
     done = 0
     for tokens, labels in extraction.stored(rows):
@@ -381,5 +395,6 @@ def extract_to_memory(
         targets.append(labels)
         done += len(tokens)
         on_progress(done, len(rows))
-    labels = PackedLabels.cat(targets).to(device)
-    return MemoryFeatures(store, labels, extraction.context.device, len(extraction.source), int(rows[0]))
+    labels = PackedLabels.cat(targets).to(storage)
+    source, device = extraction.source, extraction.context.device
+    return MemoryFeatures(store, labels, device, len(source), int(rows[0]), extraction.ignores)

@@ -11,6 +11,7 @@ small rows of bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -32,6 +33,9 @@ class PatchLabels:
     """int64 ``(B, n)``, codes, target of the majority task."""
     codes: int
     """Number of codes, which is the number of classes of the majority task."""
+    partial: bool = False
+    """Whether patches may consist of ignored pixels only. Their majority is -1, they hold no class, and they count in
+    no loss and no metric."""
 
     def __len__(self) -> int:
         return len(self.patch)
@@ -41,23 +45,37 @@ class PatchLabels:
         """Number of classes of the local and the global task, C."""
         return self.patch.shape[-1]
 
+    @property
+    def counted(self) -> Tensor | None:
+        """bool ``(B, n)``, the patches that count; None if all do."""
+        return self.majority >= 0 if self.partial else None
+
     def __getitem__(self, rows: slice | Tensor) -> PatchLabels:
         """The targets of some images, given by a slice or int64 indices."""
-        return PatchLabels(self.patch[rows], self.image[rows], self.majority[rows], self.codes)
+        return self._each(lambda t: t[rows])
 
     def to(self, device: torch.device | str) -> PatchLabels:
         """The targets on another device."""
-        return PatchLabels(self.patch.to(device), self.image.to(device), self.majority.to(device), self.codes)
+        return self._each(lambda t: t.to(device))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> PatchLabels:
+        patch, image, majority = function(self.patch), function(self.image), function(self.majority)
+        return PatchLabels(patch, image, majority, self.codes, self.partial)
 
     @staticmethod
     def cat(parts: list[PatchLabels]) -> PatchLabels:
         """Concatenate the targets of several batches."""
         tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(parts[0])[:3]}
-        return PatchLabels(**tensors, codes=parts[0].codes)
+        return PatchLabels(**tensors, codes=parts[0].codes, partial=any(p.partial for p in parts))
 
 
 def reduce_labels(
-    maps: Tensor, patch_size: int | tuple[int, int], classes: int, attributes: Tensor | None = None
+    maps: Tensor,
+    patch_size: int | tuple[int, int],
+    classes: int,
+    attributes: Tensor | None = None,
+    *,
+    ignores: bool = False,
 ) -> PatchLabels:
     """All targets of a batch.
 
@@ -72,6 +90,7 @@ def reduce_labels(
         patch_size: Pixels, one number or (height, width).
         classes: Number of classes, C.
         attributes: bool ``(codes, C)``, the classes of every code. Without it, codes are class ids.
+        ignores: The code that follows the last code marks pixels to ignore: targets are those of the other pixels.
 
     Returns:
         The targets on the device of ``maps``, patches in row order.
@@ -79,9 +98,14 @@ def reduce_labels(
     Raises:
         ValueError: A code is out of range, or the maps are smaller than one patch.
     """
-    codes = _codes(maps, classes, attributes)
-    contents = _contents(_full_patches(maps, patch_size, codes), codes)
+    codes, largest = _codes(maps, classes, attributes, ignores)
+    ignored = largest == codes
+    pixels = _full_patches(maps, patch_size, codes + ignored)
+    contents = _contents(pixels, codes + ignored, ignored)
+    partial = ignored and int(contents[2].min()) < 0
     present, image, majority = (torch.from_numpy(a).to(maps.device) for a in contents)
+    if ignored:
+        present, image = present[..., :codes].contiguous(), image[..., :codes].contiguous()
     if attributes is not None:
         # Matrix products are exact in float32: no sum exceeds the number of codes.
         table = attributes.to(maps.device).float()
@@ -89,18 +113,18 @@ def reduce_labels(
     flat = present.view(-1, classes)
     unlabeled = flat[:, 0].nonzero()[:, 0]
     flat[unlabeled, 0] = flat[unlabeled].sum(dim=-1, dtype=torch.int32) == 1
-    return PatchLabels(present, image, majority, codes)
+    return PatchLabels(present, image, majority, codes, partial)
 
 
-def _codes(maps: Tensor, classes: int, attributes: Tensor | None) -> int:
-    """The number of codes. Checks that the maps hold codes in this range only."""
+def _codes(maps: Tensor, classes: int, attributes: Tensor | None, ignores: bool) -> tuple[int, int]:
+    """The number of codes, and the largest in the maps. Checks that the maps hold codes in this range only."""
     if attributes is not None and attributes.shape[1] != classes:
         raise ValueError(f"the attribute table has {attributes.shape[1]} classes, expected {classes}")
     codes = classes if attributes is None else len(attributes)
     low, high = (int(v) for v in maps.aminmax()) if maps.numel() else (0, 0)
-    if low < 0 or high >= codes:
+    if low < 0 or high >= codes + ignores:
         raise ValueError(f"the label maps hold the code {low if low < 0 else high}, outside 0..{codes - 1}")
-    return codes
+    return codes, high
 
 
 def _full_patches(maps: Tensor, patch_size: int | tuple[int, int], codes: int) -> NDArray[Any]:
@@ -116,9 +140,12 @@ def _full_patches(maps: Tensor, patch_size: int | tuple[int, int], codes: int) -
 
 
 def _contents(
-    pixels: NDArray[Any], codes: int
+    pixels: NDArray[Any], codes: int, ignored: bool
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.int64]]:
-    """The codes in each patch, ``(B, n, codes)``, and in each image, ``(B, codes)``, and the majority codes."""
+    """The codes in each patch, ``(B, n, codes)``, and in each image, ``(B, codes)``, and the majority codes.
+
+    If ``ignored``, the last code never is the majority; patches with that code only have the majority -1.
+    """
     batch, rows, height, columns, width = pixels.shape
     patches = rows * columns
     present = np.zeros((batch * patches, codes), dtype=bool)
@@ -131,12 +158,14 @@ def _contents(
     smallest, largest = (_reduce_patches(function, pixels) for function in (np.minimum, np.maximum))
     mark(np.arange(len(smallest)), smallest)
     majority = smallest.astype(np.int64)
+    if ignored:
+        majority[majority == codes - 1] = -1
     # From here on, all arrays are over the patches with more than one code.
     patch = np.flatnonzero(smallest != largest)
     area, code, top = _patch_pixels(pixels, patch), smallest[patch], largest[patch]
     mark(patch, top)
     scores = _scores(area, code, codes), _scores(area, top, codes)
-    best = np.maximum(*scores)
+    best = np.where(top == codes - 1, scores[0], np.maximum(*scores)) if ignored else np.maximum(*scores)
     uncounted = height * width - scores[0] // codes - scores[1] // codes
     while True:
         majority[patch] = codes - 1 - best % codes

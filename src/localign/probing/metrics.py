@@ -44,7 +44,11 @@ class MultiLabelCounts(_Sums):
         self._sums |= {"size_tp": zeros(SIZE_BINS), "size_positives": zeros(SIZE_BINS)}
 
     def update(
-        self, logits: Tensor, targets: Tensor, patch_targets: Tensor | None = None
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        patch_targets: Tensor | None = None,
+        counted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Add a batch of images.
 
@@ -54,16 +58,22 @@ class MultiLabelCounts(_Sums):
             targets: bool, the same shape.
             patch_targets: bool ``(B, n, C)``, the patches of each class, which give the object sizes. For patches the
                 default is ``targets``; for images nothing is counted by size without it.
+            counted: bool ``(B, n)``, the patches that count; all by default. An image counts if one of its patches
+                does.
 
         Returns:
             The true positives and the positives by image and class, each int64 ``(B, C)``.
         """
+        decisions = counted
         if logits.dim() == 2:
             logits, targets = logits[:, None], targets[:, None]
+            decisions = None if counted is None else counted.any(dim=1, keepdim=True)
         elif patch_targets is None:
             patch_targets = targets
         targets = targets.bool()
         predicted = logits > 0
+        if decisions is not None:
+            predicted, targets = predicted & decisions[..., None], targets & decisions[..., None]
         hits = (predicted & targets).sum(dim=1)  # (B, C)
         positives = targets.sum(dim=1)
         tp, fp, fn = hits.sum(0), predicted.sum(dim=(0, 1)), positives.sum(0)
@@ -72,13 +82,16 @@ class MultiLabelCounts(_Sums):
         sums["tp"] += tp
         sums["fp"] += fp
         sums["fn"] += fn
-        sums["tn"] += logits.shape[0] * logits.shape[1] - tp - fp - fn
+        total = logits.shape[0] * logits.shape[1] if decisions is None else decisions.sum()
+        sums["tn"] += total - tp - fp - fn
         if patch_targets is not None:
-            self._update_sizes(hits, positives, patch_targets)
+            patches = patch_targets.shape[1] if counted is None else counted.sum(1, keepdim=True).clamp(min=1)
+            self._update_sizes(hits, positives, patch_targets, patches)
         return hits, positives
 
-    def _update_sizes(self, hits: Tensor, positives: Tensor, patch_targets: Tensor) -> None:
-        patches = patch_targets.shape[1]
+    def _update_sizes(
+        self, hits: Tensor, positives: Tensor, patch_targets: Tensor, patches: int | Tensor
+    ) -> None:
         covered = patch_targets.bool().sum(dim=1)  # (B, C)
         # Integer division puts a share of exactly 2/10 into bin 1; float division might not.
         bins = torch.div(covered * SIZE_BINS - 1, patches, rounding_mode="floor").clamp_(min=0).view(-1)
@@ -134,7 +147,7 @@ class MajorityCounts(_Sums):
 
         Args:
             logits: ``(B, n, C)``.
-            targets: int64 ``(B, n)``.
+            targets: int64 ``(B, n)``; -1 for a patch that does not count.
 
         Returns:
             The true positives and the positives by image and class, each int64 ``(B, C)``.
@@ -142,9 +155,10 @@ class MajorityCounts(_Sums):
         predicted = logits.argmax(dim=-1)
         cells = torch.zeros(3, len(targets), logits.shape[-1], dtype=torch.int64, device=logits.device)
         hits, positives, chosen = cells
-        hits.scatter_add_(1, targets, (predicted == targets).long())
-        positives.scatter_add_(1, targets, torch.ones_like(targets))
-        chosen.scatter_add_(1, predicted, torch.ones_like(predicted))
+        counted, places = (targets >= 0).long(), targets.clamp(min=0)
+        hits.scatter_add_(1, places, (predicted == targets).long())
+        positives.scatter_add_(1, places, counted)
+        chosen.scatter_add_(1, predicted, counted)
         for name, value in zip(("tp", "positives", "predicted"), cells.sum(dim=1), strict=True):
             self._sums[name] += value
         return hits, positives

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -12,17 +13,22 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from localign.data.sources import SUFFIXES, UnreadableImage, read_image
+from localign.data.decoding import UnreadableImage, opened, read_bytes, read_image, unreadable_on_failure
+from localign.data.sources import SUFFIXES
 from localign.data.transforms import EvalTransform
+from localign.data.untrusted.walking import FILE, FOLDER, kind_of, skipped_line
 from localign.errors import UserError
-from localign.probing.classes import ClassTable, class_table
+from localign.probing.classes import IGNORED, ClassTable, class_table
+from localign.text.printing import printable
 
 MAP_SUFFIX = ".png"
 """File name ending of label maps; upper case is accepted too."""
+
+_PNG, _HEADER, _GREY = b"\x89PNG\r\n\x1a\n", b"IHDR", 0
 
 FINGERPRINTED = 256
 """Number of image and label map pairs whose bytes enter a data set's fingerprint."""
@@ -32,7 +38,8 @@ FINGERPRINTED = 256
 class LabelledSource(Protocol):
     """Random access to images with label maps. Sources are pickled for loader workers.
 
-    Subclasses of this class inherit the defaults of ``attributes`` and ``class_kinds``.
+    Subclasses of this class inherit the defaults of ``attributes`` and ``class_kinds``. A source may also have an
+    attribute ``ignores``: if it is True, the code that follows the last code marks pixels to ignore.
     """
 
     kind: str
@@ -72,6 +79,11 @@ def attribute_table(source: LabelledSource) -> Tensor | None:
     return None if source.attributes is None else torch.from_numpy(np.ascontiguousarray(source.attributes))
 
 
+def ignores_pixels(source: LabelledSource) -> bool:
+    """Whether the code that follows a source's last code marks pixels to ignore."""
+    return bool(getattr(source, "ignores", False))
+
+
 class AttributeLabels:
     """A source whose label maps hold codes that each belong to several classes.
 
@@ -90,6 +102,7 @@ class AttributeLabels:
         self.kind = source.kind
         self.classes = tuple(classes)
         self.attributes = table
+        self.ignores = ignores_pixels(source)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -113,8 +126,9 @@ class AttributeLabels:
 class FolderSegmentation:
     """Images in one folder and label maps of the same names in another: ``a.jpg`` and ``a.png``.
 
-    A label map is a single-channel PNG file. It belongs to the image's pixels as stored: EXIF orientation is ignored.
-    Opening lists each folder once and opens no image.
+    A label map is a PNG file, grey or with a palette, of 1 to 16 bits; its samples (or places in the palette) are taken
+    as the file stores them. It belongs to the image's pixels as stored: EXIF orientation is ignored.
+    Opening lists each folder once and opens no image. Pipes, sockets and devices are skipped.
 
     Args:
         images_dir: Folder of images, without subfolders. If it is also ``masks_dir``, its PNG files are label maps.
@@ -140,6 +154,7 @@ class FolderSegmentation:
         self.images_dir, self.masks_dir, self.kind = Path(images_dir), Path(masks_dir), kind
         self.table = classes if isinstance(classes, ClassTable) else class_table(classes)
         self.classes, self.class_kinds = self.table.names, self.table.kinds
+        self.ignores = self.table.ignore is not None
         self._images, self._masks = _pairs_of(self.images_dir, self.masks_dir)
         self._fingerprint: str | None = None
 
@@ -157,6 +172,8 @@ class FolderSegmentation:
     def load_labelled(self, index: int) -> tuple[Image.Image, NDArray[Any]]:
         """The image in RGB and its class ids ``(H, W)``, with the same dtype for all images.
 
+        Pixels to ignore have the number of classes.
+
         Raises:
             UnreadableImage: The image cannot be decoded.
             UserError: The label map cannot be decoded, differs from the image in size, has more than one channel, or
@@ -167,7 +184,7 @@ class FolderSegmentation:
         values = _read_values(path)
         if values.shape != (image.height, image.width):
             raise UserError(
-                f"the label map {path} has {values.shape[1]} x {values.shape[0]} pixels, "
+                f"the label map {printable(path)} has {values.shape[1]} x {values.shape[0]} pixels, "
                 f"its image {image.width} x {image.height}"
             )
         try:
@@ -175,7 +192,8 @@ class FolderSegmentation:
         except ValueError as error:
             allowed = f"; the table has {self.table.values}" if self.table.values else ""
             raise UserError(
-                f"the label map {path} holds values that are not in the class table: {error.args[0]}{allowed}"
+                f"the label map {printable(path)} holds values that are not in the class table (--ignore leaves out "
+                f"the pixels of one value): {error.args[0]}{allowed}"
             ) from None
 
     def fingerprint(self) -> str:
@@ -189,7 +207,10 @@ class FolderSegmentation:
             UserError: A file cannot be read.
         """
         if self._fingerprint is None:
-            text = json.dumps([self.kind, self._images, self.classes, self.table.ids.tolist()])
+            content = [self.kind, self._images, self.classes, self.table.ids.tolist()]
+            if self.table.ignore not in (None, IGNORED):  # without the default, older fingerprints stay valid
+                content.append(self.table.ignore)
+            text = json.dumps(content)
             digest = hashlib.blake2b(text.encode(), digest_size=8)
             for index in np.unique(np.linspace(0, len(self) - 1, FINGERPRINTED).round().astype(int)).tolist():
                 for path in (self.images_dir / self._images[index], self.masks_dir / self._masks[index]):
@@ -227,30 +248,43 @@ def _pairs_of(images_dir: Path, masks_dir: Path) -> tuple[list[str], list[str]]:
 
 
 def _listing(folder: Path) -> list[str]:
+    """The names of all files in a folder."""
     try:
-        return [entry for entry in os.listdir(folder) if not entry.startswith(".")]
+        with os.scandir(folder) as entries:
+            kinds = {entry.name: kind_of(entry) for entry in entries if not entry.name.startswith(".")}
     except OSError as error:
-        raise UserError(f"cannot list the folder {folder}: {error.strerror}") from None
+        raise UserError(f"cannot list the folder {printable(folder)}: {error.strerror}") from None
+    special = [(name, kind) for name, kind in sorted(kinds.items()) if kind not in (FILE, FOLDER)]
+    if special:
+        print(f"data       {skipped_line(special, 'file')} in {printable(folder)}", file=sys.stderr)
+    return [name for name, kind in kinds.items() if kind == FILE]
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        return read_bytes(path, printable(path))
+    except UnreadableImage as error:
+        raise UserError(f"cannot read {error}") from None
 
 
 def _read_values(path: Path) -> NDArray[Any]:
-    """The pixel values of a label map, integers ``(H, W)``."""
+    """The samples of a label map as the file stores them, integers ``(H, W)``."""
+    name = printable(path)
     try:
-        with Image.open(path, formats=["PNG"]) as mask:
-            values = np.asarray(mask)
-    except Exception as error:  # decoders raise errors of all kinds on damaged files
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not a PNG image" if unknown else getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the label map {path}: {reason}") from None
+        data = read_bytes(path, name)
+        if not data.startswith(_PNG) or data[12:16] != _HEADER:
+            raise UnreadableImage(name, "not a PNG image")
+        with unreadable_on_failure(name), opened(data, name) as image:
+            values = np.asarray(image)
+    except UnreadableImage as error:
+        raise UserError(f"cannot read the label map {name}: {printable(error.reason)}") from None
     if values.ndim != 2:
-        raise UserError(f"the label map {path} has {values.shape[-1]} channels; a label map has one")
+        raise UserError(f"the label map {name} has {values.shape[-1]} channels; a label map has one")
+    depth, colour = data[24], data[25]
+    if colour == _GREY and depth in (2, 4):  # Pillow stretches these to 0..255
+        values, rest = np.divmod(values, np.uint8(255 // (2**depth - 1)))
+        if rest.any():
+            raise UserError(f"cannot read the label map {name}: it has more than one header")
     return values.astype(np.uint8) if values.dtype == bool else values
 
 

@@ -38,7 +38,7 @@ from localign.probing.features import (
     memory_device,
 )
 from localign.probing.heads import Geometry
-from localign.probing.segmentation import LabelledSource, labelled_batches
+from localign.probing.segmentation import LabelledSource, ignores_pixels, labelled_batches
 from localign.probing.training import SeededHead, TrainedHeads, train_heads
 from localign.results import Metrics, ProbeOutcome, RecallDifference
 from localign.statistics.bootstrap import percentile_interval
@@ -277,11 +277,15 @@ def check_labels(name: str, source: LabelledSource, image_size: tuple[int, int])
     """
     for _, maps in labelled_batches(source, image_size, 1):
         codes = np.unique(maps.numpy())
+        if ignores_pixels(source):
+            codes = codes[
+                codes < (len(source.classes) if source.attributes is None else len(source.attributes))
+            ]
         if codes.any() if source.attributes is None else source.attributes[codes][:, 1:].any():
             return
     raise UserError(
         f"no image of the source {name!r} ({len(source)} images) has a positive label: "
-        f"all pixels are {source.classes[0]!r}"
+        f"all pixels are {source.classes[0]!r}{' or ignored' if ignores_pixels(source) else ''}"
     )
 
 

@@ -11,7 +11,7 @@ The schedule is the published benchmark's: its cosine spans the warm-up too, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,11 +48,33 @@ def learning_rate(step: int, steps: int, warmup_steps: int, lr: float, final_lr:
 
 
 def head_loss(spec: HeadSpec, logits: Tensor, labels: PatchLabels) -> Tensor:
-    """The mean loss, float32: cross-entropy for the task ``majority``, else binary cross-entropy over classes."""
+    """The mean loss, float32: cross-entropy for the task ``majority``, else binary cross-entropy over classes.
+
+    The mean is over the patches, or for the task ``global`` the images, that count; 0 if none does.
+    """
+    logits, counted = logits.float(), labels.counted
+    targets = {"local": labels.patch, "global": labels.image, "majority": labels.majority}[spec.task]
+    if counted is not None:
+        kept = counted.any(dim=1) if spec.task == "global" else counted
+        if not bool(kept.any()):
+            return logits.sum() * 0.0
+        logits, targets = logits[kept], targets[kept]
     if spec.task == "majority":
-        return F.cross_entropy(logits.float().flatten(0, 1), labels.majority.flatten())
-    targets = labels.patch if spec.task == "local" else labels.image
-    return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return F.binary_cross_entropy_with_logits(logits, targets.float())
+
+
+def _counted_units(labels: PatchLabels) -> tuple[int, int]:
+    """The patches and the images of a batch that count."""
+    if labels.counted is None:
+        return labels.majority.numel(), len(labels)
+    return int(labels.counted.sum()), int(labels.counted.any(dim=1).sum())
+
+
+def _shares(labels: PatchLabels, whole: Sequence[int]) -> dict[str, float]:
+    """For each task, a batch's part of the patches or images that the caller averages over."""
+    patches, images = (own / max(1, all_) for own, all_ in zip(_counted_units(labels), whole, strict=True))
+    return {"local": patches, "majority": patches, "global": images}
 
 
 @dataclass
@@ -119,7 +141,10 @@ def train_heads(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, steps, warmup, config.lr, config.final_lr)
         optimizer.zero_grad()
-        losses = _losses(heads, tokens, labels, config, share=len(tokens) / config.batch, learn=True)
+        whole = [config.batch * labels.majority.shape[1], config.batch]
+        if features.ignores:
+            whole = context.all_reduce(torch.tensor(_counted_units(labels), device=context.device)).tolist()
+        losses = _losses(heads, tokens, labels, config, _shares(labels, whole), learn=True)
         _sum_gradients(parameters, context)
         optimizer.step()
         curves.add(losses)
@@ -149,17 +174,17 @@ def _losses(
     tokens: Tensor,
     labels: PatchLabels,
     config: ProbeConfig,
+    shares: Mapping[str, float],
     *,
-    share: float,
     learn: bool = False,
 ) -> Tensor:
-    """Mean losses of the heads on a batch, multiplied by ``share``.
+    """Mean losses of the heads on a batch, multiplied by the share of their task.
 
     Args:
         heads: On the tokens' device.
         tokens, labels: One batch.
         config: Precision.
-        share: The batch's part of the images that the caller averages over.
+        shares: For each task, see :func:`_shares`.
         learn: Add gradients to the parameters. The backward pass of each head directly follows its forward pass, so
             that only one head's activations exist at a time.
 
@@ -173,7 +198,7 @@ def _losses(
     in_bf16 = computes_in_bf16(config, tokens.device.type)
     for i, ((_, spec), head) in enumerate(heads.items()):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=in_bf16):
-            loss = share * head_loss(spec, head(tokens), labels)
+            loss = shares[spec.task] * head_loss(spec, head(tokens), labels)
         if learn:
             torch.autograd.backward(loss)
         losses[i] = loss.detach()
@@ -216,6 +241,11 @@ class _Curves:
             rows = validation.rank_rows()
             rows = rows[rows < self._images]
             self._validation_batches = list(validation.batches(chunks(rows, config.extract_batch)))
+            units = [_counted_units(labels) for _, labels in self._validation_batches]
+            own = torch.tensor(
+                [sum(column) for column in zip((0, 0), *units, strict=True)], device=context.device
+            )
+            self._whole = context.all_reduce(own).tolist()
 
     def add(self, losses: Tensor) -> None:
         """Add the training losses of a step: this rank's share of the means."""
@@ -244,7 +274,7 @@ class _Curves:
     def _validation_losses(self) -> Tensor:
         losses = torch.zeros(len(self.heads), device=self.context.device)
         for tokens, labels in self._validation_batches:
-            losses += _losses(self.heads, tokens, labels, self.config, share=len(tokens) / self._images)
+            losses += _losses(self.heads, tokens, labels, self.config, _shares(labels, self._whole))
         return self.context.all_reduce(losses)
 
 

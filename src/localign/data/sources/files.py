@@ -6,13 +6,14 @@ import csv
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from localign.data.decoding import read_bytes
 from localign.data.sources.base import SUFFIXES, EncodedSource, Names
+from localign.data.untrusted.walking import Found, skipped_line, walk
 from localign.errors import UserError, did_you_mean
+from localign.text.printing import printable
 
 LIST_SUFFIXES = (".txt", ".csv", ".jsonl")
 PATH_HEADERS = frozenset({"path", "file", "filename", "file_name", "image", "name"})
@@ -51,12 +52,15 @@ class FolderSource(_FileSource):
     """Every image below a folder, at any depth, sorted by name.
 
     Sub-folders have no meaning. Names that begin with a dot are skipped. Links to folders are followed, except
-    links that lead back into the folder.
+    links that lead back into the folder. Pipes, sockets and devices are skipped.
 
     Args:
         folder: The folder.
         image_size: (rows, columns) to which images will be resized; large JPEGs are then decoded at reduced size
             (see ``read_image``). None decodes in full, which crops that magnify need.
+
+    Attributes:
+        skipped: (name, reason) of what has an image's name or a folder's place and is neither.
 
     Raises:
         UserError: The folder does not exist or holds no images.
@@ -67,11 +71,16 @@ class FolderSource(_FileSource):
     def __init__(self, folder: str | os.PathLike[str], image_size: tuple[int, int] | None = None) -> None:
         root = Path(folder)
         _check_folder(root)
-        other: Counter[str] = Counter()
-        names = sorted(_walk(root, other))
-        if not names:
-            raise UserError(_no_images_error(root, other))
-        super().__init__(root, names, image_size)
+        found = walk(root, SUFFIXES)
+        if not found.names:
+            raise UserError(_no_images_error(root, found))
+        super().__init__(root, sorted(found.names), image_size)
+        self.skipped = tuple(sorted(found.skipped))
+
+    @property
+    def notice(self) -> str | None:
+        """What was skipped because it is no file."""
+        return skipped_line(list(self.skipped))
 
 
 def _check_folder(root: Path) -> None:
@@ -89,41 +98,13 @@ def _sibling_hint(path: Path) -> str:
         return ""
 
 
-def _walk(root: Path, other: Counter[str]) -> Iterator[str]:
-    """Relative names of the images below ``root``; ``other`` counts the suffixes of all other files."""
-    stack: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
-    while stack:
-        prefix, links = stack.pop()
-        try:
-            with os.scandir(root / prefix) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
-                        chain = _extended_chain(entry, links) if entry.is_symlink() else links
-                        if chain:
-                            stack.append((f"{prefix}{entry.name}/", chain))
-                    elif (suffix := os.path.splitext(entry.name)[1].lower()) in SUFFIXES:
-                        yield prefix + entry.name
-                    else:
-                        other[suffix] += 1
-        except OSError as error:
-            raise UserError(f"cannot list the folder {root / prefix}: {error.strerror}") from None
-
-
-def _extended_chain(link: os.DirEntry[str], chain: tuple[str, ...]) -> tuple[str, ...]:
-    """The chain of followed folders plus this link's target; () if the link leads back into the chain."""
-    target = os.path.realpath(link.path)
-    parent = os.path.realpath(os.path.dirname(link.path))
-    leads_back = target in chain or parent == target or parent.startswith(target.rstrip(os.sep) + os.sep)
-    return () if leads_back else (*chain, target)
-
-
-def _no_images_error(root: Path, other: Counter[str]) -> str:
-    if not other:
-        return f"the folder {root} is empty"
-    kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in other.most_common(4))
-    return f"no images in the folder {root}: found {other.total()} other files ({kinds})"
+def _no_images_error(root: Path, found: Found) -> str:
+    if found.skipped:
+        return f"no images in the folder {printable(root)}: {skipped_line(found.skipped)}"
+    if not found.other:
+        return f"the folder {printable(root)} is empty"
+    kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in found.other.most_common(4))
+    return f"no images in the folder {printable(root)}: found {found.other.total()} other files ({printable(kinds)})"
 
 
 class FileListSource(_FileSource):

@@ -17,6 +17,7 @@ from localign.data.sources.files import LIST_SUFFIXES, FileListSource, FolderSou
 from localign.data.sources.mixture import MixtureSource
 from localign.data.sources.parquet import ParquetSource
 from localign.data.sources.tar import TarSource
+from localign.data.untrusted.walking import FILE, FOLDER, kind_of
 from localign.errors import UserError
 from localign.text.plainyaml import load_yaml
 
@@ -132,9 +133,10 @@ def _folder_shards(folder: Path) -> list[Path]:
             suffix = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith("."):
                 continue
-            if suffix in SUFFIXES or entry.is_dir():
+            kind = kind_of(entry)
+            if kind == FOLDER or (suffix in SUFFIXES and kind == FILE):
                 return []
-            if suffix in shards:
+            if suffix in shards and kind == FILE:
                 shards[suffix].append(Path(entry.path))
     if shards[TAR] and shards[PARQUET]:
         raise UserError(f"{folder} holds tar and parquet files; name one kind, such as {folder / '*.tar'}")

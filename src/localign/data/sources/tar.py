@@ -8,10 +8,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
-from localign.data.decoding import UnreadableImage, check_bytes, unreadable_on_failure
+from localign.data.decoding import UnreadableImage, check_bytes
 from localign.data.sources.base import EncodedSource
 from localign.data.sources.tar_index import OFFSET, SHARD, SIZE, tar_index
-from localign.errors import UserError
+from localign.data.untrusted.faults import retried
+from localign.errors import RunFailure, UserError
 
 
 class TarSource(EncodedSource):
@@ -57,11 +58,21 @@ class TarSource(EncodedSource):
         record = self.index.records[index]
         offset, size = int(record[OFFSET]), int(record[SIZE])
         check_bytes(size, name)
-        with unreadable_on_failure(name):
-            data = os.pread(self._descriptor(int(record[SHARD])), size, offset)
+        shard = int(record[SHARD])
+        try:
+            data = retried(lambda: self._read(shard, size, offset), f"{name} in {self.shards[shard]}")
+        except OSError as error:  # the shard was there when it was indexed: this says nothing about the image
+            raise RunFailure(f"{self.shards[shard]} cannot be read any more: {error.strerror}") from None
         if len(data) < size:
             raise UnreadableImage(name, "truncated: its shard ends too early")
         return data
+
+    def _read(self, shard: int, size: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._descriptor(shard), size, offset)
+        except OSError:
+            self._files.close()  # a descriptor may be stale: the next attempt opens the shard again
+            raise
 
     def _descriptor(self, shard: int) -> int:
         return self._files(self.shards[shard])
@@ -91,6 +102,10 @@ class OpenFiles:
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[int]]:
         return OpenFiles, (self.max_files,)
 
+    def close(self) -> None:
+        """Close all files; a later call opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
     def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        self.close()

@@ -81,7 +81,7 @@ def predictions_drawing(
     count = min(MAX_IMAGES, len(arrays["images"]))
     sides = {n: predicted_by(arrays, n, count) for n in names}
     rows = tuple(
-        (i, n, len(side.probability[i]), int(_right(side)[i].sum()))
+        (i, n, int(_counted(side)[i].sum()), int(_right(side)[i].sum()))
         for i in range(count)
         for n, side in sides.items()
     )
@@ -99,6 +99,11 @@ def _right(side: Predicted) -> NDArray[np.bool_]:
     """``(k, n)``: whether the most probable class is one of the patch's classes."""
     best = side.probability.argmax(-1)[..., None]
     return np.asarray(np.take_along_axis(side.truth, best, -1)[..., 0], dtype=bool)
+
+
+def _counted(side: Predicted) -> NDArray[np.bool_]:
+    """``(k, n)``: whether a patch has a class. Patches of ignored pixels have none."""
+    return np.asarray(side.truth.any(-1), dtype=bool)
 
 
 @styled
@@ -130,8 +135,9 @@ def most_probable_figure(
             highest = side.probability[i].max(-1)
             right = _right(side)[i]
             predicted = [[(int(c), float(p))] for c, p in zip(best, highest, strict=True)]
-            _draw(ax, predicted, looks, side.grid, ~right)
-            below(ax, f"{int(right.sum())} of {len(right)} patches right")
+            counted = _counted(side)[i]
+            _draw(ax, predicted, looks, side.grid, ~right & counted)
+            below(ax, f"{int(right.sum())} of {int(counted.sum())} patches right")
     legend_below(figure, handles)
     return figure
 
@@ -139,7 +145,7 @@ def most_probable_figure(
 def _true_classes(side: Predicted, image: int) -> list[list[tuple[int, float]]]:
     """Classes and probabilities per patch: its majority class; where that is unknown, all its classes."""
     if side.majority is not None:
-        return [[(int(c), 1.0)] for c in side.majority[image]]
+        return [[(int(c), 1.0)] if c >= 0 else [] for c in side.majority[image]]
     return [[(int(c), 1.0) for c in np.flatnonzero(patch)] for patch in side.truth[image]]
 
 

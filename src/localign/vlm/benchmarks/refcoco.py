@@ -12,7 +12,15 @@ from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.boxes import Corners, Size
 from localign.vlm.scoring.messages import box_of
 from localign.vlm.scoring.questions import Question
-from localign.vlm.scoring.readers import as_list, field, four_numbers, image_size, read_json, read_pickle
+from localign.vlm.scoring.readers import (
+    StoredImage,
+    as_list,
+    field,
+    four_numbers,
+    read_json,
+    read_pickle,
+    stored_image,
+)
 from localign.vlm.scoring.referring import Referring, checked_box
 
 SETS = {
@@ -50,13 +58,14 @@ class RefCOCO(Referring):
                     yield from _questions(ref, split, boxes, folder / "train2014", where)
 
     def complete(self, questions: list[Question]) -> list[Question]:
-        sizes = {image: Size(*image_size(image)) for image in {question.image for question in questions}}
-        return [_with_size(question, sizes[question.image]) for question in questions]
+        stored = {image: stored_image(image) for image in {question.image for question in questions}}
+        return [_with_size(question, stored[question.image]) for question in questions]
 
 
-def _with_size(question: Question, size: Size) -> Question:
-    box = checked_box(question.payload["box"], size, f"question {question.id}")
-    return dataclasses.replace(question, payload={"box": box, "size": tuple(size)})
+def _with_size(question: Question, stored: StoredImage) -> Question:
+    """The question with its image's size, and its box in the image as models see it."""
+    box = checked_box(question.payload["box"], Size(*stored[:2]), f"question {question.id}")
+    return dataclasses.replace(question, payload={"box": stored.upright(box), "size": stored.upright_size})
 
 
 def _boxes(path: Path) -> dict[int, Corners]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import http.client
 import os
+import urllib.request
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
-from transformers.image_utils import load_image
 
-from localign.data.sources import UnreadableImage, read_image, to_rgb
+from localign.data.decoding import MAX_BYTES, UnreadableImage, decode_image, read_image, upright_rgb
 from localign.data.transforms import EvalTransform, to_tensor
 from localign.errors import UserError, did_you_mean
+from localign.text.printing import printable
+
+TIMEOUT = 30.0
+"""Seconds without an answer after which a URL counts as unreadable."""
 
 Resize = Literal["naive", "letterbox", "crop"]
 
@@ -63,16 +69,31 @@ class ImageTransform:
 
 
 def open_image(image: Any) -> Image.Image:
-    """An RGB image, upright, from a PIL image, a path, a URL or a data URL.
+    """An RGB image, upright, from a PIL image, a path, a URL or a data URL. All are decoded in the same way.
 
     Raises:
         UserError: The image cannot be read.
+        RunFailure: The machine is at fault: no memory, or a disk that fails.
     """
     try:
         if isinstance(image, Image.Image):
-            return to_rgb(ImageOps.exif_transpose(image), "the image")
-        if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-            return load_image(image)
+            return upright_rgb(image, "the image")
+        if isinstance(image, str) and image.startswith("data:"):
+            # binascii.Error is a ValueError
+            return decode_image(base64.b64decode(image.partition(",")[2].encode()), "the data URL")
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
+            return decode_image(_fetched(image), image)
         return read_image(os.fspath(image), str(image))
     except (UnreadableImage, TypeError, ValueError) as error:
-        raise UserError(f"cannot read an image: {error}") from None
+        raise UserError(f"cannot read an image: {printable(error)}") from None
+
+
+def _fetched(url: str) -> bytes:
+    """The file at a URL, read up to the bound on files. Raises UnreadableImage if it cannot be fetched."""
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "localign"})
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            content: bytes = response.read(MAX_BYTES + 1)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise UnreadableImage(url, f"it cannot be fetched: {error}") from None
+    return content

@@ -6,11 +6,11 @@ import json
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from PIL import Image
-
+from localign.data.decoding import UnreadableImage, orientation_of, read_bytes, stored_size
 from localign.errors import UserError
+from localign.text.printing import printable
 
 T = TypeVar("T")
 
@@ -138,14 +138,39 @@ def four_numbers(value: Any, name: str, where: object) -> tuple[float, float, fl
     return x1, y1, x2, y2
 
 
-def image_size(path: str) -> tuple[int, int]:
-    """Width and height of an image as stored; only the beginning of the file is read.
+class StoredImage(NamedTuple):
+    """The frame of an image's pixels as the file stores them. Boxes of official files refer to it."""
+
+    width: int
+    height: int
+    orientation: int
+    """EXIF orientation, 1..8. Models see the image upright."""
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height of the upright image."""
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
+
+    def upright(self, corners: Sequence[float]) -> tuple[float, float, float, float]:
+        """A box (left, top, right, bottom) of the stored pixels as a box of the upright image."""
+        x1, y1, x2, y2 = corners
+        if self.orientation in (2, 3, 7, 8):
+            x1, x2 = self.width - x2, self.width - x1
+        if self.orientation in (3, 4, 6, 7):
+            y1, y2 = self.height - y2, self.height - y1
+        return (y1, x1, y2, x2) if self.orientation >= 5 else (x1, y1, x2, y2)
+
+
+def stored_image(path: str) -> StoredImage:
+    """Size and orientation of an image; nothing is decoded.
 
     Raises:
         UserError: The file is not an image.
     """
+    name = printable(path)
     try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        raise UserError(f"the size of the image {path} cannot be read: {error}") from None
+        data = read_bytes(path, name)
+        _, width, height = stored_size(data, name)
+        return StoredImage(width, height, orientation_of(data, name))
+    except UnreadableImage as error:
+        raise UserError(f"the size of the image {name} cannot be read: {error.reason}") from None
