@@ -13,7 +13,7 @@ from torch import Tensor
 
 from localign.data.decoding import UndecodedJpeg
 from localign.data.image_source import ImageSource
-from localign.data.sources.files import listed_names
+from localign.data.sources.lists import read_list
 from localign.errors import UserError
 
 
@@ -34,7 +34,7 @@ class ExcludingSource(ImageSource):
 
     def __init__(self, source: ImageSource, file: str | os.PathLike[str]) -> None:
         self.kind, self.source = source.kind, source
-        names = frozenset(listed_names(Path(file)))
+        names = frozenset(read_list(Path(file)).names)
         keep = np.fromiter((source.name(i) not in names for i in range(len(source))), bool, len(source))
         self.indices = np.flatnonzero(keep)
         self.excluded = len(source) - len(self.indices)

@@ -13,7 +13,8 @@ from typing import Any, TypedDict
 from localign.data.image_source import ImageSource
 from localign.data.sources.base import SUFFIXES, is_remote
 from localign.data.sources.excluding import ExcludingSource
-from localign.data.sources.files import LIST_SUFFIXES, FileListSource, FolderSource
+from localign.data.sources.files import FileListSource, FolderSource
+from localign.data.sources.lists import LIST_SUFFIXES
 from localign.data.sources.mixture import MixtureSource
 from localign.data.sources.parquet import ParquetSource
 from localign.data.sources.tar import TarSource
@@ -48,7 +49,7 @@ def open_source(
     """Open the source that ``spec`` names:
 
     - ``scenes`` or ``scenes:<split>``: the built-in scenes.
-    - ``.txt``, ``.csv`` or ``.jsonl``: a list of files.
+    - ``.txt``, ``.csv``, ``.tsv`` or ``.jsonl``: a list of files.
     - ``.tar`` or ``.parquet``: one file; a pattern such as ``shards/{000000..000099}.tar`` or
       ``data/train-*.parquet``; or a folder with files of one of these kinds, without images or sub-folders.
     - A URL of such files, such as ``s3://bucket/shards/{000000..000099}.tar``, or of their folder.
