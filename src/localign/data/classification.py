@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +29,7 @@ from localign.data.sources import (
     TarSource,
 )
 from localign.data.sources.lists import read_list
-from localign.data.sources.parquet import labels_column
+from localign.data.sources.parquet_labels import labels_column
 from localign.errors import UserError
 from localign.text.printing import printable
 
@@ -119,7 +120,9 @@ def _class_labels(source: ImageSource, spec: str) -> ClassLabels:
     if isinstance(source, FolderSource):
         return _folder_labels(source)
     if isinstance(source, TarSource):
-        folders = sorted({source.name(i).partition("/")[0] for i in range(len(source))})
+        if source.index.labels is not None:
+            return _sample_labels(source, spec)
+        folders = sorted({source.place(i)[1].partition("/")[0] for i in range(len(source))})
         return ClassLabels(folders, _first_folders(source, folders, spec))
     if isinstance(source, FileListSource):
         return _list_labels(source)
@@ -150,10 +153,10 @@ def _first_folders(source: ImageSource, folders: Sequence[str], spec: str) -> ND
     code_of = {name: code for code, name in enumerate(folders)}
     codes = np.empty(len(source), dtype=np.int32)
     for index in range(len(source)):
-        name = source.name(index)
+        name = source.place(index)[1]
         folder, slash, _ = name.partition("/")
         if not slash:
-            raise UserError(f"{spec} has class folders, but {name} is not in a class folder")
+            raise UserError(f"{spec} has class folders, but {printable(name)} is not in a class folder")
         codes[index] = code_of[folder]
     return codes
 
@@ -172,8 +175,18 @@ def _list_labels(source: FileListSource) -> ClassLabels:
     return classes_from(listed.labels)
 
 
+def _sample_labels(source: TarSource, spec: str) -> ClassLabels:
+    """Labels from the fields ``cls`` and ``json`` of the samples in tar shards."""
+    assert source.index.labels is not None
+    labels = list(source.index.labels)
+    if "" in labels:
+        name = source.name(labels.index(""))
+        raise UserError(f"some samples of {spec} have a label, but {printable(name)} has none")
+    return classes_from(labels)
+
+
 def classes_from(labels: Sequence[str]) -> ClassLabels:
-    """The sorted distinct labels as classes."""
+    """The distinct labels as classes, sorted."""
     classes = sorted(set(labels))
     code_of = {name: code for code, name in enumerate(classes)}
     return ClassLabels(classes, np.fromiter((code_of[label] for label in labels), np.int32, len(labels)))
@@ -220,6 +233,10 @@ class SpreadSource(ImageSource):
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
+
+    def data_files(self) -> Iterator[tuple[str, Path]]:
+        """All files of the source."""
+        return self.source.data_files()
 
     def load(self, index: int) -> Image.Image:
         """The image in RGB. Raises UnreadableImage."""

@@ -8,6 +8,7 @@ import os
 import struct
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,3 +115,8 @@ class EncodedSource(ImageSource):
 def is_remote(spec: str) -> bool:
     """Whether this is a URL rather than a path."""
     return "://" in spec
+
+
+def name_of(url: str) -> str:
+    """The last part of a path, or of a URL without its query."""
+    return PurePosixPath(url.partition("?")[0] if is_remote(url) else url).name

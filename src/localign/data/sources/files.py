@@ -36,6 +36,9 @@ class _FileSource(EncodedSource):
         """The image's path."""
         return self.root / self._names[index]
 
+    def data_files(self) -> Iterator[tuple[str, Path]]:
+        return ((name, self.root / name) for name in self._names)
+
     def encoded(self, index: int) -> bytes:
         return read_bytes(self.path(index), self.name(index))
 
@@ -138,8 +141,8 @@ class FileListSource(_FileSource):
         missing: Listed paths that do not exist. They count as unreadable from the start.
 
     Raises:
-        UserError: The list is missing, empty or not UTF-8 text, its first row names no file and is no heading, or none of
-            its files exists.
+        UserError: The list is missing, empty or not UTF-8 text, its first row names no file and is no
+            heading, or none of its files exists.
     """
 
     kind = "list"
@@ -154,7 +157,9 @@ class FileListSource(_FileSource):
         self.unreadable = tuple((name, "no such file") for name in self.missing)
         if len(self.missing) == len(set(names)):
             first = printable(repr(names[0]))
-            raise UserError(f"none of the {len(names)} files in {printable(path)} exists; the first is {first}")
+            raise UserError(
+                f"none of the {len(names)} files in {printable(path)} exists; the first is {first}"
+            )
 
 
 def _missing(root: Path, names: list[str]) -> tuple[str, ...]:

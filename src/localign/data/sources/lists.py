@@ -27,7 +27,17 @@ PATH_HEADERS = (
     "image_file", "image_filename", "image_name", "img_name", "image", "img", "images", "image_id", "name",
 )  # fmt: skip
 """Headings of the column of paths, the surest first."""
-LABEL_HEADERS = ("label", "class", "category", "target", "class_name", "classname", "label_name", "class_id", "label_id")
+LABEL_HEADERS = (
+    "label",
+    "class",
+    "category",
+    "target",
+    "class_name",
+    "classname",
+    "label_name",
+    "class_id",
+    "label_id",
+)
 """Headings of the column of labels."""
 SHARD_HEADERS = ("shard", "__url__")
 """Headings of the column of shards, in lists of images to leave out."""
@@ -171,7 +181,9 @@ def _table(path: Path, text: str, root: Path | None) -> ImageList:
 
 def _rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     """(line, stripped cells) of each row that is neither blank nor a comment."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator != "\t")
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator != "\t"
+    )
     for row in reader:
         cells = [cell.strip() for cell in row]
         if any(cells) and not cells[0].startswith("#"):
@@ -239,7 +251,9 @@ def _objects(path: Path, text: str) -> ImageList:
         label = next((content[key] for key in LABEL_HEADERS if key in content), None)
         shard = next((content[key] for key in SHARD_HEADERS if isinstance(content.get(key), str)), "")
         if isinstance(label, list | dict):
-            odd = odd or f"line {number}: its label is a {'list' if isinstance(label, list) else 'JSON object'}"
+            odd = (
+                odd or f"line {number}: its label is a {'list' if isinstance(label, list) else 'JSON object'}"
+            )
         names.append(name)
         labels.append(label_text(label))
         shards.append(shard)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,11 @@ class MixtureSource(ImageSource):
         if isinstance(image, UndecodedJpeg):
             image.name = self.name(index)  # so that a later decoding error shows the title too
         return image
+
+    def data_files(self) -> Iterator[tuple[str, Path]]:
+        for title, source in zip(self.titles, self.sources, strict=True):
+            for name, path in source.data_files():
+                yield f"{title}: {name}", path
 
     def locate(self, index: int) -> tuple[int, int]:
         """The number of the source and the index in that source, for an index of the mixture."""
