@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -182,12 +182,13 @@ def _sample_labels(source: TarSource, spec: str) -> ClassLabels:
     if "" in labels:
         name = source.name(labels.index(""))
         raise UserError(f"some samples of {spec} have a label, but {printable(name)} has none")
-    return classes_from(labels)
+    numbers = all(label.isdecimal() for label in set(labels))
+    return classes_from(labels, key=int if numbers else None)
 
 
-def classes_from(labels: Sequence[str]) -> ClassLabels:
-    """The distinct labels as classes, sorted."""
-    classes = sorted(set(labels))
+def classes_from(labels: Sequence[str], key: Callable[[str], int] | None = None) -> ClassLabels:
+    """The distinct labels as classes, sorted, by numbers if ``key`` makes them."""
+    classes = sorted(set(labels), key=key)  # type: ignore[type-var, arg-type]
     code_of = {name: code for code, name in enumerate(classes)}
     return ClassLabels(classes, np.fromiter((code_of[label] for label in labels), np.int32, len(labels)))
 

@@ -32,7 +32,7 @@ def labels_column(files: Sequence[str]) -> tuple[list[str], NDArray[np.int64]] |
     parts = []
     begin = 0
     for file in files:
-        handle = open_parquet(file, dictionary=("label",))
+        handle = open_parquet(file)
         if "label" not in handle.schema_arrow.names:
             return None
         names = names or _class_names(handle.schema_arrow.metadata)
@@ -62,6 +62,8 @@ def _encoded(handle: Any, file: str) -> tuple[list[Any], NDArray[np.int64]]:
     kind = handle.schema_arrow.field("label").type
     if pa.types.is_nested(kind):
         raise UserError(f"the labels of {printable(file)} are of type {kind}; a label is a word or a number")
+    if _is_text(kind):  # a dictionary is not expanded
+        handle = open_parquet(file, dictionary=("label",))
     number = [handle.metadata.schema.column(i).path for i in range(handle.metadata.num_columns)].index(
         "label"
     )
@@ -76,6 +78,13 @@ def _encoded(handle: Any, file: str) -> tuple[list[Any], NDArray[np.int64]]:
         )
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot read the labels of {printable(file)}: {first_line(error)}") from None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    types = pa.types
+    return any(check(kind) for check in (types.is_string, types.is_large_string, types.is_binary))
 
 
 def _with_codes(column: pa.DictionaryArray | pa.ChunkedArray) -> tuple[list[Any], NDArray[np.int64]]:

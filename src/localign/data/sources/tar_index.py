@@ -31,6 +31,7 @@ from localign.data.sources.webdataset import (
     Scan,
     no_images,
     notice_of,
+    sort_of,
     split_name,
 )
 from localign.errors import UserError
@@ -141,7 +142,7 @@ def _add_member(scan: Scan, member: tarfile.TarInfo, file: IO[bytes]) -> None:
     wanted = scan.wants(name)
     if not member.isreg() or member.issparse():
         if wanted:
-            scan.problems.append((name, f"{_sort_of(member)} in {scan.shard}, not a file"))
+            scan.problems.append((name, f"{sort_of(member)} in {scan.shard}, not a file"))
         return
     if wanted:
         scan.names.append(name)
@@ -149,14 +150,6 @@ def _add_member(scan: Scan, member: tarfile.TarInfo, file: IO[bytes]) -> None:
     elif split_name(name)[1] in LABEL_FIELDS and member.size <= MAX_LABEL_BYTES:
         file.seek(member.offset_data)
         scan.add_label(name, file.read(member.size))
-
-
-def _sort_of(member: tarfile.TarInfo) -> str:
-    if member.issparse():
-        return "a sparse file"
-    if member.islnk():
-        return "a hard link"
-    return "a link" if member.issym() else "a special file"
 
 
 def tar_index(shards: Sequence[Path], fields: tuple[str, ...] = ()) -> TarIndex:

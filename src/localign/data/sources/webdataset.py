@@ -8,6 +8,7 @@ image.
 from __future__ import annotations
 
 import json
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -176,6 +177,15 @@ def _label(part: str, content: bytes) -> str:
     if not isinstance(values, dict):
         return ""
     return next((label_text(values[name]) for name in LABEL_HEADERS if name in values), "")
+
+
+def sort_of(member: tarfile.TarInfo) -> str:
+    """What a member is that is no plain file."""
+    if member.issparse():
+        return "a sparse file"
+    if member.islnk():
+        return "a hard link"
+    return "a link" if member.issym() else "a special file"
 
 
 def notice_of(left_out: Counter[str]) -> str | None:
