@@ -14,7 +14,7 @@ from localign.cli import main
 from localign.data.classification import ClassLabels, labels_of
 from localign.data.image_source import ImageSource
 from localign.data.sources import TarSource, open_source
-from localign.data.sources.webdataset import split_name
+from localign.data.sources.layouts.webdataset import split_name
 from localign.errors import UserError
 
 

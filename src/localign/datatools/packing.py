@@ -21,7 +21,7 @@ from localign.data.decoding import UnreadableImage, decode_image
 from localign.data.image_source import ImageSource
 from localign.data.parallel import in_processes
 from localign.data.sources import SUFFIXES
-from localign.data.sources.packed import SHARDS, ShardRecord, shard_records
+from localign.data.sources.layouts.packed import SHARDS, ShardRecord, shard_records
 from localign.data.sources.tar_index import tar_index, write_portable
 from localign.datatools.reading import encoded_image
 from localign.errors import UserError

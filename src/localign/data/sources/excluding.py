@@ -15,7 +15,7 @@ from torch import Tensor
 from localign.data.decoding import UndecodedJpeg
 from localign.data.image_source import ImageSource
 from localign.data.sources.files import FileListSource, FolderSource
-from localign.data.sources.identity import is_shard
+from localign.data.sources.layouts.identity import is_shard
 from localign.data.sources.lists import read_list
 from localign.errors import UserError
 from localign.text.printing import printable

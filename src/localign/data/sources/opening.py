@@ -14,11 +14,11 @@ from localign.data.image_source import ImageSource
 from localign.data.sources.base import SUFFIXES, is_remote, name_of
 from localign.data.sources.excluding import ExcludingSource
 from localign.data.sources.files import FileListSource, FolderSource
+from localign.data.sources.layouts.webdataset import parse_fields
 from localign.data.sources.lists import LIST_SUFFIXES
 from localign.data.sources.mixture import MixtureSource
 from localign.data.sources.parquet import ParquetSource
 from localign.data.sources.tar import TarSource
-from localign.data.sources.webdataset import parse_fields
 from localign.errors import UserError
 from localign.text.plainyaml import load_yaml
 from localign.text.printing import printable

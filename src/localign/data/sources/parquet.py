@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from localign.data.decoding import UnreadableImage, check_bytes, unreadable_on_failure
 from localign.data.sources.base import EncodedSource, is_remote
-from localign.data.sources.identity import HEAD, known_content, short_names
-from localign.data.sources.parquet_pages import page_sizes
+from localign.data.sources.layouts.identity import HEAD, known_content, short_names
+from localign.data.sources.layouts.parquet_pages import page_sizes
 from localign.errors import RunFailure, UserError
 from localign.text.printing import printable
 
@@ -119,6 +119,8 @@ class ParquetSource(EncodedSource):
         file, group_in_file = (int(v) for v in self._groups[group, :2])
         with unreadable_on_failure(name, self.files[file]):
             data = self._cache(file, group_in_file)[index - int(self._begins[group])]
+        if data.is_valid and hasattr(data, "dictionary"):
+            data = data.value
         if not data.is_valid:
             raise UnreadableImage(name, "the row has no image bytes")
         check_bytes(data.as_buffer().size, name)

@@ -22,7 +22,8 @@ import fsspec
 import numpy as np
 
 from localign.data.sources.base import EncodedSource, name_of
-from localign.data.sources.identity import short_names
+from localign.data.sources.layouts.identity import short_names
+from localign.data.sources.layouts.webdataset import Scan
 from localign.data.sources.tar import OpenFiles, TarSource
 from localign.data.sources.tar_index import (
     PORTABLE,
@@ -35,7 +36,6 @@ from localign.data.sources.tar_index import (
     scan_shard,
     shards_digest,
 )
-from localign.data.sources.webdataset import Scan
 from localign.errors import RunFailure, UserError
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from localign.data.decoding import UnreadableImage, check_bytes, unreadable_on_failure
 from localign.data.sources.base import EncodedSource
-from localign.data.sources.identity import short_names
+from localign.data.sources.layouts.identity import short_names
 from localign.data.sources.tar_index import OFFSET, SHARD, SIZE, tar_index
 from localign.errors import UserError
 
@@ -18,8 +18,8 @@ from localign.errors import UserError
 class TarSource(EncodedSource):
     """The images of samples in tar shards in the webdataset layout, in the order of shards and members.
 
-    A sample has one image, see :mod:`localign.data.sources.webdataset`. An image's name is the member's name, after the
-    shard's name if images of different shards have the same name.
+    A sample has one image, see :mod:`localign.data.sources.layouts.webdataset`. An image's name is the member's name,
+    after the shard's name if images of different shards have the same name.
 
     Args:
         shards: The files. They are indexed once, see :mod:`localign.data.sources.tar_index`.

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localign.data.sources.base import Names
-from localign.data.sources.identity import HEAD, known_content, short_names
-from localign.data.sources.packed import are_packed
-from localign.data.sources.webdataset import (
+from localign.data.sources.layouts.identity import HEAD, known_content, short_names
+from localign.data.sources.layouts.packed import are_packed
+from localign.data.sources.layouts.webdataset import (
     EVERY_FILE,
     LABEL_FIELDS,
     MAX_LABEL_BYTES,
@@ -157,7 +157,7 @@ def tar_index(shards: Sequence[Path], fields: tuple[str, ...] = ()) -> TarIndex:
 
     It is cached in the folder of the first shard, or in the user's cache folder if that folder is read-only. Every file
     of shards that ``localign data shard`` wrote is an image of its own; other shards hold samples, see
-    :mod:`localign.data.sources.webdataset`.
+    :mod:`localign.data.sources.layouts.webdataset`.
 
     Raises:
         UserError: A shard is missing or not a tar file, a member's name leads out of its shard, or the shards hold
