@@ -82,6 +82,25 @@ def test_tar_and_parquet_files_under_the_name_of_the_other(tmp_path: Path) -> No
         open_source(str(tmp_path / "y.parquet"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        (
+            "x.tar.gz",
+            gzip.compress(tar_bytes()),
+            "a file, not a folder of images: it is compressed with gzip",
+        ),
+        ("x.zip", b"PK\x03\x04", "it is a zip archive"),
+        ("x.jpg", b"\xff\xd8\xff", "it is a JPEG image"),
+        ("x.bin", b"abc", "a file, not a folder of images$"),
+    ],
+)
+def test_other_files_are_no_source(tmp_path: Path, name: str, content: bytes, line: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=line):
+        open_source(str(tmp_path / name))
+
+
 @pytest.mark.parametrize("suffix", ["tar", "parquet"])
 def test_special_files_are_refused_and_not_waited_for(tmp_path: Path, suffix: str) -> None:
     os.mkfifo(tmp_path / f"x.{suffix}")

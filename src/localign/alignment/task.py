@@ -68,7 +68,7 @@ class AlignTask(Task):
         self.teacher.prepare(device)
         fuse_attention(self.student, device)
 
-    def data_files(self) -> Iterator[tuple[str, Path]]:
+    def data_files(self) -> Iterator[tuple[str, str]]:
         return self.data.data_files()
 
     @property

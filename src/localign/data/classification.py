@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -235,7 +234,7 @@ class SpreadSource(ImageSource):
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
 
-    def data_files(self) -> Iterator[tuple[str, Path]]:
+    def data_files(self) -> Iterator[tuple[str, str]]:
         """All files of the source."""
         return self.source.data_files()
 

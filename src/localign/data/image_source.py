@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,7 +49,7 @@ class ImageSource(ABC):
     def fingerprint(self) -> str:
         """A short hash of the content; a run refuses to resume on a source with another fingerprint."""
 
-    def data_files(self) -> Iterator[tuple[str, Path]]:
+    def data_files(self) -> Iterator[tuple[str, str]]:
         """(name, path) of the local files that hold the images."""
         return iter(())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from localign.data.loader import BadImages, Batch, EvalLoader, TrainLoader
 from localign.data.mixing import Mixing
@@ -105,7 +104,7 @@ class ImageData:
         """This rank's training micro-batches, in order."""
         return planned_batches(self.source, self.transform, plan, self.config.max_bad_share)
 
-    def data_files(self) -> Iterator[tuple[str, Path]]:
+    def data_files(self) -> Iterator[tuple[str, str]]:
         """(name, path) of the local files of the training and validation images."""
         yield from self.source.data_files()
         for name, path in self.val_source.data_files() if self.val_source is not None else ():

@@ -20,6 +20,7 @@ from localign.datatools.packing import (
     QUALITY,
     Facts,
     Packing,
+    check_same_files,
     facts_of,
     output_folders,
     pack,
@@ -65,6 +66,7 @@ def write_in21k(config: In21kConfig) -> dict[str, Any]:
     for part, order in (("train", train), ("val", val)):
         part_facts: Facts = {**facts, "split": part, "classes": len(kept)}
         if final.exists():
+            check_same_files(final / part, source)
             result[part] = read_about(final / part, part_facts)
             continue
         folders = None if inside else [names[code] for code in codes[order]]

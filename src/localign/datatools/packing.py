@@ -24,6 +24,7 @@ from localign.data.sources import SUFFIXES
 from localign.data.sources.layouts.packed import SHARDS, ShardRecord, shard_records
 from localign.data.sources.tar_index import tar_index, write_portable
 from localign.datatools.reading import encoded_image
+from localign.engine.checkpoints.data_files import DATA_FILE, differences, load, read_states, save
 from localign.errors import UserError
 from localign.files import fsync_path, replace_text, replacing
 from localign.options.datatools import In21kConfig, ShardConfig
@@ -198,6 +199,9 @@ def pack(packing: Packing, processes: int, facts: Facts) -> About:
     packing = packing.with_distinct_names()
     folder.mkdir(parents=True, exist_ok=True)
     _check_facts(folder, facts)
+    check_same_files(folder, packing.source)
+    if not (folder / DATA_FILE).exists():
+        save(folder, read_states(packing.source.data_files()))
     done = {record["shard"]: record for record in shard_records(folder) if _is_complete(folder, record)}
     replace_text(folder / SHARDS, "".join(json.dumps(r) + "\n" for r in done.values()))
     replace_text(folder / ABOUT, json.dumps(facts, indent=1) + "\n")
@@ -241,6 +245,20 @@ def _check_facts(folder: Path, facts: Facts) -> None:
         raise UserError(
             f"{folder} holds unfinished shards that differ in {', '.join(different)}; remove it, or give another "
             "folder"
+        )
+
+
+def check_same_files(folder: Path, source: ImageSource) -> None:
+    """Refuse to go on with shards of a source whose files have changed since.
+
+    Raises:
+        UserError: Files differ; the line names them.
+    """
+    saved = load(folder)
+    if saved is not None and (parts := differences(saved, source.data_files())):
+        raise UserError(
+            f"the source of the shards in {printable(folder)} changed since they were begun: {'; '.join(parts)}; "
+            "remove the folder, or give another folder"
         )
 
 

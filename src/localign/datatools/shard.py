@@ -18,6 +18,7 @@ from localign.datatools.packing import (
     About,
     Facts,
     Packing,
+    check_same_files,
     facts_of,
     output_folders,
     pack,
@@ -50,6 +51,7 @@ def write_shards(config: ShardConfig) -> About:
     final, temporary = output_folders(config.out)
     facts = facts_of(source, config)
     if final.exists():
+        check_same_files(final, source)
         return read_about(final, facts)
     order = source.stream(config.seed, config.shuffle).indices(0, len(source))
     packing = Packing(

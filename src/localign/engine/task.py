@@ -143,7 +143,7 @@ class Task(ABC):
         The main rank's fingerprint is used.
         """
 
-    def data_files(self) -> Iterator[tuple[str, Path]]:
+    def data_files(self) -> Iterator[tuple[str, str]]:
         """(name, path) of the local files of the samples, by which a resumed run notices that they changed."""
         return iter(())
 

@@ -140,7 +140,7 @@ class FinetuneTask(Task):
             "starting weights": self.starting_hash[:16],
         }
 
-    def data_files(self) -> Iterator[tuple[str, Path]]:
+    def data_files(self) -> Iterator[tuple[str, str]]:
         return self.data.data_files()
 
     @property

@@ -77,12 +77,13 @@ class ExcludingSource(ImageSource):
         """The image's shard and name."""
         return self.source.place(int(self.indices[index]))
 
-    def data_files(self) -> Iterator[tuple[str, Path]]:
+    def data_files(self) -> Iterator[tuple[str, str]]:
         """The files of the images that remain; all shards of the source, if it has shards."""
         if not isinstance(self.source, FolderSource | FileListSource):
             return self.source.data_files()
         source = self.source
-        return ((source.name(i), source.path(i)) for i in self.indices.tolist())
+        names = (source.name(i) for i in self.indices.tolist())
+        return ((name, os.path.join(source.root, name)) for name in names)
 
     def load(self, index: int) -> Image.Image:
         """The image in RGB. Raises UnreadableImage."""

@@ -36,8 +36,8 @@ class _FileSource(EncodedSource):
         """The image's path."""
         return self.root / self._names[index]
 
-    def data_files(self) -> Iterator[tuple[str, Path]]:
-        return ((name, self.root / name) for name in self._names)
+    def data_files(self) -> Iterator[tuple[str, str]]:
+        return ((name, os.path.join(self.root, name)) for name in self._names)
 
     def encoded(self, index: int) -> bytes:
         return read_bytes(self.path(index), self.name(index))

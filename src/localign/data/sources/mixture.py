@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +89,7 @@ class MixtureSource(ImageSource):
             image.name = self.name(index)  # so that a later decoding error shows the title too
         return image
 
-    def data_files(self) -> Iterator[tuple[str, Path]]:
+    def data_files(self) -> Iterator[tuple[str, str]]:
         for title, source in zip(self.titles, self.sources, strict=True):
             for name, path in source.data_files():
                 yield f"{title}: {name}", path

@@ -14,6 +14,7 @@ from localign.data.image_source import ImageSource
 from localign.data.sources.base import SUFFIXES, is_remote, name_of
 from localign.data.sources.excluding import ExcludingSource
 from localign.data.sources.files import FileListSource, FolderSource
+from localign.data.sources.layouts.identity import known_content, read_head
 from localign.data.sources.layouts.webdataset import parse_fields
 from localign.data.sources.lists import LIST_SUFFIXES
 from localign.data.sources.mixture import MixtureSource
@@ -103,6 +104,11 @@ def _open(
     if suffix in LIST_SUFFIXES and not path.is_dir():
         return FileListSource(path, decode_size)
     shards = find_shards(path)
+    if not shards and path.is_file():
+        what = known_content(read_head(path))
+        raise UserError(
+            f"{printable(path)} is a file, not a folder of images{f': it is {what}' if what else ''}"
+        )
     if not shards:
         return FolderSource(path, decode_size)
     return _open_shards(shards, decode_size, fields, max_group_bytes)

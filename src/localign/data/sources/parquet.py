@@ -8,7 +8,7 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from localign.data.decoding import UnreadableImage, check_bytes, unreadable_on_failure
 from localign.data.sources.base import EncodedSource, is_remote
-from localign.data.sources.layouts.identity import HEAD, known_content, short_names
+from localign.data.sources.layouts.identity import known_content, read_head, short_names
 from localign.data.sources.layouts.parquet_pages import page_sizes
 from localign.errors import RunFailure, UserError
 from localign.text.printing import printable
@@ -132,10 +132,10 @@ class ParquetSource(EncodedSource):
             raise IndexError(f"image {index} of {len(self)}")
         return int(np.searchsorted(self._begins, index, side="right")) - 1
 
-    def data_files(self) -> Iterator[tuple[str, Path]]:
+    def data_files(self) -> Iterator[tuple[str, str]]:
         if is_remote(self.files[0]):
             return iter(())
-        return zip(self._names, map(Path, self.files), strict=True)
+        return zip(self._names, self.files, strict=True)
 
     def _digest(self, digest: hashlib.blake2b) -> None:
         names = [PurePosixPath(file).name for file in self.files]
@@ -293,8 +293,7 @@ def _check_content(file: str) -> None:
     """Raises UserError for a file that is known to be something else. Raises OSError."""
     if not stat.S_ISREG(os.stat(file).st_mode):
         raise UserError(f"cannot read {printable(file)} as parquet: it is a folder or a special file")
-    with open(file, "rb") as content:
-        what = known_content(content.read(HEAD), "parquet")
+    what = known_content(read_head(file), "parquet")
     if what is not None:
         raise UserError(f"cannot read {printable(file)} as parquet: it is {what}")
 

@@ -166,7 +166,7 @@ class StreamedTarSource(TarSource):
         self._remote = RemoteFiles(self.urls, sizes, cache_folder("shards", urls, sizes), 2 * WINDOW + 2)
         self._files = OpenFiles(WINDOW)
 
-    def data_files(self) -> Iterator[tuple[str, Path]]:
+    def data_files(self) -> Iterator[tuple[str, str]]:
         return iter(())
 
     @property

@@ -65,8 +65,8 @@ class TarSource(EncodedSource):
         member = self.index.names[index]
         return self.shard_names[int(self.index.records[index, SHARD])], member
 
-    def data_files(self) -> Iterator[tuple[str, Path]]:
-        return zip(self.shard_names, self.shards, strict=True)
+    def data_files(self) -> Iterator[tuple[str, str]]:
+        return zip(self.shard_names, map(str, self.shards), strict=True)
 
     @property
     def notice(self) -> str | None:

@@ -66,8 +66,8 @@ class DataFiles:
     limit: int
 
 
-def _states(paths: Sequence[Path]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    def state(path: Path) -> tuple[int, int]:
+def _states(paths: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def state(path: str) -> tuple[int, int]:
         try:
             found = os.stat(path)
         except (OSError, ValueError):
@@ -81,7 +81,7 @@ def _states(paths: Sequence[Path]) -> tuple[NDArray[np.int64], NDArray[np.int64]
     return table[:, 0], table[:, 1]
 
 
-def _hash(path: Path, limit: int) -> bytes:
+def _hash(path: str, limit: int) -> bytes:
     """A hash of a file of at most ``limit`` bytes, or of blocks of a larger file."""
     digest = hashlib.blake2b(digest_size=_HASH_BYTES)
     try:
@@ -101,13 +101,13 @@ def _hash(path: Path, limit: int) -> bytes:
     return digest.digest()
 
 
-def _hashes(paths: Sequence[Path], limit: int) -> NDArray[np.uint8]:
+def _hashes(paths: Sequence[str], limit: int) -> NDArray[np.uint8]:
     with ThreadPoolExecutor(_THREADS) as threads:
         joined = b"".join(threads.map(lambda path: _hash(path, limit), paths))
     return np.frombuffer(joined, np.uint8).reshape(-1, _HASH_BYTES)
 
 
-def read_states(files: Iterable[tuple[str, Path]]) -> DataFiles:
+def read_states(files: Iterable[tuple[str, str]]) -> DataFiles:
     """The states of (name, path) files."""
     pairs = list(files)
     paths = [path for _, path in pairs]
@@ -130,7 +130,7 @@ def save_data_files(folder: Path, task: Task, context: DistributedContext) -> No
             _save_states(folder, list(task.data_files()))
 
 
-def _save_states(folder: Path, pairs: list[tuple[str, Path]]) -> None:
+def _save_states(folder: Path, pairs: list[tuple[str, str]]) -> None:
     if pairs:
         with writing(folder):
             save(folder, read_states(pairs))
@@ -182,11 +182,11 @@ def load(folder: Path) -> DataFiles | None:
         zipfile.BadZipFile,
     ):
         raise UserError(
-            f"{printable(path)} is damaged, so changes of the data cannot be noticed; --accept-changed-data goes on"
+            f"{printable(path)} is damaged, so changes of the data cannot be noticed; delete it to go on"
         ) from None
 
 
-def differences(old: DataFiles, files: Iterable[tuple[str, Path]]) -> list[str]:
+def differences(old: DataFiles, files: Iterable[tuple[str, str]]) -> list[str]:
     """Says which files differ, as parts of a line; [] if none does.
 
     Args:
@@ -194,7 +194,7 @@ def differences(old: DataFiles, files: Iterable[tuple[str, Path]]) -> list[str]:
         files: (name, path) of the files as they are now.
     """
     now = dict(files)
-    sizes, times = _states([now.get(name, Path()) for name in old.names])
+    sizes, times = _states([now.get(name, "") for name in old.names])
     gone = [name for name, size in zip(old.names, sizes, strict=True) if name not in now or size < 0]
     new = sorted(now.keys() - set(old.names))
     same_name = np.fromiter((name in now for name in old.names), bool, len(old.names)) & (sizes >= 0)
@@ -218,7 +218,7 @@ def differences(old: DataFiles, files: Iterable[tuple[str, Path]]) -> list[str]:
     return parts
 
 
-def _rewritten(old: DataFiles, now: dict[str, Path], touched: NDArray[np.bool_]) -> list[int]:
+def _rewritten(old: DataFiles, now: dict[str, str], touched: NDArray[np.bool_]) -> list[int]:
     """The files with another time whose content differs, or of which nobody knows."""
     if not touched.any():
         return []
@@ -269,7 +269,7 @@ def check_same_data(
 
 
 def _check(
-    folder: Path, old: dict[str, str], new: dict[str, str], pairs: list[tuple[str, Path]], accept: bool
+    folder: Path, old: dict[str, str], new: dict[str, str], pairs: list[tuple[str, str]], accept: bool
 ) -> None:
     try:
         saved = load(folder)

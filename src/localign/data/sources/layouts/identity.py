@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+
+from localign.errors import UserError
+from localign.text.printing import printable
 
 HEAD = 512
 """Bytes that :func:`known_content` looks at."""
@@ -23,6 +27,15 @@ _KINDS = (
     (b"<html", "a web page, perhaps an error page of a download"),
     (b"<?xml", "an XML file, perhaps an error page of a download"),
 )
+
+
+def read_head(path: str | os.PathLike[str]) -> bytes:
+    """The first bytes of a file, for :func:`known_content`. Raises UserError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(HEAD)
+    except OSError as error:
+        raise UserError(f"cannot read {printable(path)}: {error.strerror}") from None
 
 
 def known_content(head: bytes, expected: str = "") -> str | None:
