@@ -278,7 +278,7 @@ def _check(
             raise
         saved = None
     changed = {name for name in {*old, *new} if old.get(name) != new.get(name)}
-    parts = [] if saved is None else differences(saved, pairs)
+    parts = differences(saved, pairs) if saved is not None and pairs else []  # no pairs: the data are remote now
     if parts:
         changed.add("data")
     refused = changed - {"data", "labels"} if accept else changed
