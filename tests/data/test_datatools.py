@@ -16,6 +16,7 @@ from localign.cli import main, parse
 from localign.data.classification import labels_of
 from localign.data.loader import TrainLoader
 from localign.data.sources import EncodedSource, ImageSource, TarSource, open_source
+from localign.data.sources.layouts.packed import ShardRecord
 from localign.data.transforms import TrainTransform
 from localign.datatools import packing
 from localign.datatools.in21k import write_in21k
@@ -79,7 +80,7 @@ def test_an_interrupted_packing_goes_on_and_ends_the_same(
     written: list[int] = []
     limit = 3
 
-    def noted(self: packing.Packing, number: int) -> packing.ShardRecord:
+    def noted(self: packing.Packing, number: int) -> ShardRecord:
         if len(written) == limit:
             raise KeyboardInterrupt
         written.append(number)

@@ -55,6 +55,16 @@ def rewrite_one_of_a_copy(folder: Path) -> None:
     rewrite(folder / "03.png")
 
 
+def rewrite_five(folder: Path) -> None:
+    for number in range(5):
+        rewrite(folder / f"{number:02}.png")
+
+
+def make_a_folder(folder: Path) -> None:
+    (folder / "00.png").unlink()
+    (folder / "00.png").mkdir()
+
+
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda f: None, ""),
     "times of all files": (touch_all, ""),
@@ -72,11 +82,11 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "1 of 20 files gone (00.png); 1 new (zz.png)",
     ),
     "many files": (
-        lambda f: [rewrite(f / f"{n:02}.png") for n in range(5)],
+        rewrite_five,
         "5 of 20 files changed (00.png: other content; 01.png: other content; 02.png: other content; ...)",
     ),
     "a file is a folder now": (
-        lambda f: ((f / "00.png").unlink(), (f / "00.png").mkdir()),
+        make_a_folder,
         "1 of 20 files changed (00.png: 1,000 bytes before",
     ),
 }

@@ -187,7 +187,7 @@ def _sample_labels(source: TarSource, spec: str) -> ClassLabels:
 
 def classes_from(labels: Sequence[str], key: Callable[[str], int] | None = None) -> ClassLabels:
     """The distinct labels as classes, sorted, by numbers if ``key`` makes them."""
-    classes = sorted(set(labels), key=key)  # type: ignore[type-var, arg-type]
+    classes = sorted(set(labels), key=key)
     code_of = {name: code for code, name in enumerate(classes)}
     return ClassLabels(classes, np.fromiter((code_of[label] for label in labels), np.int32, len(labels)))
 

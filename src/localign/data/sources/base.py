@@ -7,7 +7,7 @@ import math
 import os
 import struct
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -62,6 +62,9 @@ class Names:
             raise IndexError(f"image {index} of {len(self)}")
         begin = self.ends[index - 1] if index else 0
         return os.fsdecode(self.block[begin : self.ends[index]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
 
     def update(self, digest: hashlib.blake2b) -> None:
         """Feed all names to a hash."""

@@ -195,17 +195,15 @@ def differences(old: DataFiles, files: Iterable[tuple[str, str]]) -> list[str]:
     """
     now = dict(files)
     sizes, times = _states([now.get(name, "") for name in old.names])
-    gone = [name for name, size in zip(old.names, sizes, strict=True) if name not in now or size < 0]
+    gone = [old.names[i] for i in np.flatnonzero((sizes < 0) & (old.sizes >= 0)).tolist()]
     new = sorted(now.keys() - set(old.names))
     same_name = np.fromiter((name in now for name in old.names), bool, len(old.names)) & (sizes >= 0)
     resized = same_name & (sizes != old.sizes) & (old.sizes >= 0)
     touched = same_name & (sizes == old.sizes) & (times != old.times)
     rewritten = _rewritten(old, now, touched)
-    had_none = [name for name, size in zip(old.names, old.sizes, strict=True) if size < 0]
-    gone = [name for name in gone if name not in set(had_none)]
     other_sizes = [
         f"{printable(old.names[i])}: {old.sizes[i]:,} bytes before, {sizes[i]:,} now"
-        for i in np.flatnonzero(resized)
+        for i in np.flatnonzero(resized).tolist()
     ]
     changed = other_sizes + [f"{printable(old.names[i])}: other content" for i in rewritten]
     parts = []
@@ -278,7 +276,9 @@ def _check(
             raise
         saved = None
     changed = {name for name in {*old, *new} if old.get(name) != new.get(name)}
-    parts = differences(saved, pairs) if saved is not None and pairs else []  # no pairs: the data are remote now
+    parts = (
+        differences(saved, pairs) if saved is not None and pairs else []
+    )  # no pairs: the data are remote now
     if parts:
         changed.add("data")
     refused = changed - {"data", "labels"} if accept else changed
