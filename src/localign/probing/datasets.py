@@ -71,7 +71,7 @@ def labelled_scenes(split: Split, length: int) -> AttributeLabels:
     return AttributeLabels(scenes, scenes.config.attributes, scenes.config.attribute_table())
 
 
-def _layout_and_root(data: str) -> tuple[str, str]:
+def _layout_and_root(data: str) -> tuple[str, Path]:
     if data == "scenes":
         return data, Path()
     layout, _, path = data.partition(":")
