@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from localign.cli import main, parse
 from localign.data.classification import labels_of
 from localign.data.loader import TrainLoader
 from localign.data.sources import EncodedSource, ImageSource, TarSource, open_source
+from localign.data.sources.layouts.packed import ShardRecord
 from localign.data.transforms import TrainTransform
 from localign.datatools import packing
 from localign.datatools.in21k import write_in21k
@@ -78,7 +80,7 @@ def test_an_interrupted_packing_goes_on_and_ends_the_same(
     written: list[int] = []
     limit = 3
 
-    def noted(self: packing.Packing, number: int) -> packing.ShardRecord:
+    def noted(self: packing.Packing, number: int) -> ShardRecord:
         if len(written) == limit:
             raise KeyboardInterrupt
         written.append(number)
@@ -292,3 +294,22 @@ def test_bad_use_is_one_line(argv: list[str], line: str) -> None:
 def test_a_mixture_is_refused(mixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "verify", str(mixture)]) == 2
     assert "is a mixture; run the command on each of its sources instead" in capsys.readouterr().err
+
+
+def test_shards_of_a_source_that_changed_are_not_continued(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    argv = ["data", "shard", str(data), str(tmp_path / "out"), "--workers", "0"]
+    assert main(argv) == 0
+    shutil.rmtree(data)
+    shutil.copytree(pictures, data, copy_function=shutil.copyfile)  # with other times
+    assert main(argv) == 0
+    (data / "cat" / "00.jpg").write_bytes((data / "cat" / "01.jpg").read_bytes())
+    (tmp_path / "out").rename(tmp_path / "out.partial")
+    for folder in ("out.partial", "out"):
+        (tmp_path / "out.partial").rename(tmp_path / folder)
+        capsys.readouterr()
+        assert main(argv) == 2
+        assert "changed since they were begun: 1 of 23 files changed (cat/00.jpg: " in capsys.readouterr().err

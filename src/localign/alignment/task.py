@@ -68,6 +68,9 @@ class AlignTask(Task):
         self.teacher.prepare(device)
         fuse_attention(self.student, device)
 
+    def data_files(self) -> Iterator[tuple[str, str]]:
+        return self.data.data_files()
+
     @property
     def micro_batch_multiple(self) -> int:
         return self.data.micro_batch_multiple

@@ -7,11 +7,9 @@ that replaced an unreadable image.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -29,10 +27,11 @@ from localign.data.sources import (
     ParquetSource,
     TarSource,
 )
-from localign.data.sources.files import LABEL_HEADERS, is_heading, list_rows
-from localign.data.sources.parquet import labels_column
+from localign.data.sources.lists import read_list
+from localign.data.sources.parquet_labels import labels_column
 from localign.data.untrusted.walking import FOLDER, kind_of
 from localign.errors import UserError
+from localign.text.printing import printable
 
 
 class ImageLabels(Protocol):
@@ -121,7 +120,9 @@ def _class_labels(source: ImageSource, spec: str) -> ClassLabels:
     if isinstance(source, FolderSource):
         return _folder_labels(source)
     if isinstance(source, TarSource):
-        folders = sorted({source.name(i).partition("/")[0] for i in range(len(source))})
+        if source.index.labels is not None:
+            return _sample_labels(source, spec)
+        folders = sorted({source.place(i)[1].partition("/")[0] for i in range(len(source))})
         return ClassLabels(folders, _first_folders(source, folders, spec))
     if isinstance(source, FileListSource):
         return _list_labels(source)
@@ -157,42 +158,44 @@ def _first_folders(source: ImageSource, folders: Sequence[str], spec: str) -> ND
     code_of = {name: code for code, name in enumerate(folders)}
     codes = np.empty(len(source), dtype=np.int32)
     for index in range(len(source)):
-        name = source.name(index)
+        name = source.place(index)[1]
         folder, slash, _ = name.partition("/")
         if not slash:
-            raise UserError(f"{spec} has class folders, but {name} is not in a class folder")
+            raise UserError(f"{spec} has class folders, but {printable(name)} is not in a class folder")
         codes[index] = code_of[folder]
     return codes
 
 
 def _list_labels(source: FileListSource) -> ClassLabels:
-    """Labels from the column headed ``label`` or ``class``, or from the second column if there is no heading."""
-    path = source.file
-    rows = list_rows(path)
-    first = next(rows)
-    headed = is_heading(path, first)
-    column = _label_column(path, first, headed)
-    first_seen: dict[str, int] = {}
-    codes = []
-    for row in rows if headed else itertools.chain([first], rows):
-        label = row[column] if len(row) > column else ""
-        if not label:
-            raise UserError(f"{path} gives no label for {row[0]}")
-        codes.append(first_seen.setdefault(label, len(first_seen)))
-    classes = sorted(first_seen)
-    sorted_code = np.empty(len(classes), dtype=np.int32)
-    sorted_code[[first_seen[name] for name in classes]] = np.arange(len(classes))
-    return ClassLabels(classes, sorted_code[codes])
+    """Labels from the column with a heading such as ``label``, or from the second column if there is no heading."""
+    shown = printable(source.file)
+    listed = read_list(source.file, source.root)
+    if listed.labels is None:
+        raise UserError(f"{shown} has no labels; use a .csv file with the columns path,label")
+    if listed.odd_label:
+        raise UserError(f"{shown}, {listed.odd_label}; a label is a word or a number")
+    if "" in listed.labels:
+        name = listed.names[listed.labels.index("")]
+        raise UserError(f"{shown} gives no label for {printable(name)}")
+    return classes_from(listed.labels)
 
 
-def _label_column(path: Path, first_row: list[str], headed: bool) -> int:
-    if headed:
-        column = next((i for i, name in enumerate(first_row) if name.lower() in LABEL_HEADERS), None)
-    else:
-        column = 1 if len(first_row) > 1 else None
-    if column is None:
-        raise UserError(f"{path} has no labels; use a .csv file with the columns path,label")
-    return column
+def _sample_labels(source: TarSource, spec: str) -> ClassLabels:
+    """Labels from the fields ``cls`` and ``json`` of the samples in tar shards."""
+    assert source.index.labels is not None
+    labels = list(source.index.labels)
+    if "" in labels:
+        name = source.name(labels.index(""))
+        raise UserError(f"some samples of {spec} have a label, but {printable(name)} has none")
+    numbers = all(label.isdecimal() for label in set(labels))
+    return classes_from(labels, key=int if numbers else None)
+
+
+def classes_from(labels: Sequence[str], key: Callable[[str], int] | None = None) -> ClassLabels:
+    """The distinct labels as classes, sorted, by numbers if ``key`` makes them."""
+    classes = sorted(set(labels), key=key)
+    code_of = {name: code for code, name in enumerate(classes)}
+    return ClassLabels(classes, np.fromiter((code_of[label] for label in labels), np.int32, len(labels)))
 
 
 def check_same_classes(train: ImageLabels, val: ImageLabels, spec: str) -> None:
@@ -236,6 +239,10 @@ class SpreadSource(ImageSource):
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
+
+    def data_files(self) -> Iterator[tuple[str, str]]:
+        """All files of the source."""
+        return self.source.data_files()
 
     def load(self, index: int) -> Image.Image:
         """The image in RGB. Raises UnreadableImage."""

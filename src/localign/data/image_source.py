@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +37,10 @@ class ImageSource(ABC):
     def name(self, index: int) -> str:
         """A stable name for logs, such as ``n01440764/x.jpg``."""
 
+    def place(self, index: int) -> tuple[str, str]:
+        """Where an image is: its shard, "" for images outside shards, and its name in the shard or the source."""
+        return "", self.name(index)
+
     @abstractmethod
     def load(self, index: int) -> Image.Image:
         """The image in RGB. Raises UnreadableImage."""
@@ -43,6 +48,10 @@ class ImageSource(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A short hash of the content; a run refuses to resume on a source with another fingerprint."""
+
+    def data_files(self) -> Iterator[tuple[str, str]]:
+        """(name, path) of the local files that hold the images."""
+        return iter(())
 
     @property
     def notice(self) -> str | None:

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from localign.data.loader import BadImages, Batch, EvalLoader, TrainLoader
 from localign.data.mixing import Mixing
 from localign.data.sources import ImageSource, open_source
+from localign.data.sources.opening import takes_field
 from localign.data.transforms import EvalTransform, TrainTransform
 from localign.engine.distributed import DistributedContext
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
-from localign.options.data import DataConfig
+from localign.options.data import DataConfig, row_group_bytes
 from localign.options.names import TrainCrop
 
 
@@ -68,7 +69,12 @@ class ImageData:
         )
         scaled = self.transform.scaled_decode
         self.source: ImageSource = open_source(
-            config.data, image_size=image_size, scaled_decode=scaled, exclude=config.exclude
+            config.data,
+            image_size=image_size,
+            scaled_decode=scaled,
+            exclude=config.exclude,
+            field=config.field,
+            max_group_bytes=row_group_bytes(config.max_row_group_gib),
         )
         print_notice(self.source)
         if config.crop == "none" and not scenes:
@@ -77,10 +83,17 @@ class ImageData:
             )
         val = config.val or ("scenes:val" if scenes else None)
         # Validation always decodes in full, so that results stay comparable with published ones.
-        self.val_source = open_source(val, image_size=image_size, scaled_decode=False) if val else None
+        self.val_source = self._open_val(val, image_size) if val else None
         self.val_transform = EvalTransform(image_size)
         mixes = config.mixup is not None or config.cutmix is not None
         self.mixing = Mixing(config.mixup, config.cutmix) if mixes else None
+
+    def _open_val(self, val: str, image_size: tuple[int, int]) -> ImageSource:
+        field = self.config.field if self.config.field and takes_field(val) else None
+        limit = row_group_bytes(self.config.max_row_group_gib)
+        return open_source(
+            val, image_size=image_size, scaled_decode=False, field=field, max_group_bytes=limit
+        )
 
     @property
     def micro_batch_multiple(self) -> int:
@@ -90,6 +103,12 @@ class ImageData:
     def train_batches(self, plan: BatchPlan) -> Iterator[Batch]:
         """This rank's training micro-batches, in order."""
         return planned_batches(self.source, self.transform, plan, self.config.max_bad_share)
+
+    def data_files(self) -> Iterator[tuple[str, str]]:
+        """(name, path) of the local files of the training and validation images."""
+        yield from self.source.data_files()
+        for name, path in self.val_source.data_files() if self.val_source is not None else ():
+            yield f"validation: {name}", path
 
     def check_skipped(self, images: Mapping[str, str]) -> None:
         """Raise UserError if more than ``max_bad_share`` of the training images are unreadable."""

@@ -20,6 +20,7 @@ from localign.datatools.packing import (
     QUALITY,
     Facts,
     Packing,
+    check_same_files,
     facts_of,
     output_folders,
     pack,
@@ -56,7 +57,7 @@ def write_in21k(config: In21kConfig) -> dict[str, Any]:
         UserError: The source has no classes, no class is large enough, or the output folder holds something else.
         RunFailure: A worker process died.
     """
-    source = open_files(config.source, config.exclude)
+    source = open_files(config, config.exclude)
     names, codes, inside = classes_of(source, config.source)
     kept, train, val = split(names, codes, source, config)
     final, temporary = output_folders(config.out)
@@ -65,6 +66,7 @@ def write_in21k(config: In21kConfig) -> dict[str, Any]:
     for part, order in (("train", train), ("val", val)):
         part_facts: Facts = {**facts, "split": part, "classes": len(kept)}
         if final.exists():
+            check_same_files(final / part, source)
             result[part] = read_about(final / part, part_facts)
             continue
         folders = None if inside else [names[code] for code in codes[order]]
@@ -92,7 +94,7 @@ def classes_of(source: ImageSource, spec: str) -> tuple[list[str], NDArray[np.in
     class_tars = _class_tars(source)
     if class_tars is not None:
         return *class_tars, False
-    split_names = [source.name(i).partition("/") for i in range(len(source))]
+    split_names = [source.place(i)[1].partition("/") for i in range(len(source))]
     if not all(slash for _, slash, _ in split_names):
         raise UserError(f"{spec} must hold one folder or one tar file per class")
     names = sorted({folder for folder, _, _ in split_names})
@@ -103,7 +105,7 @@ def classes_of(source: ImageSource, spec: str) -> tuple[list[str], NDArray[np.in
 def _class_tars(source: ImageSource) -> tuple[list[str], NDArray[np.int64]] | None:
     """Class names and codes from the names of tar files, if no image in them lies in a folder; else None."""
     inner = source.source if isinstance(source, ExcludingSource) else source
-    if not isinstance(inner, TarSource) or any("/" in source.name(i) for i in range(len(source))):
+    if not isinstance(inner, TarSource) or any("/" in source.place(i)[1] for i in range(len(source))):
         return None
     codes = np.array(inner.index.records[:, SHARD])
     if isinstance(source, ExcludingSource):

@@ -9,10 +9,9 @@ import os
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, TypedDict, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +21,14 @@ from localign.data.decoding import UnreadableImage, decode_image
 from localign.data.image_source import ImageSource
 from localign.data.parallel import in_processes
 from localign.data.sources import SUFFIXES
+from localign.data.sources.layouts.packed import SHARDS, ShardRecord, shard_records
 from localign.data.sources.tar_index import tar_index, write_portable
 from localign.datatools.reading import encoded_image
+from localign.engine.checkpoints.data_files import DATA_FILE, differences, load, read_states, save
 from localign.errors import UserError
 from localign.files import fsync_path, replace_text, replacing
 from localign.options.datatools import In21kConfig, ShardConfig
+from localign.text.printing import printable
 
 Facts = dict[str, Any]
 """The options and the source fingerprint on which the bytes of the shards depend."""
@@ -34,23 +36,12 @@ About = dict[str, Any]
 """Content of ``about.json``: the :data:`Facts`, and as numbers ``images``, ``bytes`` (the total size of the shards),
 ``shards`` and ``left_out`` (the unreadable images, which are not in the shards)."""
 
-ABOUT, SHARDS, LEFT_OUT = "about.json", "shards.jsonl", "left-out.jsonl"
+ABOUT, LEFT_OUT = "about.json", "left-out.jsonl"
 QUALITY = 92
+_NO_FACTS = frozenset({"source", "out", "exclude", "workers", "field", "max_row_group_gib"})
+"""Options that do not change the shards, or that the source's fingerprint covers."""
 _JPEG = b"\xff\xd8\xff"
 _KINDS = ((_JPEG, ".jpg"), (b"\x89PNG", ".png"), (b"RIFF", ".webp"), (b"GIF8", ".gif"), (b"BM", ".bmp"))
-
-
-class ShardRecord(TypedDict):
-    """A line of ``shards.jsonl``."""
-
-    shard: str
-    """File name."""
-    images: int
-    bytes: int
-    """Size of the file."""
-    sha256: str
-    left_out: list[tuple[str, str]]
-    """(name, reason) of the unreadable images."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +56,7 @@ class Packing:
         resize: Length of the short side, pixels; None copies the files.
         quality: JPEG quality of resized images, 1..100.
         folder: The output folder.
+        with_shards: Put the source's shard in front of each image's file name, because shards repeat names.
     """
 
     source: ImageSource
@@ -74,6 +66,7 @@ class Packing:
     resize: int | None
     quality: int
     folder: Path
+    with_shards: bool = False
 
     @property
     def shards(self) -> int:
@@ -105,19 +98,38 @@ class Packing:
             "left_out": left_out,
         }
 
-    def check_names(self) -> None:
-        """Raises UserError if two images would have the same name in the shards."""
+    def with_distinct_names(self) -> Packing:
+        """This packing, or one that puts the source's shards in front of file names if their names are not distinct.
+
+        Raises:
+            UserError: Two images have the same name in the same shard, or outside of shards.
+        """
+        if self._first_repeated() is None:
+            return self
+        packing = replace(self, with_shards=True)
+        if (repeated := packing._first_repeated()) is not None:
+            place, count = repeated
+            name = printable(self.source.name(int(self.order[place])))
+            raise UserError(
+                f"{count} images would have the same name as another image in the shards, such as {name}; list every "
+                "image once, or leave images out with --exclude"
+            )
+        return packing
+
+    def _first_repeated(self) -> tuple[int, int] | None:
+        """The place of an image whose name another image has, and the number of such images; None without."""
         count = len(self.order)
-        hashes = (
-            hash(self._name(place, b"")) for place in range(count)
+        hashes = np.fromiter(
+            (hash(self._name(place, b"")) for place in range(count)), np.int64, count
         )  # millions of strings fill the memory
-        duplicates = count - len(np.unique(np.fromiter(hashes, np.int64, count)))
-        if duplicates:
-            raise UserError(f"{duplicates} images would have the same name as another image in the shards")
+        _, first, of_name = np.unique(hashes, return_index=True, return_counts=True)
+        duplicates = count - len(first)
+        return (int(first[of_name > 1].min()), duplicates) if duplicates else None
 
     def _name(self, place: int, data: bytes) -> str:
         folder = "" if self.folders is None else self.folders[place]
-        return member_name(self.source.name(int(self.order[place])), folder, data)
+        shard, name = self.source.place(int(self.order[place]))
+        return member_name(name, folder, data, shard if self.with_shards else "")
 
     def _member(self, place: int) -> tuple[str, bytes]:
         index = int(self.order[place])
@@ -143,15 +155,21 @@ def shrink(data: bytes, name: str, side: int, quality: int) -> bytes:
     return file.getvalue()
 
 
-def member_name(name: str, folder: str, data: bytes) -> str:
+def member_name(name: str, folder: str, data: bytes, shard: str = "") -> str:
     """A member's name in a shard: a relative path without ``..``, with the suffix of the file's format.
 
     Args:
         name: The image's name in its source.
         folder: The folder to put in front, or "".
         data: The content of the file.
+        shard: The shard to put in front of the file name, or "". It adds no folder, because folders are classes, and no
+            dot, because a sample's key ends at the first dot.
     """
     path = re.sub(r"\.parquet:", "/", name)
+    if shard:
+        folders, slash, base = path.rpartition("/")
+        prefix = re.sub(r"[./]+", "_", shard.removesuffix(".tar").strip("./"))
+        path = f"{folders}{slash}{prefix}-{base}"
     parts = [part for part in (*folder.split("/"), *path.split("/")) if part not in ("", ".", "..")]
     path = "/".join(parts)
     suffix = PurePosixPath(path).suffix.lower()
@@ -178,10 +196,13 @@ def pack(packing: Packing, processes: int, facts: Facts) -> About:
         RunFailure: A worker process died.
     """
     folder = packing.folder
-    packing.check_names()
+    packing = packing.with_distinct_names()
     folder.mkdir(parents=True, exist_ok=True)
     _check_facts(folder, facts)
-    done = {record["shard"]: record for record in _records(folder) if _is_complete(folder, record)}
+    check_same_files(folder, packing.source)
+    if not (folder / DATA_FILE).exists():
+        save(folder, read_states(packing.source.data_files()))
+    done = {record["shard"]: record for record in shard_records(folder) if _is_complete(folder, record)}
     replace_text(folder / SHARDS, "".join(json.dumps(r) + "\n" for r in done.values()))
     replace_text(folder / ABOUT, json.dumps(facts, indent=1) + "\n")
     missing = [number for number in range(packing.shards) if f"{number:06}.tar" not in done]
@@ -227,16 +248,18 @@ def _check_facts(folder: Path, facts: Facts) -> None:
         )
 
 
-def _records(folder: Path) -> list[ShardRecord]:
-    """The records of an earlier call; incomplete lines are skipped."""
-    records = []
-    with suppress(FileNotFoundError):
-        for line in (folder / SHARDS).read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and record.keys() >= ShardRecord.__annotations__.keys():
-                    records.append(cast(ShardRecord, record))
-    return records
+def check_same_files(folder: Path, source: ImageSource) -> None:
+    """Refuse to go on with shards of a source whose files have changed since.
+
+    Raises:
+        UserError: Files differ; the line names them.
+    """
+    saved = load(folder)
+    if saved is not None and (parts := differences(saved, source.data_files())):
+        raise UserError(
+            f"the source of the shards in {printable(folder)} changed since they were begun: {'; '.join(parts)}; "
+            "remove the folder, or give another folder"
+        )
 
 
 def _is_complete(folder: Path, record: ShardRecord) -> bool:
@@ -248,7 +271,7 @@ def _is_complete(folder: Path, record: ShardRecord) -> bool:
 
 def read_checksums(folder: Path) -> dict[str, str]:
     """Shard name -> sha256 for a folder that :func:`pack` wrote; {} for any other folder."""
-    return {record["shard"]: record["sha256"] for record in _records(folder)}
+    return {record["shard"]: record["sha256"] for record in shard_records(folder)}
 
 
 def sha256(path: Path) -> str:
@@ -274,7 +297,7 @@ def publish(partial: Path, final: Path) -> None:
 
 def facts_of(source: ImageSource, config: ShardConfig | In21kConfig) -> Facts:
     """The facts on which the shards depend: the source's fingerprint, and all options except paths and workers."""
-    options = {k: v for k, v in asdict(config).items() if k not in ("source", "out", "exclude", "workers")}
+    options = {k: v for k, v in asdict(config).items() if k not in _NO_FACTS}
     return {"source": source.fingerprint(), **options}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ from numpy.typing import NDArray
 
 from localign.data.classification import ClassLabels, labels_of
 from localign.data.image_source import ImageSource
-from localign.data.sources import ExcludingSource, FileListSource, ParquetSource
+from localign.data.sources import ExcludingSource, FileListSource, ParquetSource, TarSource
 from localign.datatools.packing import (
     ABOUT,
     QUALITY,
     About,
     Facts,
     Packing,
+    check_same_files,
     facts_of,
     output_folders,
     pack,
@@ -45,10 +47,11 @@ def write_shards(config: ShardConfig) -> About:
         UserError: The source does not exist, or the output folder exists and holds something else.
         RunFailure: A worker process died.
     """
-    source = open_files(config.source, config.exclude)
+    source = open_files(config, config.exclude)
     final, temporary = output_folders(config.out)
     facts = facts_of(source, config)
     if final.exists():
+        check_same_files(final, source)
         return read_about(final, facts)
     order = source.stream(config.seed, config.shuffle).indices(0, len(source))
     packing = Packing(
@@ -82,13 +85,16 @@ def read_about(folder: Path, facts: Facts) -> About:
 
 
 def _class_folders(source: ImageSource, spec: str, order: NDArray[np.int64]) -> list[str] | None:
-    """The class of each image of a list or of parquet files with labels, as folders in the shards; else None."""
+    """The class of each image of a list, of parquet files or of samples with labels, as folders in the shards; else
+    None."""
     inner = source.source if isinstance(source, ExcludingSource) else source
-    if not isinstance(inner, FileListSource | ParquetSource):
+    with_labels = isinstance(inner, TarSource) and inner.index.labels is not None
+    if not with_labels and not isinstance(inner, FileListSource | ParquetSource):
         return None
     try:
         labels = labels_of(source, spec)
-    except UserError:
+    except UserError as error:
+        print(f"classes    none: {error}", file=sys.stderr)
         return None
     assert isinstance(labels, ClassLabels)
     return [labels.classes[code].replace("/", "_") for code in labels.codes[order]]

@@ -85,7 +85,7 @@ def image_stats(config: StatsConfig) -> dict[str, Any]:
         UserError: The source does not exist, or no image can be opened.
         RunFailure: A worker process died.
     """
-    source = open_files(config.source)
+    source = open_files(config)
     count = min(config.images or len(source), len(source))
     indices = tuple((np.arange(count) * len(source) // count).tolist())
     items = parts(count)

@@ -15,6 +15,7 @@ from localign.datatools.packing import read_checksums, sha256
 from localign.datatools.reading import encoded_image, open_files
 from localign.files import replace_text
 from localign.options.datatools import DataVerifyConfig
+from localign.text.printing import printable
 
 
 class Verification(TypedDict):
@@ -34,15 +35,15 @@ class Verification(TypedDict):
 class _Verifier:
     source: ImageSource
 
-    def __call__(self, part: tuple[int, int]) -> list[tuple[str, str]]:
-        """(name, reason) of the unreadable images in a range of indices."""
+    def __call__(self, part: tuple[int, int]) -> list[tuple[int, str]]:
+        """(index, reason) of the unreadable images in a range of indices."""
         bad = []
         for index in range(*part):
             name = self.source.name(index)
             try:
                 decode_image(encoded_image(self.source, index), name)
             except UnreadableImage as error:
-                bad.append((name, error.reason))
+                bad.append((index, error.reason))
         return bad
 
 
@@ -59,11 +60,11 @@ def run_verify(config: DataVerifyConfig) -> int:
     found = verify_images(config)
     print(f"images     {found['images']:,} decoded, {len(found['bad']):,} bad")
     for name, reason in list(found["bad"].items())[:5]:
-        print(f"           {name}: {reason}")
+        print(f"           {printable(name)}: {printable(reason)}")
     if found["checked"]:
         print(f"checksums  {found['checked']:,} shards compared, {len(found['shards']):,} differ")
         for name in found["shards"][:5]:
-            print(f"           {name}")
+            print(f"           {printable(name)}")
     print(f"list       {config.out}, for --exclude")
     return 1 if found["bad"] or found["shards"] else 0
 
@@ -75,17 +76,24 @@ def verify_images(config: DataVerifyConfig) -> Verification:
         UserError: The source does not exist or holds no images.
         RunFailure: A worker process died.
     """
-    source = open_files(config.source)
+    source = open_files(config)
     items = parts(len(source))
-    bad = dict(source.unreadable)
+    entries = {name: {"path": name, "reason": reason} for name, reason in source.unreadable}
     for found in in_processes(_Verifier(source), items, len(items), config.processes, "decoding"):
-        bad |= dict(found)
+        for index, reason in found:
+            shard, name = source.place(index)
+            entries[source.name(index)] = {
+                "path": name,
+                **({"shard": shard} if shard else {}),
+                "reason": reason,
+            }
+    bad = {name: entry["reason"] for name, entry in entries.items()}
     shards = source.shards if isinstance(source, TarSource) else ()
     folders = {path.parent: read_checksums(path.parent) for path in shards}
     expected = {path: sums[path.name] for path in shards if path.name in (sums := folders[path.parent])}
     actual = in_processes(sha256, list(expected), len(expected), config.processes, "checksums")
     wrong = [path.name for path, checksum in zip(expected, actual, strict=True) if checksum != expected[path]]
-    lines = (json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in bad.items())
+    lines = (json.dumps(entry) + "\n" for entry in entries.values())
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, "".join(lines))

@@ -15,6 +15,7 @@ from torch import Tensor
 from localign import rng
 from localign.engine import run_folder
 from localign.engine.batch import sample_digest, to_device
+from localign.engine.checkpoints.data_files import check_same_data, save_data_files
 from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.checkpoints.sharded import ShardedCheckpoints
 from localign.engine.checkpoints.state import NEEDED_FIELDS, LastValidation, RunState
@@ -109,8 +110,6 @@ class Loop:
         if self._lock is not None:
             self._lock.close()
 
-    # -- the run, top to bottom ------------------------------------------------------------------------
-
     def run(self) -> Outcome:
         """Run from opening the folder to the export."""
         task, config = self.task, self.config
@@ -128,6 +127,7 @@ class Loop:
         if resumed_at is not None:
             self._restore(resumed_at)
         else:
+            save_data_files(self.folder, task, self.context)
             task.on_train_start(self.context, self._plan(start=0))
         if config.grad_checkpointing:
             task.set_grad_checkpointing()
@@ -354,8 +354,7 @@ class Loop:
         state = self.checkpoints.state(step)
         if missing := sorted(NEEDED_FIELDS - state.keys()):
             raise UserError(f"checkpoint {self.checkpoints.path(step)} lacks: {', '.join(missing)}")
-        fingerprint = self.context.all_gather_object(self.task.fingerprint())[0]
-        run_folder.check_same_fingerprint(self.folder, state["fingerprint"], fingerprint)
+        check_same_data(self.folder, state["fingerprint"], self.task, self.config, self.context)
         ema = self.ema.module if self.ema is not None else None
         self.checkpoints.restore(step, self.task.module, self.optimizer, ema)
         self.task.load_state_dict(state["task"])

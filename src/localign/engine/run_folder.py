@@ -28,12 +28,14 @@ from localign.options.names import Resume
 from localign.options.train import TrainConfig
 from localign.results import SavedConfig, SkippedImages, TrainingResults, Versions
 from localign.text.plainyaml import load_yaml
+from localign.text.printing import printable
 
 RESUMABLE: frozenset[str] = frozenset(
     {
         "out", "micro_batch", "device", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
         "val_every", "resume", "tensorboard", "wandb", "compile", "grad_checkpointing", "attention", "config",
-        "cross_entropy", "timeout", "reshard_after_forward", "ddp_bucket_mb",
+        "cross_entropy", "timeout", "reshard_after_forward", "ddp_bucket_mb", "max_row_group_gib",
+        "accept_changed_data",
     }
 )  # fmt: skip
 """Config fields that may change on resume: they change neither the samples nor the mathematics."""
@@ -148,17 +150,6 @@ def _moved(old: Any, new: Any) -> bool:
     return bool(Path(new).name) and Path(old).name == Path(new).name
 
 
-def check_same_fingerprint(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:
-    """Refuse to resume a run with other data or other starting weights.
-
-    Raises:
-        UserError: Fingerprints differ; the line names them.
-    """
-    changed = [f for f in sorted({*old, *new}) if old.get(f) != new.get(f)]
-    if changed:
-        raise UserError(f"cannot resume {folder}: changed since the run started: {', '.join(changed)}")
-
-
 def check_resume(folder: Path, resume: Resume, steps: list[int]) -> bool:
     """Whether the folder holds a run to resume, with or without a checkpoint.
 
@@ -168,9 +159,14 @@ def check_resume(folder: Path, resume: Resume, steps: list[int]) -> bool:
         steps: Steps of the run's checkpoints.
 
     Raises:
-        UserError: There is no run to resume, or a run would be overwritten.
+        UserError: There is no run to resume, a run would be overwritten, or the run has lost its config.
     """
     started = (folder / CONFIG_FILE).is_file()
+    if steps and not started:
+        raise UserError(
+            f"{printable(folder)} holds checkpoints (up to step {steps[-1]}) but no {CONFIG_FILE}, which says what the "
+            f"run is; restore {CONFIG_FILE}, or move the folder away to start anew"
+        )
     if resume == "must" and not started:
         raise UserError(f"nothing to resume in {folder}: it holds no run")
     if resume == "never" and started:

@@ -143,6 +143,10 @@ class Task(ABC):
         The main rank's fingerprint is used.
         """
 
+    def data_files(self) -> Iterator[tuple[str, str]]:
+        """(name, path) of the local files of the samples, by which a resumed run notices that they changed."""
+        return iter(())
+
     @abstractmethod
     def batches(self, plan: BatchPlan) -> Iterator[Any]:
         """This rank's micro-batches in order: ``global_batch / world_size / micro_batch`` of them per step.

@@ -140,6 +140,9 @@ class FinetuneTask(Task):
             "starting weights": self.starting_hash[:16],
         }
 
+    def data_files(self) -> Iterator[tuple[str, str]]:
+        return self.data.data_files()
+
     @property
     def micro_batch_multiple(self) -> int:
         return self.data.micro_batch_multiple

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from localign.errors import UserError
 from localign.options.names import Decode, TrainCrop
 
 
@@ -12,12 +13,16 @@ class DataConfig:
     """Options of the training images."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
-        "Data": "data val val_images crop hflip auto_augment mixup cutmix decode exclude max_bad_share"
+        "Data": "data val val_images crop hflip auto_augment mixup cutmix decode field exclude max_bad_share "
+        "max_row_group_gib"
     }
 
     data: str = "scenes"
     """Training images: a folder; a list of files (.txt, .csv, .jsonl); a .tar or .parquet file, a folder of such
     files, or a pattern such as shards/{000..099}.tar; a mixture of these (.yaml); or scenes."""
+    field: str | None = None
+    """Fields of tar samples, or columns of parquet files, that hold the image: the first that is there, as in
+    jpg,png. Default the usual one, and never a label map; '*': every image file in the shards is a sample."""
     exclude: str | None = None
     """List of training images to leave out, as written by `localign data verify`."""
     val: str | None = None
@@ -39,11 +44,24 @@ class DataConfig:
     """Alpha of CutMix, which mixes images; default off."""
     max_bad_share: float = 0.01
     """Share of unreadable images, 0..1, above which the run stops."""
+    max_row_group_gib: float | None = None
+    """GiB that a row group of a parquet file may take in memory, in each loader worker; default 2."""
 
     @property
     def is_scenes(self) -> bool:
         """Whether the training images are the built-in scenes."""
         return self.data.partition(":")[0] == "scenes"
+
+
+def row_group_bytes(gib: float | None) -> int | None:
+    """``max_row_group_gib`` in bytes.
+
+    Raises:
+        UserError: It is not above 0.
+    """
+    if gib is not None and not 0 < gib < 2**20:
+        raise UserError(f"--max-row-group-gib must be above 0, not {gib}")
+    return None if gib is None else int(gib * 2**30)
 
 
 def written_decode(config: DataConfig, crop: TrainCrop | None) -> Decode | None:

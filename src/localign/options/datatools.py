@@ -4,12 +4,20 @@ import os
 from dataclasses import dataclass
 
 from localign.errors import UserError
+from localign.options.data import row_group_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ReadConfig:
+class ReadConfig:
+    """Options of commands that read images."""
+
     source: str = ""
     """Images to read: any value of --data of a training command, except mixtures and scenes."""
+    field: str | None = None
+    """Fields of tar samples, or columns of parquet files, that hold the image: the first that is there, as in
+    jpg,png. Default the usual one, and never a label map; '*': every image file in the shards is a sample."""
+    max_row_group_gib: float | None = None
+    """GiB that a row group of a parquet file may take in memory, in each worker; default 2."""
     workers: int | None = None
     """Worker processes; 0 works in the main process. Default one per processor."""
 
@@ -20,6 +28,7 @@ class _ReadConfig:
             raise UserError("scenes are drawn on demand: there are no files to read")
         if self.workers is not None and self.workers < 0:
             raise UserError(f"--workers must not be negative, not {self.workers}")
+        row_group_bytes(self.max_row_group_gib)
 
     @property
     def processes(self) -> int:
@@ -28,7 +37,7 @@ class _ReadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PackConfig(_ReadConfig):
+class _PackConfig(ReadConfig):
     out: str = ""
     """Output folder; it must not exist, unless the same command wrote it."""
     exclude: str | None = None
@@ -95,7 +104,7 @@ class In21kConfig(_PackConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataVerifyConfig(_ReadConfig):
+class DataVerifyConfig(ReadConfig):
     """Decode every image, compare shards with their checksums, and write the list of bad images.
 
     The exit code is 1 if an image or a shard is bad.
@@ -106,7 +115,7 @@ class DataVerifyConfig(_ReadConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatsConfig(_ReadConfig):
+class StatsConfig(ReadConfig):
     """Show the numbers and sizes of images and classes."""
 
     images: int | None = 2000

@@ -15,7 +15,8 @@ class TrainConfig:
     GROUPS: ClassVar[Mapping[str, str]] = {
         "Optimisation": "steps epochs batch_size micro_batch lr min_lr_ratio warmup_steps warmup_epochs warmup_ratio "
         "warmup_init_ratio weight_decay optimizer betas eps clip_grad ema_decay",
-        "Run": "out resume device precision seed workers checkpoint_every keep_checkpoints compile grad_checkpointing "
+        "Run": "out resume accept_changed_data device precision seed workers checkpoint_every keep_checkpoints compile "
+        "grad_checkpointing "
         "sharding reduce_dtype reshard_after_forward ddp_bucket_mb timeout",
         "Logging": "log_every val_every tensorboard wandb",
     }
@@ -91,6 +92,8 @@ class TrainConfig:
     resume: Resume = "never"
     """must (or --resume alone): resume the run in --out. auto: resume it if there is one, else start. never: refuse if
     there is one."""
+    accept_changed_data: bool = False
+    """Resume although files of the data changed since the run started."""
     tensorboard: bool = False
     """Also log to TensorBoard (needs the extra localign[tensorboard])."""
     wandb: str | None = None
@@ -111,6 +114,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in (None, "auto") and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        if self.accept_changed_data and self.resume == "never":
+            raise UserError("--accept-changed-data applies to --resume only")
         for name in ("batch_size", "warmup_steps", "weight_decay", "workers"):
             if getattr(self, name) < 0:
                 raise UserError(

@@ -129,7 +129,7 @@ class Planner:
         config = AlignConfig(**options, weights=self._weights(row.backbone), seed=seed)
         named = config.data, config.exclude
         if named not in self._sources:
-            source = open_source(config.data, exclude=config.exclude)
+            source = open_source(config.data, exclude=config.exclude, field=config.field)
             self._sources[named] = source.fingerprint(), len(source)
         fingerprint, images = self._sources[named]
         return Alignment.of(

@@ -7,7 +7,8 @@ import math
 import os
 import struct
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,9 @@ class Names:
         begin = self.ends[index - 1] if index else 0
         return os.fsdecode(self.block[begin : self.ends[index]].tobytes())
 
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
     def update(self, digest: hashlib.blake2b) -> None:
         """Feed all names to a hash."""
         digest.update(struct.pack("<q", len(self)))
@@ -114,3 +118,8 @@ class EncodedSource(ImageSource):
 def is_remote(spec: str) -> bool:
     """Whether this is a URL rather than a path."""
     return "://" in spec
+
+
+def name_of(url: str) -> str:
+    """The last part of a path, or of a URL without its query."""
+    return PurePosixPath(url.partition("?")[0] if is_remote(url) else url).name

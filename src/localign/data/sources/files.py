@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from localign.data.decoding import read_bytes
 from localign.data.sources.base import SUFFIXES, EncodedSource, Names
+from localign.data.sources.lists import read_list
 from localign.data.untrusted.walking import Found, skipped_line, walk
 from localign.errors import UserError, did_you_mean
 from localign.text.printing import printable
-
-LIST_SUFFIXES = (".txt", ".csv", ".jsonl")
-PATH_HEADERS = frozenset({"path", "file", "filename", "file_name", "image", "name"})
-LABEL_HEADERS = frozenset({"label", "class"})
 
 
 class _FileSource(EncodedSource):
@@ -40,6 +35,9 @@ class _FileSource(EncodedSource):
     def path(self, index: int) -> Path:
         """The image's path."""
         return self.root / self._names[index]
+
+    def data_files(self) -> Iterator[tuple[str, str]]:
+        return ((name, os.path.join(self.root, name)) for name in self._names)
 
     def encoded(self, index: int) -> bytes:
         return read_bytes(self.path(index), self.name(index))
@@ -110,9 +108,9 @@ def _no_images_error(root: Path, found: Found) -> str:
 class FileListSource(_FileSource):
     """The images that a list names, relative to the list's folder.
 
-    Each line of a .txt file is a path. A .csv file has the paths in its first column, with or without a heading.
-    Each line of a .jsonl file is an object with ``path`` and an optional ``label``. Blank lines and lines that
-    begin with ``#`` are skipped; order and repetitions are kept.
+    Each line of a .txt file is a path. A .csv or .tsv file has the paths in its first column, or in the column that its
+    heading names. Each line of a .jsonl file is an object with ``path`` and an optional ``label``. Blank lines and
+    lines that begin with ``#`` are skipped; order and repetitions are kept. See :mod:`localign.data.sources.lists`.
 
     Args:
         file: The list.
@@ -123,73 +121,25 @@ class FileListSource(_FileSource):
         missing: Listed paths that do not exist. They count as unreadable from the start.
 
     Raises:
-        UserError: The list is missing, empty or not UTF-8 text, or none of its files exists.
+        UserError: The list is missing, empty or not UTF-8 text, its first row names no file and is no
+            heading, or none of its files exists.
     """
 
     kind = "list"
 
     def __init__(self, file: str | os.PathLike[str], image_size: tuple[int, int] | None = None) -> None:
         self.file = path = Path(file)
-        names = listed_names(path)
+        names = read_list(path, path.parent).names
         if not names:
-            raise UserError(f"the list {path} names no images")
+            raise UserError(f"the list {printable(path)} names no images")
         super().__init__(path.parent, names, image_size)
         self.missing = _missing(path.parent, names)
         self.unreadable = tuple((name, "no such file") for name in self.missing)
         if len(self.missing) == len(set(names)):
-            raise UserError(f"none of the {len(names)} files in {path} exists; the first is {names[0]!r}")
-
-
-def listed_names(path: Path) -> list[str]:
-    """The names in a list, in order. Raises UserError as :func:`list_rows` does."""
-    return [row[0] for n, row in enumerate(list_rows(path)) if n or not is_heading(path, row)]
-
-
-def list_rows(path: Path) -> Iterator[list[str]]:
-    """The stripped cells of each row that is neither blank nor a comment.
-
-    A line of a .txt file is one cell. A line of a .jsonl file becomes its path and, if it has one, its label.
-
-    Raises:
-        UserError: The list is missing or not UTF-8 text, or a line of a .jsonl file is not an object with a path.
-    """
-    if not path.is_file():
-        raise UserError(f"there is no file {path}{_sibling_hint(path)}")
-    kind = path.suffix.lower()
-    try:
-        with open(path, encoding="utf-8-sig", newline="" if kind == ".csv" else None) as handle:
-            for number, row in enumerate(
-                csv.reader(handle) if kind == ".csv" else ([line] for line in handle)
-            ):
-                cells = [cell.strip() for cell in row]
-                if cells and cells[0] and not cells[0].startswith("#"):
-                    yield (
-                        _parse_object(cells[0], f"{path}, line {number + 1},") if kind == ".jsonl" else cells
-                    )
-    except (UnicodeDecodeError, csv.Error):
-        raise UserError(f"{path} is not a UTF-8 list of image paths, one per line") from None
-    except OSError as error:
-        raise UserError(f"cannot read the list {path}: {error.strerror}") from None
-
-
-def _parse_object(line: str, where: str) -> list[str]:
-    """The path and the label, if there is one, in one line of a .jsonl file."""
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{where} is not a JSON object")
-    path = next((content[key] for key in content if key.lower() in PATH_HEADERS), None)
-    if not isinstance(path, str) or not path:
-        raise UserError(f'{where} names no image; write objects such as {{"path": "x.jpg", "label": "cat"}}')
-    label = next((content[key] for key in content if key.lower() in LABEL_HEADERS), None)
-    return [path] if label is None else [path, str(label)]
-
-
-def is_heading(path: Path, first_row: list[str]) -> bool:
-    """Whether the first row of a list names columns, which is possible in .csv files only."""
-    return path.suffix.lower() == ".csv" and first_row[0].lower() in PATH_HEADERS
+            first = printable(repr(names[0]))
+            raise UserError(
+                f"none of the {len(names)} files in {printable(path)} exists; the first is {first}"
+            )
 
 
 def _missing(root: Path, names: list[str]) -> tuple[str, ...]:

@@ -89,6 +89,11 @@ class MixtureSource(ImageSource):
             image.name = self.name(index)  # so that a later decoding error shows the title too
         return image
 
+    def data_files(self) -> Iterator[tuple[str, str]]:
+        for title, source in zip(self.titles, self.sources, strict=True):
+            for name, path in source.data_files():
+                yield f"{title}: {name}", path
+
     def locate(self, index: int) -> tuple[int, int]:
         """The number of the source and the index in that source, for an index of the mixture."""
         if not 0 <= index < len(self):

@@ -7,19 +7,24 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
 from localign.data.image_source import ImageSource
-from localign.data.sources.base import SUFFIXES, is_remote
+from localign.data.sources.base import SUFFIXES, is_remote, name_of
 from localign.data.sources.excluding import ExcludingSource
-from localign.data.sources.files import LIST_SUFFIXES, FileListSource, FolderSource
+from localign.data.sources.files import FileListSource, FolderSource
+from localign.data.sources.layouts.identity import known_content, read_head
+from localign.data.sources.layouts.webdataset import parse_fields
+from localign.data.sources.lists import LIST_SUFFIXES
 from localign.data.sources.mixture import MixtureSource
 from localign.data.sources.parquet import ParquetSource
 from localign.data.sources.tar import TarSource
 from localign.data.untrusted.walking import FILE, FOLDER, kind_of
 from localign.errors import UserError
 from localign.text.plainyaml import load_yaml
+from localign.text.printing import printable
+from localign.text.reading import read_text
 
 TAR, PARQUET = ".tar", ".parquet"
 MIXTURE_SUFFIXES = (".yaml", ".yml")
@@ -37,6 +42,7 @@ class _MixturePart(_MixtureData, total=False):
 
     weight: float
     exclude: str
+    field: str
 
 
 def open_source(
@@ -45,11 +51,13 @@ def open_source(
     image_size: tuple[int, int] | None = None,
     scaled_decode: bool = True,
     exclude: str | None = None,
+    field: str | None = None,
+    max_group_bytes: int | None = None,
 ) -> ImageSource:
     """Open the source that ``spec`` names:
 
     - ``scenes`` or ``scenes:<split>``: the built-in scenes.
-    - ``.txt``, ``.csv`` or ``.jsonl``: a list of files.
+    - ``.txt``, ``.csv``, ``.tsv`` or ``.jsonl``: a list of files.
     - ``.tar`` or ``.parquet``: one file; a pattern such as ``shards/{000000..000099}.tar`` or
       ``data/train-*.parquet``; or a folder with files of one of these kinds, without images or sub-folders.
     - A URL of such files, such as ``s3://bucket/shards/{000000..000099}.tar``, or of their folder.
@@ -62,35 +70,69 @@ def open_source(
         scaled_decode: Decode large JPEGs at reduced size where ``image_size`` allows it. False for crops that
             magnify a small part (random resized crop).
         exclude: A list of the names of images to leave out.
+        field: The fields of tar samples, or the columns of parquet files, that hold the image: the first that is there,
+            such as ``jpg,png``. ``*``: every image file in tar shards is a sample of its own.
+        max_group_bytes: Bytes that a row group of a parquet file may take in memory; default 2 GiB.
 
     Raises:
-        UserError: The source does not exist or holds no images, or the exclusion list does not match it.
+        UserError: The source does not exist or holds no images, the exclusion list does not match it, or ``field`` is
+            given for another kind of source.
     """
-    source = _open(spec, image_size, scaled_decode)
+    fields = parse_fields(field)
+    source = _open(spec, image_size, scaled_decode, fields, max_group_bytes)
+    if fields and not isinstance(source, TarSource | ParquetSource):
+        raise UserError(f"--field applies to tar shards and parquet files, not to {printable(spec)}")
     return source if exclude is None else ExcludingSource(source, exclude)
 
 
-def _open(spec: str, image_size: tuple[int, int] | None, scaled_decode: bool) -> ImageSource:
+def _open(
+    spec: str,
+    image_size: tuple[int, int] | None,
+    scaled_decode: bool,
+    fields: tuple[str, ...],
+    max_group_bytes: int | None,
+) -> ImageSource:
     head, colon, split = spec.partition(":")
     if head == "scenes":
         return _open_scenes(split if colon else "train", image_size)
     decode_size = image_size if scaled_decode else None
     if is_remote(spec):
-        return _open_remote(spec, decode_size)
+        return _open_shards(_remote_shards(spec), decode_size, fields, max_group_bytes)
     path = Path(spec).expanduser()
     suffix = path.suffix.lower()
     if suffix in MIXTURE_SUFFIXES and not path.is_dir():
-        return open_mixture(path, image_size, scaled_decode)
+        return open_mixture(path, image_size, scaled_decode, max_group_bytes)
     if suffix in LIST_SUFFIXES and not path.is_dir():
         return FileListSource(path, decode_size)
     shards = find_shards(path)
+    if not shards and path.is_file():
+        what = known_content(read_head(path))
+        raise UserError(
+            f"{printable(path)} is a file, not a folder of images{f': it is {what}' if what else ''}"
+        )
     if not shards:
         return FolderSource(path, decode_size)
-    return (TarSource if shards[0].suffix.lower() == TAR else ParquetSource)(shards, decode_size)
+    return _open_shards(shards, decode_size, fields, max_group_bytes)
 
 
-def _open_remote(spec: str, image_size: tuple[int, int] | None) -> ImageSource:
-    from localign.data.sources.remote import StreamedTarSource, find_remote, name_of
+def _open_shards(
+    shards: Sequence[Path] | Sequence[str],
+    image_size: tuple[int, int] | None,
+    fields: tuple[str, ...],
+    max_group_bytes: int | None,
+) -> ImageSource:
+    first = shards[0]
+    if PurePosixPath(name_of(str(first))).suffix.lower() == PARQUET:
+        return ParquetSource(shards, image_size, fields, max_group_bytes)
+    if isinstance(first, Path):
+        return TarSource(shards, image_size, fields)
+    from localign.data.sources.remote import StreamedTarSource
+
+    return StreamedTarSource([str(url) for url in shards], image_size, fields)
+
+
+def _remote_shards(spec: str) -> list[str]:
+    from localign.data.sources.remote import find_remote
 
     urls = find_remote(expand_braces(spec), (TAR, PARQUET))
     kinds = {Path(name_of(url)).suffix.lower() for url in urls}
@@ -98,7 +140,14 @@ def _open_remote(spec: str, image_size: tuple[int, int] | None) -> ImageSource:
         raise UserError(
             f"{spec} matches {', '.join(sorted(kinds))} files; it must match only .tar or only .parquet files"
         )
-    return (StreamedTarSource if kinds == {TAR} else ParquetSource)(urls, image_size)
+    return urls
+
+
+def takes_field(spec: str) -> bool:
+    """Whether ``spec`` names tar shards or parquet files, whose images ``--field`` chooses."""
+    if is_remote(spec):
+        return True
+    return spec.partition(":")[0] != "scenes" and bool(find_shards(Path(spec).expanduser()))
 
 
 def find_shards(path: Path) -> list[Path]:
@@ -166,7 +215,10 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def open_mixture(
-    file: Path, image_size: tuple[int, int] | None = None, scaled_decode: bool = True
+    file: Path,
+    image_size: tuple[int, int] | None = None,
+    scaled_decode: bool = True,
+    max_group_bytes: int | None = None,
 ) -> MixtureSource:
     """Open the mixture that a YAML file describes. Its paths are relative to the file::
 
@@ -194,6 +246,8 @@ def open_mixture(
                 image_size=image_size,
                 scaled_decode=scaled_decode,
                 exclude=None if exclude is None else _relative_to(file, exclude),
+                field=part.get("field"),
+                max_group_bytes=max_group_bytes,
             )
         )
     titles = [part["data"] for part in parts]
@@ -202,13 +256,11 @@ def open_mixture(
 
 def _read_mixture(file: Path) -> list[_MixturePart]:
     try:
-        content = load_yaml(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the mixture {file}: {error.strerror}") from None
+        content = load_yaml(read_text(file))
     except ValueError as error:
-        raise UserError(f"{file} is not YAML: {error}") from None
+        raise UserError(f"{printable(file)} is not YAML: {printable(error)}") from None
     parts = content.get("mixture") if isinstance(content, dict) and len(content) == 1 else None
-    kinds: dict[str, Any] = {"data": str, "weight": (int, float), "exclude": str}
+    kinds: dict[str, Any] = {"data": str, "weight": (int, float), "exclude": str, "field": str}
     for part in parts if isinstance(parts, list) and parts else [None]:
         if not isinstance(part, dict) or "data" not in part:
             raise UserError(
@@ -217,7 +269,7 @@ def _read_mixture(file: Path) -> list[_MixturePart]:
         for key, value in part.items():
             if key not in kinds or not isinstance(value, kinds[key]) or isinstance(value, bool):
                 raise UserError(
-                    f"{file}: a source of a mixture takes data, weight and exclude, not {key}: {value!r}"
+                    f"{file}: a source of a mixture takes data, weight, exclude and field, not {key}: {value!r}"
                 )
         if Path(part["data"]).suffix.lower() in MIXTURE_SUFFIXES:
             raise UserError(f"{file} is a mixture of mixtures; list the sources of {part['data']} instead")

@@ -21,15 +21,16 @@ from typing import Any, TypeVar
 import fsspec
 import numpy as np
 
-from localign.data.sources.base import EncodedSource
+from localign.data.sources.base import EncodedSource, name_of
+from localign.data.sources.layouts.identity import short_names
+from localign.data.sources.layouts.webdataset import Scan
 from localign.data.sources.tar import OpenFiles, TarSource
 from localign.data.sources.tar_index import (
     PORTABLE,
     SHARD,
-    Contents,
-    Scan,
     TarIndex,
     cached_index,
+    for_fields,
     index_from_arrays,
     join_scans,
     scan_shard,
@@ -138,6 +139,7 @@ class StreamedTarSource(TarSource):
     Args:
         urls: URLs of the shards.
         image_size: As for ``FolderSource``.
+        fields: As for ``TarSource``.
 
     Attributes:
         blocks: int64, the number of images in each shard.
@@ -149,23 +151,30 @@ class StreamedTarSource(TarSource):
 
     kind = "remote tar"
 
-    def __init__(self, urls: Sequence[str], image_size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, urls: Sequence[str], image_size: tuple[int, int] | None = None, fields: tuple[str, ...] = ()
+    ) -> None:
         EncodedSource.__init__(self, image_size)
         self.urls = tuple(urls)
         self.shards = tuple(Path(name_of(url)) for url in urls)
         sizes = sizes_of(urls)
-        self.index = _remote_index(self.urls, sizes)
+        self.index = _remote_index(self.urls, sizes, fields)
+        self.shard_names = short_names(self.urls)
         self.unreadable = self.index.problems
         self.blocks = np.bincount(self.index.records[:, SHARD], minlength=len(urls))
         self.window = WINDOW
         self._remote = RemoteFiles(self.urls, sizes, cache_folder("shards", urls, sizes), 2 * WINDOW + 2)
         self._files = OpenFiles(WINDOW)
 
+    def data_files(self) -> Iterator[tuple[str, str]]:
+        return iter(())
+
     @property
     def notice(self) -> str:
         """The order of shuffling, and the size of the cache."""
         cached = min(self._remote.max_files, len(self.urls)) * max(self._remote.sizes) / 2**30
-        return (
+        left_out = f"{self.index.notice}; " if self.index.notice else ""
+        return left_out + (
             f"{len(self.urls)} shards are fetched from {parent_of(self.urls[0])} in a new order in each epoch; images "
             f"are shuffled within {self.window} shards at a time; a run resumes exactly at its sample, on any number "
             f"of processes; at most {cached:.1f} GiB are cached in {self._remote.folder}"
@@ -177,11 +186,6 @@ class StreamedTarSource(TarSource):
             return self._files(path)
         except FileNotFoundError:  # another process has just evicted the shard
             return self._files(self._remote.local(shard))
-
-
-def name_of(url: str) -> str:
-    """The last part of a URL's path."""
-    return PurePosixPath(url.partition("?")[0]).name
 
 
 def parent_of(url: str) -> str:
@@ -264,32 +268,34 @@ def find_remote(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
     return found
 
 
-def _remote_index(urls: Sequence[str], sizes: Sequence[int]) -> TarIndex:
+def _remote_index(urls: Sequence[str], sizes: Sequence[int], fields: tuple[str, ...]) -> TarIndex:
     states = [(size, 0) for size in sizes]
     names = [name_of(url) for url in urls]
-    folder = cache_folder("tar-index", urls, sizes)
+    folder = for_fields(cache_folder("tar-index", urls, sizes), fields)
 
-    def make() -> Contents:
-        contents = _fetch_index(urls[0], shards_digest(names, states), sum(sizes), len(urls))
-        if contents is not None:
-            return contents
+    def make() -> TarIndex:
+        if not fields:
+            index = _fetch_index(urls[0], shards_digest(names, states), sum(sizes), len(urls))
+            if index is not None:
+                return index
         print(
             f"indexing {len(urls)} shards, which reads {sum(sizes) / 2**30:.1f} GiB once: their folder has no "
             f"matching {PORTABLE}, which `localign data shard` writes",
             file=sys.stderr,
         )
-        return join_scans(_scan_remote(url) for url in urls)
+        scans = (_scan_remote(url, name, fields) for url, name in zip(urls, short_names(urls), strict=True))
+        return join_scans(scans, fields)
 
-    return cached_index(names, states, [folder], make)
+    return cached_index(shards_digest(names, states, fields), len(urls), [folder], make)
 
 
-def _scan_remote(url: str) -> Scan:
+def _scan_remote(url: str, name: str, fields: tuple[str, ...]) -> Scan:
     with open_remote(url) as file, _as_user_error(url):
-        return scan_shard(file, name_of(url))
+        return scan_shard(file, name, fields)
 
 
-def _fetch_index(first: str, digest: str, total: int, shards: int) -> Contents | None:
-    """The content of ``index.npz`` in the shards' folder, or None if it is missing or does not match the shards."""
+def _fetch_index(first: str, digest: str, total: int, shards: int) -> TarIndex | None:
+    """The index ``index.npz`` in the shards' folder, or None if it is missing or does not match the shards."""
     query = first.partition("?")[1:]
     url = f"{parent_of(first)}/{PORTABLE}{''.join(query)}"
     try:
@@ -305,4 +311,5 @@ def _fetch_index(first: str, digest: str, total: int, shards: int) -> Contents |
             index = index_from_arrays(arrays["records"], arrays["names"], about["problems"], shards)
     except Exception:  # missing, damaged or out of reach: the index is built from the shards instead
         return None
-    return index.records, index.names, index.problems
+    index.ambiguous = False  # `localign data shard` gives every image a name of its own
+    return index

@@ -5,24 +5,27 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from localign.data.decoding import UnreadableImage, check_bytes
 from localign.data.sources.base import EncodedSource
+from localign.data.sources.layouts.identity import short_names
 from localign.data.sources.tar_index import OFFSET, SHARD, SIZE, tar_index
 from localign.data.untrusted.faults import retried
 from localign.errors import RunFailure, UserError
 
 
 class TarSource(EncodedSource):
-    """The image members of tar shards in the webdataset layout, in the order of shards and members.
+    """The images of samples in tar shards in the webdataset layout, in the order of shards and members.
 
-    Members that are not images are skipped. An image's name is the member's name.
+    A sample has one image, see :mod:`localign.data.sources.layouts.webdataset`. An image's name is the member's name,
+    after the shard's name if images of different shards have the same name.
 
     Args:
         shards: The files. They are indexed once, see :mod:`localign.data.sources.tar_index`.
         image_size: As for ``FolderSource``.
+        fields: The fields that may hold a sample's image, the first that it has; () for the usual ones.
 
     Attributes:
         shards: The files.
@@ -36,13 +39,17 @@ class TarSource(EncodedSource):
     kind = "tar"
 
     def __init__(
-        self, shards: Sequence[str | os.PathLike[str]], image_size: tuple[int, int] | None = None
+        self,
+        shards: Sequence[str | os.PathLike[str]],
+        image_size: tuple[int, int] | None = None,
+        fields: tuple[str, ...] = (),
     ) -> None:
         super().__init__(image_size)
         self.shards = tuple(Path(shard) for shard in shards)
         if not self.shards:
             raise UserError("no tar shards to read")
-        self.index = tar_index(self.shards)
+        self.index = tar_index(self.shards, fields)
+        self.shard_names = short_names([shard.as_posix() for shard in self.shards])
         self.unreadable = self.index.problems
         self._files = OpenFiles()
 
@@ -50,8 +57,22 @@ class TarSource(EncodedSource):
         return len(self.index)
 
     def name(self, index: int) -> str:
-        """The member's name."""
-        return self.index.names[index]
+        """The member's name, after the shard's name and a colon if only both together tell the image apart."""
+        shard, member = self.place(index)
+        return f"{shard}:{member}" if self.index.ambiguous else member
+
+    def place(self, index: int) -> tuple[str, str]:
+        """The names of the shard and of the member in it."""
+        member = self.index.names[index]
+        return self.shard_names[int(self.index.records[index, SHARD])], member
+
+    def data_files(self) -> Iterator[tuple[str, str]]:
+        return zip(self.shard_names, map(str, self.shards), strict=True)
+
+    @property
+    def notice(self) -> str | None:
+        """Image files that are left out, or None."""
+        return self.index.notice
 
     def encoded(self, index: int) -> bytes:
         name = self.name(index)

@@ -9,27 +9,39 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from localign.data.sources.base import SUFFIXES, Names
+from localign.data.sources.base import Names
+from localign.data.sources.layouts.identity import HEAD, known_content, short_names
+from localign.data.sources.layouts.packed import are_packed
+from localign.data.sources.layouts.webdataset import (
+    EVERY_FILE,
+    LABEL_FIELDS,
+    MAX_LABEL_BYTES,
+    Scan,
+    no_images,
+    notice_of,
+    sort_of,
+    split_name,
+)
 from localign.errors import UserError
 from localign.files import replacing, replacing_folder
+from localign.text.printing import printable
 
 OFFSET, SIZE, SHARD = 0, 1, 2
 """Columns of ``TarIndex.records``."""
 
 Problems = tuple[tuple[str, str], ...]
-Contents = tuple[NDArray[np.int64], Names, Problems]
-"""Records, names and problems; see :class:`TarIndex`."""
 State = tuple[int, int]
 """Size in bytes and modification time in nanoseconds of a shard."""
 
@@ -40,17 +52,6 @@ _ANNOUNCE_FROM = 16
 _HEADER = 512
 
 
-@dataclass
-class Scan:
-    """The images of one shard."""
-
-    names: list[str] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)
-    """(offset, size) of each image, bytes."""
-    problems: list[tuple[str, str]] = field(default_factory=list)
-    """(name, reason) of members that look like images but are not, or of the shard itself."""
-
-
 class TarIndex:
     """All images of a sequence of shards, in order.
 
@@ -59,6 +60,9 @@ class TarIndex:
         names: Names of the images.
         problems: (name, reason) of members and shards that cannot be read.
         folder: The folder of the index; None if it is in memory only.
+        labels: The label of each image, "" without one; None if no image has a label.
+        notice: A line about image files that are left out, or None.
+        ambiguous: Whether images of different shards share a name. None: unknown, in an index of an older version.
     """
 
     def __init__(
@@ -67,8 +71,12 @@ class TarIndex:
         names: Names,
         problems: Problems,
         folder: Path | None = None,
+        labels: Names | None = None,
+        notice: str | None = None,
+        ambiguous: bool | None = None,
     ) -> None:
         self.records, self.names, self.problems, self.folder = records, names, problems, folder
+        self.labels, self.notice, self.ambiguous = labels, notice, ambiguous
 
     def __len__(self) -> int:
         return len(self.records)
@@ -76,21 +84,27 @@ class TarIndex:
     def __reduce__(self) -> tuple[Callable[..., TarIndex], tuple[Any, ...]]:
         """Pickle the folder instead of the arrays, if there is a folder."""
         if self.folder is None:
-            return TarIndex, (self.records, self.names, self.problems)
-        return _load, (self.folder, int(self.records[:, SHARD].max()) + 1)
+            arrays = self.records, self.names, self.problems, None, self.labels, self.notice, self.ambiguous
+            return TarIndex, arrays
+        return _load, (self.folder, int(self.records[:, SHARD].max()) + 1, self.ambiguous)
 
 
-def scan_shard(file: IO[bytes], shard: str) -> Scan:
+def scan_shard(file: IO[bytes], shard: str, fields: tuple[str, ...] = ()) -> Scan:
     """Read the headers of a tar file.
 
     Args:
         file: A seekable file.
         shard: The name of the shard in problems and errors.
+        fields: See :class:`Scan`.
 
     Raises:
         UserError: The file is not an uncompressed tar file, or a member's name leads out of it.
     """
-    scan, end = Scan(), 0
+    scan, end, shown = Scan(shard, fields), 0, printable(shard)
+    what = known_content(file.read(HEAD), "tar")
+    if what is not None:
+        raise UserError(f"{shown} is not a readable tar file: it is {what}")
+    file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
@@ -98,141 +112,219 @@ def scan_shard(file: IO[bytes], shard: str) -> Scan:
                 if tar.offset <= end:
                     raise tarfile.ReadError("a header that leads backwards")
                 end = tar.offset
-                _add_member(scan, member, shard)
+                _add_member(scan, member, file)
             end = tar.offset
         file.seek(end)
         if file.read(_HEADER).strip(b"\0"):
             raise tarfile.ReadError("no header")
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        if not scan.names:
+        if not scan.found:
             raise UserError(
-                f"{shard} is not a readable tar file ({error}); shards must be uncompressed"
+                f"{shown} is not a readable tar file ({printable(error)}); shards must be uncompressed"
             ) from None
-        scan.problems.append((shard, f"damaged or truncated after {len(scan.names)} images: {error}"))
+        scan.problems.append(
+            (shard, f"damaged or truncated after {len(scan.names)} images: {printable(error)}")
+        )
+    scan.choose()
     return scan
 
 
-def _add_member(scan: Scan, member: tarfile.TarInfo, shard: str) -> None:
+def _add_member(scan: Scan, member: tarfile.TarInfo, file: IO[bytes]) -> None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{shard} is refused: the name of its member {member.name!r} leads out of the shard")
-    if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+        raise UserError(
+            f"{printable(scan.shard)} is refused: the name of its member {printable(repr(member.name))} leads out of "
+            "the shard"
+        )
+    name = str(path)
+    if path.name.startswith(".") or member.isdir():
         return
-    if member.isreg() and not member.issparse():
-        scan.names.append(str(path))
+    wanted = scan.wants(name)
+    if not member.isreg() or member.issparse():
+        if wanted:
+            scan.problems.append((name, f"{sort_of(member)} in {scan.shard}, not a file"))
+        return
+    if wanted:
+        scan.names.append(name)
         scan.places.append((member.offset_data, member.size))
-    elif not member.isdir():
-        scan.problems.append((str(path), f"a link in {shard}, not a file"))
+    elif split_name(name)[1] in LABEL_FIELDS and member.size <= MAX_LABEL_BYTES:
+        file.seek(member.offset_data)
+        scan.add_label(name, file.read(member.size))
 
 
-def tar_index(shards: Sequence[Path]) -> TarIndex:
+def tar_index(shards: Sequence[Path], fields: tuple[str, ...] = ()) -> TarIndex:
     """The index of local shards, built if it is missing or does not match the shards.
 
-    It is cached in the folder of the first shard, or in the user's cache folder if that folder is read-only.
+    It is cached in the folder of the first shard, or in the user's cache folder if that folder is read-only. Every file
+    of shards that ``localign data shard`` wrote is an image of its own; other shards hold samples, see
+    :mod:`localign.data.sources.layouts.webdataset`.
 
     Raises:
         UserError: A shard is missing or not a tar file, a member's name leads out of its shard, or the shards hold
             no images.
     """
     states = [_state(path) for path in shards]
-    names = [path.name for path in shards]
-    return cached_index(names, states, list(_index_folders(shards)), lambda: join_scans(_scan_all(shards)))
+    packed = not fields and are_packed(shards, [size for size, _ in states])
+    wanted = (EVERY_FILE,) if packed else fields
+    digest = shards_digest([path.name for path in shards], states, None if packed else fields)
+    folders = [for_fields(folder, fields) for folder in _index_folders(shards)]
+    index = cached_index(digest, len(shards), folders, lambda: join_scans(_scan_all(shards, wanted), fields))
+    if index.ambiguous is None:  # an older version wrote the index
+        several = len({path.parent for path in shards}) > 1 or not packed
+        index.ambiguous = several and _repeats([np.fromiter(map(hash, index.names), np.int64, len(index))])
+    return index
 
 
-def cached_index(
-    shards: Sequence[str], states: Sequence[State], folders: Sequence[Path], make: Callable[[], Contents]
-) -> TarIndex:
+def cached_index(digest: str, shards: int, folders: Sequence[Path], make: Callable[[], TarIndex]) -> TarIndex:
     """Load an index from one of several folders, or build it and save it in the first writable folder.
 
     Args:
-        shards: Names of the shards.
-        states: States of the shards; an index of shards in another state is rebuilt.
+        digest: Identifies the index, see :func:`shards_digest`; an index with another digest is rebuilt.
+        shards: Number of shards.
         folders: Folders in which the index may lie.
         make: Builds the index.
     """
-    digest = shards_digest(shards, states)
     for folder in folders:
-        if (index := _load_if_current(folder, digest, len(shards))) is not None:
+        if (index := _load_if_current(folder, digest, shards)) is not None:
             return index
-    records, names, problems = make()
+    made = make()
     for folder in folders:
-        if write_index(folder, digest, records, names, problems):
-            index = _load_if_current(folder, digest, len(shards))
+        if write_index(folder, digest, made):
+            index = _load_if_current(folder, digest, shards)
             if index is not None:
                 return index
-    return TarIndex(records, names, problems)
+    return made
 
 
-def shards_digest(names: Sequence[str], states: Sequence[State]) -> str:
-    """A hash of the names and states of shards, which identifies the index of these shards."""
+def shards_digest(
+    names: Sequence[str], states: Sequence[State], fields: tuple[str, ...] | None = None
+) -> str:
+    """A hash of the names and states of shards, which identifies the index of these shards.
+
+    Args:
+        names: Names of the shards.
+        states: Their states.
+        fields: The image fields, () for the default choice; None if every file is an image.
+    """
     content = json.dumps([[name, *state] for name, state in zip(names, states, strict=True)])
-    return hashlib.blake2b(f"{_VERSION}|{content}".encode(), digest_size=16).hexdigest()
+    chosen = "" if fields is None else f"samples {','.join(fields)}|"
+    return hashlib.blake2b(f"{_VERSION}|{chosen}{content}".encode(), digest_size=16).hexdigest()
 
 
 def _state(path: Path) -> State:
     """The state of a shard; a shard is indexed again when its state changes."""
     try:
-        stat = path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read the shard {path}: {error.strerror}") from None
-    return stat.st_size, stat.st_mtime_ns
+        about = path.stat()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the shard {printable(path)}: {printable(reason)}") from None
+    if not stat.S_ISREG(about.st_mode):
+        raise UserError(f"the shard {printable(path)} is a folder or a special file, not a regular file")
+    return about.st_size, about.st_mtime_ns
 
 
 def _index_folders(shards: Sequence[Path]) -> Iterator[Path]:
     """The folders in which the index of these shards may lie."""
-    key = hashlib.blake2b("|".join(p.name for p in shards).encode(), digest_size=6).hexdigest()
+    key = hashlib.blake2b(os.fsencode("|".join(p.name for p in shards)), digest_size=6).hexdigest()
     yield shards[0].absolute().parent / f".localign-index-{key}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    full = hashlib.blake2b("|".join(str(p.absolute()) for p in shards).encode(), digest_size=12).hexdigest()
+    full = hashlib.blake2b(
+        os.fsencode("|".join(str(p.absolute()) for p in shards)), digest_size=12
+    ).hexdigest()
     yield cache / "localign" / "tar-index" / full
 
 
-def _scan_all(shards: Sequence[Path]) -> Iterator[Scan]:
+def for_fields(folder: Path, fields: tuple[str, ...]) -> Path:
+    """The folder of the index of chosen fields, beside the folder of the usual index."""
+    if not fields:
+        return folder
+    chosen = hashlib.blake2b(",".join(fields).encode(), digest_size=4).hexdigest()
+    return folder.with_name(f"{folder.name}-{chosen}")
+
+
+def _scan_all(shards: Sequence[Path], fields: tuple[str, ...]) -> Iterator[Scan]:
     if len(shards) >= _ANNOUNCE_FROM:
         print(f"indexing {len(shards)} shards (needed once)", file=sys.stderr)
 
-    def scan(path: Path) -> Scan:
+    def scan(path: Path, name: str) -> Scan:
         try:
             with open(path, "rb") as file:
-                return scan_shard(file, path.name)
+                return scan_shard(file, name, fields)
         except OSError as error:
-            raise UserError(f"cannot read the shard {path}: {error.strerror}") from None
+            raise UserError(f"cannot read the shard {printable(path)}: {error.strerror}") from None
 
     with ThreadPoolExecutor(_THREADS) as threads:
-        yield from threads.map(scan, shards)
+        yield from threads.map(scan, shards, short_names([path.as_posix() for path in shards]))
 
 
-def join_scans(scans: Iterable[Scan]) -> Contents:
-    """The records, names and problems of several scans, concatenated.
+def join_scans(scans: Iterable[Scan], fields: tuple[str, ...] = ()) -> TarIndex:
+    """The images and problems of several scans, concatenated.
+
+    Args:
+        scans: The scans.
+        fields: The image fields that were asked for, for errors.
 
     Raises:
         UserError: The shards hold no images.
     """
-    records, names, problems = [], [], []
-    for number, scan in enumerate(
-        scans
-    ):  # into arrays one by one: lists of millions of names fill the memory
+    records, names, labels, hashes = [], [], [], []
+    problems: list[tuple[str, str, str]] = []
+    found: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    companions: set[str] = set()
+    dotted: dict[int, str] = {}
+    begin = 0
+    for number, scan in enumerate(scans):  # into arrays at once: lists of millions of names fill the memory
         places = np.array(scan.places, dtype=np.int64).reshape(-1, 2)
         records.append(np.column_stack([places, np.full(len(places), number)]))
         names.append(Names.of(scan.names))
-        problems += scan.problems
-    table = np.concatenate(records)
+        labels.append(Names.of(scan.labels or [""] * len(scan.names)))
+        hashes.append(np.fromiter(map(hash, scan.names), np.int64, len(scan.names)))
+        problems += [(scan.shard, *problem) for problem in scan.problems]
+        found.update(scan.found)
+        left_out.update(scan.left_out)
+        companions |= scan.companions
+        dotted |= {begin + place: part for place, part in scan.dotted.items()}
+        begin += len(scan.names)
+    table, all_names, all_labels = np.concatenate(records), Names.joined(names), Names.joined(labels)
+    out = [number for number, part in dotted.items() if part in companions]
+    if out:  # what stands beside the images of some samples is no image of others
+        left_out.update(dotted[number] for number in out)
+        kept = np.setdiff1d(np.arange(len(table)), out).tolist()
+        table = table[kept]
+        all_names, all_labels = (Names.of(part[n] for n in kept) for part in (all_names, all_labels))
     if not len(table):
-        raise UserError(
-            f"the {len(records)} shards hold no images" if len(records) > 1 else "the shard holds no images"
-        )
-    return table, Names.joined(names), tuple(problems)
+        raise UserError(no_images(len(records), fields, found.most_common(8)))
+    ambiguous = len(records) > 1 and _repeats(hashes)
+    pairs = tuple(
+        (f"{shard}:{name}" if ambiguous and name != shard else name, reason)
+        for shard, name, reason in problems
+    )
+    some = all_labels if len(all_labels.block) else None
+    return TarIndex(table, all_names, pairs, None, some, notice_of(left_out), ambiguous)
 
 
-def write_index(
-    folder: Path, digest: str, records: NDArray[np.int64], names: Names, problems: Sequence[tuple[str, str]]
-) -> bool:
+def _repeats(hashes: Sequence[NDArray[np.int64]]) -> bool:
+    joined = np.concatenate(hashes)
+    return len(np.unique(joined)) < len(joined)
+
+
+def write_index(folder: Path, digest: str, index: TarIndex) -> bool:
     """Save an index. Returns False if the folder cannot be written, or if another process is writing it."""
+    about = {
+        "version": _VERSION,
+        "digest": digest,
+        "problems": list(index.problems),
+        "notice": index.notice,
+        "ambiguous": index.ambiguous,
+    }
     try:
         with replacing_folder(folder) as temporary:
-            np.save(temporary / "records.npy", np.column_stack([records, names.ends]))
-            np.save(temporary / "names.npy", names.block)
-            about = {"version": _VERSION, "digest": digest, "problems": list(problems)}
+            np.save(temporary / "records.npy", np.column_stack([index.records, index.names.ends]))
+            np.save(temporary / "names.npy", index.names.block)
+            if index.labels is not None:
+                np.save(temporary / "label-ends.npy", index.labels.ends)
+                np.save(temporary / "labels.npy", index.labels.block)
             (temporary / "index.json").write_text(json.dumps(about), encoding="utf-8")
     except OSError:
         return False
@@ -257,15 +349,30 @@ def _load_if_current(folder: Path, digest: str, shards: int) -> TarIndex | None:
         if json.loads((folder / "index.json").read_text(encoding="utf-8"))["digest"] != digest:
             return None
         return _load(folder, shards)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, IndexError, RecursionError):
         return None  # missing or damaged: the index is rebuilt
 
 
-def _load(folder: Path, shards: int) -> TarIndex:
+def _load(folder: Path, shards: int, ambiguous: bool | None = None) -> TarIndex:
     about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     table = np.load(folder / "records.npy", mmap_mode="r", allow_pickle=False)
     block = np.load(folder / "names.npy", mmap_mode="r", allow_pickle=False)
-    return index_from_arrays(table, block, about["problems"], shards, folder)
+    index = index_from_arrays(table, block, about["problems"], shards, folder)
+    if (folder / "labels.npy").exists():
+        ends = np.load(folder / "label-ends.npy", allow_pickle=False)
+        labels = np.load(folder / "labels.npy", allow_pickle=False)
+        if ends.dtype != np.int64 or ends.shape != (len(table),) or not _are_names(ends, labels):
+            raise ValueError("a damaged index of shards")
+        index.labels = Names(ends, labels)
+    notice, index.ambiguous = about.get("notice"), about.get("ambiguous") if ambiguous is None else ambiguous
+    index.notice = notice if isinstance(notice, str) else None
+    return index
+
+
+def _are_names(ends: NDArray[Any], block: NDArray[Any]) -> bool:
+    return bool(
+        block.dtype == np.uint8 and ends[0] >= 0 <= np.diff(ends).min(initial=0) and ends[-1] == len(block)
+    )
 
 
 def index_from_arrays(
@@ -279,8 +386,7 @@ def index_from_arrays(
         len(table) > 0
         and 0 <= numbers.min() <= numbers.max() < shards
         and offsets.min() >= 0 <= sizes.min()
-        and ends[0] >= 0 <= np.diff(ends).min(initial=0)
-        and ends[-1] == len(block)
+        and _are_names(ends, block)
     )
     if not valid:
         raise ValueError("a damaged index of shards")

@@ -1,0 +1,1 @@
+"""What tar and parquet files hold, and how they are laid out."""
