@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from localign.engine.lock import lock
 from localign.engine.log import say
 from localign.errors import UserError
 from localign.files import replace_text, replacing
+from localign.files.lock import lock
 from localign.probing.features import (
     Batch,
     DoneCallback,

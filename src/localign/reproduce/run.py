@@ -12,10 +12,10 @@ from rich.table import Table
 
 from localign.engine import run_folder
 from localign.engine.distributed import DistributedContext, distributed_context
-from localign.engine.lock import lock
 from localign.engine.log import say
 from localign.errors import UserError
 from localign.files import replace_text
+from localign.files.lock import lock
 from localign.options.reproduce import ReproduceConfig
 from localign.probing.datasets import open_labelled
 from localign.probing.suite import differences

@@ -11,9 +11,9 @@ import torch
 
 from localign.engine import run_folder
 from localign.engine.distributed import DistributedContext, distributed_context
-from localign.engine.lock import lock
 from localign.engine.log import Bar
 from localign.errors import RunFailure, UserError
+from localign.files.lock import lock
 from localign.options.vlm.evaluation import EvalConfig
 from localign.vlm.data.images import open_image
 from localign.vlm.evaluation.answer_cache import AnswerCacheWriter, answer_key, read_answer_cache

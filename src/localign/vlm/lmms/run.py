@@ -13,8 +13,8 @@ from rich.table import Table
 
 from localign.engine import run_folder
 from localign.engine.distributed import distributed_context
-from localign.engine.lock import lock
 from localign.errors import RunFailure, UserError, did_you_mean
+from localign.files.lock import lock
 from localign.options.vlm.evaluation import IN_LMMS_EVAL, EvalConfig
 from localign.vlm.evaluation.model_base import LazyModel
 from localign.vlm.evaluation.printing import console, print_results

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_LEFTOVER = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)
+"""Names of temporary files and folders."""
+
 
 def fsync_path(path: Path) -> None:
     """Flush a file or folder to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -25,11 +31,30 @@ def readable(file: Path) -> None:
     file.chmod(0o666 & ~umask)
 
 
+def temporary_name(path: Path) -> Path:
+    """The file or folder to fill before it takes the place of ``path``; :func:`sweep` finds it after a kill."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def sweep(*folders: Path, name: str | None = None) -> None:
+    """Delete the temporary files and folders that killed processes left in folders; the caller holds their lock.
+
+    Args:
+        folders: The folders.
+        name: Delete only those of this file or folder.
+    """
+    start = "." if name is None else f".{name}."
+    for path in [path for folder in folders if folder.is_dir() for path in folder.iterdir()]:
+        if path.name.startswith(start) and _LEFTOVER.fullmatch(path.name):
+            is_folder = path.is_dir() and not path.is_symlink()
+            shutil.rmtree(path, ignore_errors=True) if is_folder else path.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file to write to. At the end it is flushed to disk and replaces ``path``."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
         readable(temporary)
@@ -41,9 +66,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def replace_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file through :func:`replacing`."""
+    """Write a UTF-8 text file through :func:`replacing`. Bytes of file names that are not UTF-8 are escaped."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
@@ -54,7 +79,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     a new name.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
