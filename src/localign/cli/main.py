@@ -74,13 +74,19 @@ def exit_code(action: Callable[[], int | None]) -> int:
         _report("standard output is closed; redirect it to a file or to /dev/null")
         return EXIT_BAD_INPUT
     with standard_streams() as output, second_interrupt_ends():
-        code = _exit_code(action)
+        stop = None
+        try:
+            code = _exit_code(action)
+        except SystemExit as raised:  # the help, or a signal
+            stop, code = raised, raised.code if isinstance(raised.code, int) else EXIT_OK
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         if output.error is not None:
             _report(f"not everything was printed: standard output: {reason(output.error)}")
-            code = code or EXIT_FAILURE
-    return code
+            return code or EXIT_FAILURE
+        if stop is not None:
+            raise stop
+        return code
 
 
 def _exit_code(action: Callable[[], int | None]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from localign.errors import UserError
 from localign.files.output import (
+    EVAL_FILES,
     EXPORT,
     RUN_FILES,
     VLM_EXPORT,
@@ -41,7 +42,6 @@ _VLM_EXPORT_FILES = (
     "processor_config.json", "preprocessor_config.json", "chat_template.*", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt",
 )  # fmt: skip
-_EVAL_FILES = ("results.json", "answers.jsonl")
 _SHARD_FILES = ("about.json", "shards.jsonl", "left-out.jsonl", "*.tar")
 _PROBE_FILES = (
     "config.yaml", "results.json", "pictures.npz", "report.html", "recalls.csv", "classes.csv", "sizes.csv",
@@ -127,13 +127,13 @@ def _report(command: str, config: ReportConfig) -> Iterator[_Output]:
 
 
 def _eval(command: str, config: EvalConfig) -> Iterator[_Output]:
-    _checked(output_folder(config.out, command, _EVAL_FILES))
+    _checked(output_folder(config.out, command, EVAL_FILES))
     return iter(())
 
 
 def _score(command: str, config: ScoreConfig) -> Iterator[_Output]:
     if len(config.runs) == 1 and Path(config.runs[0]).is_dir():
-        yield output_folder(config.runs[0], "vlm eval", _EVAL_FILES)
+        yield output_folder(config.runs[0], "vlm eval", EVAL_FILES)
     else:
         yield output_folder(config.out or "comparison", command, _COMPARISON_FILES)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -100,3 +100,41 @@ def put_in_place(temporary: Path, path: Path) -> None:
         shutil.rmtree(path)
     os.replace(temporary, path)
     fsync_path(path.parent)
+
+
+@contextmanager
+def refilling_folder(path: str | Path, own: Sequence[str], last: str) -> Iterator[Path]:
+    """Yield a temporary folder to fill. At the end its files take their places in ``path``.
+
+    A new folder appears as a whole. In an existing one, files of others stay; files that match ``own`` and were not
+    written are deleted.
+
+    Args:
+        path: The folder.
+        own: Patterns of names.
+        last: A file without which the folder is incomplete; it is removed first and moved last.
+    """
+    path = Path(path)
+    temporary = temporary_name(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if not path.exists():
+            put_in_place(temporary, path)
+            return
+        new = sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name))
+        for file in new:
+            readable(file)
+            fsync_path(file)
+        (path / last).unlink(missing_ok=True)
+        stale = [
+            file for pattern in own for file in path.glob(pattern) if not (temporary / file.name).exists()
+        ]
+        for file in stale:
+            file.unlink(missing_ok=True)
+        for file in new:
+            os.replace(file, path / file.name)
+        fsync_path(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -38,8 +39,8 @@ def lock(folder: Path, kind: str = "") -> TextIO | None:
     return take(folder / LOCK_FILE, folder, kind)[0]
 
 
-def take(path: Path, target: Path, kind: str = "") -> tuple[TextIO | None, str | None]:
-    """Like :func:`lock`, with the lock file ``path`` for any ``target``; also returns the kind that was in the file.
+def take(path: Path, target: Path, kind: str = "") -> tuple[TextIO | None, frozenset[str]]:
+    """Like :func:`lock`, with the lock file ``path`` for any ``target``; also returns the kinds that were in the file.
 
     A process that was killed, or whose output has no other mark of the command, leaves its kind.
     """
@@ -62,12 +63,11 @@ def take(path: Path, target: Path, kind: str = "") -> tuple[TextIO | None, str |
             file.close()
             continue
         try:
-            before = _kind_in(file)
-            file.truncate(0)
-            command = f"{_COMMAND}{kind}\n" if kind else ""
-            file.write(f"{_HOLDER}{os.getpid()} on {platform.node()}\n{command}")
-            file.flush()
+            before = _kinds_in(file)
+            write_kinds(file, {*before, kind})
         except (OSError, UserError):
+            if os.fstat(file.fileno()).st_size == 0:
+                path.unlink()
             with suppress(OSError):  # the buffer cannot be written either
                 file.close()
             raise
@@ -99,10 +99,19 @@ def _is_current(file: TextIO, path: Path) -> bool:
         return False
 
 
-def _kind_in(file: TextIO) -> str | None:
+def _kinds_in(file: TextIO) -> frozenset[str]:
     # From the open file: on POSIX, closing any other handle of the file would release the lock.
     file.seek(0)
-    first, *second = [*file.read(4096).splitlines(), ""][:2]
+    first, *others = [*file.read(4096).splitlines(), ""]
     if first and not first.startswith(_HOLDER):
         raise UserError(f"{printable(file.name)} is not a lock of localign; remove it, or give another --out")
-    return second[0].removeprefix(_COMMAND) if second and second[0].startswith(_COMMAND) else None
+    return frozenset(line.removeprefix(_COMMAND) for line in others if line.startswith(_COMMAND))
+
+
+def write_kinds(file: TextIO, kinds: Iterable[str]) -> None:
+    """Write this process and the commands into an open lock file."""
+    file.seek(0)
+    file.truncate()
+    lines = "".join(f"{_COMMAND}{kind}\n" for kind in sorted(kinds) if kind)
+    file.write(f"{_HOLDER}{os.getpid()} on {platform.node()}\n{lines}")
+    file.flush()

@@ -13,7 +13,7 @@ from typing import Any
 from localign.errors import UserError
 from localign.files import sweep, temporary_name
 from localign.files.disk import reason
-from localign.files.lock import LOCK_FILE, take
+from localign.files.lock import LOCK_FILE, take, write_kinds
 from localign.text.plainyaml import load_yaml
 from localign.text.printing import printable
 
@@ -24,6 +24,8 @@ RUN_FILES = (
     "report.html", "pictures.npz",
 )  # fmt: skip
 """What trainings write into their run folders."""
+EVAL_FILES = ("results.json", "answers.jsonl")
+"""What evaluations write. Answers on the way to them lie in a folder of their own."""
 _MARK_BYTES = 2**20
 """The largest ``config.yaml``, ``config.json`` or ``comparison.json`` that is looked at, bytes."""
 
@@ -68,29 +70,39 @@ class OutputFolder:
         self, path: str | Path, kind: str, writes: Sequence[str] = (), *, advice: str = "give another --out"
     ) -> None:
         self.path, self.kind, self.writes = Path(path), kind, tuple(writes)
+        self._is_ours = False
         with _before_the_work(self.path, advice):
             self._created = _make(self.path, advice)
             try:
-                self._lock, before = take(self.path / LOCK_FILE, self.path, kind)
+                self._lock, self._marks = take(self.path / LOCK_FILE, self.path, kind)
             except BaseException:
                 _remove_empty(self._created)
                 raise
             try:
-                kinds = {*kinds_of(self.path), *([before] if before else [])}
-                check_ours(self.path, kind, self.writes, kinds, advice)
+                check_ours(self.path, kind, self.writes, {*kinds_of(self.path), *self._marks}, advice)
             except BaseException:
                 self.close()
                 raise
+        self._is_ours = True
 
     def close(self) -> None:
         """Release the folder. What the command created is removed if it is still empty."""
         with suppress(OSError):
-            # Where no other file tells whose folder this is, the lock file stays and does.
-            if not _written(self.path, self.writes) or self.kind in kinds_of(self.path):
+            marks = self._needed_marks()
+            if not marks:
                 (self.path / LOCK_FILE).unlink(missing_ok=True)
+            elif self._lock is not None:
+                write_kinds(self._lock, marks)
         if self._lock is not None:
             self._lock.close()
         _remove_empty(self._created)
+
+    def _needed_marks(self) -> set[str]:
+        """The kinds of the folder that no other file in it tells."""
+        marks = set(self._marks)
+        if self._is_ours and _written(self.path, self.writes):
+            marks.add(self.kind)
+        return marks - kinds_of(self.path)
 
 
 def check_ours(folder: Path, kind: str, writes: Sequence[str], kinds: set[str], advice: str) -> None:
@@ -128,9 +140,10 @@ def _written(folder: Path, writes: Sequence[str]) -> list[str]:
 
 def _make(path: Path, advice: str) -> list[Path]:
     """Make a folder and its parents; returns those that were missing, the outermost first."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{printable(path)} is a file, not a folder; {advice}")
     missing = list(takewhile(lambda folder: not folder.exists(), (path, *path.parents)))[::-1]
+    there = missing[0].parent if missing else path
+    if there.exists() and not there.is_dir():
+        raise UserError(f"{printable(there)} is a file, not a folder; {advice}")
     try:
         for folder in missing:
             folder.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ from localign.engine import run_folder
 from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.log import Bar
 from localign.errors import RunFailure, UserError
-from localign.files.lock import lock
+from localign.files.output import EVAL_FILES, OutputFolder
 from localign.options.vlm.evaluation import EvalConfig
 from localign.vlm.data.images import open_image
 from localign.vlm.evaluation.answer_cache import AnswerCacheWriter, answer_key, read_answer_cache
@@ -110,8 +110,10 @@ def evaluate(
             other questions were asked, an image cannot be read and the data may not be partial.
     """
     check_scorable(model, suites)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock_file = lock(folder) if ranks.is_main else None
+    output = None
+    with ranks.raise_on_all_ranks():
+        if ranks.is_main:
+            output = OutputFolder(folder, "vlm eval", EVAL_FILES)
     try:
         questions = [_keyed(model, suite, question) for suite, data in suites for question in data.questions]
         cached = read_answer_cache(folder, model.frame)
@@ -122,8 +124,8 @@ def evaluate(
             return None
         return _write_results(model, suites, questions, set(chain.from_iterable(unreadable)), folder, name)
     finally:
-        if lock_file is not None:
-            lock_file.close()
+        if output is not None:
+            output.close()
 
 
 def check_scorable(model: AnsweringModel, suites: Suites) -> None:
