@@ -284,15 +284,13 @@ def test_a_claim_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_the_marks_of_several_commands_are_kept(tmp_path: Path) -> None:
-    for name, file in (("vlm show", "a.png"), ("vlm eval", "answers.jsonl"), ("vlm show", "b.png")):
+    for name, file in (("vlm show", "a.png"), ("vlm score", "bars.csv"), ("vlm show", "b.png")):
         arguments = words(FOLDERS[name].replace(f"{name} ", "", 1), tmp_path)
         with claimed(name, parse(name, arguments)):
             (tmp_path / file).write_text("")
-    assert (tmp_path / ".lock").read_text().splitlines()[1:] == ["localign vlm eval", "localign vlm show"]
-    (tmp_path / "results.json").write_text('{"command": "vlm eval", "versions": {}}')
-    with claimed(
-        "vlm eval", parse("vlm eval", ["x", "--benchmarks", "pope", "--data", "x", "--out", str(tmp_path)])
-    ):
+    assert (tmp_path / ".lock").read_text().splitlines()[1:] == ["localign vlm score", "localign vlm show"]
+    (tmp_path / "comparison.json").write_text('{"benchmarks": {}, "panels": []}')
+    with claimed("vlm score", parse("vlm score", ["a=x", "b=y", "--out", str(tmp_path)])):
         pass
     assert (tmp_path / ".lock").read_text().splitlines()[1:] == ["localign vlm show"]
 

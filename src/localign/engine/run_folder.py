@@ -19,7 +19,7 @@ import yaml
 from localign._version import __version__
 from localign.deprecated import with_new_names
 from localign.engine.checkpoints.replicated import Checkpoints
-from localign.engine.log import Bar, JsonLines, Log, Sink, TensorBoard, WandB, say
+from localign.engine.log import Bar, JsonLines, Log, Sink, TensorBoard, WandB, check_sinks, read_log, say
 from localign.errors import UserError
 from localign.files import replace_text, sweep
 from localign.files.disk import writing
@@ -160,7 +160,7 @@ def check_same_fingerprint(folder: Path, old: dict[str, str], new: dict[str, str
 
 
 def check_resume(folder: Path, resume: Resume, steps: list[int]) -> bool:
-    """Whether the folder holds a run to resume, with or without a checkpoint.
+    """Whether the folder holds a run to resume, with or without a checkpoint. A start that failed is none.
 
     Args:
         folder: The run folder.
@@ -173,12 +173,19 @@ def check_resume(folder: Path, resume: Resume, steps: list[int]) -> bool:
     started = (folder / CONFIG_FILE).is_file()
     if resume == "must" and not started:
         raise UserError(f"nothing to resume in {folder}: it holds no run")
+    if resume == "never" and started and not steps and _is_untouched(folder):
+        return False
     if resume == "never" and started:
         at = f"step {steps[-1]}" if steps else "the start"
         raise UserError(
             f"{folder} already holds a run (at {at}); continue it with --resume, or choose another --out"
         )
     return started
+
+
+def _is_untouched(folder: Path) -> bool:
+    """Whether a run failed before its first line in the log, so that a new start loses nothing."""
+    return not (folder / RESULTS_FILE).exists() and not read_log(folder)
 
 
 def check_exists(folder: Path) -> None:
@@ -272,6 +279,7 @@ def open_folder(
         UserError: The folder does not fit, is in use, cannot be written to, or all its checkpoints are damaged.
         RunFailure: Writing to the folder failed.
     """
+    check_sinks(config.tensorboard, config.wandb is not None)
     output = OutputFolder(folder, command, RUN_FILES)
     try:
         resumes = check_resume(folder, config.resume, checkpoints.steps())
@@ -329,5 +337,5 @@ def open_log(
     if config.tensorboard:
         sinks.append(TensorBoard(folder, resumed_at))
     if config.wandb:
-        sinks.append(WandB(folder, config.wandb, to_dict(config)))
+        sinks.append(WandB(folder, config.wandb, to_dict(config), resumed_at is not None))
     return Log(sinks), bar
