@@ -15,6 +15,7 @@ from localign.engine.run_folder import provenance
 from localign.errors import UserError
 from localign.options.export import ExportConfig, ImportConfig
 from localign.options.names import AttentionBackend
+from localign.text.printing import printable
 from localign.weights import load_strict
 
 _PROJECTION, _DECODER = "encoder_head.", "decoder."
@@ -93,7 +94,7 @@ def run_export(config: ExportConfig) -> None:
             model_kwargs=config.model_kwargs,
         )
         folder = save_backbone(backbone, config.out, provenance={"source": config.source, **provenance()})
-    print(f"export     {folder}")
+    print(f"export     {printable(folder)}")
 
 
 def run_import(config: ImportConfig) -> None:
@@ -108,4 +109,4 @@ def run_import(config: ImportConfig) -> None:
     student = read_published(config.file, backbone, soft_cap=resolve_soft_cap(config.soft_cap, backbone))
     facts = {"method": "MaskEmbed", "source": Path(config.file).name, "backbone": config.backbone}
     folder = export_student(student, config.out, decoder=config.decoder, provenance=facts)
-    print(f"imported   {config.file} -> {folder}")
+    print(f"imported   {printable(config.file)} -> {printable(folder)}")

@@ -15,6 +15,7 @@ from localign.datatools.packing import read_checksums, sha256
 from localign.datatools.reading import encoded_image, open_files
 from localign.files import replace_text
 from localign.options.datatools import DataVerifyConfig
+from localign.text.printing import printable
 
 
 class Verification(TypedDict):
@@ -59,12 +60,12 @@ def run_verify(config: DataVerifyConfig) -> int:
     found = verify_images(config)
     print(f"images     {found['images']:,} decoded, {len(found['bad']):,} bad")
     for name, reason in list(found["bad"].items())[:5]:
-        print(f"           {name}: {reason}")
+        print(f"           {printable(name)}: {printable(reason)}")
     if found["checked"]:
         print(f"checksums  {found['checked']:,} shards compared, {len(found['shards']):,} differ")
         for name in found["shards"][:5]:
-            print(f"           {name}")
-    print(f"list       {config.out}, for --exclude")
+            print(f"           {printable(name)}")
+    print(f"list       {printable(config.out)}, for --exclude")
     return 1 if found["bad"] or found["shards"] else 0
 
 

@@ -14,12 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from localign.errors import UserError
 from localign.files import replace_text
-from localign.text.printing import printable
+from localign.text.printing import console, printable
 
 LOG_FILE = "log.jsonl"
 
@@ -170,7 +169,7 @@ class Bar:
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}", markup=False),
-            console=Console(stderr=True),
+            console=console(stderr=True),
             disable=not sys.stderr.isatty(),
         )
         self._task = self._progress.add_task(label, total=total, completed=done, numbers="")

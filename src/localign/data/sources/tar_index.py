@@ -180,10 +180,12 @@ def _state(path: Path) -> State:
 
 def _index_folders(shards: Sequence[Path]) -> Iterator[Path]:
     """The folders in which the index of these shards may lie."""
-    key = hashlib.blake2b("|".join(p.name for p in shards).encode(), digest_size=6).hexdigest()
+    key = hashlib.blake2b(os.fsencode("|".join(p.name for p in shards)), digest_size=6).hexdigest()
     yield shards[0].absolute().parent / f".localign-index-{key}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    full = hashlib.blake2b("|".join(str(p.absolute()) for p in shards).encode(), digest_size=12).hexdigest()
+    full = hashlib.blake2b(
+        os.fsencode("|".join(str(p.absolute()) for p in shards)), digest_size=12
+    ).hexdigest()
     yield cache / "localign" / "tar-index" / full
 
 

@@ -15,6 +15,7 @@ from localign.engine.log import Bar
 from localign.errors import RunFailure, UserError
 from localign.files.output import EVAL_FILES, OutputFolder
 from localign.options.vlm.evaluation import EvalConfig
+from localign.text.printing import printable
 from localign.vlm.data.images import open_image
 from localign.vlm.evaluation.answer_cache import AnswerCacheWriter, answer_key, read_answer_cache
 from localign.vlm.evaluation.model_base import AnsweringModel, LazyModel
@@ -52,8 +53,8 @@ def run_eval(config: EvalConfig) -> None:
         results = evaluate(model, suites, folder, ranks, config.batch_size, config.model)
         if results is not None:
             print_results(results["benchmarks"])
-            print(f"answers    {folder / 'answers.jsonl'}")
-            print(f"results    {folder / run_folder.RESULTS_FILE}")
+            print(f"answers    {printable(folder / 'answers.jsonl')}")
+            print(f"results    {printable(folder / run_folder.RESULTS_FILE)}")
 
 
 def frame_of(config: EvalConfig) -> BoxFrame | None:
