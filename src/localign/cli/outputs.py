@@ -45,7 +45,7 @@ _VLM_EXPORT_FILES = (
 _SHARD_FILES = ("about.json", "shards.jsonl", "left-out.jsonl", "*.tar")
 _PROBE_FILES = (
     "config.yaml", "results.json", "pictures.npz", "report.html", "recalls.csv", "classes.csv", "sizes.csv",
-    "tables", "figures", "cache",
+    "tables", "figures",
 )  # fmt: skip
 _DEMO_FILES = ("config.yaml", "results.json", "pictures.npz", "report.html", "align-seed*", "probe-seed*")
 _VLM_DEMO_FILES = ("config.yaml", "results.json", "train", "test", "llm", "align", "*-seed*")
@@ -107,7 +107,7 @@ def _demo(command: str, config: DemoConfig | VLMDemoConfig) -> Iterator[_Output]
 def _reproduce(command: str, config: ReproduceConfig) -> Iterator[_Output]:
     if not config.dry_run:
         folder = Path(config.out) / config.world / (config.target + ("-quick" if config.quick else ""))
-        yield output_folder(folder, command, ("results.json", f"{config.target}*"))
+        yield output_folder(folder, command, ("results.json",))
 
 
 def _export(command: str, config: ExportConfig | ImportConfig) -> Iterator[_Output]:

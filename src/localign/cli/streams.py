@@ -74,7 +74,7 @@ def _noting(stream: TextIO, output: PrintedOutput) -> TextIO:
         io.BufferedWriter(_NotingFile(handle, output)),
         encoding=stream.encoding,
         errors="backslashreplace",
-        line_buffering=stream.isatty() or stream is sys.stderr,
+        line_buffering=stream.isatty() or stream is sys.stderr or getattr(stream, "write_through", False),
     )
 
 
