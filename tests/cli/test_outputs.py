@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -317,14 +318,9 @@ def test_a_report_of_a_foreign_folder_writes_nothing(
 # -- standard output ---------------------------------------------------------------------------------------
 
 
-def localign(*arguments: str, **streams: object) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-m", "localign", *arguments],
-        stderr=subprocess.PIPE,
-        timeout=60,
-        check=False,
-        **streams,
-    )  # type: ignore[call-overload, no-any-return]
+def localign(*arguments: str, stdout: int | IO[bytes]) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "localign", *arguments]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, timeout=120, check=False)
 
 
 SHOWN = [["--help"], ["--version"], ["vlm", "--help"], ["list"], ["list", "recipes", "--json"], ["align", "--help"],
@@ -353,7 +349,7 @@ def test_a_broken_pipe_is_one_line(arguments: list[str]) -> None:
 def test_a_closed_standard_output_is_refused_before_the_work(arguments: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
         ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "localign", *arguments],
-        stderr=subprocess.PIPE, cwd=tmp_path, timeout=60, check=False,
+        stderr=subprocess.PIPE, cwd=tmp_path, timeout=120, check=False,
     )  # fmt: skip
     assert done.stderr == b"localign: standard output is closed; redirect it to a file or to /dev/null\n"
     assert done.returncode == 2
@@ -363,7 +359,7 @@ def test_a_closed_standard_output_is_refused_before_the_work(arguments: list[str
 def test_a_closed_standard_error_does_not_end_the_command() -> None:
     done = subprocess.run(
         ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "localign", "list"],
-        stdout=subprocess.PIPE, timeout=60, check=False,
+        stdout=subprocess.PIPE, timeout=120, check=False,
     )  # fmt: skip
     assert b"clip-vit-b" in done.stdout
     assert done.returncode == 0
@@ -389,13 +385,14 @@ def test_an_output_that_fails_loses_none_of_the_work(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_names_of_any_bytes_can_be_printed(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    strict = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    memory = io.BytesIO()
+    strict = io.TextIOWrapper(memory, encoding=encoding, errors="strict")
     monkeypatch.setattr(sys, "stdout", strict)
     from localign.cli import exit_code
 
     assert exit_code(lambda: print("a\udcffb ∞ ok")) == 0
     strict.flush()
-    shown = strict.buffer.getvalue()  # type: ignore[attr-defined]
+    shown = memory.getvalue()
     assert b"a\\udcffb" in shown
     assert b" ok" in shown
     assert strict.errors == "strict"
