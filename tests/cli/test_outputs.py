@@ -468,6 +468,21 @@ def test_an_interrupt_twice_ends_without_a_traceback() -> None:
     assert done.returncode == 1
 
 
+@pytest.mark.parametrize("kind", ["vlm show", "vlm chat"])
+def test_pictures_say_who_drew_them(kind: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from localign.files.output import is_marked_png, kinds_of, png_mark
+
+    path = tmp_path / "a.png"
+    Image.new("RGB", (300, 300)).save(path)
+    assert not is_marked_png(path, kind)
+    assert kinds_of(tmp_path) == set()
+    Image.new("RGB", (300, 300)).save(path, format="PNG", pnginfo=png_mark(kind))
+    assert is_marked_png(path, kind)
+    assert kinds_of(tmp_path) == ({kind} if kind == "vlm show" else set())
+
+
 def test_results_say_whose_they_are(tmp_path: Path) -> None:
     """A results.json without the command is foreign, however it looks."""
     from localign.files.output import kinds_of

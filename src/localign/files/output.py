@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from localign.errors import UserError
 from localign.files import sweep, temporary_name
@@ -16,6 +16,9 @@ from localign.files.disk import reason
 from localign.files.lock import LOCK_FILE, take, write_kinds
 from localign.text.plainyaml import load_yaml
 from localign.text.printing import printable
+
+if TYPE_CHECKING:
+    from PIL.PngImagePlugin import PngInfo
 
 EXPORT, VLM_EXPORT = "export", "vlm export"
 """Kinds of folders that describe themselves in ``config.json``."""
@@ -26,6 +29,9 @@ RUN_FILES = (
 """What trainings write into their run folders."""
 EVAL_FILES = ("results.json", "answers.jsonl")
 """What evaluations write. Answers on the way to them lie in a folder of their own."""
+SHOWN = "vlm show"
+"""Kind of a folder of pictures, each of which carries a mark."""
+_PNG_KEY = "Software"
 _MARK_BYTES = 2**20
 """The largest ``config.yaml``, ``config.json`` or ``comparison.json`` that is looked at, bytes."""
 
@@ -38,7 +44,26 @@ def kinds_of(folder: Path) -> set[str]:
     kinds |= {str(results["command"])} if results.keys() >= {"command", "versions"} else set()
     kinds |= {EXPORT} if isinstance(model.get("localign"), dict) else set()
     kinds |= {VLM_EXPORT} if model.get("model_type") == "localign_vlm" else set()
+    kinds |= {SHOWN} if any(is_marked_png(path, SHOWN) for path in folder.glob("*.png")) else set()
     return kinds | ({"vlm score"} if compared.keys() >= {"benchmarks", "panels"} else set())
+
+
+def png_mark(kind: str) -> PngInfo:
+    """What :meth:`PIL.Image.Image.save` takes as ``pnginfo`` to write the command into a picture."""
+    from PIL.PngImagePlugin import PngInfo
+
+    mark = PngInfo()
+    mark.add_text(_PNG_KEY, f"localign {kind}")
+    return mark
+
+
+def is_marked_png(path: Path, kind: str) -> bool:
+    """Whether a picture was saved with :func:`png_mark`."""
+    try:
+        with path.open("rb") as file:
+            return f"{_PNG_KEY}\0localign {kind}".encode() in file.read(256)  # before the pixels
+    except OSError:
+        return False
 
 
 def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
 
 from localign.data.sources import UnreadableImage, read_image
 from localign.engine.distributed import choose_device
 from localign.errors import UserError
 from localign.files import replacing
 from localign.files.disk import describe
+from localign.files.output import is_marked_png, png_mark
 from localign.options.vlm.tools import ChatConfig
 from localign.text.printing import printable
 from localign.vlm.model.build import load_vlm
@@ -26,8 +26,8 @@ from localign.vlm.model.processing import LocalignVLMProcessor
 from localign.vlm.scoring.boxes import Box, BoxFrame, Size, parse_box
 
 _LINE = (255, 40, 40)
-_SOFTWARE = "localign vlm chat"
-"""In the metadata of drawings, which are replaced by newer ones."""
+_CHAT = "vlm chat"
+"""The mark of drawings, which are replaced by newer ones."""
 
 
 class Chat:
@@ -90,7 +90,7 @@ def run_chat(config: ChatConfig) -> None:
             boxes.append(box)
             try:
                 with replacing(drawing) as temporary:
-                    draw_boxes(image, boxes).save(temporary, format="PNG", pnginfo=_mark())
+                    draw_boxes(image, boxes).save(temporary, format="PNG", pnginfo=png_mark(_CHAT))
             except OSError as error:  # images often lie where nothing can be written; the chat goes on
                 print(f"box        not drawn: {describe(error)}")
             else:
@@ -99,25 +99,9 @@ def run_chat(config: ChatConfig) -> None:
 
 def drawing_path(image: Path) -> Path:
     """The file beside an image for its drawing: the first name that is free, or taken by a drawing of localign."""
-    for number in count(1):
-        path = image.with_name(f"{image.stem}-boxes{'' if number == 1 else f'-{number}'}.png")
-        if not os.path.lexists(path) or _is_drawing(path):
-            return path
-    raise AssertionError
-
-
-def _mark() -> PngInfo:
-    info = PngInfo()
-    info.add_text("Software", _SOFTWARE)
-    return info
-
-
-def _is_drawing(path: Path) -> bool:
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            return picture.info.get("Software") == _SOFTWARE
-    except (OSError, ValueError, SyntaxError):
-        return False
+    names = (f"{image.stem}-boxes{'' if number == 1 else f'-{number}'}.png" for number in count(1))
+    paths = (image.with_name(name) for name in names)
+    return next(path for path in paths if not os.path.lexists(path) or is_marked_png(path, _CHAT))
 
 
 def draw_boxes(image: Image.Image, boxes: Iterable[Box]) -> Image.Image:

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from localign.errors import UserError
 from localign.files import replacing
+from localign.files.output import SHOWN, png_mark
 from localign.options.vlm.evaluation import ShowConfig
 from localign.text.printing import printable
 from localign.vlm.benchmarks.table import benchmark_class
@@ -56,7 +57,7 @@ def run_show(config: ShowConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for record in chosen:
         with replacing(folder / file_name(record)) as temporary:
-            draw_record(record).save(temporary, format="PNG")
+            draw_record(record).save(temporary, format="PNG", pnginfo=png_mark(SHOWN))
     print(f"pictures   {printable(folder)}: {len(chosen)}")
 
 
