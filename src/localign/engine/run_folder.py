@@ -276,11 +276,12 @@ def open_folder(
         The step to resume from, None for a fresh run; and the folder, to be closed after the last write.
 
     Raises:
-        UserError: The folder does not fit, is in use, cannot be written to, or all its checkpoints are damaged.
-        RunFailure: Writing to the folder failed.
+        UserError: The folder does not fit, is in use, or all its checkpoints are damaged.
+        RunFailure: The folder cannot be written to.
     """
     check_sinks(config.tensorboard, config.wandb is not None)
-    output = OutputFolder(folder, command, RUN_FILES)
+    with writing(folder):
+        output = OutputFolder(folder, command, RUN_FILES)
     try:
         resumes = check_resume(folder, config.resume, checkpoints.steps())
         with writing(folder):

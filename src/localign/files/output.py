@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -87,8 +89,9 @@ class OutputFolder:
         advice: The end of an error line.
 
     Raises:
-        UserError: A file is in the place of the folder, the folder cannot be written to, another process writes to it,
-            or it holds one of the names and is not an output of the same command.
+        UserError: Another process writes to the folder, or it holds one of the names and is not an output of the same
+            command.
+        OSError: A file is in the place of the folder, or the folder cannot be written to.
     """
 
     def __init__(
@@ -96,18 +99,17 @@ class OutputFolder:
     ) -> None:
         self.path, self.kind, self.writes = Path(path), kind, tuple(writes)
         self._is_ours = False
-        with _before_the_work(self.path, advice):
-            self._created = _make(self.path, advice)
-            try:
-                self._lock, self._marks = take(self.path / LOCK_FILE, self.path, kind)
-            except BaseException:
-                _remove_empty(self._created)
-                raise
-            try:
-                check_ours(self.path, kind, self.writes, {*kinds_of(self.path), *self._marks}, advice)
-            except BaseException:
-                self.close()
-                raise
+        self._created = _make(self.path)
+        try:
+            self._lock, self._marks = take(self.path / LOCK_FILE, self.path, kind)
+        except BaseException:
+            _remove_empty(self._created)
+            raise
+        try:
+            check_ours(self.path, kind, self.writes, {*kinds_of(self.path), *self._marks}, advice)
+        except BaseException:
+            self.close()
+            raise
         self._is_ours = True
 
     def close(self) -> None:
@@ -163,12 +165,12 @@ def _written(folder: Path, writes: Sequence[str]) -> list[str]:
     return [name for pattern in writes for name in names if fnmatch(name, pattern)]
 
 
-def _make(path: Path, advice: str) -> list[Path]:
-    """Make a folder and its parents; returns those that were missing, the outermost first."""
+def _make(path: Path) -> list[Path]:
+    """Make a folder and its parents; returns those that were missing, the outermost first. Raises OSError."""
     missing = list(takewhile(lambda folder: not folder.exists(), (path, *path.parents)))[::-1]
     there = missing[0].parent if missing else path
     if there.exists() and not there.is_dir():
-        raise UserError(f"{printable(there)} is a file, not a folder; {advice}")
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
     try:
         for folder in missing:
             folder.mkdir(exist_ok=True)
@@ -188,8 +190,9 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 def output_folder(
     path: str | Path, kind: str, writes: Sequence[str] = (), *, advice: str = "give another --out"
 ) -> Iterator[Path]:
-    """Yield a checked and locked folder to write to; see :class:`OutputFolder`."""
-    folder = OutputFolder(path, kind, writes, advice=advice)
+    """Yield a checked and locked folder to write to; see :class:`OutputFolder`, whose errors are all UserErrors here."""
+    with _before_the_work(Path(path), advice):
+        folder = OutputFolder(path, kind, writes, advice=advice)
     try:
         yield folder.path
     finally:
@@ -233,7 +236,7 @@ def locked_beside(path: Path, kind: str, *, advice: str = "give another --out") 
     path = path.absolute()  # so that "." has a name, too
     beside = path.with_name(f".{path.name}{LOCK_FILE}")
     with _before_the_work(path, advice):
-        created = _make(path.parent, advice)
+        created = _make(path.parent)
         try:
             held, _ = take(beside, path, kind)
         except BaseException:
@@ -257,5 +260,7 @@ def locked_beside(path: Path, kind: str, *, advice: str = "give another --out") 
 def _before_the_work(path: Path, advice: str) -> Iterator[None]:
     try:
         yield
+    except NotADirectoryError as error:
+        raise UserError(f"{printable(error.filename)} is a file, not a folder; {advice}") from error
     except OSError as error:
         raise UserError(f"cannot write to {printable(path)}: {reason(error)}; {advice}") from error

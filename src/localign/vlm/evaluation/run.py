@@ -13,6 +13,7 @@ from localign.engine import run_folder
 from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.log import Bar
 from localign.errors import RunFailure, UserError
+from localign.files.disk import writing
 from localign.files.output import EVAL_FILES, OutputFolder
 from localign.options.vlm.evaluation import EvalConfig
 from localign.text.printing import printable
@@ -112,7 +113,7 @@ def evaluate(
     """
     check_scorable(model, suites)
     output = None
-    with ranks.raise_on_all_ranks():
+    with ranks.raise_on_all_ranks(), writing(folder):
         if ranks.is_main:
             output = OutputFolder(folder, "vlm eval", EVAL_FILES)
     try:
