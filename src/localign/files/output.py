@@ -190,7 +190,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 def output_folder(
     path: str | Path, kind: str, writes: Sequence[str] = (), *, advice: str = "give another --out"
 ) -> Iterator[Path]:
-    """Yield a checked and locked folder to write to; see :class:`OutputFolder`, whose errors are all UserErrors here."""
+    """Yield a checked and locked folder; see :class:`OutputFolder`. Errors of the disk are UserErrors here."""
     with _before_the_work(Path(path), advice):
         folder = OutputFolder(path, kind, writes, advice=advice)
     try:
