@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ EVAL_FILES = ("results.json", "answers.jsonl")
 SHOWN = "vlm show"
 """Kind of a folder of pictures, each of which carries a mark."""
 _PNG_KEY = "Software"
+_PICTURES = 50
+"""Pictures of a folder that are looked at."""
 _MARK_BYTES = 2**20
 """The largest ``config.yaml``, ``config.json`` or ``comparison.json`` that is looked at, bytes."""
 
@@ -46,7 +48,11 @@ def kinds_of(folder: Path) -> set[str]:
     kinds |= {str(results["command"])} if results.keys() >= {"command", "versions"} else set()
     kinds |= {EXPORT} if isinstance(model.get("localign"), dict) else set()
     kinds |= {VLM_EXPORT} if model.get("model_type") == "localign_vlm" else set()
-    kinds |= {SHOWN} if any(is_marked_png(path, SHOWN) for path in folder.glob("*.png")) else set()
+    kinds |= (
+        {SHOWN}
+        if any(is_marked_png(path, SHOWN) for path in islice(folder.glob("*.png"), _PICTURES))
+        else set()
+    )
     return kinds | ({"vlm score"} if compared.keys() >= {"benchmarks", "panels"} else set())
 
 
