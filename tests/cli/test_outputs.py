@@ -413,6 +413,13 @@ def test_names_of_any_bytes_can_be_printed(encoding: str, monkeypatch: pytest.Mo
         (OSError(5, "Input/output error"), "Input/output error"),
         (BrokenPipeError(32, "Broken pipe"), "Broken pipe"),
         (OSError(28, "No space left on device", "a\n\x1b[31mb"), "a\\n\\x1b[31mb: No space left"),
+        (
+            OSError(
+                "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                "  File x\nOSError: [Errno 28] No space left on device: '/a/b'\n"
+            ),
+            "No space left on device: '/a/b'; free some space",
+        ),
         (ConnectionResetError("the other side is gone\nTraceback"), "the other side is gone"),
     ],
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from localign.errors import RunFailure
 from localign.text.printing import printable
 
+_SAFETENSORS = re.compile(r"os error (\d+)")
 _REMEDIES = {
     errno.ENOSPC: "free some space, then run the command again",
     errno.EROFS: "choose a folder that can be written to",
@@ -65,16 +66,20 @@ def _place(error: Exception) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The operating system's message for a file system error, without the text that safetensors adds."""
+    """The operating system's message for a file system error, without what safetensors or a loader worker add."""
     if isinstance(error, OSError) and error.strerror:
         return printable(error.strerror)
-    if number := re.search(r"os error (\d+)", str(error)):
+    if number := _SAFETENSORS.search(str(error)):
         return os.strerror(int(number.group(1)))
-    return printable((str(error).splitlines() or [type(error).__name__])[0])
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = (
+        lines[-1] if lines[0].startswith("Caught ") else lines[0]
+    )  # a worker's error has its traceback before it
+    return printable(re.sub(r"^(\w+: )?\[Errno \d+\] ", "", line))
 
 
 def _number(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    number = re.search(r"os error (\d+)", str(error))
+    number = _SAFETENSORS.search(str(error)) or re.search(r"\[Errno (\d+)\]", str(error))
     return int(number.group(1)) if number else None
