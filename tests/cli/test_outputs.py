@@ -490,6 +490,30 @@ def test_pictures_say_who_drew_them(kind: str, tmp_path: Path) -> None:
     assert kinds_of(tmp_path) == ({kind} if kind == "vlm show" else set())
 
 
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [
+        ("align-finished", "align"),
+        ("align-stopped", "align"),
+        ("align-finished/export", "export"),
+        ("start", "export"),
+        ("demo", "demo"),
+        ("eval", "vlm eval"),
+        ("finetune-stopped", "finetune"),
+        ("pretrain-finished", "pretrain"),
+        ("probe", "probe"),
+        ("reproduce/scenes/fig7-quick", "reproduce"),
+        ("vlm-demo", "vlm demo"),
+        ("vlm-export", "vlm export"),
+        ("vlm-finished", "vlm train"),
+    ],
+)
+def test_folders_of_earlier_versions_say_whose_they_are(folder: str, kind: str) -> None:
+    from localign.files.output import kinds_of
+
+    assert kinds_of(Path(__file__).parents[1] / "compat" / "v0.1.0" / folder) == {kind}
+
+
 def test_results_say_whose_they_are(tmp_path: Path) -> None:
     """A results.json without the command is foreign, however it looks."""
     from localign.files.output import kinds_of

@@ -45,15 +45,17 @@ def kinds_of(folder: Path) -> set[str]:
     yaml, results = _mapping(folder / "config.yaml", load_yaml), _mapping(folder / "results.json", json.loads)
     model, compared = (_mapping(folder / f"{n}.json", json.loads) for n in ("config", "comparison"))
     kinds = {str(yaml["command"])} if yaml.keys() >= {"command", "config"} else set()
-    kinds |= {str(results["command"])} if results.keys() >= {"command", "versions"} else set()
-    kinds |= {EXPORT} if isinstance(model.get("localign"), dict) else set()
-    kinds |= {VLM_EXPORT} if model.get("model_type") == "localign_vlm" else set()
-    kinds |= (
-        {SHOWN}
-        if any(is_marked_png(path, SHOWN) for path in islice(folder.glob("*.png"), _PICTURES))
-        else set()
-    )
-    return kinds | ({"vlm score"} if compared.keys() >= {"benchmarks", "panels"} else set())
+    if results.keys() >= {"command", "versions"}:
+        kinds.add(str(results["command"]))
+    if model.get("model_type") == "localign_vlm":  # which has a section of ours, too
+        kinds.add(VLM_EXPORT)
+    elif isinstance(model.get("localign"), dict):
+        kinds.add(EXPORT)
+    if compared.keys() >= {"benchmarks", "panels"}:
+        kinds.add("vlm score")
+    if any(is_marked_png(path, SHOWN) for path in islice(folder.glob("*.png"), _PICTURES)):
+        kinds.add(SHOWN)
+    return kinds
 
 
 def png_mark(kind: str) -> PngInfo:
