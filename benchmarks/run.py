@@ -8,13 +8,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from localign.cli.main import exit_code
-from localign.cli.parser import parse
+from localign.cli.main import exit_code, run
 from localign.cli.table import Command
 from localign.errors import UserError, did_you_mean
 
+PROGRAM = "python benchmarks/run.py"
 BENCHMARKS = {
-    name: Command(name, f"config:{config}", f"{name}:run_bench_{name}", about, package="benchmarks")
+    name: Command(
+        name, f"config:{config}", f"{name}:run_bench_{name}", about, package="benchmarks", program=PROGRAM
+    )
     for name, config, about in (
         ("labels", "LabelsConfig", "reduce label maps, against loops over patches"),
         ("probe", "ProbingConfig", "train all heads in one pass, against one run per head"),
@@ -41,7 +43,7 @@ def _run(arguments: Sequence[str]) -> int | None:
         raise UserError(
             f"unknown benchmark {name!r}{did_you_mean(name, BENCHMARKS)}; the benchmarks are {known}"
         )
-    return BENCHMARKS[name].run(parse(BENCHMARKS[name], rest))
+    return run(BENCHMARKS[name], rest)
 
 
 if __name__ == "__main__":

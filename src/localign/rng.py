@@ -22,7 +22,9 @@ _MASK64 = (1 << 64) - 1
 def key(seed: int, purpose: str, *index: int) -> int:
     """A 64-bit key for (seed, purpose, index), the same on every machine and Python version."""
     text = f"{seed}|{purpose}|{'|'.join(str(i) for i in index)}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little"
+    )
 
 
 def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:

@@ -44,6 +44,33 @@ def exit_on_signals() -> Iterator[None]:
 
 
 @contextmanager
+def second_interrupt_ends() -> Iterator[None]:
+    """Inside, the first Ctrl-C raises KeyboardInterrupt, so that everything is cleaned up; the second ends at once."""
+    process = os.getpid()
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background jobs
+    if is_ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def second(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            os.write(2, b"localign: interrupted again; ended at once\n")
+        os._exit(1)
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, second)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        # After an interrupt the second handler stays: the interpreter, too, can be interrupted while it ends.
+        if signal.getsignal(signal.SIGINT) is first:
+            signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
+@contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Inside, a signal is only noted, however often it comes."""
     request = StopRequest()

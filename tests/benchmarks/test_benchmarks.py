@@ -11,9 +11,17 @@ import torch
 from PIL import Image
 
 from benchmarks import labels as bench_labels
-from benchmarks.run import main
+from benchmarks.run import BENCHMARKS, main
 from localign.errors import RunFailure
 from localign.probing import PatchLabels, reduce_labels
+
+
+@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+def test_help_names_the_script(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python benchmarks/run.py {name} ")
 
 
 def test_the_loops_reduce_labels_as_the_package_does() -> None:

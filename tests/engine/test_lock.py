@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from engine_runs import run, run_until, tiny
 
-from localign.engine import lock as lock_module
 from localign.errors import UserError
+from localign.files import lock as lock_module
 
 pytest.importorskip("fcntl")
 FORK = multiprocessing.get_context("fork")

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from localign.text.printing import csv_cell, plain_mathtext, printable
+from localign.text.printing import console, csv_cell, plain_mathtext, printable
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,28 @@ def test_numbers_and_words_stay(value: object, cell: str) -> None:
 
 def test_mathtext_is_text() -> None:
     assert plain_mathtext("$\\frac$") == "\\$\\frac\\$"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a[/red]b", "[bold]x", ":smile:", "[link=file:///etc/passwd]y[/link]", "a\x1b[31mb", "n\udcff", "[/]"],
+)
+def test_tables_show_names_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.table import Table
+
+    table = Table(title=name, caption=name)
+    table.add_column(name)
+    table.add_row(name)
+    console(120).print(table)
+    assert capsys.readouterr().out.count(printable(name)) == 4
+
+
+@pytest.mark.parametrize("name", [r"$\frac$", "$", "a$b$c", r"\$x\$", "$$", "a\n$b$", "$x_{1"])
+def test_dollars_are_no_mathematics(name: str) -> None:
+    from matplotlib.figure import Figure
+
+    escaped = plain_mathtext(name)
+    assert plain_mathtext(escaped) == escaped
+    figure = Figure()
+    figure.suptitle(escaped)
+    figure.draw_without_rendering()

@@ -9,6 +9,7 @@ from localign.engine.log import print_results
 from localign.options.align import AlignConfig
 from localign.pictures import example_images, save_pictures
 from localign.report import build_report
+from localign.text.printing import printable
 
 
 def run_align(config: AlignConfig) -> None:
@@ -24,4 +25,4 @@ def run_align(config: AlignConfig) -> None:
     if outcome.is_main:
         save_pictures(outcome.folder, task, example_images(task))
         print_results(outcome.folder, outcome.results)
-        print(f"report     {build_report(outcome.folder)}")
+        print(f"report     {printable(build_report(outcome.folder))}")

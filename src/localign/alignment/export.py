@@ -16,6 +16,7 @@ from localign.engine.run_folder import provenance
 from localign.errors import UserError
 from localign.options.export import ExportConfig, ImportConfig
 from localign.options.names import AttentionBackend
+from localign.text.printing import printable
 from localign.weights import load_strict
 
 _PROJECTION, _DECODER = "encoder_head.", "decoder."
@@ -87,7 +88,7 @@ def run_export(config: ExportConfig) -> None:
         backbone, facts = student.encoder.backbone, {**run, **provenance()}
         if config.format == "timm":
             folder = export_student(student, config.out, decoder=config.decoder, provenance=facts)
-            print(f"export     {folder}")
+            print(f"export     {printable(folder)}")
             return
     else:
         backbone = create_backbone(
@@ -98,12 +99,11 @@ def run_export(config: ExportConfig) -> None:
         )
         facts = {"source": config.source, **provenance()}
         if config.format == "timm":
-            print(f"export     {save_backbone(backbone, config.out, provenance=facts)}")
+            print(f"export     {printable(save_backbone(backbone, config.out, provenance=facts))}")
             return
     difference = export_transformers(backbone.eval(), config, facts)
-    print(
-        f"export     {config.out}: format {config.format}, tokens within {difference:.1e} of their root mean square"
-    )
+    kept = f"tokens within {difference:.1e} of their root mean square"
+    print(f"export     {printable(config.out)}: format {config.format}, {kept}")
 
 
 def run_import(config: ImportConfig) -> None:
@@ -118,4 +118,4 @@ def run_import(config: ImportConfig) -> None:
     student = read_published(config.file, backbone, soft_cap=resolve_soft_cap(config.soft_cap, backbone))
     facts = {"method": "MaskEmbed", "source": Path(config.file).name, "backbone": config.backbone}
     folder = export_student(student, config.out, decoder=config.decoder, provenance=facts)
-    print(f"imported   {config.file} -> {folder}")
+    print(f"imported   {printable(config.file)} -> {printable(folder)}")

@@ -15,6 +15,7 @@ from localign.backbones.families.writing import save_transformers
 from localign.data.sources import open_source
 from localign.data.transforms import EvalTransform
 from localign.errors import UserError
+from localign.files.output import PROVENANCE_KEY
 from localign.options.export import ExportConfig
 
 IMAGES = 16
@@ -45,7 +46,7 @@ def export_transformers(backbone: Backbone, config: ExportConfig, provenance: di
         )
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"localign_provenance": {**provenance, "dropped_soft_cap": backbone.soft_cap}}
+    facts = {PROVENANCE_KEY: {**provenance, "dropped_soft_cap": backbone.soft_cap}}
     save_transformers(backbone, folder, config.format, extra=facts)
     difference = token_difference(backbone, folder, _images(config, backbone.image_size))
     tolerance = config.tolerance if config.tolerance is not None else BAKED if config.bake else EXACT

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +23,7 @@ from localign.backbones.timm_models import build_vit
 from localign.errors import UserError
 from localign.options.export import VerifyConfig
 from localign.options.names import LossName
+from localign.text.printing import console
 from localign.weights import load_strict
 
 _ARCHITECTURE = "vit_base_patch16_224"
@@ -158,7 +158,7 @@ def run_verify_reference(config: VerifyConfig) -> int:
         table.add_row(
             row.variant, row.quantity, f"{row.max_error:.1e}", f"{row.max_absolute:.1e}", style=style
         )
-    Console().print(table)
+    console().print(table)
     worst = max(results, key=lambda r: r.max_error)
     summary = {"quantities": len(results), "largest_error": worst.max_error, "of": worst.quantity}
     print(json.dumps({**summary, "tol": config.tol}))

@@ -22,6 +22,7 @@ from localign.backbones.timm_models import NORM_EPS_ARGUMENT, build_vit
 from localign.backbones.weights import StateDict, read_file
 from localign.errors import UserError
 from localign.files import replace_text, replacing
+from localign.files.output import EXPORT, kinds_of
 from localign.options.names import AttentionBackend
 from localign.weights import load_strict
 
@@ -119,7 +120,7 @@ def save_backbone(
     if decoder is not None:
         decoder = {k: _stored(v, dtype) for k, v in decoder.items()}
         _save_tensors(decoder, folder / DECODER_FILE)
-    else:
+    elif EXPORT in kinds_of(folder):
         (folder / DECODER_FILE).unlink(missing_ok=True)  # left by an earlier export
     config = _config(backbone, state, decoder_config, provenance or {})
     config["localign"]["decoder_sha256"] = content_hash(decoder) if decoder is not None else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -94,9 +93,13 @@ class StepServer:
             torch.cuda.synchronize(self.device)
 
     def _peak_bytes(self) -> int:
-        """Peak memory since the start: of the allocator on CUDA, else of the process."""
+        """Peak memory since the start: of the allocator on CUDA, else of the process; 0 on Windows."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        if sys.platform == "win32":
+            return 0
+        import resource  # missing on Windows
+
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from localign.engine import run_folder
 from localign.files import replace_text
 from localign.options.bench import MeasurementConfig
+from localign.text.printing import console, printable
 
 
 def write_measurements(config: MeasurementConfig, measured: dict[str, Any]) -> dict[str, Any]:
@@ -32,10 +31,9 @@ def write_measurements(config: MeasurementConfig, measured: dict[str, Any]) -> d
 
 def show(tables: Sequence[Table], config: MeasurementConfig) -> None:
     """Print the tables and the path of the JSON file."""
-    console = Console(width=None if sys.stdout.isatty() else 110)
     for table in tables:
-        console.print(table)
-    print(f"results    {config.file}")
+        console(110).print(table)
+    print(f"results    {printable(config.file)}")
 
 
 def timing_table(title: str, content: dict[str, Any], texts: Sequence[str], numbers: Sequence[str]) -> Table:

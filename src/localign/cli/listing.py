@@ -1,7 +1,6 @@
 """`localign list`: the backbones of the catalogue and the recipes."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -9,6 +8,7 @@ from typing import Any, Literal
 from localign.options.names import EMBEDDED
 from localign.recipes import read_recipe, recipe_names
 from localign.recipes.catalogue import CATALOGUE
+from localign.text.printing import console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,6 @@ def _backbone_cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _print_table(title: str, caption: str, rows: Sequence[Mapping[str, str]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, caption=caption)
@@ -75,4 +74,4 @@ def _print_table(title: str, caption: str, rows: Sequence[Mapping[str, str]]) ->
     for row in rows:
         table.add_row(*row.values())
     # Names are for copying: a pipe gets them unfolded.
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    console(150).print(table)

@@ -99,8 +99,8 @@ def build_parser(name: str | Command) -> ArgumentParser:
     command = COMMANDS[name] if isinstance(name, str) else name
     positional = "".join(f" [{field.upper()}]" for field in command.positional)
     parser = ArgumentParser(
-        prog=f"localign {command.name}",
-        usage=f"localign {command.name}{positional} [--config FILE] [--option value ...]",
+        prog=f"{command.program} {command.name}",
+        usage=f"{command.program} {command.name}{positional} [--config FILE] [--option value ...]",
         description=(command.config().__doc__ or command.help).strip().splitlines()[0],
         add_help=False,
     )

@@ -35,6 +35,10 @@ class Command:
     """The command that runs instead when a recipe given as ``--config`` is one that the sibling takes."""
     package: str = "localign"
     """The package of the two paths."""
+    program: str = "localign"
+    """What is typed before the name, for the help."""
+    without_options: str = ""
+    """The error where nothing follows the name; empty if the command runs without options."""
 
     def config(self) -> type:
         """The config class."""
@@ -52,11 +56,13 @@ class Command:
         return getattr(import_module(f"{self.package}.{module}"), name)
 
 
+_ALIGN_WHAT = "align needs options: --backbone NAME and --data IMAGES, or --config RECIPE (see `localign list`); `localign demo` shows the method on drawn scenes"
+
 # name, config class, function, help, positional fields
 # fmt: off
 _TABLE: tuple[Command, ...] = (
     Command("demo", "options.demo:DemoConfig", "demo.run:run_demo", "align the embedded backbone, probe it before and after, and write a report"),
-    Command("align", "options.align:AlignConfig", "alignment.command:run_align", "align a backbone"),
+    Command("align", "options.align:AlignConfig", "alignment.command:run_align", "align a backbone", without_options=_ALIGN_WHAT),
     Command("plan", "options.plan:PlanConfig", "planning.show:run_plan", "estimate a run: arithmetic, memory, hours", recipes_of="align", ignored_in_files=("out",), sibling="vlm plan"),
     Command("pretrain", "options.pretrain:PretrainConfig", "pretraining.task:run_pretrain", "pre-train the embedded backbone on scenes"),
     Command("finetune", "options.finetune:FinetuneConfig", "finetuning.task:run_finetune", "fine-tune a backbone for classification, with a transformer head"),

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from rich.console import Console
 from rich.progress import track
 from torch.utils.data import Dataset
 
 from localign.data.workers import data_loader, served
+from localign.text.printing import console
 
 T = TypeVar("T")
 
@@ -39,8 +39,9 @@ def in_processes(
         RunFailure: A worker process died.
     """
     loader = data_loader(_Worker(function), lambda: ([item] for item in items), processes, False, None)
-    console = Console(stderr=True)
-    yield from track(served(loader), description, count, console=console, disable=not sys.stderr.isatty())
+    yield from track(
+        served(loader), description, count, console=console(stderr=True), disable=not sys.stderr.isatty()
+    )
 
 
 def parts(count: int, size: int = 256) -> list[tuple[int, int]]:

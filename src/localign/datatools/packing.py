@@ -304,6 +304,8 @@ def facts_of(source: ImageSource, config: ShardConfig | In21kConfig) -> Facts:
 def show_packed(about: Mapping[str, Any], folder: Path) -> None:
     """Print a summary of a folder of packed shards."""
     size = about["bytes"] / 2**20
-    print(f"packed     {about['images']:,} images, {size:,.1f} MiB, {about['shards']:,} shards: {folder}")
+    print(
+        f"packed     {about['images']:,} images, {size:,.1f} MiB, {about['shards']:,} shards: {printable(folder)}"
+    )
     if about["left_out"]:
-        print(f"left out   {about['left_out']:,} images, see {folder / 'left-out.jsonl'}")
+        print(f"left out   {about['left_out']:,} images, see {printable(folder / LEFT_OUT)}")

@@ -65,7 +65,7 @@ def run_verify(config: DataVerifyConfig) -> int:
         print(f"checksums  {found['checked']:,} shards compared, {len(found['shards']):,} differ")
         for name in found["shards"][:5]:
             print(f"           {printable(name)}")
-    print(f"list       {config.out}, for --exclude")
+    print(f"list       {printable(config.out)}, for --exclude")
     return 1 if found["bad"] or found["shards"] else 0
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from localign.alignment import AlignTask, load_student
 from localign.backbones import Backbone, create_backbone
@@ -38,6 +37,7 @@ from localign.probing import (
 from localign.probing.datasets import labelled_scenes
 from localign.report import before_after, build_report, to_terminal
 from localign.results import PICTURES_FILE, ProbeOutcome, Results
+from localign.text.printing import console, printable
 
 PICTURED_HEAD = HeadSpec("transformer", "local")
 """The head whose predictions the report shows."""
@@ -93,9 +93,9 @@ def run_demo(config: DemoConfig) -> Results:
         "notes": _notes(config),
     }
     path = run_folder.write_results(folder, results)
-    Console().print(to_terminal(before_after(results), title="Probing before and after alignment"))
-    print(f"results    {path}")
-    print(f"report     {build_report(folder)}")
+    console().print(to_terminal(before_after(results), title="Probing before and after alignment"))
+    print(f"results    {printable(path)}")
+    print(f"report     {printable(build_report(folder))}")
     return results
 
 

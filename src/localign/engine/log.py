@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from localign.errors import UserError
 from localign.files import replace_text
+from localign.text.printing import console, printable
 
 LOG_FILE = "log.jsonl"
 
@@ -108,13 +111,13 @@ class TensorBoard:
 class WandB:
     """Writes the log's numbers to a Weights & Biases run. A resumed run keeps the id."""
 
-    def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, project: str, config: dict[str, Any], resumed: bool = False) -> None:
         try:
             import wandb
         except ImportError as error:
             raise UserError("wandb is not installed; pip install 'localign[wandb]'") from error
         self._run = wandb.init(
-            project=project, dir=str(folder), config=config, id=folder.resolve().name, resume="allow"
+            project=project, dir=str(folder), config=config, id=wandb_id(folder, resumed), resume="allow"
         )
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -125,19 +128,48 @@ class WandB:
         self._run.finish()
 
 
+def wandb_id(folder: Path, resumed: bool) -> str:
+    """The id of a run: its folder's name and a hash of the whole path, so that runs of one name stay apart.
+
+    A resumed run keeps the id that it has, even if the folder has moved or an earlier version chose the id.
+    """
+    folder = folder.resolve()
+    if resumed:
+        names = (path.name.removeprefix("offline-") for path in (folder / "wandb").glob("*run-*-*"))
+        if kept := sorted(name for name in names if name.startswith("run-")):  # run-DATE-ID
+            return kept[-1].split("-", 2)[2]
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", folder.name)[:50]
+    return f"{name}-{digest}"
+
+
+def check_sinks(tensorboard: bool, wandb: bool) -> None:
+    """Check that the packages of a run's logs are installed, before the run has a folder.
+
+    Raises:
+        UserError: One is missing.
+    """
+    for wanted, module, name in (
+        (tensorboard, "tensorboard", "TensorBoard"),
+        (wandb, "wandb", "wandb"),
+    ):
+        if wanted and find_spec(module) is None:
+            raise UserError(f"{name} is not installed; pip install 'localign[{module}]'")
+
+
 class Bar:
     """A progress bar on standard error; not shown if that is not a terminal."""
 
     def __init__(self, label: str, total: int, done: int = 0) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=Console(stderr=True),
+            TextColumn("{task.fields[numbers]}", markup=False),
+            console=console(stderr=True),
             disable=not sys.stderr.isatty(),
         )
         self._task = self._progress.add_task(label, total=total, completed=done, numbers="")
@@ -213,7 +245,7 @@ class Log:
 
 def say(text: str) -> None:
     """Print a line for the user on standard error; standard output stays machine-readable."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 class Stopwatch:
@@ -264,7 +296,9 @@ def print_results(folder: Path, results: Mapping[str, Any]) -> None:
         print("validation " + ", ".join(f"{k} {v:.4f}" for k, v in results["final"].items()))
     skipped = results["skipped_images"]
     if skipped["count"]:
-        names = ", ".join(list(skipped["images"])[:5]) + (", ..." if skipped["count"] > 5 else "")
+        names = ", ".join(map(printable, list(skipped["images"])[:5])) + (
+            ", ..." if skipped["count"] > 5 else ""
+        )
         print(f"skipped    {skipped['count']} unreadable images ({skipped['share']:.2%}): {names}")
-    print(f"results    {folder / 'results.json'}")
-    print(f"export     {folder / 'export'}")
+    print(f"results    {printable(folder / 'results.json')}")
+    print(f"export     {printable(folder / 'export')}")

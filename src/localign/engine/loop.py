@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from localign.engine.checkpoints.data_files import check_same_data, save_data_fi
 from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.checkpoints.sharded import ShardedCheckpoints
 from localign.engine.checkpoints.state import NEEDED_FIELDS, LastValidation, RunState
-from localign.engine.disk import writing
 from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.hardware.cpu import fast_float32_matmul, keep_freed_memory
 from localign.engine.hardware.memory import check_measurable
@@ -41,6 +40,8 @@ from localign.engine.sharding import gather_full, meta_copy, reshard, shard_task
 from localign.engine.task import BatchPlan, Task, batch_plan
 from localign.engine.unreadable import UnreadableImages
 from localign.errors import RunFailure, RunStopped, UserError
+from localign.files.disk import writing
+from localign.files.output import OutputFolder
 from localign.options.train import TrainConfig
 from localign.results import BestCheckpoint, TrainingResults
 from localign.signals import StopRequest, stop_requests
@@ -92,14 +93,13 @@ class Loop:
             task.shard_units(task.module)  # raises before any file is written if the task cannot be sharded
         self.checkpoints = self._store()
         self.guard = NonFiniteGuard(self.folder, context.rank)
-        self.step = 0
-        self.digest = 0
+        self.step = self.digest = 0
         self.unreadable = UnreadableImages(context)
         self.seconds = 0.0
         self.best: BestCheckpoint | None = None
         self.validation: LastValidation = {}
         self.saved_at: int | None = None
-        self._lock: TextIO | None = None
+        self._output: OutputFolder | None = None
 
     def close(self) -> None:
         """Finish a checkpoint that is being written, and release the log and the folder."""
@@ -107,8 +107,8 @@ class Loop:
             self.checkpoints.wait()
         with suppress(OSError):  # reported before
             self.log.close()
-        if self._lock is not None:
-            self._lock.close()
+        if self._output is not None:
+            self._output.close()
 
     def run(self) -> Outcome:
         """Run from opening the folder to the export."""
@@ -309,7 +309,7 @@ class Loop:
         # Only the main rank reads and writes the folder. An error there ends all ranks.
         with self.context.raise_on_all_ranks():
             if self.context.is_main:
-                resumed_at, self._lock = open_folder(
+                resumed_at, self._output = open_folder(
                     self.folder, self.command, self.config, self.checkpoints, self.guard.folder
                 )
         return self.context.all_gather_object(resumed_at)[0]

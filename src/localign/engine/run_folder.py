@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -18,12 +18,12 @@ import yaml
 
 from localign._version import __version__
 from localign.deprecated import with_new_names
-from localign.engine.checkpoints.replicated import Checkpoints, remove_leftovers
-from localign.engine.disk import writing
-from localign.engine.lock import lock
-from localign.engine.log import Bar, JsonLines, Log, Sink, TensorBoard, WandB, say
+from localign.engine.checkpoints.replicated import Checkpoints
+from localign.engine.log import Bar, JsonLines, Log, Sink, TensorBoard, WandB, check_sinks, read_log, say
 from localign.errors import UserError
-from localign.files import replace_text
+from localign.files import replace_text, sweep
+from localign.files.disk import writing
+from localign.files.output import RUN_FILES, OutputFolder
 from localign.options.names import Resume
 from localign.options.train import TrainConfig
 from localign.results import SavedConfig, SkippedImages, TrainingResults, Versions
@@ -151,7 +151,7 @@ def _moved(old: Any, new: Any) -> bool:
 
 
 def check_resume(folder: Path, resume: Resume, steps: list[int]) -> bool:
-    """Whether the folder holds a run to resume, with or without a checkpoint.
+    """Whether the folder holds a run to resume, with or without a checkpoint. A start that failed is none.
 
     Args:
         folder: The run folder.
@@ -169,12 +169,19 @@ def check_resume(folder: Path, resume: Resume, steps: list[int]) -> bool:
         )
     if resume == "must" and not started:
         raise UserError(f"nothing to resume in {folder}: it holds no run")
+    if resume == "never" and started and not steps and _is_untouched(folder):
+        return False
     if resume == "never" and started:
         at = f"step {steps[-1]}" if steps else "the start"
         raise UserError(
             f"{folder} already holds a run (at {at}); continue it with --resume, or choose another --out"
         )
     return started
+
+
+def _is_untouched(folder: Path) -> bool:
+    """Whether a run failed before its first line in the log, so that a new start loses nothing."""
+    return not (folder / RESULTS_FILE).exists() and not read_log(folder)
 
 
 def check_exists(folder: Path) -> None:
@@ -251,7 +258,7 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 
 def open_folder(
     folder: Path, command: str, config: TrainConfig, checkpoints: Checkpoints, *further: Path
-) -> tuple[int | None, TextIO | None]:
+) -> tuple[int | None, OutputFolder]:
     """Create or reopen a run folder and lock it. Called on the main rank only.
 
     Args:
@@ -262,27 +269,26 @@ def open_folder(
         further: Other folders to clean of temporary files that a killed run left.
 
     Returns:
-        The step to resume from, None for a fresh run; and the folder's lock, see :func:`lock`.
+        The step to resume from, None for a fresh run; and the folder, to be closed after the last write.
 
     Raises:
         UserError: The folder does not fit, is in use, or all its checkpoints are damaged.
         RunFailure: The folder cannot be written to.
     """
-    resumes = check_resume(folder, config.resume, checkpoints.steps())
-    lock_file: TextIO | None = None
+    check_sinks(config.tensorboard, config.wandb is not None)
+    with writing(folder):
+        output = OutputFolder(folder, command, RUN_FILES)
     try:
+        resumes = check_resume(folder, config.resume, checkpoints.steps())
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock_file = lock(folder)
             if resumes:
                 check_same_config(folder, command, config)
             else:
                 save_config(folder, command, config)
-            remove_leftovers(folder, checkpoints.folder, *further)
-            return (newest_intact(checkpoints) if resumes else None), lock_file
+            sweep(checkpoints.folder, *further)
+            return (newest_intact(checkpoints) if resumes else None), output
     except BaseException:
-        if lock_file is not None:
-            lock_file.close()
+        output.close()
         raise
 
 
@@ -328,5 +334,5 @@ def open_log(
     if config.tensorboard:
         sinks.append(TensorBoard(folder, resumed_at))
     if config.wandb:
-        sinks.append(WandB(folder, config.wandb, to_dict(config)))
+        sinks.append(WandB(folder, config.wandb, to_dict(config), resumed_at is not None))
     return Log(sinks), bar

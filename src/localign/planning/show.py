@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from localign.engine import run_folder
@@ -18,6 +16,7 @@ from localign.options.plan import PlanConfig
 from localign.options.vlm.plan import VLMPlanConfig
 from localign.planning.plan import GIB, OCCUPIED, AlignmentPlan, as_facts, make_plan, micro_batches
 from localign.planning.vlm import plan_vlm, print_vlm_plan
+from localign.text.printing import console, printable
 
 
 def run_plan(config: PlanConfig) -> None:
@@ -27,9 +26,8 @@ def run_plan(config: PlanConfig) -> None:
         UserError: See :func:`make_plan`.
     """
     plan = make_plan(config)
-    console = Console(width=None if sys.stdout.isatty() else 110)
     for table in (_run_table(plan, config), _memory_table(plan, config)):
-        console.print(table)
+        console(110).print(table)
     _write(config, as_facts(plan))
 
 
@@ -54,7 +52,7 @@ def _write(config: PlanConfig | VLMPlanConfig, facts: dict[str, Any]) -> None:
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps({**content, **facts}, indent=1) + "\n")
-    print(f"plan       {path}")
+    print(f"plan       {printable(path)}")
 
 
 def _run_table(plan: AlignmentPlan, config: PlanConfig) -> Table:

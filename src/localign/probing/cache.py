@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from localign.engine.lock import lock
 from localign.engine.log import say
 from localign.errors import UserError
-from localign.files import replace_text, replacing
+from localign.files import replace_text, replacing, sweep
+from localign.files.lock import LOCK_FILE, lock
 from localign.probing.features import (
     Batch,
     DoneCallback,
@@ -189,27 +189,30 @@ def _prepare(extraction: Extraction, folder: Path, replace: bool) -> TextIO | No
         A lock on the folder; None if no shard is missing.
     """
     key, count = cache_key(extraction), len(extraction.source)
+    if _is_whole(folder, key, count):  # perhaps on a disk that cannot be written to
+        return None
+    if (
+        folder.exists()
+        and not (folder / HEADER).is_file()
+        and any(p.name != LOCK_FILE for p in folder.iterdir())
+    ):
+        raise UserError(f"{folder} is not a feature cache: it has no {HEADER}; give another --cache-dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    folder_lock = lock(folder)
+    sweep(folder)
     if (folder / HEADER).is_file():
         stored = _read_header(folder)["key"]
         if stored != key and not replace:
             raise UserError(f"{folder} holds features {_difference(stored, key)}; give another --cache-dir")
         if stored != key:
-            shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not a feature cache: it has no {HEADER}; give another --cache-dir")
+            _remove(folder)
     if not (folder / HEADER).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         shard_images = extraction.batch * max(
             1, SHARD_BYTES // extraction.bytes_per_image // extraction.batch
         )
         header: CacheHeader = {"key": key, "shard_images": shard_images}
         replace_text(folder / HEADER, json.dumps(header, indent=1) + "\n")
     shard_images = _read_header(folder)["shard_images"]
-    if not _missing(folder, count, shard_images):
-        return None
-    folder_lock = lock(folder)
-    for leftover in folder.glob(".shard-*.tmp"):  # left by a killed process
-        leftover.unlink()
     missing = _missing(folder, count, shard_images)
     needed = extraction.bytes_per_image * sum(len(_shard_rows(s, shard_images, count)) for s in missing)
     free = shutil.disk_usage(folder).free
@@ -220,6 +223,20 @@ def _prepare(extraction: Extraction, folder: Path, replace: bool) -> TextIO | No
         )
     say(f"writing {format_bytes(needed)} of features to {folder} ({format_bytes(free)} free)")
     return folder_lock
+
+
+def _is_whole(folder: Path, key: CacheKey, count: int) -> bool:
+    if not (folder / HEADER).is_file():
+        return False
+    header = _read_header(folder)
+    return header["key"] == key and not _missing(folder, count, header["shard_images"])
+
+
+def _remove(folder: Path) -> None:
+    """Delete a cache, and nothing else that lies in its folder. Without the header no shard counts."""
+    (folder / HEADER).unlink()
+    for shard in folder.glob("shard-*.safetensors"):
+        shard.unlink()
 
 
 def _difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from localign.backbones import Backbone, open_backbone
 from localign.engine import run_folder
 from localign.engine.distributed import DistributedContext, distributed_context
@@ -23,6 +21,7 @@ from localign.report.probing import write_probe_report
 from localign.report.tables.measures import comparisons
 from localign.report.tables.recalls import recall_table
 from localign.results import ProbeOutcome, Results
+from localign.text.printing import console, printable
 
 TRAIN_SCENES, TEST_SCENES = 6000, 4000
 
@@ -60,11 +59,13 @@ def run_probe(config: ProbeCommandConfig) -> None:
         probed = _probe_all(config, context)
     if not context.is_main:
         return
-    Console().print(recall_table(probed))
+    console().print(recall_table(probed))
     folder = Path(config.out)
     written = write_probe_report(folder)
-    print(f"results    {folder / run_folder.RESULTS_FILE}, and {len(written)} tables and figures beside it")
-    print(f"report     {build_report(folder)}")
+    print(
+        f"results    {printable(folder / run_folder.RESULTS_FILE)}, and {len(written)} tables and figures beside it"
+    )
+    print(f"report     {printable(build_report(folder))}")
 
 
 def _probe_all(config: ProbeCommandConfig, context: DistributedContext) -> Results:

@@ -23,6 +23,7 @@ from localign.report.probing import probe_report
 from localign.report.style import data_uri, png, svg
 from localign.report.tables import rows as tables
 from localign.results import PICTURES_FILE, LogEntry, Pictures, Results
+from localign.text.printing import printable
 
 REPORT_FILE = "report.html"
 _FOLD_ABOVE = 40
@@ -61,7 +62,7 @@ def run_report(config: ReportConfig) -> None:
     Raises:
         UserError: See :func:`build_report`.
     """
-    print(f"report     {build_report(Path(config.run))}")
+    print(f"report     {printable(build_report(Path(config.run)))}")
 
 
 def build_report(run_folder: str | Path) -> Path:

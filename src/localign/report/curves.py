@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from localign.report.figures.drawing import WIDTH
 from localign.report.style import ALIGNED, BASELINE, CATEGORICAL, ERROR, MODELS, new_figure, styled
 from localign.results import CurvePoint, LogEntry
+from localign.text.printing import plain_mathtext
 
 Curve = Sequence[CurvePoint]
 _MARK_BELOW = 25
@@ -152,7 +153,14 @@ def _draw_head(ax: Axes, seeds: Sequence[Curve], head: str, task: str, model: st
         steps = lines[0][0][:shortest]
         values = np.stack([v[:shortest] for _, v in lines])
         mark = _mark(shortest) if split == "validation" else {}
-        ax.plot(steps, values.mean(0), color=colour, linestyle=dash, label=f"{model}, {split}", **mark)
+        ax.plot(
+            steps,
+            values.mean(0),
+            color=colour,
+            linestyle=dash,
+            label=plain_mathtext(f"{model}, {split}"),
+            **mark,
+        )
         if len(values) > 1 and split == "validation":
             ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
 

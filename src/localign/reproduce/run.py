@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.table import Table
 
 from localign.engine import run_folder
 from localign.engine.distributed import DistributedContext, distributed_context
-from localign.engine.lock import lock
 from localign.engine.log import say
 from localign.errors import UserError
 from localign.files import replace_text
+from localign.files.lock import lock
 from localign.options.reproduce import ReproduceConfig
 from localign.probing.datasets import open_labelled
 from localign.probing.suite import differences
@@ -26,6 +24,7 @@ from localign.reproduce.plan import Planner, ReproductionPlan
 from localign.reproduce.views import write_views
 from localign.reproduce.worlds import DataScale, open_world
 from localign.results import RecallDifference, Results, RunFolders
+from localign.text.printing import console, printable
 
 
 def run_reproduce(config: ReproduceConfig) -> list[Path]:
@@ -124,7 +123,7 @@ def show_plan(config: ReproduceConfig, pieces: Sequence[Alignment | Probing], do
         if steps < piece.steps:
             to_do[_kind(piece)][0] += 1
             to_do[_kind(piece)][1] += piece.steps - steps
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    console(110).print(table)
     (aligning, align_steps), (probing, probe_steps) = to_do.values()
     if aligning or probing:
         print(
@@ -142,7 +141,7 @@ def write_target(config: ReproduceConfig, plan: ReproductionPlan) -> list[Path]:
     folder = result_folder(config)
     results = _results(config, plan)
     run_folder.write_results(folder, results)
-    Console().print(recall_table(results))
+    console().print(recall_table(results))
     if config.target.startswith("table"):
         return _print_paths(_write_table(config, results, folder))
     arrays: dict[str, Any] = {}
@@ -186,7 +185,7 @@ def _folders(probing: Probing) -> RunFolders:
 
 def _print_paths(files: list[Path]) -> list[Path]:
     for path in files:
-        print(f"{path.suffix[1:]:<10} {path}")
+        print(f"{path.suffix[1:]:<10} {printable(path)}")
     return files
 
 

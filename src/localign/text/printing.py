@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import unicodedata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 _KEPT = " \u200c\u200d"
 """The space, and the joiners that scripts and emoji need."""
@@ -32,6 +39,24 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
+def console(width: int | None = None, *, stderr: bool = False) -> Console:
+    """A rich console that shows text as it is: no markup, no emoji codes, and names as :func:`printable` ones.
+
+    Args:
+        width: Columns where the output is not a terminal; default those that rich finds.
+        stderr: Write to standard error.
+    """
+    from rich.console import Console  # here, because help and error lines need no tables
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+    stream = sys.stderr if stderr else sys.stdout
+    is_terminal = stream is not None and stream.isatty()
+    return PlainConsole(width=None if is_terminal else width, stderr=stderr, markup=False, emoji=False)
+
+
 def csv_cell(value: object) -> str:
     """A cell of a CSV file. Text that a spreadsheet would run as a formula gets a leading apostrophe."""
     text = printable(value)
@@ -48,5 +73,8 @@ def _is_number(text: str) -> bool:
 
 
 def plain_mathtext(value: object) -> str:
-    """Text for a figure: Matplotlib shows dollar signs instead of reading mathematics between them."""
-    return printable(value).replace("$", r"\$")
+    """Text for a figure: Matplotlib shows dollar signs instead of reading mathematics between them.
+
+    Text that has been through this function stays as it is.
+    """
+    return re.sub(r"(?<!\\)\$", r"\\$", printable(value))

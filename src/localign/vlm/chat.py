@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,18 @@ from localign.data.sources import UnreadableImage, read_image
 from localign.engine.distributed import choose_device
 from localign.errors import UserError
 from localign.files import replacing
+from localign.files.disk import describe
+from localign.files.output import is_marked_png, png_mark
 from localign.options.vlm.tools import ChatConfig
+from localign.text.printing import printable
 from localign.vlm.model.build import load_vlm
 from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.model.processing import LocalignVLMProcessor
 from localign.vlm.scoring.boxes import Box, BoxFrame, Size, parse_box
 
 _LINE = (255, 40, 40)
+_CHAT = "vlm chat"
+"""The mark of drawings, which are replaced by newer ones."""
 
 
 class Chat:
@@ -73,7 +80,7 @@ def run_chat(config: ChatConfig) -> None:
     model, tokenizer = load_vlm(config.model)
     model.to(device=device, dtype=torch.bfloat16 if bf16 else torch.float32).eval()  # type: ignore[call-arg]
     chat = Chat(model, LocalignVLMProcessor.for_model(model, tokenizer), image, config.max_new_tokens)
-    drawing = path.with_name(f"{path.stem}-boxes.png")
+    drawing = drawing_path(path)
     boxes: list[Box] = []
     for question in _questions(config.question):
         answer = chat.ask(question)
@@ -81,9 +88,20 @@ def run_chat(config: ChatConfig) -> None:
         box = parse_box(answer, frame, Size(*image.size))
         if isinstance(box, Box):
             boxes.append(box)
-            with replacing(drawing) as temporary:
-                draw_boxes(image, boxes).save(temporary, format="PNG")
-            print(f"box        {drawing}")
+            try:
+                with replacing(drawing) as temporary:
+                    draw_boxes(image, boxes).save(temporary, format="PNG", pnginfo=png_mark(_CHAT))
+            except OSError as error:  # images often lie where nothing can be written; the chat goes on
+                print(f"box        not drawn: {describe(error)}")
+            else:
+                print(f"box        {printable(drawing)}")
+
+
+def drawing_path(image: Path) -> Path:
+    """The file beside an image for its drawing: the first name that is free, or taken by a drawing of localign."""
+    names = (f"{image.stem}-boxes{'' if number == 1 else f'-{number}'}.png" for number in count(1))
+    paths = (image.with_name(name) for name in names)
+    return next(path for path in paths if not os.path.lexists(path) or is_marked_png(path, _CHAT))
 
 
 def draw_boxes(image: Image.Image, boxes: Iterable[Box]) -> Image.Image:

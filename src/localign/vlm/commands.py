@@ -12,6 +12,7 @@ from localign.options.vlm.evaluation import EvalConfig
 from localign.options.vlm.tools import CheckConfig, ConvertConfig, VLMExportConfig
 from localign.options.vlm.train import VLMConfig
 from localign.planning.vlm import plan_vlm, print_vlm_plan
+from localign.text.printing import printable
 from localign.vlm.data import mixtures
 from localign.vlm.data.checks import CheckResult, check
 from localign.vlm.data.examples import ConversationTokenizer
@@ -65,7 +66,7 @@ def _print_check(found: CheckResult) -> None:
         f"images     {found.images:,}, {len(found.missing):,} missing (in {found.missing_records:,} records)"
     )
     for name in found.missing[:5]:
-        print(f"           missing: {name}")
+        print(f"           missing: {printable(name)}")
     for title, finding in (
         ("malformed", found.malformed),
         ("empty", found.empty_answers),
@@ -75,7 +76,7 @@ def _print_check(found: CheckResult) -> None:
         ("unusable", found.nothing_to_learn),
     ):
         if finding.count:
-            print(f"{title:<10} {finding.count:,}: {'; '.join(finding.first[:3])}")
+            print(f"{title:<10} {finding.count:,}: {'; '.join(map(printable, finding.first[:3]))}")
     for length in found.lengths or ():
         print(f"tokens     {length.at_least:>6,} or more: {length.records:,} records")
     print("ready      yes" if found.ready else "ready      no: training would refuse to start")
@@ -91,7 +92,7 @@ def run_convert(config: ConvertConfig) -> None:
         prepared = mixtures.prepare_ocr_vqa(config.add or "")
         print(f"written    {prepared.written:,} JPEG files; {prepared.present:,} existed before")
         for unreadable in prepared.unreadable:
-            print(f"unreadable {unreadable}")
+            print(f"unreadable {printable(unreadable)}")
         return
     base, add, out = config.base or "", config.add or "", config.out or ""
     if config.what == "lvis":
@@ -100,7 +101,7 @@ def run_convert(config: ConvertConfig) -> None:
         written = mixtures.merge_lrv_instruct(base, add, config.images, out, before=config.before)
     else:
         written = mixtures.strip_text_only(base, out)
-    print(f"written    {written.file}: {written.records:,} records")
+    print(f"written    {printable(written.file)}: {written.records:,} records")
 
 
 def run_vlm_export(config: VLMExportConfig) -> None:
@@ -112,7 +113,7 @@ def run_vlm_export(config: VLMExportConfig) -> None:
     model, tokenizer = load_vlm(config.model)
     model.to(dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
     processor = LocalignVLMProcessor.for_model(model, tokenizer)
-    print(f"export     {save_vlm(model, processor, Path(config.out))}")
+    print(f"export     {printable(save_vlm(model, processor, Path(config.out)))}")
 
 
 def run_eval(config: EvalConfig) -> None:

@@ -19,9 +19,9 @@ from localign.engine.checkpoints.replicated import (
     Checkpoints,
     load_optimizer_tensors,
     optimizer_tensors,
-    remove_leftovers,
 )
 from localign.errors import UserError
+from localign.files import sweep
 
 
 def small() -> tuple[nn.Module, torch.optim.AdamW]:
@@ -86,7 +86,7 @@ def test_only_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (store.folder / ".best.json.4711.tmp").write_text("{")
     (tmp_path / ".results.json.4711.tmp").write_text("{")
     assert store.steps() == [1]
-    remove_leftovers(tmp_path, store.folder, tmp_path / "missing")
+    sweep(tmp_path, store.folder, tmp_path / "missing")
     assert sorted(p.name for p in tmp_path.rglob(".*")) == []
     assert store.load(1).step == 1
 

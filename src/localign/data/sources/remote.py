@@ -103,8 +103,13 @@ class RemoteFiles:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    import fcntl  # missing on some systems that can read local files
-
+    try:
+        import fcntl
+    except (
+        ImportError
+    ):  # Windows: two processes may fetch the same shard, which each puts in place as a whole
+        yield
+        return
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

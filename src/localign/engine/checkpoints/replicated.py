@@ -237,13 +237,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def remove_leftovers(*folders: Path) -> None:
-    """Delete the temporary files and folders that a killed run left in these folders."""
-    for folder in folders:
-        for path in folder.glob(".*.tmp"):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def _cpu_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
 

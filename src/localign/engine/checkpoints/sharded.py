@@ -45,10 +45,10 @@ from localign.engine.checkpoints.replicated import (
     reading,
 )
 from localign.engine.checkpoints.state import STATE_FILE, state_text
-from localign.engine.disk import reason
 from localign.engine.distributed import DistributedContext
 from localign.errors import RunFailure, UserError
 from localign.files import fsync_path, put_in_place
+from localign.files.disk import reason
 from localign.results import BestCheckpoint
 
 OFFSETS_KEY = "DCP_SHARDING_INFO"

@@ -39,6 +39,7 @@ from localign.report.tables.measures import (
 )
 from localign.report.tables.rows import HEAD_NAMES, TASK_NAMES, MetricKey, probe_runs
 from localign.results import ProbeResults
+from localign.text.printing import plain_mathtext
 
 _PAIR, _LONE, _GAP, _FRAME = 0.44, 0.22, 0.1, 1.0
 """Heights in inches: of a line with two bars, of a line with one bar, between lines, of titles and axis together."""
@@ -141,7 +142,7 @@ def bars_figure(
         _set_limits(ax, column)
         for y, group in zip(centres, column, strict=True):
             _write_change(ax, y, group.change)
-        ax.set_title(panel, loc="left")
+        ax.set_title(plain_mathtext(panel), loc="left")
         if any(group.change for group in column):
             ax.set_title("difference, points", loc="right", fontsize=8, color=MUTED)
         ax.set_xlabel("macro recall, %")

@@ -27,6 +27,7 @@ from localign.report.style import CATEGORICAL, INK, MUTED, RULE, new_figure, sty
 from localign.report.tables.measures import KINDS, BackbonePair, ClassGain, class_gains
 from localign.report.tables.rows import HEAD_NAMES, MetricKey
 from localign.results import ProbeResults
+from localign.text.printing import plain_mathtext
 
 TOP = 10
 _NAMED = 24
@@ -141,7 +142,7 @@ def _draw_named(
     ax.set_xlim(low, high)
     ax.set_axisbelow(True)
     ax.grid(visible=False, axis="y")
-    ax.set_title(heading, loc="left")
+    ax.set_title(plain_mathtext(heading), loc="left")
     ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     ax.set_xlabel("gain in recall, points")
 

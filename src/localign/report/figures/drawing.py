@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from localign.files import replace_text, replacing
 from localign.report.captions import Words
 from localign.report.style import INK, MUTED, PAPER, png, svg
+from localign.text.printing import csv_cell, plain_mathtext, printable
 
 WIDTH = 10.6
 """Width of a figure that fills the page, inches."""
@@ -69,11 +70,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def to_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Comma-separated text; None becomes an empty cell, numbers keep all their digits."""
+    """Comma-separated text; None becomes an empty cell, numbers keep all their digits, text is no formula."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([csv_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
     return stream.getvalue()
 
 
@@ -86,15 +87,14 @@ def short_names(names: Sequence[str], limit: int = NAME_LENGTH) -> list[str]:
     Long names lose their middle. If that makes two equal, all long names lose their beginning instead, or their end;
     if nothing helps, names are numbered.
     """
-    tidy = [" ".join(name.split()) for name in names]
+    tidy = [printable(" ".join(name.split())) for name in names]
     for head, tail in ((limit // 2, limit - limit // 2 - 1), (0, limit - 1), (limit - 1, 0)):
         short = [_cut(name, head, tail) for name in tidy]
         if len(set(short)) == len(short):
             break
     else:
         short = _numbered(tidy, limit)
-    # matplotlib would read a dollar sign as the start of a formula.
-    return [name.replace("$", r"\$") for name in short]
+    return [plain_mathtext(name) for name in short]
 
 
 def _cut(name: str, head: int, tail: int) -> str:
@@ -164,7 +164,7 @@ def _legend_columns(handles: Sequence[Any], width: float) -> int:
 
 def headline(figure: Figure, title: str) -> None:
     """Give the figure its title."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+    figure.suptitle(plain_mathtext(title), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
 
 
 def points(difference: float) -> str:

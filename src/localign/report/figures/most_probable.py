@@ -36,6 +36,7 @@ from localign.report.figures.predictions import (
 )
 from localign.report.style import CATEGORICAL, ERROR, INK, PAPER, RULE, new_figure, styled
 from localign.results import Pictures
+from localign.text.printing import plain_mathtext
 
 MAX_BACKBONES = 4
 _HATCHES = ("", "////")
@@ -126,7 +127,7 @@ def most_probable_figure(
     figure = new_figure(width, height)
     axes = figure.subplots(len(images), 2 + len(sides), squeeze=False)
     for ax, title in zip(axes[0], ("image", "truth", *sides), strict=True):
-        ax.set_title(title)
+        ax.set_title(plain_mathtext(title))
     for i, image in enumerate(images):
         show(axes[i, 0], image.transpose(1, 2, 0))
         _draw(axes[i, 1], _true_classes(first, i), looks, first.grid)

@@ -18,6 +18,7 @@ from localign.report.classmarks import OTHER_FILL, ClassMark, class_marks
 from localign.report.figures.drawing import bare, below, show
 from localign.report.style import ERROR, INK, RULE, new_figure, styled
 from localign.results import Pictures
+from localign.text.printing import plain_mathtext
 
 THRESHOLD = 0.5
 """A class is predicted above this probability."""
@@ -107,7 +108,7 @@ def predictions_figure(arrays: Pictures, names: Mapping[str, str] | None = None)
             _draw_patches(ax, predicted.probability[i], wrong, predicted.grid, marks, side)
             below(ax, f"{int(wrong.sum())} of {len(wrong)} patches wrong")
     for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title)
+        ax.set_title(plain_mathtext(title))
     handles = _legend(marks)
     columns = _legend_columns([str(h.get_label()) for h in handles], figure.get_figwidth())
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.4)
@@ -171,7 +172,7 @@ def _legend(marks: Sequence[ClassMark]) -> list[Patch | Line2D]:
     for mark in marks:
         if not mark.in_legend:
             continue
-        label = mark.name if len(mark.name) <= 22 else mark.name[:21] + "…"
+        label = plain_mathtext(mark.name if len(mark.name) <= 22 else mark.name[:21] + "…")
         if mark.sign is None:
             edge = RULE if mark.fill == "#FFFFFF" else "none"
             handles.append(Patch(facecolor=mark.fill, edgecolor=edge, label=label))

@@ -25,6 +25,7 @@ from localign.report.figures.drawing import (
     short_names,
 )
 from localign.report.style import ALIGNED, BASELINE, MUTED, PAPER, RULE, new_figure, styled
+from localign.text.printing import plain_mathtext
 
 FEWEST = 3
 """Axes that a radar needs."""
@@ -190,7 +191,7 @@ def radar_figure(
         for model, scores in panel.models.items():
             _draw_model(ax, scores, scale, style[model])
         if panel.title:
-            ax.set_title(panel.title.replace("$", r"\$"), fontweight="bold", pad=9)
+            ax.set_title(plain_mathtext(panel.title), fontweight="bold", pad=9)
     legend_below(figure, handles)
     return figure
 

@@ -25,6 +25,7 @@ from localign.report.figures.drawing import (
 )
 from localign.report.figures.radar import DASHES, Axis, LineLook, Panel, Score
 from localign.report.style import INK, MUTED, PAPER, new_figure, styled
+from localign.text.printing import plain_mathtext
 
 _BAR, _GAP, _FRAME = 0.17, 0.16, 1.05
 """Heights in inches: of a bar, between benchmarks, of titles and axis together."""
@@ -67,7 +68,7 @@ def scores_figure(axes: Sequence[Axis], panel: Panel, style: Mapping[str, LineLo
     rows = -(-len(axes) // columns)
     handles = _handles(panel, style)
     figure = new_figure(WIDTH, _FRAME + group * rows + legend_height(handles))
-    headline(figure, panel.title.replace("$", r"\$") or "Benchmarks")
+    headline(figure, plain_mathtext(panel.title) or "Benchmarks")
     grid = figure.subplots(1, columns, squeeze=False)[0]
     names = short_names([axis.label for axis in axes], 24)
     groups = list(zip(names, zip(*panel.models.values(), strict=True), strict=True))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from localign.alignment import AlignTask
@@ -25,6 +24,7 @@ from localign.options.demo import DemoConfig
 from localign.options.vlm.demo import MODELS, VLMDemoConfig
 from localign.options.vlm.train import VLMConfig
 from localign.statistics.paired import paired_difference
+from localign.text.printing import console, printable
 from localign.vlm.benchmarks.scenes import Guess, Scenes, guessing
 from localign.vlm.data.scene_dataset import write_dataset
 from localign.vlm.demo.side_by_side import Job, available_cores, run_side_by_side
@@ -131,8 +131,8 @@ def run_vlm_demo(config: VLMDemoConfig) -> VLMDemoResults:
         ],
     )
     path = run_folder.write_results(folder, dict(results))
-    Console().print(_table(results))
-    print(f"results    {path}")
+    console().print(_table(results))
+    print(f"results    {printable(path)}")
     return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def fingerprint_of(name: str, commit: str | None = None) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith(".") and path.suffix != ".md":
-            digest.update(path.name.encode() + b"\0" + _file_digest(path))
+            digest.update(os.fsencode(path.name) + b"\0" + _file_digest(path))
     return digest.hexdigest()
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
+from localign.text.printing import console, printable
 from localign.vlm.evaluation.results import BenchmarkOutcome, notes_of
 
 
@@ -31,17 +30,16 @@ def results_table(outcomes: Mapping[str, BenchmarkOutcome]) -> Table:
     return table
 
 
-def console() -> Console:
-    """As wide as the terminal; in a file or pipe, wide enough for tables without folded cells."""
-    return Console(width=None if sys.stdout.isatty() else 150)
+WIDTH = 150
+"""Columns in a file or pipe, wide enough for tables without folded cells."""
 
 
 def print_results(outcomes: Mapping[str, BenchmarkOutcome]) -> None:
     """Print the table of headline metrics and the notes that belong beside them."""
-    console().print(results_table(outcomes))
+    console(WIDTH).print(results_table(outcomes))
     for name, outcome in outcomes.items():
         for note in notes_of(name, outcome):
-            print(f"note       {note}")
+            print(f"note       {printable(note)}")
 
 
 def format_value(value: float | None, sign: str = "", decimals: int = 1) -> str:

@@ -232,7 +232,10 @@ def notes_of(name: str, outcome: OutcomeFacts) -> list[str]:
 
 def write_answers(folder: Path, scored: Sequence[ScoredAnswers]) -> Path:
     """Write the answers to all benchmarks to ``answers.jsonl``."""
-    with replacing(folder / ANSWERS_FILE) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with (
+        replacing(folder / ANSWERS_FILE) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         for part in scored:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in part.records)
     return folder / ANSWERS_FILE

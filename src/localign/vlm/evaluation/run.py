@@ -11,10 +11,12 @@ import torch
 
 from localign.engine import run_folder
 from localign.engine.distributed import DistributedContext, distributed_context
-from localign.engine.lock import lock
 from localign.engine.log import Bar
 from localign.errors import RunFailure, UserError
+from localign.files.disk import writing
+from localign.files.output import EVAL_FILES, OutputFolder
 from localign.options.vlm.evaluation import EvalConfig
+from localign.text.printing import printable
 from localign.vlm.data.images import open_image
 from localign.vlm.evaluation.answer_cache import AnswerCacheWriter, answer_key, read_answer_cache
 from localign.vlm.evaluation.model_base import AnsweringModel, LazyModel
@@ -52,8 +54,8 @@ def run_eval(config: EvalConfig) -> None:
         results = evaluate(model, suites, folder, ranks, config.batch_size, config.model)
         if results is not None:
             print_results(results["benchmarks"])
-            print(f"answers    {folder / 'answers.jsonl'}")
-            print(f"results    {folder / run_folder.RESULTS_FILE}")
+            print(f"answers    {printable(folder / 'answers.jsonl')}")
+            print(f"results    {printable(folder / run_folder.RESULTS_FILE)}")
 
 
 def frame_of(config: EvalConfig) -> BoxFrame | None:
@@ -110,8 +112,10 @@ def evaluate(
             other questions were asked, an image cannot be read and the data may not be partial.
     """
     check_scorable(model, suites)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock_file = lock(folder) if ranks.is_main else None
+    output = None
+    with ranks.raise_on_all_ranks(), writing(folder):
+        if ranks.is_main:
+            output = OutputFolder(folder, "vlm eval", EVAL_FILES)
     try:
         questions = [_keyed(model, suite, question) for suite, data in suites for question in data.questions]
         cached = read_answer_cache(folder, model.frame)
@@ -122,8 +126,8 @@ def evaluate(
             return None
         return _write_results(model, suites, questions, set(chain.from_iterable(unreadable)), folder, name)
     finally:
-        if lock_file is not None:
-            lock_file.close()
+        if output is not None:
+            output.close()
 
 
 def check_scorable(model: AnsweringModel, suites: Suites) -> None:

@@ -9,12 +9,13 @@ from typing import cast
 from localign.engine import run_folder
 from localign.errors import UserError
 from localign.options.vlm.evaluation import ScoreConfig
+from localign.text.printing import console, printable
 from localign.vlm.evaluation.compare.charts import comparison_drawings
 from localign.vlm.evaluation.compare.comparison import compare
 from localign.vlm.evaluation.compare.panels import ComparedModel, PanelModel, parse_models
 from localign.vlm.evaluation.compare.summary import RunSummary, summarise_run
 from localign.vlm.evaluation.compare.tables import comparison_table, write_comparison
-from localign.vlm.evaluation.printing import console, print_results
+from localign.vlm.evaluation.printing import WIDTH, print_results
 from localign.vlm.evaluation.results import (
     ANSWERS_FILE,
     EvalResults,
@@ -61,13 +62,13 @@ def _compare(models: list[PanelModel], folders: list[Path], scoring: str, out: P
     comparison["models"] = {
         model.label: [summaries[folder][0] for folder in model.folders] for model in models
     }
-    console().print(comparison_table(comparison))
+    console(WIDTH).print(comparison_table(comparison))
     drawings, not_drawn = comparison_drawings(comparison)
     for note in [*comparison["notes"], *not_drawn]:
-        print(f"note       {note}")
+        print(f"note       {printable(note)}")
     paths = write_comparison(out, comparison)
     for path in paths + [path for drawing in drawings for path in drawing.save(out)]:
-        print(f"written    {path}")
+        print(f"written    {printable(path)}")
 
 
 def _summarised(folder: Path, scoring: str) -> tuple[dict[str, str | None], dict[str, RunSummary]]:
@@ -92,5 +93,5 @@ def _write(evaluation: _Evaluation) -> None:
     answers = write_answers(evaluation.folder, list(evaluation.scored.values()))
     path = run_folder.write_results(evaluation.folder, {**evaluation.results, "benchmarks": outcomes})
     print_results(outcomes)
-    print(f"answers    {answers}")
-    print(f"results    {path}")
+    print(f"answers    {printable(answers)}")
+    print(f"results    {printable(path)}")

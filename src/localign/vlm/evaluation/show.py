@@ -13,7 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from localign.errors import UserError
 from localign.files import replacing
+from localign.files.output import SHOWN, png_mark
 from localign.options.vlm.evaluation import ShowConfig
+from localign.text.printing import printable
 from localign.vlm.benchmarks.table import benchmark_class
 from localign.vlm.data.images import open_image
 from localign.vlm.evaluation.results import ANSWERS_FILE, AnswerRecord, read_answers
@@ -55,8 +57,8 @@ def run_show(config: ShowConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for record in chosen:
         with replacing(folder / file_name(record)) as temporary:
-            draw_record(record).save(temporary, format="PNG")
-    print(f"pictures   {folder}: {len(chosen)}")
+            draw_record(record).save(temporary, format="PNG", pnginfo=png_mark(SHOWN))
+    print(f"pictures   {printable(folder)}: {len(chosen)}")
 
 
 def file_name(record: AnswerRecord) -> str:
@@ -64,7 +66,7 @@ def file_name(record: AnswerRecord) -> str:
     name = str(record["id"])
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "._+-") else "-" for c in name)[-80:]
     if safe != name:
-        safe += "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+        safe += "-" + hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:8]
     return f"{record['benchmark']}-{safe}.png"
 
 

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from localign.engine import run_folder
 from localign.engine.distributed import distributed_context
-from localign.engine.lock import lock
 from localign.errors import RunFailure, UserError, did_you_mean
+from localign.files.output import EVAL_FILES, output_folder
 from localign.options.vlm.evaluation import IN_LMMS_EVAL, EvalConfig
 from localign.vlm.evaluation.model_base import LazyModel
 from localign.vlm.evaluation.printing import console, print_results
@@ -57,13 +57,8 @@ def run_lmms_eval(config: EvalConfig) -> None:
         }
         check_scorable(model, [(task.suite, task.data) for task in our_tasks.values()])
         folder = Path(config.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock_file = lock(folder)
-        try:
+        with output_folder(folder, "vlm eval", EVAL_FILES):
             results = _evaluate(config, model, manager, our_tasks, folder)
-        finally:
-            if lock_file is not None:
-                lock_file.close()
     _print_results(results, folder)
 
 

@@ -25,7 +25,7 @@ from localign.backbones import create_backbone
 from localign.backbones.export import CONFIG_FILE, read_config
 from localign.engine.distributed import is_main_process
 from localign.errors import UserError
-from localign.files import replacing_folder
+from localign.files import refilling_folder
 from localign.options.vlm.train import VLMConfig
 from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.modeling import LocalignVLM
@@ -93,8 +93,10 @@ def _model_folder(folder: str | Path) -> Path:
 
 
 def save_vlm(model: LocalignVLM, processor: LocalignVLMProcessor, folder: Path) -> Path:
-    """Write model and processor to a transformers folder, atomically; returns the folder."""
-    with replacing_folder(folder) as temporary:
+    """Write model and processor to a transformers folder; returns the folder. Files of others in it stay."""
+    with refilling_folder(
+        folder, ("model*.safetensors", "model*.safetensors.index.json"), CONFIG_FILE
+    ) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
     return folder
