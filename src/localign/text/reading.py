@@ -72,7 +72,7 @@ def read_text(path: str | Path, *, limit: int = MAX_BYTES, errors: str = "strict
     try:
         return content.decode("utf-8-sig", errors=errors)
     except UnicodeDecodeError as error:
-        raise UserError(f"{printable(path)} is not UTF-8 (byte {error.start:,})") from None
+        raise UserError(f"{printable(path)} cannot be read: it is not UTF-8 (byte {error.start:,})") from None
 
 
 def parse_json(text: str, where: object, compact: Callable[[dict[str, Any]], Any] | None = None) -> Any:

@@ -9,12 +9,13 @@ from typing import ClassVar
 import numpy as np
 
 from localign.statistics.resampling import Statistic
+from localign.text.reading import json_lines
 from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import true_or_false
 from localign.vlm.scoring.metrics import Ratio
 from localign.vlm.scoring.multiple_choice import MultipleChoice, binary_curves, columns
 from localign.vlm.scoring.questions import Question, Sample
-from localign.vlm.scoring.readers import field, read_json_lines
+from localign.vlm.scoring.readers import field
 
 CHOICES = ("True", "False")
 
@@ -28,14 +29,16 @@ class VSR(MultipleChoice):
     expected_images = 715
     headline = ("accuracy__VSR-ExactMatch",)
 
+    def files(self, root: Path) -> tuple[Path, ...]:
+        return (root / "download" / "vsr" / "test.jsonl",)
+
     def questions(self, root: Path) -> Iterator[Question]:
-        folder = root / "download" / "vsr"
-        path = folder / "test.jsonl"
-        for number, record in enumerate(read_json_lines(path)):
+        (path,) = self.files(root)
+        for number, (_, record) in enumerate(list(json_lines(path))):
             where = f"{path}, record {number}"
             yield Question(
                 id=str(number),
-                image=str(folder / "images" / field(record, "image", str, where)),
+                image=str(path.parent / "images" / field(record, "image", str, where)),
                 message=true_or_false(field(record, "caption", str, where)),
                 split="test",
                 payload={

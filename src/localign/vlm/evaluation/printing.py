@@ -37,9 +37,11 @@ def console() -> Console:
 
 
 def print_results(outcomes: Mapping[str, BenchmarkOutcome]) -> None:
-    """Print the table of headline metrics and the notes that belong beside them."""
+    """Print the table of headline metrics, the editions of the questions, and the notes that belong beside them."""
     console().print(results_table(outcomes))
     for name, outcome in outcomes.items():
+        if outcome["edition"]:
+            print(f"edition    {name}: {outcome['edition']}")
         for note in notes_of(name, outcome):
             print(f"note       {note}")
 

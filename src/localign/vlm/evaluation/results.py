@@ -60,6 +60,9 @@ class OutcomeFacts(TypedDict):
     """Answers that hold nothing to score."""
     headline: list[str]
     """The metrics that represent the benchmark in tables."""
+    edition: str
+    """Digest of the question files, see :func:`~localign.vlm.scoring.base.edition_of`; empty in results of versions
+    that did not record it."""
 
 
 class BenchmarkOutcome(OutcomeFacts):
@@ -95,6 +98,8 @@ class ScoredAnswers:
     """Maximum number of questions per split."""
     notes: tuple[str, ...]
     """Differences of the data from the official data."""
+    edition: str
+    """Digest of the question files; empty where it is not known."""
 
 
 def with_scoring(name: str, scoring: str) -> Benchmark:
@@ -125,7 +130,7 @@ def score_answers(
         _record(suite, question, answer, prompt)
         for question, answer, prompt in zip(data.questions, answers, prompts, strict=True)
     ]
-    return ScoredAnswers(suite, records, data.limit, data.deviations)
+    return ScoredAnswers(suite, records, data.limit, data.deviations, data.edition)
 
 
 def rescore_answers(records: Sequence[AnswerRecord], scoring: str, outcome: OutcomeFacts) -> ScoredAnswers:
@@ -147,7 +152,9 @@ def rescore_answers(records: Sequence[AnswerRecord], scoring: str, outcome: Outc
             f"{suite.version}; run `localign vlm eval` again"
         )
     rescored = [_record(suite, _question(record), _answer(record), record["prompt"]) for record in records]
-    return ScoredAnswers(suite, rescored, outcome["limit"], tuple(outcome["notes"]))
+    return ScoredAnswers(
+        suite, rescored, outcome["limit"], tuple(outcome["notes"]), outcome.get("edition", "")
+    )
 
 
 def _record(suite: Benchmark, question: Question, answer: Answer, prompt: str) -> AnswerRecord:
@@ -216,6 +223,7 @@ def facts_of(scored: ScoredAnswers, metrics: Collection[str]) -> OutcomeFacts:
         "notes": list(scored.notes),
         "invalid": sum(map(invalid, records)),
         "headline": [name for name in suite.headline if name in metrics],
+        "edition": scored.edition,
     }
 
 

@@ -7,6 +7,7 @@ parts that all benchmarks share: the order of questions, subsets, checks of coun
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import random
 from abc import ABC, abstractmethod
@@ -19,6 +20,7 @@ from typing import ClassVar
 
 from localign.errors import RunFailure, UserError
 from localign.statistics.resampling import Statistic
+from localign.text.reading import read_bytes
 from localign.vlm.scoring.metrics import percent
 from localign.vlm.scoring.questions import Answer, AnswerScore, Question, Sample
 
@@ -44,6 +46,8 @@ class QuestionSet:
     """Differences of the data from the official data, one line each; shown beside every metric."""
     allow_partial: bool = False
     """Whether the data may differ."""
+    edition: str = ""
+    """Digest of the files that hold the questions, see :func:`edition_of`."""
 
 
 class Benchmark(ABC):
@@ -77,6 +81,10 @@ class Benchmark(ABC):
             raise UserError(f"{self.name} is scored {' or '.join(self.scorings)}, not {scoring!r}")
 
     # -- what each benchmark defines ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def files(self, root: Path) -> Sequence[Path]:
+        """The files below the data root that hold the questions, in a fixed order."""
 
     @abstractmethod
     def questions(self, root: Path) -> Iterable[Question]:
@@ -131,7 +139,8 @@ class Benchmark(ABC):
         self._check_complete(deviations, allow_partial)
         if not with_image:
             raise UserError(f"no question of {self.name} has its image below {root}")
-        return QuestionSet(self.complete(with_image), limit, tuple(deviations), allow_partial)
+        edition = edition_of(self.files(Path(root)))
+        return QuestionSet(self.complete(with_image), limit, tuple(deviations), allow_partial, edition)
 
     def without_unreadable(self, data: QuestionSet, unreadable: Collection[str]) -> QuestionSet:
         """The questions whose image could be decoded.
@@ -209,6 +218,17 @@ def _garbage_collection_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def edition_of(files: Iterable[Path]) -> str:
+    """The edition of a benchmark's question files: the first 16 digits of the SHA-256 of all files, one after another.
+
+    ``cat FILE ... | sha256sum`` gives the same digits.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(read_bytes(path))
+    return digest.hexdigest()[:16]
 
 
 def published_order(questions: Sequence[Question]) -> list[Question]:

@@ -2,65 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import io
 import pickle
-from collections.abc import Callable, Sequence
+import pickletools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from PIL import Image
 
 from localign.errors import UserError
+from localign.text.reading import read_bytes
 
 T = TypeVar("T")
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file.
-
-    Raises:
-        UserError: The file is missing or cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def read_json(path: Path, compact: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: The file.
-        compact: Called with every object as soon as it is parsed, innermost first; its result replaces the object.
-            This keeps the memory for large files small.
-
-    Raises:
-        UserError: The file is missing or not JSON.
-    """
-    text = read_text(path)
-    try:
-        return json.loads(text, object_hook=compact)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-
-
-def read_json_lines(path: Path) -> list[Any]:
-    """Read a file with one JSON value per line; empty lines are skipped.
-
-    Raises:
-        UserError: The file is missing, or a line is not JSON.
-    """
-    values = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                values.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}, is not valid JSON: {error}") from None
-    return values
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -78,14 +32,24 @@ def read_pickle(path: Path) -> Any:
     Raises:
         UserError: The file is missing, damaged, or holds anything but plain values.
     """
+    content = read_bytes(path)
     try:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file, encoding="utf-8").load()
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
+        _check_lengths(content)
+        return _PlainUnpickler(io.BytesIO(content), encoding="utf-8").load()
     except Exception as error:  # a damaged pickle raises nearly anything
         cause = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} is not a pickle of plain values: {cause}") from None
+
+
+def _check_lengths(content: bytes) -> None:
+    """Refuse a pickle whose numbers and lengths exceed its size: the unpickler allocates memory for them at once.
+
+    Raises:
+        ValueError: It has such a number, or is damaged.
+    """
+    for opcode, argument, _ in pickletools.genops(content):
+        if "PUT" in opcode.name and int(argument) > len(content):
+            raise ValueError(f"it numbers a value {argument}, but has only {len(content)} bytes")
 
 
 def as_list(value: Any, where: object) -> list[Any]:
