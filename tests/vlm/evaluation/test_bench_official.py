@@ -1,7 +1,7 @@
 """The official question files of POPE and VSR: every question is read, asked and scored.
 
-The published answers of LLaVA-1.5-13B give its published F1. They belong to another edition of POPE's files, so only the
-questions of both editions are scored.
+The published answers of LLaVA-1.5-13B give its published F1. They belong to another edition of POPE's files, so only
+the questions of both editions are scored.
 """
 
 from __future__ import annotations
