@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 from localign.errors import UserError
-from localign.text.reading import read_json
+from localign.text.reading import parse_json, read_json
 from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.boxes import Size
 from localign.vlm.scoring.messages import box_of
@@ -57,9 +56,10 @@ class OCIDRef(Referring):
 
 def _box(text: str, where: str) -> tuple[float, float, float, float]:
     try:
-        return four_numbers(json.loads(text), "bbox", where)
-    except ValueError:
+        value = parse_json(text, where)
+    except UserError:
         raise UserError(f"{where}: the field 'bbox' is {text!r:.60}, not a list in JSON") from None
+    return four_numbers(value, "bbox", where)
 
 
 def _clutter(take: int, where: str) -> str:

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 from localign.errors import UserError
 from localign.statistics.resampling import Rows, Statistic
-from localign.text.reading import json_lines
 from localign.vlm.scoring.base import Counts
 from localign.vlm.scoring.messages import short_answer
 from localign.vlm.scoring.metrics import Mean, Ratio, rows_by
 from localign.vlm.scoring.multiple_choice import MultipleChoice, binary_curves, columns
 from localign.vlm.scoring.questions import Question, Sample
-from localign.vlm.scoring.readers import field
+from localign.vlm.scoring.readers import field, records_of
 
 CHOICES = ("Yes", "No")
 
@@ -41,9 +40,9 @@ class POPE(MultipleChoice):
 
     def questions(self, root: Path) -> Iterator[Question]:
         for split, path in zip(self.splits, self.files(root), strict=True):
-            for number, (_, record) in enumerate(list(json_lines(path))):
+            for number, record in enumerate(records_of(path)):
                 where = f"{path}, record {number}"
-                label = field(record, "label", str, where)
+                label = field(record, "label", str, where).strip().lower()
                 if label not in ("yes", "no"):
                     raise UserError(f"{where}: the label must be yes or no, not {label!r}")
                 yield Question(

@@ -73,7 +73,10 @@ def _boxes(path: Path) -> dict[int, Corners]:
     for number, annotation in enumerate(field(read_json(path), "annotations", list, path)):
         where = f"{path}, annotation {number}"
         x, y, width, height = four_numbers(field(annotation, "bbox", list, where), "bbox", where)
-        found[field(annotation, "id", int, where)] = (x, y, x + width, y + height)
+        name = field(annotation, "id", int, where)
+        if name in found:
+            raise UserError(f"{where}: the id {name} occurs more than once")
+        found[name] = (x, y, x + width, y + height)
     return found
 
 

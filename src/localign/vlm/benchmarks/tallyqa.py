@@ -13,7 +13,7 @@ from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import LETTERS, letter_of_choice
 from localign.vlm.scoring.multiple_choice import MultipleChoice, multiple_choice_metrics
 from localign.vlm.scoring.questions import Question, Sample
-from localign.vlm.scoring.readers import as_list, field
+from localign.vlm.scoring.readers import as_list, field, zero_or_one
 
 COUNTS = tuple(str(count) for count in range(16))
 
@@ -40,7 +40,7 @@ class TallyQA(MultipleChoice):
                 id=str(field(record, "question_id", int, where)),
                 image=str(path.parent / field(record, "image", str, where)),
                 message=letter_of_choice(field(record, "question", str, where), COUNTS),
-                split="simple" if field(record, "issimple", int, where) else "complex",
+                split="simple" if zero_or_one(record, "issimple", where) else "complex",
                 payload={"label": answer},
                 choices=tuple(LETTERS[: len(COUNTS)]),
             )

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from localign.errors import UserError
 from localign.statistics.resampling import Statistic
-from localign.text.reading import json_lines, read_json
+from localign.text.reading import read_json
 from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import SHORT, short_answer
 from localign.vlm.scoring.metrics import Ratio
 from localign.vlm.scoring.normalisation import TEXTVQA
 from localign.vlm.scoring.open_ended import OpenEnded, scores_of
 from localign.vlm.scoring.questions import Question, Sample
-from localign.vlm.scoring.readers import as_list, field, strings
+from localign.vlm.scoring.readers import as_list, field, records_of, strings
 
 ANNOTATORS = 10
 OCR_MARK = "\nReference OCR token:"
@@ -82,7 +82,7 @@ def _texts(path: Path, data: list[object], annotations: Path) -> list[str]:
     """The questions with OCR tokens, without the instruction that ends them in some editions of the file."""
     found = []
     different = 0
-    lines = [line for _, line in json_lines(path)]
+    lines = records_of(path)
     if len(lines) != len(data):
         raise UserError(f"{path} holds {len(lines)} questions, but {annotations.name} holds {len(data)}")
     for number, (line, record) in enumerate(zip(lines, data, strict=True)):

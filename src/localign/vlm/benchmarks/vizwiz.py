@@ -16,7 +16,7 @@ from localign.vlm.scoring.metrics import AveragePrecision, Ratio
 from localign.vlm.scoring.normalisation import VIZWIZ
 from localign.vlm.scoring.open_ended import OpenEnded, scores_of
 from localign.vlm.scoring.questions import Answer, AnswerScore, Question, Sample
-from localign.vlm.scoring.readers import as_list, field, strings
+from localign.vlm.scoring.readers import as_list, field, strings, zero_or_one
 
 UNANSWERABLE = "unanswerable"
 
@@ -50,7 +50,7 @@ class VizWiz(OpenEnded):
                 split="val",
                 payload={
                     "answers": strings(given, "answers", where),
-                    "answerable": bool(field(record, "answerable", int, where)),
+                    "answerable": bool(zero_or_one(record, "answerable", where)),
                 },
             )
 

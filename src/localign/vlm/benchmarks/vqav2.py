@@ -16,7 +16,7 @@ from localign.vlm.scoring.metrics import Ratio, rows_by
 from localign.vlm.scoring.normalisation import VQAV2
 from localign.vlm.scoring.open_ended import OpenEnded, scores_of
 from localign.vlm.scoring.questions import Answer, AnswerScore, Question, Sample
-from localign.vlm.scoring.readers import as_list, field, strings
+from localign.vlm.scoring.readers import field, strings
 
 
 class VQAv2(OpenEnded):
@@ -90,6 +90,11 @@ class _ImagePaths(dict[int, str]):
         return self.setdefault(image, str(self._folder / f"COCO_val2014_{image:012d}.jpg"))
 
 
+class _Text(NamedTuple):
+    question: int
+    text: str
+
+
 class _Annotation(NamedTuple):
     question: int
     image: int
@@ -102,9 +107,16 @@ def _texts(path: Path) -> dict[int, str]:
     def compact(record: dict[str, Any]) -> Any:
         if "question_id" not in record:
             return record
-        return field(record, "question_id", int, path), field(record, "question", str, path)
+        return _Text(field(record, "question_id", int, path), field(record, "question", str, path))
 
-    return dict(as_list(field(read_json(path, compact=compact), "questions", list, path), path))
+    found = field(read_json(path, compact=compact), "questions", list, path)
+    for number, text in enumerate(found):
+        if not isinstance(text, _Text):
+            raise UserError(f"{path}, question {number}: the field 'question_id' is missing")
+    texts: dict[int, str] = dict(found)
+    if len(texts) < len(found):
+        raise UserError(f"{path} holds {len(found)} questions, but only {len(texts)} question ids")
+    return texts
 
 
 def _annotations(path: Path) -> list[_Annotation]:

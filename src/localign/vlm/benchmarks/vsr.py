@@ -9,13 +9,12 @@ from typing import ClassVar
 import numpy as np
 
 from localign.statistics.resampling import Statistic
-from localign.text.reading import json_lines
 from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import true_or_false
 from localign.vlm.scoring.metrics import Ratio
 from localign.vlm.scoring.multiple_choice import MultipleChoice, binary_curves, columns
 from localign.vlm.scoring.questions import Question, Sample
-from localign.vlm.scoring.readers import field
+from localign.vlm.scoring.readers import field, records_of, zero_or_one
 
 CHOICES = ("True", "False")
 
@@ -34,7 +33,7 @@ class VSR(MultipleChoice):
 
     def questions(self, root: Path) -> Iterator[Question]:
         (path,) = self.files(root)
-        for number, (_, record) in enumerate(list(json_lines(path))):
+        for number, record in enumerate(records_of(path)):
             where = f"{path}, record {number}"
             yield Question(
                 id=str(number),
@@ -42,7 +41,7 @@ class VSR(MultipleChoice):
                 message=true_or_false(field(record, "caption", str, where)),
                 split="test",
                 payload={
-                    "label": 0 if field(record, "label", int, where) == 1 else 1,
+                    "label": 1 - zero_or_one(record, "label", where),
                     "relation": field(record, "relation", str, where),
                 },
                 choices=CHOICES,

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from localign.errors import RunFailure, UserError
+from localign.files import is_inside
 from localign.statistics.resampling import Statistic
+from localign.text.printing import printable
 from localign.text.reading import read_bytes
 from localign.vlm.scoring.metrics import percent
 from localign.vlm.scoring.questions import Answer, AnswerScore, Question, Sample
@@ -109,7 +111,12 @@ class Benchmark(ABC):
     # -- what all benchmarks share ------------------------------------------------------------------------------
 
     def read(
-        self, root: str | os.PathLike[str], *, limit: int | None = None, allow_partial: bool = False
+        self,
+        root: str | os.PathLike[str],
+        *,
+        limit: int | None = None,
+        allow_partial: bool = False,
+        allow_outside: bool = False,
     ) -> QuestionSet:
         """Read the questions in the published order, and check their number and their images.
 
@@ -118,16 +125,19 @@ class Benchmark(ABC):
             limit: Maximum number of questions per split. A smaller subset is part of every larger one.
             allow_partial: Accept a number of questions that differs from the official one, leave out questions whose
                 image is missing, and note both in the result.
+            allow_outside: Accept image paths, absolute or with ``..``, that lead out of the data root.
 
         Raises:
-            UserError: A file is missing or damaged, an id occurs twice, or the data are partial without
-                ``allow_partial``.
+            UserError: A file is missing or damaged, an id occurs twice, the data are partial without
+                ``allow_partial``, or an image is outside the data root without ``allow_outside``.
         """
         if limit is not None and limit < 1:
             raise UserError(f"the limit of questions per split must be at least 1, not {limit}")
         with _garbage_collection_paused():
             found = list(self.questions(Path(root)))
         self._check_ids(found)
+        if not allow_outside:
+            self._check_inside(found, os.fspath(root))
         deviations = self._count_deviations(found)
         found = subset(published_order(found), limit)
         with_image, without = _split_by_image(found)
@@ -193,6 +203,17 @@ class Benchmark(ABC):
         if len({question.id for question in questions}) < len(questions):
             duplicate, _ = Counter(question.id for question in questions).most_common(1)[0]
             raise UserError(f"the files of {self.name} hold the question {duplicate} more than once")
+
+    def _check_inside(self, questions: Sequence[Question], root: str) -> None:
+        here, start = os.getcwd(), os.path.join(root, "")
+        for image in {question.image for question in questions}:
+            rest = image.removeprefix(start)
+            unsafe = ".." in rest or os.path.isabs(rest)
+            if unsafe and not is_inside(os.path.join(here, start, rest), root):
+                raise UserError(
+                    f"the files of {self.name} name the image {printable(image)}, which is outside the data root "
+                    f"{printable(root)} (--allow-outside accepts this)"
+                )
 
     def _count_deviations(self, questions: Sequence[Question]) -> list[str]:
         counts = Counter(question.split for question in questions)

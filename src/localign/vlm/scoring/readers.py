@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
-import pickletools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -12,13 +12,18 @@ from typing import Any, NoReturn, TypeVar
 from PIL import Image
 
 from localign.errors import UserError
-from localign.text.reading import read_bytes
+from localign.text.printing import printable
+from localign.text.reading import parse_json, parsed_lines, read_bytes, read_text
 
 T = TypeVar("T")
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers of them, and refuses pickles that name a class or function."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads numbers, strings and containers of them, and refuses pickles that name a class or function.
+
+    It is the one in Python, whose memo is a dict. The one in C has an array as long as the largest index, which eight
+    bytes make 2.5 GB.
+    """
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it would run {module}.{name}")
@@ -34,22 +39,10 @@ def read_pickle(path: Path) -> Any:
     """
     content = read_bytes(path)
     try:
-        _check_lengths(content)
         return _PlainUnpickler(io.BytesIO(content), encoding="utf-8").load()
     except Exception as error:  # a damaged pickle raises nearly anything
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is not a pickle of plain values: {cause}") from None
-
-
-def _check_lengths(content: bytes) -> None:
-    """Refuse a pickle whose numbers and lengths exceed its size: the unpickler allocates memory for them at once.
-
-    Raises:
-        ValueError: It has such a number, or is damaged.
-    """
-    for opcode, argument, _ in pickletools.genops(content):
-        if "PUT" in opcode.name and int(argument) > len(content):
-            raise ValueError(f"it numbers a value {argument}, but has only {len(content)} bytes")
+        cause = printable(" ".join(str(error).split()) or type(error).__name__)
+        raise UserError(f"{printable(path)} is not a pickle of plain values: {cause}") from None
 
 
 def as_list(value: Any, where: object) -> list[Any]:
@@ -71,11 +64,11 @@ def field(record: Any, name: str, kind: type[T], where: object) -> T:
             ``where``.
     """
     if not isinstance(record, dict):
-        raise UserError(f"{where} is {type(record).__name__}, not an object with fields")
+        raise UserError(f"{printable(where)} is {type(record).__name__}, not an object with fields")
     value = record.get(name)
     if not isinstance(value, kind):
         problem = f"is {value!r:.60}, not {kind.__name__}" if name in record else "is missing"
-        raise UserError(f"{where}: the field {name!r} {problem}")
+        raise UserError(f"{printable(where)}: the field {name!r} {problem}")
     return value
 
 
@@ -96,10 +89,43 @@ def four_numbers(value: Any, name: str, where: object) -> tuple[float, float, fl
     Raises:
         UserError: It is not; the line names ``where``.
     """
-    if not isinstance(value, list) or len(value) != 4 or not all(isinstance(c, int | float) for c in value):
+    if not isinstance(value, list) or len(value) != 4 or not all(map(_is_finite, value)):
         raise UserError(f"{where}: the field {name!r} is {value!r:.60}, not four numbers")
     x1, y1, x2, y2 = (float(c) for c in value)
     return x1, y1, x2, y2
+
+
+def _is_finite(value: Any) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of float
+        return False
+
+
+def zero_or_one(record: Any, name: str, where: object) -> int:
+    """A field of a record that is 0 or 1, or false or true.
+
+    Raises:
+        UserError: It is something else; the line names ``where``.
+    """
+    value = field(record, name, int, where)
+    if value not in (0, 1):
+        raise UserError(f"{where}: the field {name!r} must be 0 or 1, not {value!r:.60}")
+    return int(value)
+
+
+def records_of(path: Path) -> list[Any]:
+    """The records of a file: a JSON list, or JSON lines.
+
+    Raises:
+        UserError: The file is missing, or is neither.
+    """
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        return as_list(parse_json(text, path), path)
+    return [record for _, record in parsed_lines(text, path)]
 
 
 def image_size(path: str) -> tuple[int, int]:
