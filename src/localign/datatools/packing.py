@@ -27,6 +27,7 @@ from localign.datatools.reading import encoded_image
 from localign.errors import UserError
 from localign.files import fsync_path, replace_text, replacing
 from localign.options.datatools import In21kConfig, ShardConfig
+from localign.text.reading import read_json_object
 
 Facts = dict[str, Any]
 """The options and the source fingerprint on which the bytes of the shards depend."""
@@ -213,12 +214,11 @@ def _finish(folder: Path, records: list[ShardRecord], facts: Facts) -> About:
 
 
 def _check_facts(folder: Path, facts: Facts) -> None:
-    try:
-        found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / ABOUT).exists():
         return
-    except ValueError:
-        found = {}
+    found: Mapping[str, Any] = {}
+    with suppress(UserError):
+        found = read_json_object(folder / ABOUT)
     different = [name for name, value in facts.items() if found.get(name) != value]
     if different:
         raise UserError(
@@ -232,7 +232,7 @@ def _records(folder: Path) -> list[ShardRecord]:
     records = []
     with suppress(FileNotFoundError):
         for line in (folder / SHARDS).read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 record = json.loads(line)
                 if isinstance(record, dict) and record.keys() >= ShardRecord.__annotations__.keys():
                     records.append(cast(ShardRecord, record))

@@ -97,7 +97,8 @@ def _read_entries(path: str | Path) -> Any:
         raise UserError(
             f"the class table {printable(path)} is neither a mapping from ids to names nor a list"
         )
-    keys = [int(key) for key in entries if key.strip().isdecimal()] if isinstance(entries, dict) else []
+    named = entries if isinstance(entries, dict) else {}
+    keys = [int(key) for key in named if len(key) < 20 and key.strip().isdecimal()]
     if len(set(keys)) < len(keys):
         raise UserError(f"the class table {printable(path)} has an id twice, such as 1 and 01")
     return entries
