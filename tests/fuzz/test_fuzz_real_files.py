@@ -1,4 +1,4 @@
-"""Real files with structured damage, and large hostile files: every reader of text reads them or refuses in one line."""
+"""Real files with structured damage, and large hostile files: every text reader reads them or refuses in one line."""
 
 from __future__ import annotations
 
