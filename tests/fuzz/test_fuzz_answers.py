@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localign.errors import UserError
+from localign.text.reading import json_lines
 from localign.vlm.evaluation.answer_cache import FOLDER, AnswerCacheWriter, read_answer_cache
 from localign.vlm.scoring import normalisation
 from localign.vlm.scoring.boxes import ORIGINAL, Box, BoxFrame, Size, parse_box, parse_published
-from localign.vlm.scoring.readers import read_json_lines, read_pickle
+from localign.vlm.scoring.readers import read_pickle
 
 boxlike = st.text(alphabet="[]()0123456789.,-+eE inf\n", max_size=60) | st.text(max_size=40)
 sizes = st.builds(Size, st.integers(1, 5000), st.integers(1, 5000))
@@ -107,7 +108,7 @@ def test_any_file_of_answers(tmp_path: Path, content: list[str], end: bytes) -> 
 @given(st.binary(max_size=60) | st.text(max_size=40).map(str.encode))
 def test_any_json_lines(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
-    result_or_refusal(lambda: read_json_lines(tmp_path / "a.jsonl"))
+    result_or_refusal(lambda: list(json_lines(tmp_path / "a.jsonl")))
 
 
 plain_values = st.recursive(

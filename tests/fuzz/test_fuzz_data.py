@@ -19,8 +19,8 @@ from localign.backbones.weights import read_state_dict
 from localign.data.classification import labels_of
 from localign.data.sources import open_source
 from localign.probing.classes import class_table
+from localign.vlm.data.dialects import MalformedRecord, parse_record
 from localign.vlm.data.jsonrecords import scan
-from localign.vlm.data.records import MalformedRecord, parse_record
 
 turns = st.fixed_dictionaries(
     {},

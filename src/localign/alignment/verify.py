@@ -24,6 +24,7 @@ from localign.errors import UserError
 from localign.options.export import VerifyConfig
 from localign.options.names import LossName
 from localign.text.printing import console
+from localign.text.reading import read_json_object
 from localign.weights import load_strict
 
 _ARCHITECTURE = "vit_base_patch16_224"
@@ -58,7 +59,7 @@ def verify_reference(folder: str | Path) -> list[RecomputedQuantity]:
     meta_file = folder / "meta.json"
     if not meta_file.is_file():
         raise UserError(f"{folder} is not a reference folder: it has no meta.json")
-    meta = json.loads(meta_file.read_text())
+    meta = read_json_object(meta_file)
     results: list[RecomputedQuantity] = []
     with torch.no_grad():
         for variant, facts in meta.items():

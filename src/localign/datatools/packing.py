@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,6 +30,7 @@ from localign.errors import UserError
 from localign.files import fsync_path, replace_text, replacing
 from localign.options.datatools import In21kConfig, ShardConfig
 from localign.text.printing import printable
+from localign.text.reading import read_json_object
 
 Facts = dict[str, Any]
 """The options and the source fingerprint on which the bytes of the shards depend."""
@@ -234,12 +236,11 @@ def _finish(folder: Path, records: list[ShardRecord], facts: Facts) -> About:
 
 
 def _check_facts(folder: Path, facts: Facts) -> None:
-    try:
-        found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / ABOUT).exists():
         return
-    except ValueError:
-        found = {}
+    found: Mapping[str, Any] = {}
+    with suppress(UserError):
+        found = read_json_object(folder / ABOUT)
     different = [name for name, value in facts.items() if found.get(name) != value]
     if different:
         raise UserError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,8 @@ from localign.datatools.packing import (
 from localign.datatools.reading import open_files
 from localign.errors import UserError
 from localign.options.datatools import ShardConfig
+from localign.text.printing import printable
+from localign.text.reading import read_json_object
 
 
 def run_shard(config: ShardConfig) -> None:
@@ -74,14 +78,12 @@ def read_about(folder: Path, facts: Facts) -> About:
     Raises:
         UserError: The folder was not packed from the same facts.
     """
-    about: About
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        about = {}
+    about: Mapping[str, Any] = {}
+    with suppress(UserError):
+        about = read_json_object(folder / ABOUT)
     if any(about.get(name) != value for name, value in facts.items()):
-        raise UserError(f"{folder} already exists and holds something else; give another folder")
-    return about
+        raise UserError(f"{printable(folder)} already exists and holds something else; give another folder")
+    return cast(About, about)
 
 
 def _class_folders(source: ImageSource, spec: str, order: NDArray[np.int64]) -> list[str] | None:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from localign.probing.datasets import labelled_scenes
 from localign.report import before_after, build_report, to_terminal
 from localign.results import PICTURES_FILE, ProbeOutcome, Results
 from localign.text.printing import console, printable
+from localign.text.reading import read_json_object
 
 PICTURED_HEAD = HeadSpec("transformer", "local")
 """The head whose predictions the report shows."""
@@ -136,7 +138,7 @@ def _probed(
     path = Path(config.out) / f"probe-seed{seed}-{name}.json"
     needs_heads = seed == config.seed and not (Path(config.out) / PICTURES_FILE).is_file()
     if path.is_file() and not needs_heads:
-        return json.loads(path.read_text()), None
+        return cast(ProbeOutcome, read_json_object(path)), None
     sources: dict[str, LabelledSource] = {"val": validation, "test": test}
     context = DistributedContext(0, 1, 0, choose_device(config.device))
     with progress_bars() as progress:

@@ -27,8 +27,8 @@ from localign.files.output import RUN_FILES, OutputFolder
 from localign.options.names import Resume
 from localign.options.train import TrainConfig
 from localign.results import SavedConfig, SkippedImages, TrainingResults, Versions
-from localign.text.plainyaml import load_yaml
 from localign.text.printing import printable
+from localign.text.reading import read_json_object, read_yaml
 
 RESUMABLE: frozenset[str] = frozenset(
     {
@@ -101,12 +101,9 @@ def read_config(folder: Path) -> SavedConfig:
         UserError: The file is missing, or was not written by localign.
     """
     path = folder / CONFIG_FILE
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a run folder: it has no {CONFIG_FILE}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable YAML: {error}") from error
+    if not path.exists():
+        raise UserError(f"{printable(folder)} is not a run folder: it has no {CONFIG_FILE}")
+    content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise UserError(f"{path} was not written by localign")
     content["config"] = with_new_names(content["config"], content.get("command"))
@@ -245,15 +242,9 @@ def read_results(folder: str | Path) -> dict[str, Any]:
         UserError: The file is missing or is not a JSON object.
     """
     path = Path(folder) / RESULTS_FILE
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} has no {RESULTS_FILE}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(results, dict):
-        raise UserError(f"{path} was not written by localign")
-    return results
+    if not path.exists():
+        raise UserError(f"{printable(folder)} has no {RESULTS_FILE}")
+    return read_json_object(path)
 
 
 def open_folder(

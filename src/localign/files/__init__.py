@@ -50,6 +50,32 @@ def sweep(*folders: Path, name: str | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True) if is_folder else path.unlink(missing_ok=True)
 
 
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path lies in a folder.
+
+    Links inside the folder may lead anywhere: the owner of the folder made them. But a path with ``..`` is judged by
+    where it really leads.
+
+    Args:
+        path: Absolute, or relative to the folder.
+        folder: The folder.
+    """
+    climbs = ".." in path.replace("\\", "/").split("/")
+    if not climbs and not os.path.isabs(path):
+        return True
+    joined, real = os.path.join(folder, path), os.path.realpath(folder)
+    if climbs:
+        return _starts_with(os.path.realpath(joined), real)
+    named = os.path.abspath(joined)
+    return any(_starts_with(named, f) for f in (os.path.abspath(folder), real)) or _starts_with(
+        os.path.realpath(joined), real
+    )
+
+
+def _starts_with(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file to write to. At the end it is flushed to disk and replaces ``path``."""

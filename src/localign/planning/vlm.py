@@ -133,7 +133,15 @@ def _with_backbone(config: VLMConfig, name: str) -> VLMConfig:
 
 def _records(config: VLMConfig) -> int | None:
     if all(Path(file).is_file() for file in config.data):
-        return len(Conversations.open(config.data, config.images, skip_missing=config.skip_missing))
+        return len(
+            Conversations.open(
+                config.data,
+                config.images,
+                skip_missing=config.skip_missing,
+                skip_malformed=config.skip_malformed,
+                allow_outside=config.allow_outside,
+            )
+        )
     known = [PUBLISHED_RECORDS.get(Path(file).name) for file in config.data]
     return sum(k for k in known if k is not None) if None not in known else None
 

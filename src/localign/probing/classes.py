@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localign.errors import UserError
+from localign.text.printing import printable
+from localign.text.reading import read_json, read_text
 
 KINDS = ("thing", "stuff", "other")
 """Kinds of classes: an object with a shape, amorphous matter, or neither (such as "unlabeled")."""
@@ -102,13 +104,8 @@ def class_table(classes: str | Path | Mapping[Any, Any] | Sequence[Any]) -> Clas
     entries: Any = classes
     description = "the class table"
     if isinstance(classes, (str, Path)):
-        description = f"the class table {classes}"
-        try:
-            entries = json.loads(Path(classes).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot read {description}: {getattr(error, 'strerror', None) or error}"
-            ) from None
+        description = f"the class table {printable(classes)}"
+        entries = _read_entries(classes)
     try:
         pairs = dict(entries.items() if isinstance(entries, Mapping) else enumerate(entries))
         has_ignore, ignore = "ignore" in pairs, pairs.pop("ignore", None)
@@ -129,12 +126,36 @@ def class_table(classes: str | Path | Mapping[Any, Any] | Sequence[Any]) -> Clas
     return read.ignoring(ignore) if has_ignore else _with_default(read)
 
 
+def _read_entries(path: str | Path) -> Any:
+    if not Path(path).exists():
+        raise UserError(f"cannot read the class table {printable(path)}: No such file or directory")
+    try:
+        entries = read_json(path, unique_keys=True)
+    except UserError as error:
+        raise UserError(f"cannot read the class table: {error}") from None
+    if not isinstance(entries, dict | list):
+        raise UserError(
+            f"the class table {printable(path)} is neither a mapping from ids to names nor a list"
+        )
+    named = entries if isinstance(entries, dict) else {}
+    keys = [int(key) for key in named if len(key) < 20 and key.strip().isdecimal()]
+    if len(set(keys)) < len(keys):
+        raise UserError(f"the class table {printable(path)} has an id twice, such as 1 and 01")
+    return entries
+
+
 def _name_and_kind(entry: Any) -> tuple[str, str]:
     """An entry's name and its kind, "" if unknown."""
-    if not isinstance(entry, Mapping):
+    if isinstance(entry, str | int | float) and not isinstance(entry, bool):
         return str(entry), ""
+    if not isinstance(entry, Mapping):
+        raise ValueError(
+            f"a class is its name, or an object with a name and a kind, not {json.dumps(entry):.60}"
+        )
+    if unknown := sorted(entry.keys() - {"name", "kind"}):
+        raise ValueError(f"a class has a name and a kind, not {unknown[0]!r:.60}")
     if "name" not in entry or entry.get("kind", "other") not in KINDS:
-        raise ValueError(f"{json.dumps(entry)} has no name, or a kind other than {', '.join(KINDS)}")
+        raise ValueError(f"{json.dumps(entry):.200} has no name, or a kind other than {', '.join(KINDS)}")
     return str(entry["name"]), str(entry.get("kind", ""))
 
 
@@ -177,12 +198,7 @@ def ade20k(info: Path | None = None) -> ClassTable:
 
 def _object_info(path: Path, count: int) -> list[str]:
     """The first name of each class, in the order of the ids."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read the class table {path}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+    lines = read_text(path).splitlines()
     rows = [line.split("\t") for line in lines[1:] if line.strip()]
     if [row[0].strip() for row in rows] != [str(i) for i in range(1, count + 1)]:
         raise UserError(f"{path} is not a table of {count} classes: a heading, then tab-separated rows by id")

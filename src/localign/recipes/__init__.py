@@ -14,7 +14,7 @@ from typing import Any
 
 from localign.deprecated import with_new_names
 from localign.errors import UserError, did_you_mean
-from localign.text.plainyaml import load_options
+from localign.text.reading import read_yaml
 
 FOLDER = Path(str(files("localign"))) / "recipes"
 _NO_RECIPES = "worlds"
@@ -68,7 +68,7 @@ def _read(name: str, beside: Path | None, seen: tuple[Path, ...]) -> Recipe:
     path = _find(name, beside)
     if path in seen:
         raise UserError(f"{name} is its own base: {' -> '.join(str(p) for p in (*seen, path))}")
-    values = with_new_names(read_yaml(path), warn_of=str(path))
+    values = with_new_names(read_options(path), warn_of=str(path))
     base, command, about = (_text(values.pop(key, None), key, path) for key in ("base", "command", "about"))
     if base is None:
         return Recipe(name, values, frozenset(), command, about or "")
@@ -98,16 +98,13 @@ def _find(name: str, beside: Path | None) -> Path:
     raise UserError(f"there is no file or recipe {name!r}{did_you_mean(name, recipe_names())}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_options(path: Path) -> dict[str, Any]:
     """Read a YAML file of options.
 
     Raises:
         UserError: The file is not readable, or is not a mapping.
     """
-    try:
-        content = load_options(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable YAML: {error}") from error
+    content = read_yaml(path, options=True)
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from localign.pictures import save_predictions
 from localign.probing import HeadSpec, LabelledSource, ProbeConfig, Probed, TrainedHeads, probe_heads
 from localign.probing.suite import TEST_SOURCE, SourceHead
 from localign.results import PICTURES_FILE, ProbeOutcome
+from localign.text.reading import read_json_object
 
 _SAME_RESULT = ("workers", "cache", "extract_batch")
 """Options of heads that do not change the result, except for rounding."""
@@ -195,7 +196,7 @@ class Probing:
 
     def read(self) -> Probed:
         """The stored outcome, without the heads."""
-        outcome: ProbeOutcome = json.loads((self.folder / OUTCOME_FILE).read_text(encoding="utf-8"))
+        outcome = cast(ProbeOutcome, read_json_object(self.folder / OUTCOME_FILE))
         recalls: dict[SourceHead, torch.Tensor] = {}
         for name, values in _read_arrays(self.folder / _RECALLS_FILE).items():
             source, *spec = name.split("/")

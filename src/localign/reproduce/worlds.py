@@ -9,7 +9,7 @@ from typing import Any
 
 from localign.alignment import AlignConfig
 from localign.errors import UserError
-from localign.recipes import FOLDER, Recipe, read_recipe, read_yaml
+from localign.recipes import FOLDER, Recipe, read_options, read_recipe
 from localign.reproduce.targets import TARGETS, Target, TargetRow, rows_of_one
 
 LEFT_OUT, STEPS, NOTE = "left_out", "steps", "note"
@@ -105,7 +105,7 @@ def open_world(name: str, *, quick: bool = False) -> DataScale:
 
 
 def _content(name: str) -> dict[str, Any]:
-    content = read_yaml(FOLDER / "worlds" / f"{name}.yaml")
+    content = read_options(FOLDER / "worlds" / f"{name}.yaml")
     base = content.pop("base", None)
     return content if base is None else _merged(_content(base), content)
 

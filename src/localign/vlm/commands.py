@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from localign.engine import train
+from localign.engine.distributed import is_main_process
 from localign.engine.log import print_results
 from localign.options.vlm.evaluation import EvalConfig
 from localign.options.vlm.tools import CheckConfig, ConvertConfig, VLMExportConfig
@@ -34,7 +35,12 @@ def run_vlm_train(config: VLMConfig) -> None:
     if config.dry_run:
         print_vlm_plan(plan_vlm(config)[1], config.plan_ranks)
         return
-    outcome = train(VLMTask(config), config, "vlm train")
+    task = VLMTask(config)
+    for option, data in (("--data", task.data), ("--val", task.val_data)):
+        if data is not None and data.malformed.count and is_main_process():
+            print(f"left out   {data.malformed.count:,} malformed records of {option}, among them:")
+            print("\n".join(f"           {line}" for line in data.malformed.first))
+    outcome = train(task, config, "vlm train")
     if outcome.is_main:
         print_results(outcome.folder, outcome.results)
 
@@ -55,7 +61,13 @@ def run_check(config: CheckConfig) -> int:
         encoder = ConversationTokenizer(
             prompt_format(config.prompt), tokenizer, config.image_tokens, config.max_length
         )
-    found = check(config.data, config.images, encoder=encoder, missing_list=config.missing_list)
+    found = check(
+        config.data,
+        config.images,
+        allow_outside=config.allow_outside,
+        encoder=encoder,
+        missing_list=config.missing_list,
+    )
     _print_check(found)
     return 0 if found.ready else 2
 
@@ -77,9 +89,15 @@ def _print_check(found: CheckResult) -> None:
     ):
         if finding.count:
             print(f"{title:<10} {finding.count:,}: {'; '.join(map(printable, finding.first[:3]))}")
+    if found.unused_keys:
+        keys = ", ".join(f"{printable(k)} ({n:,} records)" for k, n in list(found.unused_keys.items())[:10])
+        print(f"not used   {keys}")
     for length in found.lengths or ():
         print(f"tokens     {length.at_least:>6,} or more: {length.records:,} records")
-    print("ready      yes" if found.ready else "ready      no: training would refuse to start")
+    counts = {"--skip-malformed": found.malformed.count, "--skip-missing": len(found.missing)}
+    options = " ".join(option for option, count in counts.items() if count)
+    refused = "no: training would refuse to start" + (f" without {options}" if options else "")
+    print(f"ready      {'yes' if found.ready else refused}")
 
 
 def run_convert(config: ConvertConfig) -> None:

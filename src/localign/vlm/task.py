@@ -57,12 +57,8 @@ class VLMTask(Task):
         device = choose_device(config.device)
         if config.cross_entropy == "liger":
             check_liger(device)
-        self.data = Conversations.open(config.data, config.images, skip_missing=config.skip_missing)
-        self.val_data = (
-            Conversations.open(config.val, config.images, skip_missing=config.skip_missing)
-            if config.val
-            else None
-        )
+        self.data = _conversations(config, config.data)
+        self.val_data = _conversations(config, config.val) if config.val else None
         if model is None or tokenizer is None:
             model, tokenizer = build_vlm(config)
         self.model, self.tokenizer = model, tokenizer
@@ -198,7 +194,12 @@ class VLMTask(Task):
             "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
             "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "conversations": len(self.data),
-            "left_out": {"records": self.data.skipped, "images": list(self.data.missing[:20])},
+            "left_out": {
+                "records": self.data.skipped,
+                "images": list(self.data.missing[:20]),
+                "malformed": self.data.malformed.count,
+                "malformed_records": list(self.data.malformed.first),
+            },
         }
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
@@ -206,6 +207,16 @@ class VLMTask(Task):
         module = merge_lora(module)
         module.config.localign = provenance
         save_vlm(module, self.processor, folder)
+
+
+def _conversations(config: VLMConfig, files: Sequence[str]) -> Conversations:
+    return Conversations.open(
+        files,
+        config.images,
+        skip_missing=config.skip_missing,
+        skip_malformed=config.skip_malformed,
+        allow_outside=config.allow_outside,
+    )
 
 
 def batch_loss(model: nn.Module, batch: VLMBatch, cross_entropy: CrossEntropy) -> StepResult:

@@ -7,9 +7,9 @@ from tiny_vlm import tiny_tokenizer
 from vlm_data import IMAGE_TOKENS, tiny_encoder
 
 from localign.errors import UserError
+from localign.vlm.data.dialects import Record
 from localign.vlm.data.examples import ConversationTokenizer, Example, NothingToLearn, encode
 from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format
-from localign.vlm.data.records import Record
 
 TURNS = (("<image>\nWhat?", "Kite"), ("Where?", "Left"))
 WITH_IMAGE, TEXT_ONLY = Record("a", "a.png", TURNS), Record("b", None, TURNS)

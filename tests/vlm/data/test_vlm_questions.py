@@ -17,7 +17,7 @@ from PIL import Image
 from localign.data.scenes import Scene, SceneConfig, SceneObject, SceneSource, relation
 from localign.errors import UserError
 from localign.vlm.data import scene_dataset
-from localign.vlm.data.records import parse_record
+from localign.vlm.data.dialects import parse_record
 from localign.vlm.data.scene_dataset import read_questions, write_dataset
 from localign.vlm.data.scene_questions import KINDS, SceneQuestion, make_questions
 

@@ -13,8 +13,9 @@ from vlm_data import IMAGE_TOKENS, mixed_data, record, tiny_encoder, turn, write
 
 from localign.errors import RunFailure, UserError
 from localign.vlm.data import jsonrecords
-from localign.vlm.data.checks import Finding, LengthBin, check
-from localign.vlm.data.records import Conversations, Record
+from localign.vlm.data.checks import LengthBin, check
+from localign.vlm.data.dialects import Record
+from localign.vlm.data.records import Conversations, Finding
 
 
 def test_reads_lists_and_lines_alike(tmp_path: Path) -> None:
@@ -75,20 +76,19 @@ GOOD = [turn("human", "a"), turn("gpt", "b")]
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        ({"conversations": GOOD}, "record 2: it has no id"),
         ({"id": [1], "conversations": GOOD}, r"record 2 \(id \[1\]\): its id is neither"),
         ({"id": "x"}, r"record 2 \(id 'x'\): it has no list of conversations"),
         ({"id": "x", "conversations": []}, "its conversation has no answered question"),
         ({"id": "x", "conversations": GOOD[:1]}, "its conversation has no answered question"),
         ({"id": "x", "conversations": GOOD[::-1]}, "turn 1 of its conversation is by 'gpt', not 'human' or 'user'"),
-        ({"id": "x", "conversations": [turn("system", "s"), *GOOD]}, "turn 1 of its conversation is by 'system'"),
+        ({"id": "x", "conversations": [*GOOD, turn("system", "s")]}, "turn 3 of its conversation is by 'system'"),
         ({"id": "x", "conversations": [*GOOD, *GOOD[1:]]}, "turn 3 of its conversation is by 'gpt'"),
         ({"id": "x", "conversations": [{"from": "human"}, GOOD[1]]}, "turn 1 of its conversation has no 'value'"),
         ({"id": "x", "conversations": [{"value": "a"}, GOOD[1]]}, "turn 1 of its conversation has no 'from'"),
         ({"id": "x", "conversations": ["a", "b"]}, "turn 1 of its conversation has no 'from'"),
         ({"id": "x", "conversations": [GOOD[0], turn("gpt", 5)]}, "the value of turn 2 of its conversation is not"),
         ({"id": "x", "image": ["a", "b"], "conversations": GOOD}, "its image is not the path of one file"),
-        ({"id": "x", "image": "", "conversations": GOOD}, "its image is not the path of one file"),
+        ({"id": "x", "image": "/", "conversations": GOOD}, "its image is not the path of one file"),
         (7, "record 2: not a JSON object"),
     ],
 )  # fmt: skip

@@ -14,9 +14,9 @@ from vlm_models import picture, tiny_processor, tiny_vlm
 from localign.errors import UserError
 from localign.vlm import LocalignVLM
 from localign.vlm.data.batching import packed_row, padded_rows
+from localign.vlm.data.dialects import Record
 from localign.vlm.data.examples import ConversationTokenizer, Example, NothingToLearn
 from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format
-from localign.vlm.data.records import Record
 from localign.vlm.model.attention import PACKED_SDPA, check_independent_turns, turns_mask
 
 TURNS = [("What is it?", "a cat"), ("Where?", "at the left, below the table"), ("How many?", "1")]

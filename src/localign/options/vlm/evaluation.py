@@ -18,7 +18,7 @@ class EvalConfig:
 
     GROUPS: ClassVar[Mapping[str, str]] = {
         "Model": "model revision boxes dtype",
-        "Benchmarks": "benchmarks data limit scoring allow_partial engine task_folders",
+        "Benchmarks": "benchmarks data limit scoring allow_partial allow_outside engine task_folders",
         "Run": "out batch_size device",
     }
 
@@ -44,6 +44,8 @@ class EvalConfig:
     own tasks: maximum number of questions per task."""
     allow_partial: bool = False
     """Accept missing images, and files whose number of questions differs from the official one."""
+    allow_outside: bool = False
+    """Accept image paths in the files, absolute or with .., that lead out of --data."""
     batch_size: int = 16
     """Questions per batch and rank. Answers do not depend on it."""
     scoring: Scoring = "default"
@@ -74,6 +76,7 @@ class EvalConfig:
         given = {
             "--data": self.data != "",
             "--allow-partial": self.allow_partial,
+            "--allow-outside": self.allow_outside,
             "--scoring": self.scoring != "default",
             "--boxes": self.boxes is not None,
         }

@@ -25,6 +25,8 @@ class CheckConfig:
     """Maximum number of tokens per conversation, image tokens included; --llm only."""
     prompt: PromptName = "in-out"
     """Prompt format: in-out, vicuna, or chat-template."""
+    allow_outside: bool = False
+    """Accept image paths, absolute or with .., that lead out of the image folders."""
     missing_list: str | None = None
     """Write the paths of missing images to this file, one per line."""
 

@@ -28,7 +28,8 @@ class VLMConfig(TrainConfig):
     GROUPS: ClassVar[Mapping[str, str]] = {
         "Model": "llm backbone adapter init features resize weights image_size model_kwargs attention llm_weights "
         "llm_attention",
-        "Data": "data images val val_records prompt max_length turns batching sampler skip_missing max_bad_share",
+        "Data": "data images val val_records prompt max_length turns batching sampler skip_missing "
+        "skip_malformed allow_outside max_bad_share",
         "Objective": "stage lora_rank lora_alpha cross_entropy published_quirks",
         **TrainConfig.GROUPS,
         "Optimisation": f"{TrainConfig.GROUPS['Optimisation']} adapter_lr",
@@ -47,6 +48,10 @@ class VLMConfig(TrainConfig):
     """Maximum number of conversations per validation; null for all."""
     skip_missing: bool = False
     """Drop records whose image is missing instead of refusing to start."""
+    skip_malformed: bool = False
+    """Drop records that cannot be read as a conversation instead of refusing to start; they are counted and named."""
+    allow_outside: bool = False
+    """Accept image paths, absolute or with .., that lead out of the image folders."""
     backbone: tuple[str, ...] = ("scenes-vit",)
     """One backbone, or several whose tokens are concatenated on channels: run or export folders, names from
     `localign list backbones`, timm names, hf-hub:... or local-dir:..."""

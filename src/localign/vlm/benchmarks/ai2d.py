@@ -8,11 +8,12 @@ from typing import ClassVar
 
 from localign.errors import UserError
 from localign.statistics.resampling import Statistic
+from localign.text.reading import read_json, read_text
 from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import LETTERS, letter_of_choice
 from localign.vlm.scoring.multiple_choice import MultipleChoice, multiple_choice_metrics
 from localign.vlm.scoring.questions import Question, Sample
-from localign.vlm.scoring.readers import field, read_json, read_text, strings
+from localign.vlm.scoring.readers import field, strings
 
 CHOICES = 4
 """Number of letters that are compared, also for questions with fewer choices; as published."""
@@ -29,6 +30,11 @@ class AI2D(MultipleChoice):
     splits = ("val", "test")
     expected: ClassVar[Counts] = {TOTAL: (15501,)}
     headline = ("accuracy__AI2D-test-Accuracy", "accuracy__AI2D-final-Accuracy")
+
+    def files(self, root: Path) -> tuple[Path, ...]:
+        folder = root / "download" / "ai2d"
+        questions = _question_files(folder / "val_qa" / "questions")
+        return folder / "ai2d_test_ids.csv", *(path for _, path in questions)
 
     def questions(self, root: Path) -> Iterator[Question]:
         folder = root / "download" / "ai2d"

@@ -11,13 +11,14 @@ import numpy as np
 
 from localign.errors import UserError
 from localign.statistics.resampling import Statistic
+from localign.text.reading import read_json
 from localign.vlm.scoring.base import TOTAL, Benchmark, Counts
 from localign.vlm.scoring.messages import short_answer
 from localign.vlm.scoring.metrics import Ratio
 from localign.vlm.scoring.normalisation import strict
 from localign.vlm.scoring.open_ended import scores_of
 from localign.vlm.scoring.questions import Answer, AnswerScore, Question, Sample
-from localign.vlm.scoring.readers import field, read_json
+from localign.vlm.scoring.readers import field
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -36,9 +37,11 @@ class GQA(Benchmark):
     headline = ("accuracy",)
     scorings = ("published", "strict")
 
+    def files(self, root: Path) -> tuple[Path, ...]:
+        return (root / "download" / "gqa" / "testdev_balanced_questions.json",)
+
     def questions(self, root: Path) -> Iterator[Question]:
-        folder = root / "download" / "gqa"
-        path = folder / "testdev_balanced_questions.json"
+        (path,) = self.files(root)
         content = read_json(path)
         if not isinstance(content, dict):
             raise UserError(f"{path} is not an object from ids to questions")
@@ -46,7 +49,7 @@ class GQA(Benchmark):
             where = f"{path}, question {name}"
             yield Question(
                 id=name,
-                image=str(folder / "images" / f"{field(record, 'imageId', str, where)}.jpg"),
+                image=str(path.parent / "images" / f"{field(record, 'imageId', str, where)}.jpg"),
                 message=short_answer(field(record, "question", str, where)),
                 split="testdev",
                 payload={

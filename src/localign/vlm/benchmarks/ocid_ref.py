@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 from localign.errors import UserError
+from localign.text.reading import parse_json, read_json
 from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.boxes import Size
 from localign.vlm.scoring.messages import box_of
 from localign.vlm.scoring.questions import Question
-from localign.vlm.scoring.readers import field, four_numbers, read_json
+from localign.vlm.scoring.readers import field, four_numbers
 from localign.vlm.scoring.referring import Referring, checked_box
 
 SIZE = Size(640, 480)
@@ -34,9 +34,11 @@ class OCIDRef(Referring):
     def parts(self) -> dict[str, tuple[str, ...]]:
         return {f"OCIDRef-{split}": (split,) for split in self.splits} | {"OCIDRef-All": self.splits}
 
+    def files(self, root: Path) -> tuple[Path, ...]:
+        return (root / "download" / "ocid-ref" / "val_expressions.json",)
+
     def questions(self, root: Path) -> Iterator[Question]:
-        folder = root / "download" / "ocid-ref"
-        path = folder / "val_expressions.json"
+        (path,) = self.files(root)
         expressions = read_json(path)
         if not isinstance(expressions, dict):
             raise UserError(f"{path} is not an object from ids to expressions")
@@ -45,7 +47,7 @@ class OCIDRef(Referring):
             box = checked_box(_box(field(expression, "bbox", str, where), where), SIZE, where)
             yield Question(
                 id=name,
-                image=str(folder / "OCID-dataset" / field(expression, "scene_path", str, where)),
+                image=str(path.parent / "OCID-dataset" / field(expression, "scene_path", str, where)),
                 message=box_of(field(expression, "sentence", str, where)),
                 split=_clutter(field(expression, "take_id", int, where), where),
                 payload={"box": box, "size": tuple(SIZE)},
@@ -54,9 +56,10 @@ class OCIDRef(Referring):
 
 def _box(text: str, where: str) -> tuple[float, float, float, float]:
     try:
-        return four_numbers(json.loads(text), "bbox", where)
-    except ValueError:
+        value = parse_json(text, where)
+    except UserError:
         raise UserError(f"{where}: the field 'bbox' is {text!r:.60}, not a list in JSON") from None
+    return four_numbers(value, "bbox", where)
 
 
 def _clutter(take: int, where: str) -> str:

@@ -16,7 +16,7 @@ from localign.vlm.scoring.messages import short_answer
 from localign.vlm.scoring.metrics import Mean, Ratio, rows_by
 from localign.vlm.scoring.multiple_choice import MultipleChoice, binary_curves, columns
 from localign.vlm.scoring.questions import Question, Sample
-from localign.vlm.scoring.readers import field, read_json_lines
+from localign.vlm.scoring.readers import field, records_of
 
 CHOICES = ("Yes", "No")
 
@@ -34,18 +34,20 @@ class POPE(MultipleChoice):
     expected: ClassVar[Counts] = {"adversarial": (3000,), "popular": (3000,), "random": (2910, 3000)}
     headline = ("accuracy__POPE-final-Accuracy",)
 
-    def questions(self, root: Path) -> Iterator[Question]:
+    def files(self, root: Path) -> tuple[Path, ...]:
         folder = root / "download" / "pope"
-        for split in self.splits:
-            path = folder / f"coco_pope_{split}.json"
-            for number, record in enumerate(read_json_lines(path)):
+        return tuple(folder / f"coco_pope_{split}.json" for split in self.splits)
+
+    def questions(self, root: Path) -> Iterator[Question]:
+        for split, path in zip(self.splits, self.files(root), strict=True):
+            for number, record in enumerate(records_of(path)):
                 where = f"{path}, record {number}"
-                label = field(record, "label", str, where)
+                label = field(record, "label", str, where).strip().lower()
                 if label not in ("yes", "no"):
                     raise UserError(f"{where}: the label must be yes or no, not {label!r}")
                 yield Question(
                     id=f"{split}-{field(record, 'question_id', int, where)}",
-                    image=str(folder / "val_images" / field(record, "image", str, where)),
+                    image=str(path.parent / "val_images" / field(record, "image", str, where)),
                     message=short_answer(field(record, "text", str, where)),
                     split=split,
                     payload={"label": ("yes", "no").index(label)},

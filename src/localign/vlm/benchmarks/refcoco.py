@@ -8,19 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from localign.errors import UserError
+from localign.text.reading import read_json
 from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.boxes import Corners, Size
 from localign.vlm.scoring.messages import box_of
 from localign.vlm.scoring.questions import Question
-from localign.vlm.scoring.readers import (
-    StoredImage,
-    as_list,
-    field,
-    four_numbers,
-    read_json,
-    read_pickle,
-    stored_image,
-)
+from localign.vlm.scoring.readers import StoredImage, as_list, field, four_numbers, read_pickle, stored_image
 from localign.vlm.scoring.referring import Referring, checked_box
 
 SETS = {
@@ -48,12 +41,19 @@ class RefCOCO(Referring):
     def parts(self) -> dict[str, tuple[str, ...]]:
         return {split: (split,) for split in SETS}
 
+    def files(self, root: Path) -> tuple[Path, ...]:
+        folder = root / "download" / "refcoco"
+        return tuple(
+            folder / name / part for name, file in SETS.values() for part in ("instances.json", file)
+        )
+
     def questions(self, root: Path) -> Iterator[Question]:
         folder = root / "download" / "refcoco"
-        for split, (name, file) in SETS.items():
-            boxes = _boxes(folder / name / "instances.json")
-            for number, ref in enumerate(as_list(read_pickle(folder / name / file), folder / name / file)):
-                where = f"{folder / name / file}, reference {number}"
+        files = self.files(root)
+        for split, boxes_file, refs in zip(SETS, files[::2], files[1::2], strict=True):
+            boxes = _boxes(boxes_file)
+            for number, ref in enumerate(as_list(read_pickle(refs), refs)):
+                where = f"{refs}, reference {number}"
                 if field(ref, "split", str, where) == "val":
                     yield from _questions(ref, split, boxes, folder / "train2014", where)
 
@@ -74,7 +74,10 @@ def _boxes(path: Path) -> dict[int, Corners]:
     for number, annotation in enumerate(field(read_json(path), "annotations", list, path)):
         where = f"{path}, annotation {number}"
         x, y, width, height = four_numbers(field(annotation, "bbox", list, where), "bbox", where)
-        found[field(annotation, "id", int, where)] = (x, y, x + width, y + height)
+        name = field(annotation, "id", int, where)
+        if name in found:
+            raise UserError(f"{where}: the id {name} occurs more than once")
+        found[name] = (x, y, x + width, y + height)
     return found
 
 

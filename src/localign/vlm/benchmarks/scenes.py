@@ -12,6 +12,7 @@ import numpy as np
 
 from localign.errors import UserError
 from localign.statistics.resampling import Statistic
+from localign.text.reading import read_json
 from localign.vlm.data.scene_dataset import QUESTIONS_FILE, SETTINGS_FILE, DatasetQuestion, read_questions
 from localign.vlm.data.scene_questions import KINDS, box_text
 from localign.vlm.scoring.base import Counts
@@ -20,7 +21,7 @@ from localign.vlm.scoring.metrics import Ratio, rows_by
 from localign.vlm.scoring.normalisation import strict
 from localign.vlm.scoring.open_ended import scores_of
 from localign.vlm.scoring.questions import Answer, AnswerScore, Payload, Question, Sample
-from localign.vlm.scoring.readers import field, four_numbers, read_json
+from localign.vlm.scoring.readers import field, four_numbers
 from localign.vlm.scoring.referring import Referring, box_metrics, checked_box
 
 _OBJECT = re.compile(r"\ban? (\w+ \w+)")
@@ -44,10 +45,12 @@ class Scenes(Referring):
     def parts(self) -> dict[str, tuple[str, ...]]:
         return {"Scenes-referring": ("referring",)}
 
+    def files(self, root: Path) -> tuple[Path, ...]:
+        return root / QUESTIONS_FILE, root / SETTINGS_FILE
+
     def questions(self, root: Path) -> Iterator[Question]:
-        path = root / QUESTIONS_FILE
+        path, settings = self.files(root)
         asked = read_questions(path)
-        settings = root / SETTINGS_FILE
         side = field(field(read_json(settings), "world", dict, settings), "image_size", int, settings)
         for question in asked:
             yield _question(question, Size(side, side), f"{path}, question {question.id}")

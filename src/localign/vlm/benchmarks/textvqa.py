@@ -8,13 +8,14 @@ from typing import ClassVar
 
 from localign.errors import UserError
 from localign.statistics.resampling import Statistic
+from localign.text.reading import read_json
 from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import SHORT, short_answer
 from localign.vlm.scoring.metrics import Ratio
 from localign.vlm.scoring.normalisation import TEXTVQA
 from localign.vlm.scoring.open_ended import OpenEnded, scores_of
 from localign.vlm.scoring.questions import Question, Sample
-from localign.vlm.scoring.readers import as_list, field, read_json, read_json_lines, strings
+from localign.vlm.scoring.readers import as_list, field, records_of, strings
 
 ANNOTATORS = 10
 OCR_MARK = "\nReference OCR token:"
@@ -37,11 +38,14 @@ class TextVQA(OpenEnded):
     evaluator = TEXTVQA
     metric_name: ClassVar[str] = "accuracy__TextVQA-Pure"
 
-    def questions(self, root: Path) -> Iterator[Question]:
+    def files(self, root: Path) -> tuple[Path, ...]:
         folder = root / "download" / "text-vqa"
-        path = folder / "TextVQA_0.5.1_val.json"
+        return folder / "TextVQA_0.5.1_val.json", folder / "textvqa_val_v051_ocr.jsonl"
+
+    def questions(self, root: Path) -> Iterator[Question]:
+        path, text_path = self.files(root)
         data = as_list(field(read_json(path), "data", list, path), path)
-        texts = _texts(folder / "textvqa_val_v051_ocr.jsonl", data, path)
+        texts = _texts(text_path, data, path)
         for number, (record, text) in enumerate(zip(data, texts, strict=True)):
             where = f"{path}, record {number}"
             answers = strings(field(record, "answers", list, where), "answers", where)
@@ -49,7 +53,7 @@ class TextVQA(OpenEnded):
                 raise UserError(f"{where}: there are {len(answers)} answers, not {ANNOTATORS}")
             yield Question(
                 id=str(field(record, "question_id", int, where)),
-                image=str(folder / "train_val_images" / f"{field(record, 'image_id', str, where)}.jpg"),
+                image=str(path.parent / "train_val_images" / f"{field(record, 'image_id', str, where)}.jpg"),
                 message=short_answer(self.question_text(text)),
                 split="val",
                 payload={"answers": answers},
@@ -78,7 +82,7 @@ def _texts(path: Path, data: list[object], annotations: Path) -> list[str]:
     """The questions with OCR tokens, without the instruction that ends them in some editions of the file."""
     found = []
     different = 0
-    lines = read_json_lines(path)
+    lines = records_of(path)
     if len(lines) != len(data):
         raise UserError(f"{path} holds {len(lines)} questions, but {annotations.name} holds {len(data)}")
     for number, (line, record) in enumerate(zip(lines, data, strict=True)):

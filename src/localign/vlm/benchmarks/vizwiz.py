@@ -9,13 +9,14 @@ from typing import ClassVar
 import numpy as np
 
 from localign.statistics.resampling import Statistic
+from localign.text.reading import read_json
 from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import short_answer_or_none
 from localign.vlm.scoring.metrics import AveragePrecision, Ratio
 from localign.vlm.scoring.normalisation import VIZWIZ
 from localign.vlm.scoring.open_ended import OpenEnded, scores_of
 from localign.vlm.scoring.questions import Answer, AnswerScore, Question, Sample
-from localign.vlm.scoring.readers import as_list, field, read_json, strings
+from localign.vlm.scoring.readers import as_list, field, strings, zero_or_one
 
 UNANSWERABLE = "unanswerable"
 
@@ -34,20 +35,22 @@ class VizWiz(OpenEnded):
     headline = ("accuracy__VizWiz-Overall",)
     evaluator = VIZWIZ
 
+    def files(self, root: Path) -> tuple[Path, ...]:
+        return (root / "download" / "vizwiz" / "val.json",)
+
     def questions(self, root: Path) -> Iterator[Question]:
-        folder = root / "download" / "vizwiz"
-        path = folder / "val.json"
+        (path,) = self.files(root)
         for number, record in enumerate(as_list(read_json(path), path)):
             where = f"{path}, record {number}"
             given = [field(answer, "answer", str, where) for answer in field(record, "answers", list, where)]
             yield Question(
                 id=str(number),
-                image=str(folder / "val_images" / field(record, "image", str, where)),
+                image=str(path.parent / "val_images" / field(record, "image", str, where)),
                 message=short_answer_or_none(field(record, "question", str, where)),
                 split="val",
                 payload={
                     "answers": strings(given, "answers", where),
-                    "answerable": bool(field(record, "answerable", int, where)),
+                    "answerable": bool(zero_or_one(record, "answerable", where)),
                 },
             )
 

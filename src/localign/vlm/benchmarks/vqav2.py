@@ -9,13 +9,14 @@ from typing import Any, ClassVar, NamedTuple
 
 from localign.errors import UserError
 from localign.statistics.resampling import Statistic
+from localign.text.reading import read_json
 from localign.vlm.scoring.base import TOTAL, Counts
 from localign.vlm.scoring.messages import short_answer
 from localign.vlm.scoring.metrics import Ratio, rows_by
 from localign.vlm.scoring.normalisation import VQAV2
 from localign.vlm.scoring.open_ended import OpenEnded, scores_of
 from localign.vlm.scoring.questions import Answer, AnswerScore, Question, Sample
-from localign.vlm.scoring.readers import as_list, field, read_json, strings
+from localign.vlm.scoring.readers import field, strings
 
 
 class VQAv2(OpenEnded):
@@ -31,11 +32,14 @@ class VQAv2(OpenEnded):
     headline = ("accuracy",)
     evaluator = VQAV2
 
-    def questions(self, root: Path) -> Iterator[Question]:
+    def files(self, root: Path) -> tuple[Path, ...]:
         folder = root / "download" / "vqa-v2"
-        path = folder / "v2_val2014_annotations.json"
-        texts = _texts(folder / "v2_val2014_questions.json")
-        images = _ImagePaths(folder / "images_val2014")
+        return folder / "v2_val2014_annotations.json", folder / "v2_val2014_questions.json"
+
+    def questions(self, root: Path) -> Iterator[Question]:
+        path, text_path = self.files(root)
+        texts = _texts(text_path)
+        images = _ImagePaths(path.parent / "images_val2014")
         for annotation in _annotations(path):
             text = texts.get(annotation.question)
             if text is None:
@@ -86,6 +90,11 @@ class _ImagePaths(dict[int, str]):
         return self.setdefault(image, str(self._folder / f"COCO_val2014_{image:012d}.jpg"))
 
 
+class _Text(NamedTuple):
+    question: int
+    text: str
+
+
 class _Annotation(NamedTuple):
     question: int
     image: int
@@ -98,9 +107,16 @@ def _texts(path: Path) -> dict[int, str]:
     def compact(record: dict[str, Any]) -> Any:
         if "question_id" not in record:
             return record
-        return field(record, "question_id", int, path), field(record, "question", str, path)
+        return _Text(field(record, "question_id", int, path), field(record, "question", str, path))
 
-    return dict(as_list(field(read_json(path, compact), "questions", list, path), path))
+    found = field(read_json(path, compact=compact), "questions", list, path)
+    for number, text in enumerate(found):
+        if not isinstance(text, _Text):
+            raise UserError(f"{path}, question {number}: the field 'question_id' is missing")
+    texts: dict[int, str] = dict(found)
+    if len(texts) < len(found):
+        raise UserError(f"{path} holds {len(found)} questions, but only {len(texts)} question ids")
+    return texts
 
 
 def _annotations(path: Path) -> list[_Annotation]:
@@ -120,7 +136,7 @@ def _annotations(path: Path) -> list[_Annotation]:
             tuple(map(sys.intern, strings(field(record, "answers", list, where), "answers", where))),
         )
 
-    found = field(read_json(path, compact), "annotations", list, path)
+    found = field(read_json(path, compact=compact), "annotations", list, path)
     for number, annotation in enumerate(found):
         if not isinstance(annotation, _Annotation):
             raise UserError(f"{path}, annotation {number}: the field 'answers' is missing")

@@ -14,7 +14,7 @@ from localign.vlm.scoring.messages import true_or_false
 from localign.vlm.scoring.metrics import Ratio
 from localign.vlm.scoring.multiple_choice import MultipleChoice, binary_curves, columns
 from localign.vlm.scoring.questions import Question, Sample
-from localign.vlm.scoring.readers import field, read_json_lines
+from localign.vlm.scoring.readers import field, records_of, zero_or_one
 
 CHOICES = ("True", "False")
 
@@ -28,18 +28,20 @@ class VSR(MultipleChoice):
     expected_images = 715
     headline = ("accuracy__VSR-ExactMatch",)
 
+    def files(self, root: Path) -> tuple[Path, ...]:
+        return (root / "download" / "vsr" / "test.jsonl",)
+
     def questions(self, root: Path) -> Iterator[Question]:
-        folder = root / "download" / "vsr"
-        path = folder / "test.jsonl"
-        for number, record in enumerate(read_json_lines(path)):
+        (path,) = self.files(root)
+        for number, record in enumerate(records_of(path)):
             where = f"{path}, record {number}"
             yield Question(
                 id=str(number),
-                image=str(folder / "images" / field(record, "image", str, where)),
+                image=str(path.parent / "images" / field(record, "image", str, where)),
                 message=true_or_false(field(record, "caption", str, where)),
                 split="test",
                 payload={
-                    "label": 0 if field(record, "label", int, where) == 1 else 1,
+                    "label": 1 - zero_or_one(record, "label", where),
                     "relation": field(record, "relation", str, where),
                 },
                 choices=CHOICES,

@@ -10,22 +10,20 @@ from pathlib import Path
 import numpy as np
 
 from localign.files import replace_text
+from localign.vlm.data.dialects import ParsedRecord
 from localign.vlm.data.examples import ConversationTokenizer, NothingToLearn
-from localign.vlm.data.imageroots import MISSING, StrPath
-from localign.vlm.data.records import ParsedRecord, RecordFile, open_files, read_records
-
-MAX_EXAMPLES = 10
-"""Records named per finding."""
+from localign.vlm.data.records import (
+    MAX_EXAMPLES,
+    MISSING,
+    Finding,
+    FindingCounter,
+    RecordFile,
+    StrPath,
+    open_files,
+    read_records,
+)
 
 BIN_EDGES = (0, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The number of records with some property, and the names of the first of them."""
-
-    count: int
-    first: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,8 @@ class CheckResult:
     """Records whose last question has no answer and is dropped."""
     repeated_ids: Finding
     """Ids of more than one record, which is normal in merged data sets."""
+    unused_keys: dict[str, int]
+    """Keys of records that have no meaning here, with the number of records that have them."""
     lengths: tuple[LengthBin, ...] | None
     """Tokens per record, image tokens included, before truncation; None without an encoder."""
     over_long: Finding
@@ -77,13 +77,14 @@ def check(
     paths: Sequence[StrPath],
     image_roots: Sequence[StrPath] = (),
     *,
+    allow_outside: bool = False,
     encoder: ConversationTokenizer | None = None,
     missing_list: StrPath | None = None,
 ) -> CheckResult:
     """Check all records of a data set.
 
     Args:
-        paths, image_roots: As for :meth:`localign.vlm.data.records.Conversations.open`.
+        paths, image_roots, allow_outside: As for :meth:`localign.vlm.data.records.Conversations.open`.
         encoder: Count tokens too, which takes longer than all other checks.
         missing_list: File for the paths of missing images, one per line; written only if there are any.
 
@@ -91,26 +92,12 @@ def check(
         UserError: A file is missing or not JSON.
     """
     counts = _Counts(encoder)
-    for file in open_files(paths, image_roots):
+    for file in open_files(paths, image_roots, allow_outside):
         for parsed, span in read_records(file, malformed=counts.malformed.add):
             counts.add(file, parsed, span.number)
     if missing_list is not None and counts.missing:
         replace_text(Path(missing_list), "".join(f"{image}\n" for image in counts.missing))
     return counts.result()
-
-
-class _FindingCounter:
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[str] = []
-
-    def add(self, name: str) -> None:
-        self.count += 1
-        if self.count <= MAX_EXAMPLES:
-            self.first.append(name)
-
-    def finding(self) -> Finding:
-        return Finding(self.count, tuple(self.first))
 
 
 class _Counts:
@@ -120,16 +107,19 @@ class _Counts:
         self.images: set[str] = set()
         self.missing: dict[str, None] = {}
         self.ids: Counter[str] = Counter()
-        self.malformed, self.empty_answers, self.unanswered = (_FindingCounter() for _ in range(3))
-        self.over_long, self.nothing_to_learn = _FindingCounter(), _FindingCounter()
+        self.unused: Counter[str] = Counter()
+        self.malformed, self.empty_answers, self.unanswered = (FindingCounter() for _ in range(3))
+        self.over_long, self.nothing_to_learn = FindingCounter(), FindingCounter()
         self.lengths: list[int] = []
 
     def add(self, file: RecordFile, parsed: ParsedRecord, number: int) -> None:
         record = parsed.record
-        name = file.name(number, record.id)
+        name = file.name(number, record.id or None)
         self.records += 1
         self.turns += len(record.turns)
-        self.ids[record.id] += 1
+        self.unused.update(parsed.unused)
+        if record.id:
+            self.ids[record.id] += 1
         if any(not answer.strip() for _, answer in record.turns):
             self.empty_answers.add(name)
         if parsed.unanswered:
@@ -168,6 +158,7 @@ class _Counts:
             empty_answers=self.empty_answers.finding(),
             unanswered=self.unanswered.finding(),
             repeated_ids=Finding(len(repeated), tuple(repeated[:MAX_EXAMPLES])),
+            unused_keys=dict(self.unused.most_common()),
             lengths=_histogram(self.lengths) if self.encoder is not None else None,
             over_long=self.over_long.finding(),
             nothing_to_learn=self.nothing_to_learn.finding(),

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from localign.errors import UserError
+from localign.vlm.data.dialects import Record
 from localign.vlm.data.prompts import IGNORE_INDEX, PromptFormat
-from localign.vlm.data.records import Record
 from localign.vlm.data.vocabulary import image_token_id
 
 

@@ -6,12 +6,15 @@ Each record comes with its byte range, so that it can be read again without keep
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from localign.errors import UserError, did_you_mean
+from localign.text.printing import printable
+from localign.text.reading import is_lfs_pointer, open_regular
 
 _BLOCK = 2**23
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -44,14 +47,21 @@ def scan(path: Path, digest: blake2b | None = None) -> Iterator[Span]:
     Raises:
         UserError: The file is missing, empty or not JSON; raised on reaching the faulty record.
     """
-    try:
-        with open(path, "rb") as file:
-            yield from _Scanner(path, file, digest).records()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"there is no file {path}{did_you_mean(path.name, names)}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"there is no file {printable(path)}{did_you_mean(path.name, names)}")
+    with open_regular(path) as file:
+        yield from _Scanner(path, file, digest).records()
+
+
+def _not_records(path: Path, text: str) -> str:
+    """What a file is that begins neither with a list nor with an object."""
+    name = printable(path)
+    if text.startswith(("\xff\xfe", "\xfe\xff")):
+        return f"{name} is UTF-16; save it as UTF-8"
+    if is_lfs_pointer(text.encode("latin-1")):
+        return f"{name} is a Git LFS pointer, not the file itself; run `git lfs pull`"
+    return f"{name} is neither a JSON list of records nor JSON lines"
 
 
 class _Scanner:
@@ -69,7 +79,7 @@ class _Scanner:
         self.at = len(mark) if self.text.startswith(mark) else 0
         first = self._next()
         if first not in "[{" or not first:
-            raise UserError(f"{self.path} is neither a JSON list of records nor JSON lines")
+            raise UserError(_not_records(self.path, self.text))
         if first == "{":
             while self._next():
                 yield self._record()
@@ -136,4 +146,4 @@ class _Scanner:
         self.at = 0
 
     def _error(self, reason: str) -> UserError:
-        return UserError(f"{self.path}, record {self.number}: {reason}")
+        return UserError(f"{printable(self.path)}, record {self.number}: {reason}")

@@ -16,9 +16,16 @@ from typing import NamedTuple, Protocol
 from localign.data.sources import UnreadableImage, read_image
 from localign.errors import UserError
 from localign.files import replacing
-from localign.vlm.data.imageroots import MISSING, ImageRoots, StrPath
 from localign.vlm.data.jsonrecords import scan
-from localign.vlm.data.records import LLaVARecord, LLaVATurn, open_files, read_records
+from localign.vlm.data.records import (
+    MISSING,
+    ImageRoots,
+    LLaVARecord,
+    LLaVATurn,
+    StrPath,
+    open_files,
+    read_records,
+)
 
 PUBLISHED_RECORDS = {
     "llava_v1_5_mix665k.json": 665_298,
@@ -169,7 +176,7 @@ class _FileRecords:
             if with_image and image is None:
                 continue
             if images is not None and image is not None and file.roots.find(image) == MISSING:
-                missing.append(f"{image} of {file.name(span.number, parsed.record.id)}")
+                missing.append(f"{image} of {file.name(span.number, parsed.record.id or None)}")
             self._begin.append(span.begin)
             self._end.append(span.end)
         _refuse_missing(missing, path)

@@ -17,11 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from localign.errors import UserError, did_you_mean
 from localign.options.names import PromptName
+from localign.vlm.data.dialects import IMAGE_MARK
 
 IGNORE_INDEX = -100
 """Label of tokens that are not learned."""
-
-IMAGE_MARK = "<image>"
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

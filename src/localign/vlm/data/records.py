@@ -1,7 +1,6 @@
 """Conversations in LLaVA's format; a million records take a few megabytes of memory.
 
-A record is ``{"id": ..., "image": path, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}``;
-text-only records have no ``image``. Other keys are ignored.
+See :mod:`localign.vlm.data.dialects` for what a record may look like.
 """
 
 from __future__ import annotations
@@ -13,20 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 from PIL import Image
 
 from localign.data.sources import read_image
 from localign.errors import RunFailure, UserError
-from localign.vlm.data.imageroots import MISSING, ImageRoots, StrPath
+from localign.files import is_inside
+from localign.text.printing import printable
+from localign.vlm.data.dialects import MalformedRecord, ParsedRecord, Record, parse_record
 from localign.vlm.data.jsonrecords import Span, scan
 
-HUMAN = frozenset({"human", "user"})
-ASSISTANT = frozenset({"gpt", "assistant"})
-"""Names of the two roles."""
+StrPath = str | os.PathLike[str]
 
+MISSING = -1
+"""Returned instead of a root's index for an image that no root holds."""
 _NO_IMAGE = -2
 
 LLaVATurn = TypedDict("LLaVATurn", {"from": str, "value": str})
@@ -40,81 +41,103 @@ class LLaVARecord(TypedDict):
     conversations: list[LLaVATurn]
 
 
-@dataclass(frozen=True)
-class Record:
-    """One conversation, about one image or none."""
-
-    id: str
-    image: str | None
-    """Path as written in the file, relative to an image root."""
-    turns: tuple[tuple[str, str], ...]
-    """(question, answer) pairs, at least one."""
-
-
-class MalformedRecord(Exception):
-    """A record is not in LLaVA's format; the message gives the reason on one line."""
+MAX_EXAMPLES = 10
+"""Records named per finding."""
 
 
 @dataclass(frozen=True)
-class ParsedRecord:
-    """A record and its size."""
+class Finding:
+    """The number of records with some property, and the names of the first of them."""
 
-    record: Record
-    words: int
-    """Words, separated by white space, of all turns in the file: the published measure of length."""
-    characters: int
-    """Characters of all (question, answer) pairs."""
-    unanswered: bool
-    """Whether the last question had no answer and was dropped."""
+    count: int
+    first: tuple[str, ...]
 
 
-def parse_record(value: Any) -> ParsedRecord:
-    """Parse a record's JSON object.
+class FindingCounter:
+    """Counts records for a :class:`Finding`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, name: str) -> None:
+        """Count a record."""
+        self.count += 1
+        if self.count <= MAX_EXAMPLES:
+            self.first.append(name)
+
+    def finding(self) -> Finding:
+        """What was counted so far."""
+        return Finding(self.count, tuple(self.first))
+
+
+class ImageRoots:
+    """Folders that are searched for images, in order.
+
+    Args:
+        roots: Folders that the records' paths are relative to. ``PREFIX=FOLDER`` replaces a leading PREFIX of a
+            path by FOLDER: ``coco/train2017=/data/coco`` finds ``coco/train2017/7.jpg`` at ``/data/coco/7.jpg``.
+        allow_outside: Accept absolute paths, and paths with ``..``, that lead to none of the folders.
 
     Raises:
-        MalformedRecord: The object is not in LLaVA's format.
+        UserError: A folder does not exist.
     """
-    if not isinstance(value, dict):
-        raise MalformedRecord("not a JSON object")
-    name = value.get("id")
-    if not isinstance(name, str | int) or isinstance(name, bool):
-        raise MalformedRecord("it has no id" if name is None else "its id is neither a string nor an integer")
-    image = value.get("image")
-    if image is not None and not (isinstance(image, str) and image.strip("/")):
-        raise MalformedRecord("its image is not the path of one file")
-    conversation = value.get("conversations")
-    if not isinstance(conversation, list):
-        raise MalformedRecord("it has no list of conversations")
-    texts = [_turn_text(turn, number) for number, turn in enumerate(conversation)]
-    if len(texts) < 2:
-        raise MalformedRecord("its conversation has no answered question")
-    turns = tuple(zip(texts[0::2], texts[1::2], strict=False))
-    return ParsedRecord(
-        Record(str(name), image, turns),
-        words=sum(len(text.split()) for text in texts),
-        characters=sum(len(question) + len(answer) for question, answer in turns),
-        unanswered=len(texts) % 2 == 1,
-    )
+
+    def __init__(self, roots: Sequence[StrPath], allow_outside: bool = False) -> None:
+        self.roots = [_root(os.fspath(root)) for root in roots]
+        self.allow_outside = allow_outside
+        self._listings: dict[str, frozenset[str]] = {}
+
+    def path(self, image: str, root: int) -> Path:
+        """The path of an image in the root that :meth:`find` returned."""
+        return Path(self._join(image, root))
+
+    def _join(self, image: str, root: int) -> str:  # a str, because a million Path objects are slow
+        prefix, folder = self.roots[root]
+        return os.path.join(folder, image.removeprefix(prefix))
+
+    def leaves(self, image: str) -> bool:
+        """Whether a path leads out of all folders although it may not."""
+        roots = [n for n, (prefix, _) in enumerate(self.roots) if image.startswith(prefix)]
+        return bool(roots) and not any(self._may_read(image, number) for number in roots)
+
+    def _may_read(self, image: str, root: int) -> bool:
+        rest = image.removeprefix(self.roots[root][0])
+        if self.allow_outside or not (os.path.isabs(rest) or ".." in rest):
+            return True
+        path = os.path.join(os.getcwd(), self._join(image, root))
+        return any(is_inside(path, folder) for _, folder in self.roots)
+
+    def find(self, image: str) -> int:
+        """The index of the first root that has the image, or MISSING. Lists each folder once and opens no file."""
+        for number, (prefix, _) in enumerate(self.roots):
+            if image.startswith(prefix) and self._may_read(image, number):
+                folder, name = os.path.split(self._join(image, number))
+                if folder not in self._listings:
+                    self._listings[folder] = _listing(folder)
+                if name in self._listings[folder]:
+                    return number
+        return MISSING
+
+    def forget(self) -> None:
+        """Free the cached folder listings."""
+        self._listings.clear()
 
 
-def _turn_text(turn: Any, number: int) -> str:
-    for key in ("from", "value"):
-        if not isinstance(turn, dict) or key not in turn:
-            raise MalformedRecord(f"turn {number + 1} of its conversation has no {key!r}")
-    role, text = turn["from"], turn["value"]
-    expected = ASSISTANT if number % 2 else HUMAN
-    if not isinstance(role, str) or role not in expected:
-        raise MalformedRecord(f"turn {number + 1} of its conversation is by {role!r}, not {_names(expected)}")
-    if not isinstance(text, str):
-        raise MalformedRecord(f"the value of turn {number + 1} of its conversation is not a string")
-    if text.isascii():
-        return text
-    # JSON can contain half a surrogate pair, which tokenizers refuse.
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+def _root(root: str) -> tuple[str, str]:
+    prefix, equals, folder = root.partition("=")
+    if not equals or os.path.isdir(root):
+        prefix, folder = "", root
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no folder of images {folder}")
+    return prefix.rstrip("/") + "/" if prefix else "", folder
 
 
-def _names(roles: frozenset[str]) -> str:
-    return " or ".join(repr(role) for role in sorted(roles))
+def _listing(folder: str) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except (OSError, ValueError):
+        return frozenset()
 
 
 @dataclass(frozen=True)
@@ -128,7 +151,9 @@ class RecordFile:
 
     def name(self, number: int, record_id: object = None) -> str:
         """A record's file, number and id, for messages."""
-        return f"{self.path}, record {number}" + ("" if record_id is None else f" (id {record_id!r})")
+        return f"{printable(self.path)}, record {number}" + (
+            "" if record_id is None else f" (id {record_id!r:.80})"
+        )
 
 
 class Conversations:
@@ -142,20 +167,28 @@ class Conversations:
         turns: int32 ``(records,)``, number of its (question, answer) pairs.
         has_image: bool ``(records,)``.
         missing: Distinct missing images, whose records were dropped.
-        skipped: Number of dropped records.
+        skipped: Number of records dropped for a missing image.
+        malformed: The malformed records that were dropped.
     """
 
-    def __init__(self, files: Sequence[RecordFile], table: _Table, digest: str) -> None:
+    def __init__(self, files: Sequence[RecordFile], table: _Table, digest: str, malformed: Finding) -> None:
         self._files, self._fingerprint = tuple(files), digest
         self._file, self._number, self._begin, self._end = table.file, table.number, table.begin, table.end
         self._root = table.root
         self.words, self.characters, self.turns = table.words, table.characters, table.turns
         self.has_image = table.root != _NO_IMAGE
         self.missing, self.skipped = table.missing, table.skipped
+        self.malformed = malformed
 
     @classmethod
     def open(
-        cls, paths: Sequence[StrPath], image_roots: Sequence[StrPath] = (), skip_missing: bool = False
+        cls,
+        paths: Sequence[StrPath],
+        image_roots: Sequence[StrPath] = (),
+        *,
+        skip_missing: bool = False,
+        skip_malformed: bool = False,
+        allow_outside: bool = False,
     ) -> Conversations:
         """Read the files once: check every record, and that its image exists.
 
@@ -163,26 +196,29 @@ class Conversations:
             paths: JSON lists or JSON-lines files, concatenated in this order.
             image_roots: See :class:`ImageRoots`; by default paths are relative to the folder of their file.
             skip_missing: Drop records whose image is missing.
+            skip_malformed: Drop records that cannot be read as a conversation.
+            allow_outside: See :class:`ImageRoots`.
 
         Raises:
             UserError: A file is missing, empty or not JSON, a record is malformed, or an image is missing and
-                ``skip_missing`` is False; the line names file, record and id.
+                it may not be dropped; the line names file, record and id.
         """
         if not paths:
             raise UserError("no conversations: give at least one LLaVA-format JSON file")
-        files = open_files(paths, image_roots)
+        files = open_files(paths, image_roots, allow_outside)
         digest = blake2b(digest_size=8)
         builder = _TableBuilder(skip_missing)
+        malformed = FindingCounter()
         for number, file in enumerate(files):
-            for parsed, span in read_records(file, digest):
+            for parsed, span in read_records(file, digest, malformed.add if skip_malformed else None):
                 builder.add(number, file, parsed, span)
         for file in files:
             file.roots.forget()
         if not builder.words:
-            raise UserError(_no_records(paths, builder))
+            raise UserError(_no_records(paths, builder, malformed))
         table = builder.table()
         digest.update(table.number.tobytes())  # dropping records changes the data
-        return cls(files, table, digest.hexdigest())
+        return cls(files, table, digest.hexdigest(), malformed.finding())
 
     def __len__(self) -> int:
         return len(self.words)
@@ -207,7 +243,7 @@ class Conversations:
     def name(self, index: int) -> str:
         """A record's file, number (from 1) and id, for messages."""
         file: RecordFile = self._files[self._file[index]]
-        return file.name(int(self._number[index]), self.record(index).id)
+        return file.name(int(self._number[index]), self.record(index).id or None)
 
     def load_image(self, index: int, image: str) -> Image.Image:
         """Load a record's image as RGB, without applying its EXIF orientation: boxes refer to stored pixels.
@@ -227,13 +263,15 @@ class Conversations:
         return self._fingerprint
 
 
-def open_files(paths: Sequence[StrPath], image_roots: Sequence[StrPath]) -> list[RecordFile]:
+def open_files(
+    paths: Sequence[StrPath], image_roots: Sequence[StrPath], allow_outside: bool = False
+) -> list[RecordFile]:
     """Pair files with their image roots. Raises UserError if a file or a root is missing."""
-    shared = ImageRoots(image_roots) if image_roots else None
+    shared = ImageRoots(image_roots, allow_outside) if image_roots else None
     files = []
     for path in map(Path, paths):
         next(scan(path), None)  # fail on a missing or non-JSON file before reading the files in full
-        files.append(RecordFile(path, shared or ImageRoots([path.parent]), _state(path)))
+        files.append(RecordFile(path, shared or ImageRoots([path.parent], allow_outside), _state(path)))
     return files
 
 
@@ -252,13 +290,23 @@ def read_records(
     """
     for span in scan(file.path, digest):
         try:
-            yield parse_record(span.value), span
+            parsed = parse_record(span.value)
+            _check_inside(parsed.record.image, file.roots)
+            yield parsed, span
         except MalformedRecord as error:
             name = span.value.get("id") if isinstance(span.value, dict) else None
             line = f"{file.name(span.number, name)}: {error}"
             if malformed is None:
                 raise UserError(line) from None
             malformed(line)
+
+
+def _check_inside(image: str | None, roots: ImageRoots) -> None:
+    if image is not None and roots.leaves(image):
+        raise MalformedRecord(
+            f"its image {printable(image)} is outside the image folders; give its folder with --images, or "
+            "--allow-outside"
+        )
 
 
 def _state(path: StrPath | int) -> tuple[int, int]:
@@ -297,7 +345,8 @@ class _TableBuilder:
         root = _NO_IMAGE if record.image is None else file.roots.find(record.image)
         if record.image is not None and root == MISSING:
             self.first_missing = (
-                self.first_missing or f"{record.image} of {file.name(span.number, record.id)}"
+                self.first_missing
+                or f"{printable(record.image)} of {file.name(span.number, record.id or None)}"
             )
             self.missing[record.image] = None
             self.skipped += 1
@@ -320,10 +369,12 @@ class _TableBuilder:
         return _Table(self)
 
 
-def _no_records(paths: Sequence[StrPath], builder: _TableBuilder) -> str:
-    names = ", ".join(map(str, paths))
+def _no_records(paths: Sequence[StrPath], builder: _TableBuilder, malformed: FindingCounter) -> str:
+    names = ", ".join(map(printable, paths))
     if builder.missing:
         return (
             f"all {len(builder.missing)} images of {names} are missing; the first is {builder.first_missing}"
         )
+    if malformed.count:
+        return f"all {malformed.count} records of {names} are malformed; the first is {malformed.first[0]}"
     return f"{names}: no conversations"

@@ -23,6 +23,7 @@ from localign.data.scenes import Scene, SceneConfig, SceneSource
 from localign.errors import UserError, did_you_mean
 from localign.files import fsync_path, replace_text
 from localign.options.names import QuestionKind
+from localign.text.reading import read_json, read_json_object
 from localign.vlm.data.records import LLaVARecord, LLaVATurn
 from localign.vlm.data.scene_questions import KINDS, Box, SceneQuestion, make_questions
 
@@ -131,17 +132,17 @@ def read_questions(path: str | Path) -> list[DatasetQuestion]:
         UserError: The file is missing or is no file of questions about scenes.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"there is no file of questions {path}")
     try:
-        records: list[SceneRecord] = json.loads(path.read_text(encoding="utf-8"))
+        records: list[SceneRecord] = read_json(path)
         return [
             DatasetQuestion(f"{record['id']}-{turn}", path.parent / record["image"], question)
             for record in records
             for turn, question in enumerate(_questions_in(record))
         ]
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file of questions {path}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no file of questions about scenes: {error!r}") from error
+        raise UserError(f"{path} is no file of questions about scenes: {error!r:.200}") from error
 
 
 def _check(scenes: int, questions_per_scene: int, kinds: Sequence[str]) -> None:
@@ -166,10 +167,7 @@ def _claim(folder: Path, settings: Mapping[str, object]) -> None:
             raise UserError(f"{folder} holds questions but no {SETTINGS_FILE}; give another folder")
         replace_text(path, json.dumps(settings, indent=1) + "\n")
         return
-    try:
-        saved: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
+    saved = read_json_object(path)
     changed = [name for name in settings if saved.get(name) != settings[name]]
     if changed:
         listed = "; ".join(f"{name}: {saved.get(name)!r} there, {settings[name]!r} now" for name in changed)

@@ -8,7 +8,8 @@ import torch
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from localign.errors import UserError
-from localign.vlm.data.prompts import IMAGE_MARK, prompt_format
+from localign.vlm.data.dialects import IMAGE_MARK
+from localign.vlm.data.prompts import prompt_format
 
 PAD_TOKEN = "<PAD>"
 ROWS_MULTIPLE = 64

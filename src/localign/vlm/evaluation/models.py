@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from huggingface_hub import hf_hub_download
 
 from localign.backbones.export import CONFIG_FILE
 from localign.errors import UserError
+from localign.text.reading import read_json_object
 from localign.vlm.evaluation.localign_model import LocalignModel
 from localign.vlm.evaluation.model_base import LazyModel, load_part
 from localign.vlm.evaluation.transformers_model import TransformersModel
@@ -107,8 +107,4 @@ def _config(name: str) -> dict[str, Any]:
     folder = export_folder(name)
     if folder is None:
         return {}
-    try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG_FILE} cannot be read: {error}") from None
-    return content if isinstance(content, dict) else {}
+    return read_json_object(folder / CONFIG_FILE)

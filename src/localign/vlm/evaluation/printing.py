@@ -35,9 +35,11 @@ WIDTH = 150
 
 
 def print_results(outcomes: Mapping[str, BenchmarkOutcome]) -> None:
-    """Print the table of headline metrics and the notes that belong beside them."""
+    """Print the table of headline metrics, the editions of the questions, and the notes that belong beside them."""
     console(WIDTH).print(results_table(outcomes))
     for name, outcome in outcomes.items():
+        if outcome["edition"]:
+            print(f"edition    {name}: {outcome['edition']}")
         for note in notes_of(name, outcome):
             print(f"note       {printable(note)}")
 

@@ -11,6 +11,8 @@ from typing import Any, TypedDict
 
 from localign.errors import UserError
 from localign.files import replacing
+from localign.text.printing import printable
+from localign.text.reading import json_lines
 from localign.vlm.benchmarks.table import benchmark, benchmark_class
 from localign.vlm.scoring.base import Benchmark, QuestionSet
 from localign.vlm.scoring.boxes import BoxFrame
@@ -60,6 +62,9 @@ class OutcomeFacts(TypedDict):
     """Answers that hold nothing to score."""
     headline: list[str]
     """The metrics that represent the benchmark in tables."""
+    edition: str
+    """Digest of the question files, see :func:`~localign.vlm.scoring.base.edition_of`; empty in results of versions
+    that did not record it."""
 
 
 class BenchmarkOutcome(OutcomeFacts):
@@ -95,6 +100,8 @@ class ScoredAnswers:
     """Maximum number of questions per split."""
     notes: tuple[str, ...]
     """Differences of the data from the official data."""
+    edition: str
+    """Digest of the question files; empty where it is not known."""
 
 
 def with_scoring(name: str, scoring: str) -> Benchmark:
@@ -125,7 +132,7 @@ def score_answers(
         _record(suite, question, answer, prompt)
         for question, answer, prompt in zip(data.questions, answers, prompts, strict=True)
     ]
-    return ScoredAnswers(suite, records, data.limit, data.deviations)
+    return ScoredAnswers(suite, records, data.limit, data.deviations, data.edition)
 
 
 def rescore_answers(records: Sequence[AnswerRecord], scoring: str, outcome: OutcomeFacts) -> ScoredAnswers:
@@ -147,7 +154,9 @@ def rescore_answers(records: Sequence[AnswerRecord], scoring: str, outcome: Outc
             f"{suite.version}; run `localign vlm eval` again"
         )
     rescored = [_record(suite, _question(record), _answer(record), record["prompt"]) for record in records]
-    return ScoredAnswers(suite, rescored, outcome["limit"], tuple(outcome["notes"]))
+    return ScoredAnswers(
+        suite, rescored, outcome["limit"], tuple(outcome["notes"]), outcome.get("edition", "")
+    )
 
 
 def _record(suite: Benchmark, question: Question, answer: Answer, prompt: str) -> AnswerRecord:
@@ -216,6 +225,7 @@ def facts_of(scored: ScoredAnswers, metrics: Collection[str]) -> OutcomeFacts:
         "notes": list(scored.notes),
         "invalid": sum(map(invalid, records)),
         "headline": [name for name in suite.headline if name in metrics],
+        "edition": scored.edition,
     }
 
 
@@ -250,31 +260,34 @@ def read_answers(path: Path) -> dict[str, list[AnswerRecord]]:
     Raises:
         UserError: The file is missing, or localign did not write it.
     """
+    if not path.exists():
+        raise UserError(f"there is no file {printable(path)}; `localign vlm eval` writes it")
     found: dict[str, list[AnswerRecord]] = {}
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                record = _parse(line, f"{path}, line {number}")
-                found.setdefault(record["benchmark"], []).append(record)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}; `localign vlm eval` writes it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    for number, value in json_lines(path):
+        record = _checked(value, f"{printable(path)}, line {number}")
+        found.setdefault(record["benchmark"], []).append(record)
     return found
 
 
-def _parse(line: str, where: str) -> AnswerRecord:
-    try:
-        record: Any = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}, is not valid JSON: {error}") from None
-    if not isinstance(record, dict) or not record.keys() >= _FIELDS:
+def _checked(record: Any, where: str) -> AnswerRecord:
+    if not isinstance(record, dict) or not record.keys() >= _FIELDS.keys():
         raise UserError(f"{where}, is not an answer that localign wrote")
-    checked: AnswerRecord = record  # type: ignore[assignment]  # the values have the types that write_answers wrote
+    for name, kinds in _FIELDS.items():
+        if not isinstance(record[name], kinds) or (isinstance(record[name], bool) and bool not in kinds):
+            raise UserError(f"{where}, is not an answer that localign wrote: {name} is {record[name]!r:.60}")
+    checked: AnswerRecord = record  # type: ignore[assignment]  # the inner values are those that write_answers wrote
     return checked
 
 
-_FIELDS = {
-    *("benchmark", "version", "id", "image", "split", "message", "prompt"),
-    *("choices", "payload", "answer", "frame", "score", "parsed", "truth"),
+_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("benchmark", "id", "image", "split", "message", "prompt"), (str,)),
+    "version": (int,),
+    "choices": (list,),
+    "payload": (dict,),
+    "answer": (str, list),
+    "frame": (str, type(None)),
+    "score": (int, float),
+    "parsed": (str, list, type(None)),
+    "truth": (str, list),
 }
+"""Fields of every line, and the types of their values."""

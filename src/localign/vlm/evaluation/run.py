@@ -46,7 +46,15 @@ def run_eval(config: EvalConfig) -> None:
     with distributed_context(config.device) as ranks:
         frame = frame_of(config)
         suites = [
-            (suite, suite.read(config.data, limit=config.limit, allow_partial=config.allow_partial))
+            (
+                suite,
+                suite.read(
+                    config.data,
+                    limit=config.limit,
+                    allow_partial=config.allow_partial,
+                    allow_outside=config.allow_outside,
+                ),
+            )
             for suite in [with_scoring(name, config.scoring) for name in config.benchmarks]
         ]
         model = model_of(config, ranks, frame)

@@ -101,6 +101,7 @@ def _our_task(manager: Any, name: str, config: EvalConfig, model: LazyModel) -> 
         "root": config.data,
         "limit": config.limit,
         "allow_partial": config.allow_partial,
+        "allow_outside": config.allow_outside,
         "scoring": config.scoring,
         "boxes": None if model.frame is None else str(model.frame),
     }

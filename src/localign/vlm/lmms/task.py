@@ -36,8 +36,8 @@ class BenchmarkTask(ConfigurableTask):
     Args:
         config: The content of the YAML file. Its ``dataset_kwargs`` may hold ``root`` (the data root; default the
             environment variable ``LOCALIGN_DATA``), ``limit`` (maximum number of questions per split),
-            ``allow_partial``, ``scoring`` and ``boxes`` (the frame of coordinates in answers), as for
-            ``localign vlm eval``.
+            ``allow_partial``, ``allow_outside``, ``scoring`` and ``boxes`` (the frame of coordinates in answers), as
+            for ``localign vlm eval``.
 
     Raises:
         UserError: Data or options are wrong.
@@ -75,7 +75,10 @@ class BenchmarkTask(ConfigurableTask):
         self.suite = with_scoring(self.config.task, options.get("scoring", "default"))
         self._frame = None if options.get("boxes") is None else BoxFrame.parse(options["boxes"])
         self.data = self.suite.read(
-            root, limit=options.get("limit"), allow_partial=options.get("allow_partial", False)
+            root,
+            limit=options.get("limit"),
+            allow_partial=options.get("allow_partial", False),
+            allow_outside=options.get("allow_outside", False),
         )
         # The names of the metrics do not depend on the answers, but metrics() needs at least one answer.
         first = self.data.questions[0]

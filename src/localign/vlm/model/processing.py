@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from localign.errors import UserError
+from localign.vlm.data.dialects import IMAGE_MARK
 from localign.vlm.data.images import ImageTransform, open_image
-from localign.vlm.data.prompts import IMAGE_MARK, Prompt, PromptFormat, prompt_format
+from localign.vlm.data.prompts import Prompt, PromptFormat, prompt_format
 from localign.vlm.data.vocabulary import image_token_id
 from localign.vlm.model.modeling import LocalignVLM
 

@@ -7,6 +7,7 @@ parts that all benchmarks share: the order of questions, subsets, checks of coun
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import random
 from abc import ABC, abstractmethod
@@ -18,7 +19,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from localign.errors import RunFailure, UserError
+from localign.files import is_inside
 from localign.statistics.resampling import Statistic
+from localign.text.printing import printable
+from localign.text.reading import read_bytes
 from localign.vlm.scoring.metrics import percent
 from localign.vlm.scoring.questions import Answer, AnswerScore, Question, Sample
 
@@ -44,6 +48,8 @@ class QuestionSet:
     """Differences of the data from the official data, one line each; shown beside every metric."""
     allow_partial: bool = False
     """Whether the data may differ."""
+    edition: str = ""
+    """Digest of the files that hold the questions, see :func:`edition_of`."""
 
 
 class Benchmark(ABC):
@@ -79,6 +85,10 @@ class Benchmark(ABC):
     # -- what each benchmark defines ----------------------------------------------------------------------------
 
     @abstractmethod
+    def files(self, root: Path) -> Sequence[Path]:
+        """The files below the data root that hold the questions, in a fixed order."""
+
+    @abstractmethod
     def questions(self, root: Path) -> Iterable[Question]:
         """All questions in the order of the files below the data root. Their images need not exist.
 
@@ -101,7 +111,12 @@ class Benchmark(ABC):
     # -- what all benchmarks share ------------------------------------------------------------------------------
 
     def read(
-        self, root: str | os.PathLike[str], *, limit: int | None = None, allow_partial: bool = False
+        self,
+        root: str | os.PathLike[str],
+        *,
+        limit: int | None = None,
+        allow_partial: bool = False,
+        allow_outside: bool = False,
     ) -> QuestionSet:
         """Read the questions in the published order, and check their number and their images.
 
@@ -110,16 +125,19 @@ class Benchmark(ABC):
             limit: Maximum number of questions per split. A smaller subset is part of every larger one.
             allow_partial: Accept a number of questions that differs from the official one, leave out questions whose
                 image is missing, and note both in the result.
+            allow_outside: Accept image paths, absolute or with ``..``, that lead out of the data root.
 
         Raises:
-            UserError: A file is missing or damaged, an id occurs twice, or the data are partial without
-                ``allow_partial``.
+            UserError: A file is missing or damaged, an id occurs twice, the data are partial without
+                ``allow_partial``, or an image is outside the data root without ``allow_outside``.
         """
         if limit is not None and limit < 1:
             raise UserError(f"the limit of questions per split must be at least 1, not {limit}")
         with _garbage_collection_paused():
             found = list(self.questions(Path(root)))
         self._check_ids(found)
+        if not allow_outside:
+            self._check_inside(found, os.fspath(root))
         deviations = self._count_deviations(found)
         found = subset(published_order(found), limit)
         with_image, without = _split_by_image(found)
@@ -131,7 +149,8 @@ class Benchmark(ABC):
         self._check_complete(deviations, allow_partial)
         if not with_image:
             raise UserError(f"no question of {self.name} has its image below {root}")
-        return QuestionSet(self.complete(with_image), limit, tuple(deviations), allow_partial)
+        edition = edition_of(self.files(Path(root)))
+        return QuestionSet(self.complete(with_image), limit, tuple(deviations), allow_partial, edition)
 
     def without_unreadable(self, data: QuestionSet, unreadable: Collection[str]) -> QuestionSet:
         """The questions whose image could be decoded.
@@ -185,6 +204,17 @@ class Benchmark(ABC):
             duplicate, _ = Counter(question.id for question in questions).most_common(1)[0]
             raise UserError(f"the files of {self.name} hold the question {duplicate} more than once")
 
+    def _check_inside(self, questions: Sequence[Question], root: str) -> None:
+        here, start = os.getcwd(), os.path.join(root, "")
+        for image in {question.image for question in questions}:
+            rest = image.removeprefix(start)
+            unsafe = ".." in rest or os.path.isabs(rest)
+            if unsafe and not is_inside(os.path.join(here, start, rest), root):
+                raise UserError(
+                    f"the files of {self.name} name the image {printable(image)}, which is outside the data root "
+                    f"{printable(root)} (--allow-outside accepts this)"
+                )
+
     def _count_deviations(self, questions: Sequence[Question]) -> list[str]:
         counts = Counter(question.split for question in questions)
         counts[TOTAL] = len(questions)
@@ -209,6 +239,17 @@ def _garbage_collection_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def edition_of(files: Iterable[Path]) -> str:
+    """The edition of a benchmark's question files: the first 16 digits of the SHA-256 of all files, one after another.
+
+    ``cat FILE ... | sha256sum`` gives the same digits.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(read_bytes(path))
+    return digest.hexdigest()[:16]
 
 
 def published_order(questions: Sequence[Question]) -> list[Question]:

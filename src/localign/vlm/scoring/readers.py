@@ -2,69 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import io
+import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from localign.data.decoding import UnreadableImage, orientation_of, read_bytes, stored_size
+from localign.data.decoding import UnreadableImage, orientation_of, stored_size
+from localign.data.decoding import read_bytes as read_image_bytes
 from localign.errors import UserError
 from localign.text.printing import printable
+from localign.text.reading import parse_json, parsed_lines, read_bytes, read_text
 
 T = TypeVar("T")
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file.
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads numbers, strings and containers of them, and refuses pickles that name a class or function.
 
-    Raises:
-        UserError: The file is missing or cannot be read.
+    It is the one in Python, whose memo is a dict. The one in C has an array as long as the largest index, which eight
+    bytes make 2.5 GB.
     """
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def read_json(path: Path, compact: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: The file.
-        compact: Called with every object as soon as it is parsed, innermost first; its result replaces the object.
-            This keeps the memory for large files small.
-
-    Raises:
-        UserError: The file is missing or not JSON.
-    """
-    text = read_text(path)
-    try:
-        return json.loads(text, object_hook=compact)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-
-
-def read_json_lines(path: Path) -> list[Any]:
-    """Read a file with one JSON value per line; empty lines are skipped.
-
-    Raises:
-        UserError: The file is missing, or a line is not JSON.
-    """
-    values = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                values.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}, is not valid JSON: {error}") from None
-    return values
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers of them, and refuses pickles that name a class or function."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it would run {module}.{name}")
@@ -78,14 +37,12 @@ def read_pickle(path: Path) -> Any:
     Raises:
         UserError: The file is missing, damaged, or holds anything but plain values.
     """
+    content = read_bytes(path)
     try:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file, encoding="utf-8").load()
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
+        return _PlainUnpickler(io.BytesIO(content), encoding="utf-8").load()
     except Exception as error:  # a damaged pickle raises nearly anything
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is not a pickle of plain values: {cause}") from None
+        cause = printable(" ".join(str(error).split()) or type(error).__name__)
+        raise UserError(f"{printable(path)} is not a pickle of plain values: {cause}") from None
 
 
 def as_list(value: Any, where: object) -> list[Any]:
@@ -107,11 +64,11 @@ def field(record: Any, name: str, kind: type[T], where: object) -> T:
             ``where``.
     """
     if not isinstance(record, dict):
-        raise UserError(f"{where} is {type(record).__name__}, not an object with fields")
+        raise UserError(f"{printable(where)} is {type(record).__name__}, not an object with fields")
     value = record.get(name)
     if not isinstance(value, kind):
         problem = f"is {value!r:.60}, not {kind.__name__}" if name in record else "is missing"
-        raise UserError(f"{where}: the field {name!r} {problem}")
+        raise UserError(f"{printable(where)}: the field {name!r} {problem}")
     return value
 
 
@@ -132,10 +89,43 @@ def four_numbers(value: Any, name: str, where: object) -> tuple[float, float, fl
     Raises:
         UserError: It is not; the line names ``where``.
     """
-    if not isinstance(value, list) or len(value) != 4 or not all(isinstance(c, int | float) for c in value):
+    if not isinstance(value, list) or len(value) != 4 or not all(map(_is_finite, value)):
         raise UserError(f"{where}: the field {name!r} is {value!r:.60}, not four numbers")
     x1, y1, x2, y2 = (float(c) for c in value)
     return x1, y1, x2, y2
+
+
+def _is_finite(value: Any) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of float
+        return False
+
+
+def zero_or_one(record: Any, name: str, where: object) -> int:
+    """A field of a record that is 0 or 1, or false or true.
+
+    Raises:
+        UserError: It is something else; the line names ``where``.
+    """
+    value = field(record, name, int, where)
+    if value not in (0, 1):
+        raise UserError(f"{where}: the field {name!r} must be 0 or 1, not {value!r:.60}")
+    return int(value)
+
+
+def records_of(path: Path) -> list[Any]:
+    """The records of a file: a JSON list, or JSON lines.
+
+    Raises:
+        UserError: The file is missing, or is neither.
+    """
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        return as_list(parse_json(text, path), path)
+    return [record for _, record in parsed_lines(text, path)]
 
 
 class StoredImage(NamedTuple):
@@ -169,7 +159,7 @@ def stored_image(path: str) -> StoredImage:
     """
     name = printable(path)
     try:
-        data = read_bytes(path, name)
+        data = read_image_bytes(path, name)
         _, width, height = stored_size(data, name)
         return StoredImage(width, height, orientation_of(data, name))
     except UnreadableImage as error:

@@ -18,6 +18,7 @@ from localign.cli import main, parse
 from localign.errors import UserError
 from localign.recipes import read_recipe, recipe_names
 from localign.statistics.paired import interval_over_seeds
+from localign.vlm.benchmarks.pope import POPE
 from localign.vlm.evaluation.compare.charts import comparison_drawings
 from localign.vlm.evaluation.compare.comparison import Comparison, compare
 from localign.vlm.evaluation.compare.panels import ComparedModel, PanelModel, parse_models
@@ -390,3 +391,17 @@ def test_models_of_different_questions_are_not_compared(
     evaluate(ScriptedModel(), others, tmp_path / "others", ALONE, 8)
     said = refused(capsys, f"a={scripted / 'less'} b={tmp_path / 'others'}")
     assert "no benchmark was answered by two of the models" in said
+
+
+def test_editions_with_the_same_ids_and_other_questions_are_not_compared(
+    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suites(tmp_path / "data", "pope")
+    file = tmp_path / "data" / "download" / "pope" / "coco_pope_popular.json"
+    file.write_text(file.read_text().replace("Is there", "Can you see", 1))
+    other = [(POPE(), POPE().read(tmp_path / "data", allow_partial=True))]
+    evaluate(ScriptedModel(), other, tmp_path / "other", ALONE, 8)
+    said = refused(capsys, f"a={scripted / 'a1'} b={tmp_path / 'other'}")
+    editions = [results(*place)["pope"]["edition"] for place in ((scripted, "a1"), (tmp_path, "other"))]
+    assert "different questions under the same ids" in said
+    assert f"editions {editions[0]} and {editions[1]}" in said

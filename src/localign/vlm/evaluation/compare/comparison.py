@@ -161,6 +161,11 @@ def _check_same_questions(where: str, first: RunSummary, second: RunSummary) -> 
         check_same_questions(first.scores, second.scores)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    if first.asked != second.asked:
+        raise UserError(
+            f"{where}: the models answered different questions under the same ids; the question files are of the "
+            f"editions {first.facts['edition'] or 'unknown'} and {second.facts['edition'] or 'unknown'}"
+        )
 
 
 # -- one benchmark -------------------------------------------------------------------------------------------

@@ -5,11 +5,14 @@ The answers of one model take about a gigabyte, and a comparison may have twenty
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from localign.statistics.resampling import ResampledMetrics, mean_metrics
-from localign.vlm.evaluation.results import OutcomeFacts, ScoredAnswers, facts_of
+from localign.vlm.evaluation.results import AnswerRecord, OutcomeFacts, ScoredAnswers, facts_of
 from localign.vlm.scoring.intervals import resampled_metrics
 
 
@@ -22,13 +25,23 @@ class RunSummary:
     """Percent."""
     scores: Mapping[str, float]
     """By question id, 0..1."""
+    asked: str
+    """Digest of the questions and their right answers, independent of their order and of the images' folder."""
 
 
 def summarise_run(scored: ScoredAnswers) -> RunSummary:
     """Compute all metrics, on the images as they are and on resampled images."""
     metrics = resampled_metrics(scored.benchmark, scored.records)
     scores = {record["id"]: record["score"] for record in scored.records}
-    return RunSummary(facts_of(scored, metrics.values), metrics, scores)
+    return RunSummary(facts_of(scored, metrics.values), metrics, scores, _asked(scored.records))
+
+
+def _asked(records: Sequence[AnswerRecord]) -> str:
+    digest = blake2b(digest_size=16)
+    for record in sorted(records, key=lambda record: record["id"]):
+        image = os.path.basename(record["image"])
+        digest.update(json.dumps([record["id"], image, record["message"], record["truth"]]).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
