@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from localign.backbones.attention import apply_soft_cap
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
+from localign.weights import pixel_statistics
 
 FAMILIES = (VisionTransformer, Eva, Beit)
 FinalNorm = Literal["norm", "fc_norm", "none"]
@@ -36,7 +37,8 @@ class Backbone(nn.Module):
             identity in models that normalise after pooling. Aligned models of that kind use ``"fc_norm"``.
 
     Raises:
-        UserError: The model is of another family or has an unsupported structure.
+        UserError: The model is of another family or has an unsupported structure, or the pixel statistics are no
+            usable numbers.
     """
 
     vit: Any
@@ -64,8 +66,7 @@ class Backbone(nn.Module):
         self.name = name
         self.architecture = architecture
         self.model_kwargs = dict(model_kwargs or {})
-        self.mean: tuple[float, ...] = tuple(float(m) for m in mean)
-        self.std: tuple[float, ...] = tuple(float(s) for s in std)
+        self.mean, self.std = pixel_statistics(mean, "mean", name), pixel_statistics(std, "std", name)
         self.soft_cap = soft_cap
         self.attention = attention
         self.final_norm = final_norm

@@ -14,16 +14,18 @@ from torch import nn
 
 from localign import rng
 from localign.backbones.backbone import Backbone
+from localign.backbones.building import REMOTE, build_vit
 from localign.backbones.export import CONFIG_FILE, export_folder, load_backbone
 from localign.backbones.moco import read_moco_v3
-from localign.backbones.weights import read_state_dict
+from localign.backbones.weights import StateDict, common_prefixes, read_state_dict
+from localign.engine.log import say
 from localign.errors import UserError, did_you_mean
 from localign.options.names import EMBEDDED, AttentionBackend
 from localign.recipes.catalogue import CATALOGUE
-from localign.weights import load_strict
+from localign.text.printing import printable
+from localign.weights import check_finite, check_fit, load_strict, without_ignored
 
 """The small backbone inside the package, pre-trained on scenes with image-level supervision."""
-_REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
 # Weight files may have a classifier; a backbone has none.
 _CLASSIFIER = ("head.", "head_dist.", "fc.")
 
@@ -56,7 +58,7 @@ def create_backbone(
             downloaded.
     """
     kwargs = dict(model_kwargs or {})
-    exported = (Path(name) / CONFIG_FILE).is_file() and not name.startswith(_REMOTE)
+    exported = (Path(name) / CONFIG_FILE).is_file() and not name.startswith(REMOTE)
     if name == EMBEDDED or exported:
         if kwargs or image_size or weights != "pretrained":
             raise UserError(
@@ -69,7 +71,7 @@ def create_backbone(
         image_size = entry.image_size
     if image_size is not None:
         kwargs["img_size"] = image_size
-    if not name.startswith(_REMOTE):
+    if not name.startswith(REMOTE):
         _check_timm_name(architecture)
     if entry and entry.loader == "moco-v3" and weights == "pretrained":
         raise UserError(
@@ -80,7 +82,7 @@ def create_backbone(
     if weights not in ("pretrained", "none"):
         moco = entry is not None and entry.loader == "moco-v3"
         _load_weight_file(vit, Path(weights), moco=moco)
-    if name.startswith(_REMOTE):  # store everything that a rebuild needs, as the folder may move
+    if name.startswith(REMOTE):  # store everything that a rebuild needs, as the folder may move
         architecture = vit.pretrained_cfg["architecture"]
         kwargs = {**_saved_arguments(vit), **kwargs, "img_size": vit.patch_embed.img_size}
     return backbone_of(vit, name=name, architecture=architecture, model_kwargs=kwargs, attention=attention)
@@ -121,30 +123,6 @@ def backbone_of(
     ).eval()
 
 
-def build_vit(architecture: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> Any:
-    """Build a timm model without a classifier.
-
-    Raises:
-        UserError: timm does not accept an argument, or the weights cannot be downloaded.
-    """
-    try:
-        return timm.create_model(architecture, pretrained=pretrained, num_classes=0, **kwargs)
-    except TypeError as error:
-        raise UserError(f"{architecture}: {error}") from error
-    except AssertionError as error:
-        raise UserError(f"{architecture} with {dict(kwargs)}: {error}") from error
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if architecture.startswith(_REMOTE):
-            raise UserError(f"{architecture} cannot be downloaded or built: {reason}") from error
-        if not pretrained:
-            raise
-        raise UserError(
-            f"the weights of {architecture} cannot be downloaded ({reason}); "
-            "give a file with --weights FILE, or --weights none for random weights"
-        ) from error
-
-
 def _check_timm_name(name: str) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -162,14 +140,68 @@ def _check_timm_name(name: str) -> None:
 
 def _load_weight_file(vit: nn.Module, path: Path, *, moco: bool) -> None:
     state = read_moco_v3(path) if moco else read_state_dict(path)
-    # timm converts original formats (OpenAI CLIP, DINOv2, ...) and resizes position embeddings.
+    prefix, fitting = _without_prefix(vit, state, path)
+    if prefix:
+        used = sum(name.startswith(prefix) for name in state)
+        say(f"{printable(path.name)}: the {used} of {len(state)} tensors below {printable(prefix)} are used")
+    load_strict(vit, fitting, path, ignore=_CLASSIFIER)
+    check_finite(vit.state_dict(), path)
+
+
+def _without_prefix(vit: nn.Module, state: StateDict, path: Path) -> tuple[str, StateDict]:
+    """The prefix without which the names and shapes of a file's tensors fit, and these tensors.
+
+    Wrappers put their names before a model's: ``teacher.backbone.``, ``visual.trunk.``. Of several that fit, the
+    averaged weights of a teacher are taken.
+
+    Raises:
+        UserError: Nothing fits (the line is about the prefix that fits best), or several models fit.
+    """
+    wanted = vit.state_dict().keys()
+    fits: dict[str, StateDict] = {}
+    errors: dict[str, tuple[int, UserError]] = {}
+    for prefix in ("", *common_prefixes(state, len(wanted) // 2)):
+        if any(prefix.startswith(shorter) for shorter in fits):
+            continue
+        part = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        try:
+            fits[prefix] = _converted(vit, part, path)
+        except UserError as error:
+            errors[prefix] = len(wanted & part.keys()), error
+    if len(fits) > 1:
+        averaged = [prefix for prefix in fits if "teacher" in prefix or "ema" in prefix]
+        if len(averaged) != 1:
+            raise UserError(
+                f"{printable(path)} holds several models that fit, below {', '.join(map(printable, fits))}; keep one"
+            )
+        return averaged[0], fits[averaged[0]]
+    if not fits:
+        raise max(errors.values(), key=lambda pair: pair[0])[1]
+    return next(iter(fits.items()))
+
+
+def _converted(vit: nn.Module, state: StateDict, path: Path) -> StateDict:
+    """Tensors that fit the model. timm converts original formats (OpenAI CLIP, ...) and resizes position embeddings.
+
+    Raises:
+        UserError: They do not fit.
+    """
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
         try:
             state = convert(state, vit)
-        except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
-            raise UserError(f"{path} does not fit {type(vit).__name__}: {error!r}") from error
-    load_strict(vit, state, path, ignore=_CLASSIFIER)
+        except (
+            KeyError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            AssertionError,
+        ) as error:
+            raise UserError(f"{path} does not fit {type(vit).__name__}: {printable(repr(error))}") from error
+    check_fit(vit, without_ignored(vit, state, _CLASSIFIER), path)
+    return state
 
 
 def open_backbone(path_or_name: str | Path, **options: Any) -> Backbone:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from localign.engine.checkpoints.checksums import check_files, files_info, read_sealed
-from localign.engine.checkpoints.state import STATE_FILE, SavedState, state_text
+from localign.engine.checkpoints.state import STATE_FILE, SavedState, check_types, is_best, state_text
 from localign.engine.optim.build import state_names
 from localign.errors import UserError
 from localign.files import replace_text, replacing_folder
@@ -133,8 +133,7 @@ class Checkpoints:
             best = json.loads((self.folder / BEST_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        is_mark = isinstance(best, dict) and isinstance(best.get("step"), int)
-        return cast(BestCheckpoint, best) if is_mark else None
+        return cast(BestCheckpoint, best) if is_best(best) else None
 
     def _prune(self) -> None:
         best, steps = self.best(), self.steps()
@@ -183,7 +182,9 @@ class Checkpoints:
         """
         path = self.path(step)
         with reading(path), _naming(STATE_FILE):
-            return cast(SavedState, read_sealed((path / STATE_FILE).read_text(encoding="utf-8")))
+            state = read_sealed((path / STATE_FILE).read_text(encoding="utf-8"))
+            check_types(state)
+            return cast(SavedState, state)
 
     def load(self, step: int) -> CheckpointContent:
         """Verify a checkpoint and read it.

@@ -12,11 +12,13 @@ from huggingface_hub import hf_hub_download
 
 from localign.backbones.export import CONFIG_FILE
 from localign.errors import UserError
+from localign.text.printing import printable
 from localign.vlm.evaluation.localign_model import LocalignModel
-from localign.vlm.evaluation.model_base import LazyModel, load_part
+from localign.vlm.evaluation.model_base import LazyModel
 from localign.vlm.evaluation.transformers_model import TransformersModel
 from localign.vlm.model.build import export_folder
 from localign.vlm.model.configuration import LocalignVLMConfig
+from localign.vlm.model.loading import first_line
 from localign.vlm.scoring.boxes import BoxFrame
 
 _BLOCK_BYTES = 2**24
@@ -69,7 +71,10 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
     if Path(name).exists():
         raise UserError(f"{name} does not hold a model: it has no {CONFIG_FILE}")
     # The cache keeps a file in a folder that is named by its commit.
-    path = Path(load_part(name, hf_hub_download, name, CONFIG_FILE, revision=revision))
+    try:
+        path = Path(hf_hub_download(name, CONFIG_FILE, revision=revision))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load the model {printable(name)}: {first_line(error)}") from None
     return path.parent.name
 
 

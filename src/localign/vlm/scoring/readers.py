@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from typing import Any, NoReturn, TypeVar
 from PIL import Image
 
 from localign.errors import UserError
+from localign.text.printing import printable
+from localign.text.reading import read_bytes
 
 T = TypeVar("T")
 
@@ -63,8 +66,12 @@ def read_json_lines(path: Path) -> list[Any]:
     return values
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers of them, and refuses pickles that name a class or function."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads numbers, strings and containers of them, and refuses pickles that name a class or function.
+
+    It is the one in Python, whose memo is a dict. The one in C has an array as long as the largest index, which eight
+    bytes make 2.5 GB.
+    """
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it would run {module}.{name}")
@@ -78,14 +85,12 @@ def read_pickle(path: Path) -> Any:
     Raises:
         UserError: The file is missing, damaged, or holds anything but plain values.
     """
+    content = read_bytes(path)
     try:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file, encoding="utf-8").load()
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
+        return _PlainUnpickler(io.BytesIO(content), encoding="utf-8").load()
     except Exception as error:  # a damaged pickle raises nearly anything
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is not a pickle of plain values: {cause}") from None
+        cause = printable(" ".join(str(error).split()) or type(error).__name__)
+        raise UserError(f"{printable(path)} is not a pickle of plain values: {cause}") from None
 
 
 def as_list(value: Any, where: object) -> list[Any]:
