@@ -229,3 +229,79 @@ def test_a_hostile_decoder_is_one_line(
     config["localign"]["decoder"] |= change
     (folder / "config.json").write_text(json.dumps(config))
     one_line(lambda: load_student(folder))
+
+
+LOCAL: dict[str, dict[str, Any]] = {
+    "remote architecture": {"architecture": "hf-hub:timm/vit_tiny_patch16_224"},
+    "no architecture": {"architecture": None},
+    "pickle": {"model_args": {"checkpoint_path": "/tmp/x.pth"}},
+    "overlay": {"model_args": {"pretrained_cfg_overlay": {"url": "http://127.0.0.1:9/x.pth"}}},
+    "huge": {"model_args": {"embed_dim": 10**12}},
+    "deep": {"model_args": {"depth": 10**9}},
+    "list": {"model_args": [1]},
+    "code": {"pretrained_cfg": {"custom_load": "hf"}},
+    "tensors": {"pretrained_cfg": {"state_dict": {"a": 1}}},
+    "text": {"pretrained_cfg": "x"},
+}
+
+
+@pytest.mark.parametrize("case", LOCAL)
+def test_a_hostile_folder_of_timm_is_one_line(
+    exports: dict[str, Path], tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError(f"reached out: {arguments}")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    folder = copy(exports["backbone"], tmp_path / "x")
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in LOCAL[case].items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(config))
+    one_line(lambda: create_backbone(f"local-dir:{folder}"), "config.json")
+
+
+def test_a_folder_of_timm_is_read(exports: dict[str, Path]) -> None:
+    backbone = create_backbone(f"local-dir:{exports['backbone']}")
+    assert torch.equal(backbone.vit.pos_embed, load_backbone(exports["backbone"]).vit.pos_embed)
+
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "unknown": {"model_kwargs": {"widht": 3}},
+    "pickle": {"model_kwargs": {"checkpoint_path": "x.pth"}},
+    "overlay": {"model_kwargs": {"pretrained_cfg_overlay": {"url": "http://127.0.0.1:9"}}},
+    "wide": {"model_kwargs": {"embed_dim": 1e12}},
+    "not finite": {"model_kwargs": {"embed_dim": math.nan}},
+    "memory": {"model_kwargs": {"embed_dim": 60_000, "num_heads": 6, "depth": 1000}},
+    "image": {"image_size": 10**9},
+    "tokens": {"image_size": 65_000, "model_kwargs": {"patch_size": 1}},
+    "no patch": {"model_kwargs": {"patch_size": 0}},
+    "no heads": {"model_kwargs": {"num_heads": 0}},
+    "negative": {"image_size": -32},
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_absurd_arguments_are_one_line_before_memory_is_taken(case: str) -> None:
+    one_line(lambda: create_backbone("vit_tiny_patch16_224", weights="none", **ARGUMENTS[case]))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "nearest"),
+    [
+        ("vit_small_patch16_dinov3", 100, "96 or 112"),
+        ("vit_small_patch16_dinov3", (96, 100), "96 or 112"),
+        ("vit_small_patch16_dinov3", 10, "16"),
+        ("vit_small_patch14_dinov2", 224 + 3, "224 or 238"),
+        ("vit_small_patch14_reg4_dinov2", (28, 30), "28 or 42"),
+    ],
+)
+def test_a_size_that_the_patches_do_not_divide_is_one_line(name: str, size: Any, nearest: str) -> None:
+    arguments = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    try:
+        backbone = create_backbone(name, weights="none", image_size=size, model_kwargs=arguments)
+    except UserError as error:
+        assert f"give --image-size {nearest}" in str(error)  # noqa: PT017
+    else:
+        with torch.no_grad():
+            backbone.tokens(torch.zeros(1, 3, *backbone.image_size))  # such models cut the rest off

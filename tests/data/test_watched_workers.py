@@ -66,7 +66,7 @@ def children() -> set[int]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Times of fractions of a second; afterwards no worker is left."""
-    for name, seconds in {"POLL": 0.05, "DEAD_AFTER": 0.3, "LOST_AFTER": 0.4, "STOP_AFTER": 0.2}.items():
+    for name, seconds in {"POLL": 0.05, "DEAD_AFTER": 0.3, "STOP_AFTER": 0.2}.items():
         monkeypatch.setattr(watching, name, seconds)
     before = children()
     yield
@@ -161,11 +161,13 @@ def test_a_failure_of_sharing_is_an_error_not_a_lost_batch(monkeypatch: pytest.M
 
 
 def test_a_lost_batch_is_an_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(watching, "LOST_AFTER", 0.5)
+
     class Unpicklable(Reader):
         def __getitem__(self, samples: list[int]) -> Any:
             return (lambda: 1) if 6 in samples else torch.tensor(samples)
 
-    loader = data_loader(Unpicklable(), numbers, 2, False, None, 30)
+    loader = data_loader(Unpicklable(), lambda: iter([[6, 7]]), 1, False, None, 60)
     with pytest.raises(RunFailure, match="a batch of the loader workers was lost on its way; worker"):
         list(served(loader))
 
@@ -189,9 +191,7 @@ def test_workers_that_cannot_be_started_are_one_line(monkeypatch: pytest.MonkeyP
         run(lambda: None)
 
 
-def test_the_data_tools_are_watched_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localign.data.parallel.TIMEOUT", 0.5, raising=False)
-
+def test_the_data_tools_are_watched_too() -> None:
     def hang(number: int) -> int:
         if number == 3:
             os.kill(os.getpid(), signal.SIGKILL)

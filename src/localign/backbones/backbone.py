@@ -216,7 +216,21 @@ def _check_structure(vit: Any, name: str) -> None:
             raise UserError(
                 f"{name} does not cut the image into {patch}-pixel patches; hybrids are not supported"
             )
+    _check_divisible(vit.patch_embed, name)
     if not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in vit.blocks):
         raise UserError(
             f"{name} has parallel blocks ({type(vit.blocks[0]).__name__}), which are not supported"
         )
+
+
+def _check_divisible(embedding: Any, name: str) -> None:
+    """Models that take images of any size take no image that ends within a patch; others cut the rest off."""
+    if getattr(embedding, "strict_img_size", True) or getattr(embedding, "dynamic_img_pad", False):
+        return
+    for pixels, patch in zip(embedding.img_size, embedding.patch_size, strict=True):
+        if pixels % patch:
+            below = pixels // patch * patch
+            nearest = f"{below} or {below + patch}" if below else str(patch)
+            raise UserError(
+                f"{name} has patches of {patch} pixels, which do not divide {pixels}; give --image-size {nearest}"
+            )

@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,9 +15,13 @@ import torch
 from localign.backbones.backbone import FAMILIES
 from localign.errors import UserError
 from localign.text.printing import printable
+from localign.text.reading import read_json_object
 
-REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
+LOCAL = "local-dir:"
+REMOTE = ("hf-hub:", "hf_hub:", LOCAL)
 """Beginnings of names that timm resolves itself; only the user may give them, never a file."""
+_SOURCES = ("state_dict", "custom_load", "checkpoint_path", "pretrained_cfg_overlay")
+"""Keys of timm's configs that name other weights than the folder's; timm overrides addresses itself."""
 _PLACED = {"self", "num_classes", "device", "dtype"}
 ARGUMENTS = frozenset(
     name for family in FAMILIES for name in inspect.signature(family.__init__).parameters
@@ -80,6 +85,8 @@ def build_vit(architecture: str, arguments: Mapping[str, Any], *, pretrained: bo
             downloaded.
     """
     check_arguments(arguments, architecture)
+    if architecture.startswith(LOCAL):
+        _check_local_folder(Path(architecture.removeprefix(LOCAL)))
     try:
         if arguments and not architecture.startswith(REMOTE):
             _check_memory(architecture, arguments)
@@ -124,6 +131,27 @@ def build_described_vit(architecture: Any, arguments: Any, where: object) -> Any
     check_arguments(arguments, where)
     lists = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
     return build_vit(architecture, lists, pretrained=False)
+
+
+def _check_local_folder(folder: Path) -> None:
+    """Check what a folder in timm's format says before timm reads it.
+
+    Raises:
+        UserError: There is no readable config, or it names a model or arguments that no ViT of timm's has.
+    """
+    path = folder / "config.json"
+    config = read_json_object(path)
+    details = config.get("pretrained_cfg", config)
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise UserError(f"{printable(path)}: timm has no model {printable(architecture)!r:.80}")
+    for part, name in ((config.get("model_args") or {}, "model_args"), (details, "pretrained_cfg")):
+        if not isinstance(part, dict):
+            raise UserError(f"{printable(path)}: {name} is no object")
+    arguments = {name: v for name, v in (config.get("model_args") or {}).items() if name != "num_classes"}
+    check_arguments(arguments, path)
+    if named := [name for name in _SOURCES if details.get(name)]:
+        raise UserError(f"{printable(path)}: weights from elsewhere ({', '.join(named)}) are not followed")
 
 
 def _check_memory(architecture: str, arguments: Mapping[str, Any]) -> None:

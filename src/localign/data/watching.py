@@ -161,7 +161,7 @@ class Fetcher(Generic[T]):
             yield batch
 
     def _wait(self) -> tuple[Any, BaseException | None]:
-        waited, dead_for, stopping_for, reported = 0.0, 0.0, 0.0, False
+        waited, dead_for, idle_for, stopping_for, reported = 0.0, 0.0, 0.0, 0.0, False
         while True:
             begin = time.monotonic()
             try:
@@ -171,10 +171,11 @@ class Fetcher(Generic[T]):
                 passed = min(time.monotonic() - begin, 2 * POLL)
             waited += passed
             dead_for += passed if self.dead() else 0.0
+            idle_for = idle_for + passed if self._all_idle() else 0.0
             stopping_for += passed if stop_requested() else 0.0
             if dead_for > DEAD_AFTER:
                 raise RunFailure(self.death())
-            if waited > LOST_AFTER and self._all_idle():
+            if idle_for > LOST_AFTER:
                 raise RunFailure(f"a batch of the loader workers was lost on its way; {self._state()}")
             if stopping_for > STOP_AFTER:
                 raise RunFailure(
