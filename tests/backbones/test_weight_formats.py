@@ -158,13 +158,17 @@ PICKLES: dict[str, bytes] = {
 }
 
 
+HARMLESS = {"memo index": [], "largest memo index": [], "text memo index": [], "frame": None}
+"""A number that only the reader in C believes."""
+
+
 @pytest.mark.parametrize("case", PICKLES)
 def test_a_pickle_takes_no_more_memory_than_its_file(tmp_path: Path, case: str) -> None:
     path = tmp_path / "refs.p"
     path.write_bytes(PICKLES[case])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if "memo" in case:
-        assert read_pickle(path) == []  # an absurd index is only an index
+    if case in HARMLESS:
+        assert read_pickle(path) == HARMLESS[case]
     else:
         with pytest.raises(UserError) as caught:
             read_pickle(path)

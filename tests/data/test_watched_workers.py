@@ -214,7 +214,7 @@ def test_a_stopped_worker_does_not_hold_up_the_end_of_a_pass() -> None:
         os.kill(pid, signal.SIGSTOP)
     begin = time.monotonic()
     passing.close()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 12
 
 
 def test_shared_tensors_are_found_in_all_containers() -> None:

@@ -266,11 +266,12 @@ class Fetcher(Generic[T]):
         # torch waits for its own thread, which may wait for a worker's half message.
         ending = threading.Thread(target=self._iterator._shutdown_workers, daemon=True)
         ending.start()
-        ending.join(15)
-        for worker in workers:
-            if worker.is_alive():
-                worker.kill()
-                worker.join(1)
+        for seconds in (5.0, 10.0):
+            ending.join(seconds)
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()
+                    worker.join(1)
 
 
 def start_failure(error: OSError) -> RunFailure:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from localign.errors import UserError
+from localign.options.limits import check_limit
 from localign.options.names import Precision, Resume, ShardingMode
 
 
@@ -97,6 +98,8 @@ class TrainConfig:
     """Also log to this Weights & Biases project (needs the extra localign[wandb])."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_limit(name, value)
         if self.steps is not None and self.epochs is not None:
             raise UserError("--steps and --epochs contradict each other; give one")
         warmups = {"--warmup-steps": self.warmup_steps or None, "--warmup-epochs": self.warmup_epochs,

@@ -165,7 +165,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
                 file is damaged.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
         try:
             with _without_load_report():
                 check_weights(Path(pretrained_model_name_or_path))
