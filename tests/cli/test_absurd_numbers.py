@@ -8,7 +8,7 @@ from localign.cli.options import options_of
 from localign.cli.table import COMMANDS
 from localign.cli.values import converted
 from localign.errors import UserError
-from localign.options.limits import LIMITS
+from localign.options.names import LIMITS
 from localign.options.train import TrainConfig
 
 OPTIONS = {

@@ -13,6 +13,7 @@ import timm
 import torch
 
 from localign.backbones.backbone import FAMILIES
+from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
 from localign.text.printing import printable
 from localign.text.reading import read_json_object
@@ -90,7 +91,8 @@ def build_vit(architecture: str, arguments: Mapping[str, Any], *, pretrained: bo
     try:
         if arguments and not architecture.startswith(REMOTE):
             _check_memory(architecture, arguments)
-        return timm.create_model(architecture, pretrained=pretrained, num_classes=0, **arguments)
+        with quiet_hub():
+            return timm.create_model(architecture, pretrained=pretrained, num_classes=0, **arguments)
     except UserError:
         raise
     except TypeError as error:

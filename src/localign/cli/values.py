@@ -7,7 +7,7 @@ from typing import Any
 
 from localign.cli.options import Option
 from localign.errors import UserError
-from localign.options.limits import check_limit
+from localign.options.names import check_limit
 
 
 def converted(option: Option, given: Any) -> Any:

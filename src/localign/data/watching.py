@@ -35,7 +35,7 @@ DEAD_AFTER = 8.0
 """Seconds after which a dead worker's batch is given up; torch itself notices after 5."""
 LOST_AFTER = 60.0
 """Seconds without a batch, while no worker works, after which the batch is lost."""
-STOP_AFTER = 10.0
+STOP_AFTER = 20.0
 """Seconds without a batch after which a request to stop ends the wait; schedulers kill after 30 or more."""
 STOPPED_AFTER = 30.0
 """Seconds without a batch after which a stopped worker is reported."""
@@ -179,7 +179,8 @@ class Fetcher(Generic[T]):
                 raise RunFailure(f"a batch of the loader workers was lost on its way; {self._state()}")
             if stopping_for > STOP_AFTER:
                 raise RunFailure(
-                    f"{stop_requested()} came while no batch did for {waited:.0f} s; {self._state()}"
+                    f"{stop_requested()} came while no batch did for {waited:.0f} s; {self._state()}; "
+                    "--resume continues from the last checkpoint"
                 )
             if waited > self._reader.timeout:
                 raise RunFailure(

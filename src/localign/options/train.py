@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from localign.errors import UserError
-from localign.options.limits import check_limit
-from localign.options.names import Precision, Resume, ShardingMode
+from localign.options.names import Precision, Resume, ShardingMode, check_limit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from localign.backbones.export import CONFIG_FILE
+from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
 from localign.text.printing import printable
 from localign.vlm.evaluation.localign_model import LocalignModel
@@ -72,7 +73,8 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
         raise UserError(f"{name} does not hold a model: it has no {CONFIG_FILE}")
     # The cache keeps a file in a folder that is named by its commit.
     try:
-        path = Path(hf_hub_download(name, CONFIG_FILE, revision=revision))
+        with quiet_hub():
+            path = Path(hf_hub_download(name, CONFIG_FILE, revision=revision))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the model {printable(name)}: {first_line(error)}") from None
     return path.parent.name

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
 from localign.text.printing import printable
 from localign.text.reading import read_json_object
@@ -33,7 +34,8 @@ def load_pretrained(
     if local:
         check_local_config(Path(source))
     try:
-        return load(source, trust_remote_code=False, local_files_only=local, **options)
+        with quiet_hub():
+            return load(source, trust_remote_code=False, local_files_only=local, **options)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # transformers and tokenizers raise nearly anything on damaged files
