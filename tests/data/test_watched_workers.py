@@ -142,7 +142,7 @@ def test_full_shared_memory_is_an_error_with_the_sizes(monkeypatch: pytest.Monke
     class Usage:
         total, free = 64 * 2**20, 3
 
-    monkeypatch.setattr(watching.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
     with pytest.raises(RunFailure) as caught:
         run(lambda: None)
     line = str(caught.value)
@@ -202,13 +202,13 @@ def test_the_data_tools_are_watched_too() -> None:
 
 
 def test_a_pass_that_is_left_early_ends_its_workers() -> None:
-    passing = served(data_loader(Reader(), numbers, 2, False, None))
+    passing: Any = served(data_loader(Reader(), numbers, 2, False, None))
     next(passing)
     passing.close()
 
 
 def test_a_stopped_worker_does_not_hold_up_the_end_of_a_pass() -> None:
-    passing = served(data_loader(Reader(), numbers, 2, False, None))
+    passing: Any = served(data_loader(Reader(), numbers, 2, False, None))
     next(passing)
     for pid in children():
         os.kill(pid, signal.SIGSTOP)

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 from torch import Tensor
 
 from localign.alignment.export import export_student, load_student
@@ -21,9 +20,11 @@ from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher, mask_images
 from localign.backbones import Backbone
 from localign.backbones.create import build_vit
+from localign.backbones.weights import read_file
 from localign.errors import UserError
 from localign.options.export import VerifyConfig
 from localign.options.names import LossName
+from localign.text.reading import read_json_object
 from localign.weights import load_strict
 
 _ARCHITECTURE = "vit_base_patch16_224"
@@ -58,11 +59,11 @@ def verify_reference(folder: str | Path) -> list[RecomputedQuantity]:
     meta_file = folder / "meta.json"
     if not meta_file.is_file():
         raise UserError(f"{folder} is not a reference folder: it has no meta.json")
-    meta = json.loads(meta_file.read_text())
+    meta = read_json_object(meta_file)
     results: list[RecomputedQuantity] = []
     with torch.no_grad():
         for variant, facts in meta.items():
-            reference = load_file(folder / f"{variant}.safetensors")
+            reference = read_file(folder / f"{variant}.safetensors")
             backbone = _reference_backbone(variant, facts["vit"], reference)
             computed = [*_plain(backbone, reference), *_student(backbone, reference, folder, variant)]
             unchecked = {k for k in reference if not k.startswith(("backbone.", "images", "keep_masks"))}

@@ -1,4 +1,4 @@
-"""Names that options accept, and their largest numbers. The rooms that implement the names have tables keyed by them."""
+"""Names and largest numbers that options accept. The rooms that implement names have tables keyed by them."""
 
 from __future__ import annotations
 

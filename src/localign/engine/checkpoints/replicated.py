@@ -222,7 +222,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turn errors from reading inside the block into a UserError: the checkpoint at ``path`` is damaged."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} is damaged: {_first_line(error)}") from error
 
 
@@ -265,16 +265,19 @@ def load_optimizer_tensors(
     """The inverse of :func:`optimizer_tensors`.
 
     Raises:
-        UserError: State of a trainable parameter is missing, or there is state of unknown parameters.
+        UserError: State of a trainable parameter is missing or has a wrong shape, or there is state of unknown
+            parameters.
     """
     left = dict(tensors)
     wanted = state_names(optimizer) if tensors else {}
     for name, parameter in module.named_parameters():
-        found = {k.removesuffix(f".{name}"): v for k, v in tensors.items() if k.split(".", 1)[1] == name}
+        found = {k.removesuffix(f".{name}"): v for k, v in tensors.items() if k.partition(".")[2] == name}
         for state_name in found:
             del left[f"{state_name}.{name}"]
         if missing := wanted.get(parameter, frozenset()) - found.keys():
             raise UserError(f"{source} lacks the optimizer state of {name}: {', '.join(sorted(missing))}")
+        if bad := [k for k, v in found.items() if v.shape not in (parameter.shape, torch.Size())]:
+            raise UserError(f"{source} has optimizer state of a wrong shape for {name}: {', '.join(bad)}")
         if found:
             # Fused optimizers need the step count on the parameter's device too.
             # A copy, because safetensors may give a view of the memory-mapped file.

@@ -19,6 +19,7 @@ from localign.vlm.evaluation.model_base import LazyModel
 from localign.vlm.evaluation.transformers_model import TransformersModel
 from localign.vlm.model.build import export_folder
 from localign.vlm.model.configuration import LocalignVLMConfig
+from localign.vlm.model.digests import WEIGHTS_LIST
 from localign.vlm.model.loading import first_line
 from localign.vlm.scoring.boxes import BoxFrame
 
@@ -95,7 +96,8 @@ def fingerprint_of(name: str, commit: str | None = None) -> str:
         return f"{name}@{commit or hub_commit(name)}"
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and path.suffix != ".md":
+        is_part = path.is_file() and not path.name.startswith(".") and path.suffix != ".md"
+        if is_part and path.name != WEIGHTS_LIST:  # which says nothing that the weights do not
             digest.update(path.name.encode() + b"\0" + _file_digest(path))
     return digest.hexdigest()
 
