@@ -84,9 +84,9 @@ def test_batches_come_in_order_whatever_the_number_of_workers() -> None:
     [
         (stop, "is stopped by a signal"),
         (sleep, "has been at one batch for"),
-        (die(signal.SIGKILL), "died"),
+        (die(signal.SIGKILL), "killed by SIGKILL, most likely for lack of memory; take fewer --workers"),
         (die(signal.SIGBUS), "SIGBUS, most likely for lack of shared memory (/dev/shm has"),
-        (die(signal.SIGSEGV), "died"),
+        (die(signal.SIGSEGV), "killed by SIGSEGV"),
         (lambda: os._exit(3), "exit code 3"),
     ],
 )

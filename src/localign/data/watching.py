@@ -203,7 +203,7 @@ class Fetcher(Generic[T]):
 
     def death(self) -> str:
         """Why a worker died, in one line."""
-        dead = self.dead()
+        dead = [w for w in self._workers if w.exitcode]  # torch has taken some off its list already
         codes = [worker.exitcode for worker in dead]
         who = f"a loader worker died{f' (pid {dead[0].pid})' if dead else ''}"
         if -signal.SIGKILL in codes:

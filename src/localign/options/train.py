@@ -87,7 +87,7 @@ class TrainConfig:
     val_every: int | None = None
     """Steps between validations; default: only at the end."""
     timeout: float = 1800.0
-    """Seconds that ranks wait for a rank that does not answer before the run fails."""
+    """Seconds that a rank waits for other ranks, or for a batch of its loader processes, before the run fails."""
     resume: Resume = "never"
     """must (or --resume alone): resume the run in --out. auto: resume it if there is one, else start. never: refuse if
     there is one."""

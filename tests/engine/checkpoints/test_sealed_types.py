@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from localign.engine.checkpoints.checksums import read_sealed, sealed_text
-from localign.engine.checkpoints.replicated import Checkpoints
+from localign.engine.checkpoints.replicated import Checkpoints, load_optimizer_tensors, optimizer_tensors
 from localign.engine.checkpoints.state import check_types
 from localign.errors import UserError
 
@@ -111,3 +112,27 @@ def test_good_values_are_read() -> None:
     check_types(GOOD)
     check_types({"best": None, "validation": {}})
     assert read_sealed(sealed_text({"step": 4, **GOOD}, FILES))["guard"] == GOOD["guard"]
+
+
+STATE: dict[str, dict[str, torch.Tensor]] = {
+    "wrong shape": {"exp_avg.weight": torch.ones(3)},
+    "transposed": {"exp_avg.weight": torch.ones(2, 3)},
+    "no name": {"exp_avg": torch.ones(1)},
+    "no parameter": {"exp_avg.scale": torch.ones(1)},
+    "missing moment": {"exp_avg_sq.weight": torch.ones(3, 2), "exp_avg.weight": torch.ones(3, 2)},
+}
+
+
+@pytest.mark.parametrize("case", STATE)
+def test_optimizer_state_that_does_not_fit_is_one_line(case: str) -> None:
+    module = torch.nn.Linear(2, 3, bias=False)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    tensors = {**optimizer_tensors(module, optimizer), **STATE[case]}
+    if case == "missing moment":
+        del tensors["step.weight"]
+    with pytest.raises(UserError) as caught:
+        load_optimizer_tensors(module, optimizer, tensors, "optimizer.safetensors")
+    assert "optimizer.safetensors" in str(caught.value)
+    assert "\n" not in str(caught.value)
