@@ -19,7 +19,7 @@ from localign.alignment.published import PUBLISHED_SOFT_CAP, read_published
 from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher, mask_images
 from localign.backbones import Backbone
-from localign.backbones.create import build_vit
+from localign.backbones.building import build_vit
 from localign.backbones.weights import read_file
 from localign.errors import UserError
 from localign.options.export import VerifyConfig

@@ -39,6 +39,7 @@ STOP_AFTER = 20.0
 """Seconds without a batch after which a request to stop ends the wait; schedulers kill after 30 or more."""
 STOPPED_AFTER = 30.0
 """Seconds without a batch after which a stopped worker is reported."""
+_KILLED, _NO_MEMORY_THERE = getattr(signal, "SIGKILL", 9), getattr(signal, "SIGBUS", 7)
 _SHARED_MEMORY = Path("/dev/shm")
 _STATES = {
     "T": "is stopped by a signal (`kill -CONT {pid}` continues it)",
@@ -206,12 +207,12 @@ class Fetcher(Generic[T]):
         dead = [w for w in self._workers if w.exitcode]  # torch has taken some off its list already
         codes = [worker.exitcode for worker in dead]
         who = f"a loader worker died{f' (pid {dead[0].pid})' if dead else ''}"
-        if -signal.SIGKILL in codes:
+        if -_KILLED in codes:
             return (
                 f"{who}: killed by SIGKILL, most likely for lack of memory; take fewer --workers, a smaller batch, "
                 "or give the job more memory"
             )
-        if sys.platform != "win32" and -signal.SIGBUS in codes:
+        if -_NO_MEMORY_THERE in codes:
             return (
                 f"{who}: killed by SIGBUS, most likely for lack of shared memory ({shared_memory()}); give the "
                 "container more (docker run --shm-size), or take fewer --workers or a smaller --micro-batch"
