@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -51,8 +52,8 @@ class Backbone(nn.Module):
         name: str,
         architecture: str,
         model_kwargs: dict[str, Any] | None = None,
-        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
-        std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
         soft_cap: float | None = None,
         attention: AttentionBackend = "auto",
         final_norm: FinalNorm = "norm",

@@ -31,6 +31,7 @@ def text_config(name: str) -> PretrainedConfig:
     """
     if name in KNOWN:
         return LlamaConfig(**KNOWN[name])
-    return load_pretrained(
+    config: PretrainedConfig = load_pretrained(
         AutoConfig.from_pretrained, name, failure="cannot read the language model's config,"
     )
+    return config
