@@ -233,7 +233,7 @@ def read_config(folder: str | Path) -> ExportDescription:
         )
     if section.get("format") != FORMAT:
         raise UserError(
-            f"{printable(path)} has format {printable(section.get('format'))!r:.40}; this version reads {FORMAT}"
+            f"{printable(path)} has format {printable(repr(section.get('format'))):.40}; this version reads {FORMAT}"
         )
     for fields, part in ((_TOP_FIELDS, config), (_SECTION_FIELDS, section)):
         for name, kinds in fields.items():

@@ -168,12 +168,12 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
         try:
             with _without_load_report():
-                check_weights(Path(pretrained_model_name_or_path))
                 loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise UserError(f"the weights in {pretrained_model_name_or_path} are damaged: {error}") from None
         model, info = loaded
         _check_coverage(pretrained_model_name_or_path, len(model.state_dict()), info)
+        check_weights(Path(pretrained_model_name_or_path))
         model.vision.init_non_persistent_buffers()
         model.vision.set_trainable(False)
         return (model, info) if wants_info else model
