@@ -106,10 +106,24 @@ def legacy_storage(count: int) -> bytes:
     return buffer.getvalue().replace(b"K\x03", b"J" + struct.pack("<i", count), 1)
 
 
+ARRAY = b"\x80\x02}X\x01\x00\x00\x00ac__builtin__\nbytearray\n\x8a\x05\x00\xe4\x0b\x54\x02\x85Rs."
+"""``{"a": bytearray(10**10)}`` as torch's reader takes it."""
+
+
+def array_in_archive() -> bytes:
+    content, buffer = torch_bytes({"a": torch.ones(1)}), io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, ARRAY if entry.filename.endswith("data.pkl") else old.read(entry))
+    return buffer.getvalue()
+
+
 EXPANDED = torch.zeros(1).expand(200_000, 5_000)
 HUGE: dict[str, Callable[[], Any]] = {
     "compressed zeros": lambda: recompressed(torch_bytes({"a": torch.zeros(50_000_000)})),
     "legacy storage of 8 GB": lambda: legacy_storage(2**31 - 1),
+    "array of bytes": array_in_archive,
+    "array of bytes in an old file": lambda: ARRAY,
     "expanded": lambda: torch_bytes({"a": EXPANDED}),
     "sparse": lambda: torch_bytes({"a": torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (2**40,))}),
     "meta": lambda: torch_bytes({"a": torch.empty(2**40, device="meta")}),
@@ -135,6 +149,13 @@ def test_what_would_take_gigabytes_is_one_line_and_takes_none(tmp_path: Path, ca
     assert "\n" not in str(caught.value)
     if sys.platform == "linux":
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+
+
+def test_an_array_of_bytes_is_read(tmp_path: Path) -> None:
+    for legacy in (False, True):
+        content = {"a": torch.ones(2), "b": bytearray(b"abc")}
+        torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+        assert read_file(tmp_path / "w.pth")["b"] == b"abc"
 
 
 def test_a_compressed_file_of_ordinary_size_is_read(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pickletools
 import zipfile
 from pathlib import Path
+from typing import IO
 
 from localign.errors import UserError
 from localign.text.printing import printable
 
 _HEAD = 4096
+_LEGACY_PICKLES = 5
+"""Pickles at the start of an old torch file; the fourth holds the content."""
 _SPARE = 2**26
 """Bytes to which any file may expand."""
 _PACKED = {
@@ -74,6 +78,9 @@ def _torch_problem(path: Path, head: bytes) -> str | None:
         return "is a pickle, perhaps an old torch file; if it is one, give it the ending .pth"
     if not named_safe and head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 10**8:
         return "is a safetensors file; give it the ending .safetensors"
+    if not named_safe and head.startswith(b"\x80"):
+        with path.open("rb") as file:
+            return _pickle_problem(file, path.stat().st_size)
     return None
 
 
@@ -82,14 +89,36 @@ def _archive_problem(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+            names = [entry.filename for entry in entries if entry.filename.endswith("data.pkl")]
+            problem = _expansion(path, entries)
+            if names and not problem:
+                with archive.open(names[0]) as file:
+                    problem = _pickle_problem(file, path.stat().st_size)
+    except Exception:  # readers of archives raise nearly anything
         return None  # torch's reader says more
-    if not any(entry.filename.endswith("data.pkl") for entry in entries):
-        return "is a zip archive without torch's data.pkl, not a torch file"
+    return problem if names else "is a zip archive without torch's data.pkl, not a torch file"
+
+
+def _expansion(path: Path, entries: list[zipfile.ZipInfo]) -> str | None:
     expanded, size = sum(entry.file_size for entry in entries), path.stat().st_size
-    if expanded > 2 * size + _SPARE:
-        return (
-            f"has {size / 2**20:,.1f} MiB and would expand to {expanded / 2**20:,.0f} MiB; "
-            "unpack it, and store it again without compression"
-        )
+    if expanded <= 2 * size + _SPARE:
+        return None
+    return (
+        f"has {size / 2**20:,.1f} MiB and would expand to {expanded / 2**20:,.0f} MiB; "
+        "unpack it, and store it again without compression"
+    )
+
+
+def _pickle_problem(file: IO[bytes], size: int) -> str | None:
+    """A call that torch's safe reader makes and that takes more memory than the file: ``bytearray(10**10)``."""
+    try:
+        for _ in range(_LEGACY_PICKLES):
+            calls, largest = False, 0
+            for opcode, argument, _position in pickletools.genops(file):
+                calls |= opcode.name == "GLOBAL" and str(argument).endswith(" bytearray")
+                largest = max(largest, argument if isinstance(argument, int) else 0)
+            if calls and largest > size:
+                return "makes an array of bytes that is larger than the file; it is damaged or hostile"
+    except (ValueError, OverflowError, MemoryError):
+        pass  # the end of the pickles, or damage, of which torch's reader says more
     return None
