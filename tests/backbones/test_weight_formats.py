@@ -120,7 +120,7 @@ def array_in_archive() -> bytes:
 
 EXPANDED = torch.zeros(1).expand(200_000, 5_000)
 HUGE: dict[str, Callable[[], Any]] = {
-    "compressed zeros": lambda: recompressed(torch_bytes({"a": torch.zeros(50_000_000)})),
+    "compressed zeros": lambda: recompressed(torch_bytes({"a": torch.zeros(25_000_000)})),
     "legacy storage of 8 GB": lambda: legacy_storage(2**31 - 1),
     "array of bytes": array_in_archive,
     "array of bytes in an old file": lambda: ARRAY,

@@ -139,9 +139,11 @@ def _check_local_folder(folder: Path) -> None:
     """Check what a folder in timm's format says before timm reads it.
 
     Raises:
-        UserError: There is no readable config, or it names a model or arguments that no ViT of timm's has.
+        UserError: The config cannot be read, or names a model or arguments that no ViT of timm's has.
     """
     path = folder / "config.json"
+    if not path.is_file():
+        return  # timm says so
     config = read_json_object(path)
     details = config.get("pretrained_cfg", config)
     architecture = config.get("architecture")
