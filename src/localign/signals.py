@@ -25,6 +25,10 @@ class StopRequest:
         return self.by is not None
 
 
+_requests: list[StopRequest] = []
+"""Of the blocks that note signals at this moment."""
+
+
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
     """Inside, a signal ends the process with one line; training, which saves first, takes the signals over."""
@@ -78,8 +82,17 @@ def stop_requests() -> Iterator[StopRequest]:
     def note(number: int) -> None:
         request.by = signal.Signals(number).name  # and nothing else: a handler may interrupt any line
 
-    with _handled_by(note):
-        yield request
+    _requests.append(request)
+    try:
+        with _handled_by(note):
+            yield request
+    finally:
+        _requests.remove(request)
+
+
+def stop_requested() -> str | None:
+    """The signal that :func:`stop_requests` has noted, for code that waits; None if there is none."""
+    return next((request.by for request in _requests if request.made), None)
 
 
 @contextmanager

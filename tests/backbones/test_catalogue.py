@@ -8,7 +8,8 @@ import torch
 from timm.models import get_pretrained_cfg
 
 from localign.backbones import CATALOGUE
-from localign.backbones.create import backbone_of, build_vit
+from localign.backbones.building import build_vit
+from localign.backbones.create import backbone_of
 
 # name: image, patch, prefix tokens, width, depth
 PUBLISHED = {

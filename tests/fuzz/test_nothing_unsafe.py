@@ -87,3 +87,28 @@ def test_unsafe_calls_are_found() -> None:
         "torch.load(f, weights_only=True)\nnp.load(f, allow_pickle=False)\nyaml.safe_load(t)\nmodel.eval()\n"
     )
     assert not problems(SOURCES[0], ast.parse(good))
+
+
+MAY_LOAD_FROM_THE_HUB = {"vlm/model/loading.py", "backbones/building.py"}
+"""One passes ``trust_remote_code=False`` for all callers, the other checks names and arguments first."""
+
+
+def hub_calls(path: Path, tree: ast.Module) -> list[str]:
+    """Calls of loaders of transformers and timm that do not refuse code, or may follow a name of a file."""
+    file = path.relative_to(Path(localign.__file__).parent).as_posix()
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and file not in MAY_LOAD_FROM_THE_HUB:
+            name = name_of(node.func)
+            loads = name.endswith((".from_pretrained", "AutoModelForCausalLM.from_config", ".load_dataset"))
+            loads = loads and not name.startswith(".")  # super(), which gets its caller's arguments
+            if (loads and given(node, "trust_remote_code") is not False) or name == "timm.create_model":
+                found.append(f"{file}:{node.lineno} calls {name}")
+    return found
+
+
+def test_no_loader_runs_a_repositorys_code() -> None:
+    found = [p for path in SOURCES for p in hub_calls(path, ast.parse(path.read_text(encoding="utf-8")))]
+    assert not found, "\n".join(found)
+    bad = "AutoConfig.from_pretrained(n)\ntimm.create_model(n)\nAutoModelForCausalLM.from_config(c)\n"
+    assert len(hub_calls(SOURCES[0], ast.parse(bad))) == 3

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from localign.backbones import Backbone
-from localign.backbones.timm_models import build_vit
+from localign.backbones.building import build_vit
 
 TEXT_WIDTH = 32
 

@@ -6,18 +6,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from localign.alignment.formats import export_transformers
 from localign.alignment.published import read_published
 from localign.alignment.setup import resolve_soft_cap, student_of_run
 from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student
-from localign.backbones import create_backbone, load_backbone, save_backbone
+from localign.backbones import Backbone, create_backbone, load_backbone, save_backbone
+from localign.backbones.building import check_numbers
 from localign.backbones.export import load_decoder_state, read_config
+from localign.backbones.weights import StateDict
 from localign.engine.run_folder import provenance
 from localign.errors import UserError
 from localign.options.export import ExportConfig, ImportConfig
 from localign.options.names import AttentionBackend
 from localign.text.printing import printable
-from localign.weights import load_strict
+from localign.weights import check_fit, load_strict
 
 _PROJECTION, _DECODER = "encoder_head.", "decoder."
 
@@ -62,13 +67,30 @@ def load_student(folder: str | Path, *, attention: AttentionBackend = "auto") ->
     config = read_config(folder)["localign"]["decoder"]
     if config is None:
         raise UserError(f"{folder} holds a backbone without a decoder")
-    decoder_config = DecoderConfig(**config)
-    encoder, decoder = Encoder(backbone, decoder_config.width), Decoder(decoder_config)
     state = load_decoder_state(folder)
-    for prefix, module in ((_PROJECTION, encoder.head), (_DECODER, decoder)):
-        part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        load_strict(module, part, f"{folder} {prefix.rstrip('.')}")
+    parts = {prefix: _without_prefix(state, prefix) for prefix in (_PROJECTION, _DECODER)}
+    with torch.device("meta"):  # before a damaged config takes memory
+        modules = _empty_parts(backbone, config, folder)
+        for prefix, part in parts.items():
+            check_fit(modules[prefix], part, f"{folder} {prefix.rstrip('.')}")
+    encoder, decoder = Encoder(backbone, DecoderConfig(**config).width), Decoder(DecoderConfig(**config))
+    load_strict(encoder.head, parts[_PROJECTION], f"{folder} {_PROJECTION.rstrip('.')}")
+    load_strict(decoder, parts[_DECODER], f"{folder} {_DECODER.rstrip('.')}")
     return Student(encoder, decoder).eval()
+
+
+def _without_prefix(state: StateDict, prefix: str) -> StateDict:
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+
+def _empty_parts(backbone: Backbone, config: dict[str, Any], folder: str | Path) -> dict[str, nn.Module]:
+    check_numbers(config, folder)
+    try:
+        described = DecoderConfig(**config)
+        return {_PROJECTION: Encoder(backbone, described.width).head, _DECODER: Decoder(described)}
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, AssertionError) as error:
+        line = printable(str(error).partition("\n")[0])
+        raise UserError(f"{printable(folder)} describes a decoder that cannot be built: {line}") from None
 
 
 def run_export(config: ExportConfig) -> None:

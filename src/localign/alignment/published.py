@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +14,8 @@ from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student,
 from localign.backbones import Backbone
 from localign.backbones.weights import StateDict, read_file, state_dict_of
 from localign.errors import UserError
-from localign.weights import load_strict
+from localign.text.printing import printable
+from localign.weights import check_finite, load_strict
 
 PUBLISHED_SOFT_CAP = 30.0
 _SCALED = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}
@@ -35,6 +38,18 @@ def read_published(path: str | Path, backbone: Backbone, *, soft_cap: float | No
     """
     content = read_file(path)
     state = state_dict_of(content, path)
+    try:
+        student = _student(content, state, backbone, soft_cap, path)
+    except (IndexError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
+        line = printable(str(error).partition("\n")[0])
+        raise UserError(f"{printable(path)} is not a published alignment checkpoint: {line}") from None
+    check_finite(student.state_dict(), path)
+    return student
+
+
+def _student(
+    content: Mapping[str, Any], state: StateDict, backbone: Backbone, soft_cap: float | None, path: str | Path
+) -> Student:
     encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     decoder = {k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")}
     if not encoder or not decoder:

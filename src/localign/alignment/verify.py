@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from safetensors.torch import load_file
 from torch import Tensor
 
 from localign.alignment.export import export_student, load_student
@@ -19,7 +18,8 @@ from localign.alignment.published import PUBLISHED_SOFT_CAP, read_published
 from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher, mask_images
 from localign.backbones import Backbone
-from localign.backbones.timm_models import build_vit
+from localign.backbones.building import build_vit
+from localign.backbones.weights import read_file
 from localign.errors import UserError
 from localign.options.export import VerifyConfig
 from localign.options.names import LossName
@@ -63,7 +63,7 @@ def verify_reference(folder: str | Path) -> list[RecomputedQuantity]:
     results: list[RecomputedQuantity] = []
     with torch.no_grad():
         for variant, facts in meta.items():
-            reference = load_file(folder / f"{variant}.safetensors")
+            reference = read_file(folder / f"{variant}.safetensors")
             backbone = _reference_backbone(variant, facts["vit"], reference)
             computed = [*_plain(backbone, reference), *_student(backbone, reference, folder, variant)]
             unchecked = {k for k in reference if not k.startswith(("backbone.", "images", "keep_masks"))}

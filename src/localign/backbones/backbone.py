@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from localign.backbones.attention import apply_soft_cap
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
+from localign.weights import pixel_statistics
 
 FAMILIES = (VisionTransformer, Eva, Beit)
 FinalNorm = Literal["norm", "fc_norm", "none"]
@@ -36,7 +38,8 @@ class Backbone(nn.Module):
             identity in models that normalise after pooling. Aligned models of that kind use ``"fc_norm"``.
 
     Raises:
-        UserError: The model is of another family or has an unsupported structure.
+        UserError: The model is of another family or has an unsupported structure, or the pixel statistics are no
+            usable numbers.
     """
 
     vit: Any
@@ -49,8 +52,8 @@ class Backbone(nn.Module):
         name: str,
         architecture: str,
         model_kwargs: dict[str, Any] | None = None,
-        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
-        std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
         soft_cap: float | None = None,
         attention: AttentionBackend = "auto",
         final_norm: FinalNorm = "norm",
@@ -64,8 +67,7 @@ class Backbone(nn.Module):
         self.name = name
         self.architecture = architecture
         self.model_kwargs = dict(model_kwargs or {})
-        self.mean: tuple[float, ...] = tuple(float(m) for m in mean)
-        self.std: tuple[float, ...] = tuple(float(s) for s in std)
+        self.mean, self.std = pixel_statistics(mean, "mean", name), pixel_statistics(std, "std", name)
         self.soft_cap = soft_cap
         self.attention = attention
         self.final_norm = final_norm
@@ -215,7 +217,21 @@ def _check_structure(vit: Any, name: str) -> None:
             raise UserError(
                 f"{name} does not cut the image into {patch}-pixel patches; hybrids are not supported"
             )
+    _check_divisible(vit.patch_embed, name)
     if not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in vit.blocks):
         raise UserError(
             f"{name} has parallel blocks ({type(vit.blocks[0]).__name__}), which are not supported"
         )
+
+
+def _check_divisible(embedding: Any, name: str) -> None:
+    """Models that take images of any size take no image that ends within a patch; others cut the rest off."""
+    if getattr(embedding, "strict_img_size", True) or getattr(embedding, "dynamic_img_pad", False):
+        return
+    for pixels, patch in zip(embedding.img_size, embedding.patch_size, strict=True):
+        if pixels % patch:
+            below = pixels // patch * patch
+            nearest = f"{below} or {below + patch}" if below else str(patch)
+            raise UserError(
+                f"{name} has patches of {patch} pixels, which do not divide {pixels}; give --image-size {nearest}"
+            )

@@ -14,17 +14,19 @@ from torch import nn
 
 from localign import rng
 from localign.backbones.backbone import Backbone
+from localign.backbones.building import REMOTE, build_vit
 from localign.backbones.export import CONFIG_FILE, export_folder, load_backbone
 from localign.backbones.families.reading import is_transformers_folder, load_transformers_backbone
 from localign.backbones.hub import model_folder
 from localign.backbones.moco import read_moco_v3
-from localign.backbones.timm_models import REMOTE, build_vit
-from localign.backbones.weights import read_state_dict
+from localign.backbones.weights import StateDict, common_prefixes, read_state_dict
+from localign.engine.log import say
 from localign.errors import UserError, did_you_mean
 from localign.options.names import EMBEDDED, AttentionBackend
 from localign.recipes.catalogue import CATALOGUE
+from localign.text.printing import printable
 from localign.text.reading import read_json_object
-from localign.weights import load_strict
+from localign.weights import check_finite, check_fit, load_strict, without_ignored
 
 """The small backbone inside the package, pre-trained on scenes with image-level supervision."""
 # Weight files may have a classifier; a backbone has none.
@@ -160,14 +162,68 @@ def _check_timm_name(name: str) -> None:
 
 def _load_weight_file(vit: nn.Module, path: Path, *, moco: bool) -> None:
     state = read_moco_v3(path) if moco else read_state_dict(path)
-    # timm converts original formats (OpenAI CLIP, DINOv2, ...) and resizes position embeddings.
+    prefix, fitting = _without_prefix(vit, state, path)
+    if prefix:
+        used = sum(name.startswith(prefix) for name in state)
+        say(f"{printable(path.name)}: the {used} of {len(state)} tensors below {printable(prefix)} are used")
+    load_strict(vit, fitting, path, ignore=_CLASSIFIER)
+    check_finite(vit.state_dict(), path)
+
+
+def _without_prefix(vit: nn.Module, state: StateDict, path: Path) -> tuple[str, StateDict]:
+    """The prefix without which the names and shapes of a file's tensors fit, and these tensors.
+
+    Wrappers put their names before a model's: ``teacher.backbone.``, ``visual.trunk.``. Of several that fit, the
+    averaged weights of a teacher are taken.
+
+    Raises:
+        UserError: Nothing fits (the line is about the prefix that fits best), or several models fit.
+    """
+    wanted = vit.state_dict().keys()
+    fits: dict[str, StateDict] = {}
+    errors: dict[str, tuple[int, UserError]] = {}
+    for prefix in ("", *common_prefixes(state, len(wanted) // 2)):
+        if any(prefix.startswith(shorter) for shorter in fits):
+            continue
+        part = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        try:
+            fits[prefix] = _converted(vit, part, path)
+        except UserError as error:
+            errors[prefix] = len(wanted & part.keys()), error
+    if len(fits) > 1:
+        averaged = [prefix for prefix in fits if "teacher" in prefix or "ema" in prefix]
+        if len(averaged) != 1:
+            raise UserError(
+                f"{printable(path)} holds several models that fit, below {', '.join(map(printable, fits))}; keep one"
+            )
+        return averaged[0], fits[averaged[0]]
+    if not fits:
+        raise max(errors.values(), key=lambda pair: pair[0])[1]
+    return next(iter(fits.items()))
+
+
+def _converted(vit: nn.Module, state: StateDict, path: Path) -> StateDict:
+    """Tensors that fit the model. timm converts original formats (OpenAI CLIP, ...) and resizes position embeddings.
+
+    Raises:
+        UserError: They do not fit.
+    """
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
         try:
             state = convert(state, vit)
-        except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
-            raise UserError(f"{path} does not fit {type(vit).__name__}: {error!r}") from error
-    load_strict(vit, state, path, ignore=_CLASSIFIER)
+        except (
+            KeyError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            AssertionError,
+        ) as error:
+            raise UserError(f"{path} does not fit {type(vit).__name__}: {printable(repr(error))}") from error
+    check_fit(vit, without_ignored(vit, state, _CLASSIFIER), path)
+    return state
 
 
 def open_backbone(path_or_name: str | Path, **options: Any) -> Backbone:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypedDict, cast
 
 import torch
@@ -18,13 +19,15 @@ from torch import nn
 
 from localign._version import __version__
 from localign.backbones.backbone import Backbone, FinalNorm
-from localign.backbones.timm_models import NORM_EPS_ARGUMENT, build_vit
+from localign.backbones.building import NORM_EPS_ARGUMENT, build_described_vit
 from localign.backbones.weights import StateDict, read_file
 from localign.errors import UserError
 from localign.files import replace_text, replacing
 from localign.files.output import EXPORT, kinds_of
 from localign.options.names import AttentionBackend
-from localign.weights import load_strict
+from localign.text.printing import printable
+from localign.text.reading import read_json_object
+from localign.weights import check_finite, check_fit, load_strict
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -79,6 +82,24 @@ class ExportSection(_Section, total=False):
     classifier: ClassifierSection
 
 
+_TOP_FIELDS: dict[str, tuple[type, ...]] = {
+    "architecture": (str,),
+    "model_args": (dict,),
+    "pretrained_cfg": (dict,),
+}
+_SECTION_FIELDS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "soft_cap": (int, float, NoneType),
+    "final_norm": (str,),
+    "norm_eps": (int, float, NoneType),
+    "pooling": (str, NoneType),
+    "decoder": (dict, NoneType),
+    "provenance": (dict,),
+    "sha256": (str,),
+}
+"""Keys that readers use, and the types of their values."""
+
+
 class ExportDescription(TypedDict):
     """An export's ``config.json``: timm's keys, and ours in a section."""
 
@@ -112,13 +133,19 @@ def save_backbone(
 
     Returns:
         The folder.
+
+    Raises:
+        UserError: A weight is NaN or infinite, perhaps because it is too large for ``dtype``. Nothing is written then.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {k: _stored(v, dtype) for k, v in backbone.vit.state_dict().items()}
-    _save_tensors(state, folder / WEIGHTS_FILE)
+    check_finite(state, f"the backbone {backbone.name} is not exported")
     if decoder is not None:
         decoder = {k: _stored(v, dtype) for k, v in decoder.items()}
+        check_finite(decoder, "the decoder is not exported")
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_tensors(state, folder / WEIGHTS_FILE)
+    if decoder is not None:
         _save_tensors(decoder, folder / DECODER_FILE)
     elif EXPORT in kinds_of(folder):
         (folder / DECODER_FILE).unlink(missing_ok=True)  # left by an earlier export
@@ -197,19 +224,29 @@ def read_config(folder: str | Path) -> ExportDescription:
         UserError: The file is missing, not JSON, or not written by localign.
     """
     path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{printable(folder)} is not an exported backbone: it has no {CONFIG_FILE}")
     try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not an exported backbone: it has no {CONFIG_FILE}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
-    section = config.get("localign") if isinstance(config, dict) else None
+        config = read_json_object(path)
+    except UserError as error:
+        line = str(error).removeprefix(f"{printable(path)} ")
+        raise UserError(f"{printable(path)} is not readable JSON: it {line}") from None
+    section = config.get("localign")
     if not isinstance(section, dict):
         raise UserError(
-            f"{path} was not written by localign; if it is a timm folder, give local-dir:{folder}"
+            f"{printable(path)} was not written by localign; if it is a timm folder, give local-dir:{printable(folder)}"
         )
     if section.get("format") != FORMAT:
-        raise UserError(f"{path} has format {section.get('format')!r}; this version reads {FORMAT}")
+        raise UserError(
+            f"{printable(path)} has format {printable(repr(section.get('format'))):.40}; this version reads {FORMAT}"
+        )
+    for fields, part in ((_TOP_FIELDS, config), (_SECTION_FIELDS, section)):
+        for name, kinds in fields.items():
+            if not isinstance(part.get(name), kinds) or isinstance(part[name], bool):
+                raise UserError(
+                    f"{printable(path)} is damaged: {name} is {type(part.get(name)).__name__}, not "
+                    f"{' or '.join(kind.__name__ for kind in kinds)}"
+                )
     return cast(ExportDescription, config)
 
 
@@ -234,21 +271,10 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a complete export: it has no {WEIGHTS_FILE}")
-    state = _read_tensors(path, ours.get("sha256"))
-    try:
-        vit = _empty_vit(config)
-    except (
-        UserError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-        AssertionError,
-    ) as error:
-        raise UserError(
-            f"{folder / CONFIG_FILE} describes a model that cannot be built: {error!r}"
-        ) from error
+    state = read_hashed(path, ours["sha256"])
+    with torch.device("meta"):
+        check_fit(_empty_vit(config, folder), state, path)  # before a damaged config takes memory
+    vit = _empty_vit(config, folder)
     load_strict(vit, state, path)
     cfg = config["pretrained_cfg"]
     return Backbone(
@@ -256,8 +282,8 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
         name=ours["name"],
         architecture=config["architecture"],
         model_kwargs=_arguments(config),
-        mean=tuple(cfg["mean"]),
-        std=tuple(cfg["std"]),
+        mean=cfg.get("mean", ()),
+        std=cfg.get("std", ()),
         soft_cap=ours["soft_cap"],
         attention=attention,
         final_norm=ours["final_norm"],
@@ -265,19 +291,20 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
 
 
 def _arguments(config: ExportDescription) -> dict[str, Any]:
-    """Arguments of :func:`build_vit`."""
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config["model_args"].items()}
+    """Arguments of :func:`~localign.backbones.building.build_vit`."""
     eps = config["localign"].get("block_norm_eps")
-    return arguments if eps is None else {**arguments, NORM_EPS_ARGUMENT: eps}
+    return config["model_args"] if eps is None else {**config["model_args"], NORM_EPS_ARGUMENT: eps}
 
 
-def _empty_vit(config: ExportDescription) -> Any:
-    ours = config["localign"]
-    vit = build_vit(config["architecture"], _arguments(config), pretrained=False)
+def _empty_vit(config: ExportDescription, folder: Path) -> Any:
+    ours, path = config["localign"], folder / CONFIG_FILE
+    vit: Any = build_described_vit(config["architecture"], _arguments(config), path)
     if ours["pooling"] is None:
         vit.reset_classifier(0, "")
     name = ours["final_norm"]
     if name != "none":
+        if name not in ("norm", "fc_norm") or not isinstance(getattr(vit, name, None), nn.Module):
+            raise UserError(f"{printable(path)} is damaged: the model has no {printable(name)!r:.40}")
         if ours.get("norm") == "LayerNorm" and not isinstance(getattr(vit, name), nn.LayerNorm):
             setattr(vit, name, nn.LayerNorm(vit.embed_dim))  # alignment has replaced another kind of norm
         if ours["norm_eps"] is not None:
@@ -285,10 +312,16 @@ def _empty_vit(config: ExportDescription) -> Any:
     return vit
 
 
-def _read_tensors(path: Path, expected_hash: str | None) -> StateDict:
+def read_hashed(path: Path, expected_hash: str | None) -> StateDict:
+    """The tensors of a file of an export folder.
+
+    Raises:
+        UserError: The file is missing or damaged, its tensors differ from their :func:`content_hash`, or some are NaN.
+    """
     state = read_file(path)
     if expected_hash != content_hash(state):
-        raise UserError(f"{path} is damaged: its tensors differ from the hash in {CONFIG_FILE}")
+        raise UserError(f"{printable(path)} is damaged: its tensors differ from the hash in {CONFIG_FILE}")
+    check_finite(state, path)
     return state
 
 
@@ -301,4 +334,4 @@ def load_decoder_state(folder: str | Path) -> StateDict:
     path = Path(folder) / DECODER_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds a backbone without a decoder")
-    return _read_tensors(path, read_config(folder)["localign"].get("decoder_sha256"))
+    return read_hashed(path, read_config(folder)["localign"].get("decoder_sha256"))

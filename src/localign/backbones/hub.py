@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from localign.backbones.export import CONFIG_FILE, export_folder
+from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
 from localign.text.printing import printable
 
@@ -46,9 +47,10 @@ def download(repository: str) -> Path:
 
     disable_progress_bars()
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=[*_CONFIGS, _SAFETENSORS]))
-        if not any(folder.glob(_SAFETENSORS)):
-            folder = Path(snapshot_download(repository, allow_patterns=[*_CONFIGS, _TORCH]))
+        with quiet_hub():
+            folder = Path(snapshot_download(repository, allow_patterns=[*_CONFIGS, _SAFETENSORS]))
+            if not any(folder.glob(_SAFETENSORS)):
+                folder = Path(snapshot_download(repository, allow_patterns=[*_CONFIGS, _TORCH]))
     except Exception as error:  # network, permission and cache errors of several libraries
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

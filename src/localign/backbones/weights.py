@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ import torch
 from numpy._core.multiarray import scalar as numpy_scalar
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import Parameter
 
+from localign.backbones.formats import check_format
 from localign.errors import UserError
+from localign.text.printing import printable
 
 StateDict = dict[str, Tensor]
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -39,19 +43,20 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no weight file at {path}")
+        raise UserError(f"no weight file at {printable(path)}")
+    check_format(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(_PLAIN_CLASSES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} was refused: {_unpickling_cause(error)}") from error
+        raise UserError(f"{printable(path)} was refused: {_unpickling_cause(error)}") from error
     except Exception as error:  # readers raise errors of all kinds on damaged files
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a readable checkpoint: {cause}") from error
+        cause = printable((str(error).splitlines() or [type(error).__name__])[0])
+        raise UserError(f"{printable(path)} is not a readable checkpoint: {cause}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+        raise UserError(f"{printable(path)} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
 
 
@@ -73,15 +78,50 @@ def read_state_dict(path: str | Path) -> StateDict:
 
 
 def state_dict_of(content: Mapping[str, Any], path: str | Path) -> StateDict:
-    """Find the state dict in a file's content: the EMA weights if the file has them, else the plain weights."""
+    """Find the state dict in a file's content: the EMA weights if the file has them, else the plain weights.
+
+    Raises:
+        UserError: There are no tensors, or one has no numbers of its own, such as a sparse or an expanded tensor.
+    """
     for section in _SECTIONS:
         if isinstance(content.get(section), Mapping):
             content = content[section]
             break
-    state = {unwrapped(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    for section in ("teacher", "student"):  # within another section, and without tensors beside it
+        if isinstance(content.get(section), Mapping) and not _tensors(content):
+            content = content[section]
+            break
+    state = {unwrapped(key): value for key, value in _tensors(content).items()}
     if not state:
-        raise UserError(f"{path} holds no tensors")
+        raise UserError(f"{printable(path)} holds no tensors")
+    for name, tensor in state.items():
+        if not _has_own_numbers(tensor):
+            raise UserError(
+                f"{printable(path)}: the tensor {printable(name)} is no plain tensor of numbers (sparse, quantised, "
+                "without data, or larger than its data)"
+            )
     return state
+
+
+def _tensors(content: Mapping[str, Any]) -> StateDict:
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _has_own_numbers(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
+        and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+    )
+
+
+def common_prefixes(state: StateDict, least: int) -> list[str]:
+    """Prefixes that end with a dot and that at least ``least`` names have, the shortest first."""
+    counts = Counter(
+        name[: dot + 1] for name in state for dot, letter in enumerate(name) if letter == "." and name[:dot]
+    )
+    return sorted((prefix for prefix, count in counts.items() if count >= least), key=lambda p: (len(p), p))
 
 
 def unwrapped(key: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from localign.cli.options import Option
 from localign.errors import UserError
+from localign.options.names import check_limit
 
 
 def converted(option: Option, given: Any) -> Any:
@@ -17,7 +18,7 @@ def converted(option: Option, given: Any) -> Any:
         given: Text of the command line, or any value of a YAML file.
 
     Raises:
-        UserError: It has another type, or is none of the choices.
+        UserError: It has another type, is none of the choices, or is an absurd number.
     """
     # Here, because help and errors about names need no types.
     from jsonargparse import ArgumentParser
@@ -30,9 +31,10 @@ def converted(option: Option, given: Any) -> Any:
             if isinstance(given, str)
             else parser.parse_object({"value": given})
         )
-    except ArgumentError as error:
+    except (ArgumentError, OverflowError) as error:
         shown = f"{str(given)!r:.80}"
         raise UserError(f"{option.flag} takes {option.accepted}, not {shown}") from error
     if parsed.value is None and not option.takes_null:
         raise UserError(f"{option.flag} takes no null")
+    check_limit(option.name, parsed.value)
     return parsed.value

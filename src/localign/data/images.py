@@ -36,6 +36,7 @@ def planned_batches(
             end_step=plan.end_step,
             pin_memory=plan.pin_memory,
             max_bad_share=max_bad_share,
+            timeout=plan.timeout,
         )
     )
 

@@ -21,6 +21,7 @@ from localign.data.stream import SampleStream, sample_stream
 from localign.data.transforms import TrainTransform
 from localign.data.untrusted.faults import machine_faults
 from localign.data.workers import data_loader, served
+from localign.engine.distributed import TIMEOUT
 from localign.errors import UserError
 
 REPLACEMENT_ATTEMPTS = 100
@@ -211,6 +212,7 @@ class TrainLoader:
         pin_memory: Return page-locked batches, whose copies to a CUDA device overlap computation.
         max_bad_share: Stop when more than this share of the images is unreadable.
         multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; default fork on Linux, spawn elsewhere.
+        timeout: Seconds without a batch from the workers after which a pass fails.
 
     Attributes:
         bad: The unreadable images that this rank has met.
@@ -237,6 +239,7 @@ class TrainLoader:
         pin_memory: bool = False,
         max_bad_share: float = 0.01,
         multiprocessing_context: str | None = None,
+        timeout: float = TIMEOUT,
     ) -> None:
         check_batches(global_batch, micro_batch, rank, world_size)
         if not 0 <= start_step <= end_step:
@@ -249,7 +252,9 @@ class TrainLoader:
         self.bad = BadImages(len(source), max_bad_share)
         self.bad.add(source.unreadable)
         reader = _ImageReader(source, transform, seed)
-        self._loader = data_loader(reader, self._samples, workers, pin_memory, multiprocessing_context)
+        self._loader = data_loader(
+            reader, self._samples, workers, pin_memory, multiprocessing_context, timeout
+        )
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -282,7 +287,7 @@ class EvalLoader:
         transform: image -> uint8 ``(3, H, W)``.
         batch: Most samples per yielded batch.
         limit: Use only the first ``limit`` images; None for all.
-        rank, world_size, workers, pin_memory, max_bad_share: As for ``TrainLoader``.
+        rank, world_size, workers, pin_memory, max_bad_share, timeout: As for ``TrainLoader``.
 
     Attributes:
         begin, end: This rank's first index, and one past its last.
@@ -301,6 +306,7 @@ class EvalLoader:
         workers: int = 0,
         pin_memory: bool = False,
         max_bad_share: float = 0.01,
+        timeout: float = TIMEOUT,
     ) -> None:
         check_batches(batch * world_size, batch, rank, world_size)
         total = len(source) if limit is None else min(limit, len(source))
@@ -308,7 +314,7 @@ class EvalLoader:
         self.begin, self.end = rank * total // world_size, (rank + 1) * total // world_size
         self.bad = BadImages(len(source), max_bad_share)
         reader = _OrderedReader(source, transform)
-        self._loader = data_loader(reader, self._samples, workers, pin_memory, None)
+        self._loader = data_loader(reader, self._samples, workers, pin_memory, None, timeout)
 
     def __len__(self) -> int:  # fewer if all images of a batch are unreadable
         return -(-(self.end - self.begin) // self.batch)

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from localign.data.watching import Fetcher, WatchedReader, start_failure
+from localign.engine.distributed import TIMEOUT
 from localign.errors import RunFailure, UserError
 from localign.signals import ignore_signals
 
@@ -33,6 +35,7 @@ def data_loader(
     workers: int,
     pin_memory: bool,
     context: str | None,
+    timeout: float = TIMEOUT,
 ) -> DataLoader[T]:
     """A loader of ``reader[list of samples]`` for each list of samples, in order; iterate with :func:`served`.
 
@@ -42,6 +45,7 @@ def data_loader(
         workers: Loader processes; 0 reads in this process.
         pin_memory: Return page-locked tensors.
         context: ``fork``, ``spawn`` or ``forkserver``; default fork on Linux, spawn elsewhere.
+        timeout: Seconds without a batch from the workers after which a pass fails.
 
     Raises:
         UserError: ``workers`` is negative.
@@ -51,7 +55,7 @@ def data_loader(
     if workers and context is None:
         context = "fork" if sys.platform == "linux" else "spawn"
     return DataLoader(
-        reader,
+        WatchedReader(reader, workers, context, timeout) if workers else reader,
         batch_size=None,  # the reader returns batches
         sampler=_Sampler(samples),
         num_workers=workers,
@@ -71,24 +75,43 @@ def _start_worker(worker: int) -> None:
 
 
 def served(loader: DataLoader[T]) -> Iterator[T]:
-    """One pass over a loader; its workers end with the pass. Raises RunFailure if a worker dies or gives up."""
+    """One pass over a loader; its workers end with the pass.
+
+    Raises:
+        RunFailure: A worker dies, hangs, loses a batch or raises RunFailure, or workers cannot be started.
+        UserError: A worker raises UserError.
+    """
+    if not loader.num_workers:
+        yield from loader
+        return
     # torch's SIGCHLD handler raises for a dead worker anywhere in the main process, even while a checkpoint is
-    # written. Without the handler, the iterator below notices within five seconds.
+    # written. Without the handler, the wait for a batch notices within seconds.
     handler = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None
-    iterator = iter(loader)
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
     try:
-        yield from iterator
-    except (RunFailure, UserError) as error:  # raised in a live worker, so its text includes a traceback
-        kind = RunFailure if isinstance(error, RunFailure) else UserError
-        raise kind(str(error).strip().rpartition(f"{kind.__module__}.{kind.__name__}: ")[2]) from None
+        iterator = iter(loader)
+    except OSError as error:
+        raise start_failure(error) from None
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+    assert isinstance(loader.dataset, WatchedReader)
+    fetcher = Fetcher(iterator, loader.dataset)
+    try:
+        yield from fetcher
+    except (RunFailure, UserError) as error:  # raised in a live worker, their text includes a traceback
+        kind = type(error)
+        line = str(error).strip().rpartition(f"{kind.__module__}.{kind.__name__}: ")[2]
+        raise kind(line) from None
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
         first = str(error).partition("\n")[0]
+        if "ancdata" in first:
+            raise RunFailure(
+                "the loader has too many open files; raise the limit (ulimit -n 65536)"
+            ) from error
         other = isinstance(error, RuntimeError) and not first.startswith("DataLoader worker")
         in_live_worker = first.startswith("Caught ")
-        if not loader.num_workers or other or in_live_worker:
+        if other or in_live_worker:
             raise
-        raise RunFailure(f"a loader worker died, perhaps for lack of (shared) memory: {first}") from error
+        raise RunFailure(fetcher.death()) from error
     finally:  # now, because an error's traceback keeps the iterator and its workers alive
-        getattr(iterator, "_shutdown_workers", lambda: None)()
+        fetcher.close()

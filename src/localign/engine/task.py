@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localign.engine.distributed import DistributedContext
+from localign.engine.distributed import TIMEOUT, DistributedContext
 from localign.errors import UserError
 from localign.options.train import TrainConfig
 
@@ -31,6 +31,8 @@ class BatchPlan:
     start_step: int
     end_step: int
     pin_memory: bool
+    timeout: float = TIMEOUT
+    """Seconds without a batch from the loader workers after which the run fails."""
 
     def micro_batches(self) -> Iterator[range]:
         """The positions in the stream of each of this rank's micro-batches, in order."""
@@ -62,6 +64,7 @@ def batch_plan(
         start_step=start,
         end_step=end,
         pin_memory=context.device.type == "cuda",
+        timeout=config.timeout,
     )
 
 

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from localign.backbones import Backbone, load_backbone, save_backbone
-from localign.backbones.export import CONFIG_FILE, content_hash, export_folder, read_config
-from localign.backbones.weights import read_file
+from localign.backbones.export import CONFIG_FILE, content_hash, export_folder, read_config, read_hashed
 from localign.errors import UserError
 from localign.files import replace_text, replacing
 from localign.options.names import AttentionBackend
 from localign.probing.heads import Geometry, build_head
-from localign.weights import load_strict
+from localign.text.printing import printable
+from localign.weights import check_finite, load_strict
 
 HEAD_FILE = "head.safetensors"
 
@@ -76,10 +76,14 @@ def export_classifier(
         model: The trained classifier; it does not change.
         folder: Created if it does not exist.
         provenance: Facts for the reader of ``config.json``.
+
+    Raises:
+        UserError: A weight is NaN or infinite.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in model.head.state_dict().items()}
+    check_finite(state, "the classifier is not exported")
+    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / HEAD_FILE) as temporary:
         save_file(state, temporary)
     save_backbone(model.backbone, folder, provenance=provenance)
@@ -103,10 +107,16 @@ def load_classifier(folder: str | Path, *, attention: AttentionBackend = "auto")
     section = read_config(folder)["localign"].get("classifier")
     if section is None:
         raise UserError(f"{folder} holds a backbone without a classifier")
+    _check_section(section, folder / CONFIG_FILE)
     backbone = load_backbone(folder, attention=attention)
+    state = read_hashed(folder / HEAD_FILE, section["sha256"])
     model = ImageClassifier(backbone, section["classes"], multi_label=section["multi_label"])
-    state = read_file(folder / HEAD_FILE)
-    if content_hash(state) != section["sha256"]:
-        raise UserError(f"{folder / HEAD_FILE} is damaged: its tensors differ from the hash in {CONFIG_FILE}")
     load_strict(model.head, state, folder / HEAD_FILE)
     return model.eval()
+
+
+def _check_section(section: Any, path: Path) -> None:
+    kinds = {"classes": list, "multi_label": bool, "sha256": str}
+    good = isinstance(section, dict) and all(isinstance(section.get(k), kind) for k, kind in kinds.items())
+    if not good or not section["classes"] or not all(isinstance(name, str) for name in section["classes"]):
+        raise UserError(f"{printable(path)} is damaged: its classifier has no list of classes, or no hash")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from localign.errors import UserError
-from localign.options.names import Precision, Resume, ShardingMode
+from localign.options.names import Precision, Resume, ShardingMode, check_limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class TrainConfig:
     val_every: int | None = None
     """Steps between validations; default: only at the end."""
     timeout: float = 1800.0
-    """Seconds that ranks wait for a rank that does not answer before the run fails."""
+    """Seconds that a rank waits for other ranks, or for a batch of its loader processes, before the run fails."""
     resume: Resume = "never"
     """must (or --resume alone): resume the run in --out. auto: resume it if there is one, else start. never: refuse if
     there is one."""
@@ -100,6 +100,8 @@ class TrainConfig:
     """Also log to this Weights & Biases project (needs the extra localign[wandb])."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_limit(name, value)
         if self.steps is not None and self.epochs is not None:
             raise UserError("--steps and --epochs contradict each other; give one")
         warmups = {"--warmup-steps": self.warmup_steps or None, "--warmup-epochs": self.warmup_epochs,

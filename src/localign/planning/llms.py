@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from localign.errors import UserError
+from localign.vlm.model.loading import load_pretrained
 
 KNOWN: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-2-7b-hf": {
@@ -31,9 +31,7 @@ def text_config(name: str) -> PretrainedConfig:
     """
     if name in KNOWN:
         return LlamaConfig(**KNOWN[name])
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(name)
-        return config
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot read the language model's config, {name}: {reason}") from None
+    config: PretrainedConfig = load_pretrained(
+        AutoConfig.from_pretrained, name, failure="cannot read the language model's config,"
+    )
+    return config

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from localign import rng
 from localign.alignment.teacher import mask_images
 from localign.backbones import Backbone, save_backbone
-from localign.backbones.timm_models import build_vit
+from localign.backbones.building import build_vit
 from localign.data.cached_scenes import CachedScenes
 from localign.data.images import planned_batches
 from localign.data.loader import Batch

@@ -7,6 +7,9 @@
 The key holds everything that decides the features: the backbone's weights and settings, the data's fingerprint, the
 geometry and the dtype. Each shard is written completely or not at all, so that an interrupted extraction can be
 continued. Shards are memory-mapped, so that a data set may be larger than memory.
+
+A shard's header holds a digest of its tensors. It is compared whenever the cache is opened; shards of older caches,
+which have no digests, are only searched for features that are not finite.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from typing import Any, TextIO, TypedDict, TypeVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from localign.backbones.export import content_hash
 from localign.engine.log import say
 from localign.errors import UserError
 from localign.files import replace_text, replacing, sweep
@@ -39,10 +43,14 @@ from localign.probing.features import (
     batch_share,
     rank_part,
 )
+from localign.text.printing import printable
+from localign.text.reading import read_json_object
 
 S = TypeVar("S")
 T = TypeVar("T")
 HEADER = "cache.json"
+DIGEST = "sha256"
+"""Key of the tensors' digest in a shard's header."""
 FORMAT = 1
 SHARD_BYTES = 256 * 2**20
 """Approximate size of a shard, which is also the most that an interrupted extraction loses."""
@@ -71,11 +79,16 @@ class CacheKey(TypedDict):
     format: int
 
 
-class CacheHeader(TypedDict):
-    """The content of ``cache.json``."""
-
+class _Header(TypedDict):
     key: CacheKey
     shard_images: int
+
+
+class CacheHeader(_Header, total=False):
+    """The content of ``cache.json``."""
+
+    digests: bool
+    """Whether all shards have a digest; missing in caches from before there were digests."""
 
 
 def cache_key(extraction: Extraction) -> CacheKey:
@@ -108,14 +121,15 @@ class DiskFeatures:
         shard_images: Images per shard; the last shard may hold fewer.
 
     Raises:
-        UserError: A shard is damaged.
+        UserError: A shard cannot be read, or its tensors have other sizes.
     """
 
     def __init__(self, folder: Path, extraction: Extraction, shard_images: int) -> None:
         self.extraction, self.context, self.shard_images = extraction, extraction.context, shard_images
         self.classes, self.codes, self.ignores = extraction.classes, extraction.codes, extraction.ignores
-        shards = range(-(-len(self) // shard_images))
-        self._shards = [_read_shard(_shard_path(folder, shard)) for shard in shards]
+        counts = _shard_sizes(len(self), shard_images)
+        shards = [_read_shard(_shard_path(folder, s), extraction, count) for s, count in enumerate(counts)]
+        self._shards = [_as_arrays(tensors) for tensors, _ in shards]
 
     def __len__(self) -> int:
         return len(self.extraction.source)
@@ -172,8 +186,10 @@ def extract_to_disk(
             refusal = str(error)
     if refusal := context.all_gather_object(refusal)[0]:  # all ranks must stop, or the others would wait
         raise UserError(refusal)
-    shard_images = _read_header(folder)["shard_images"]
+    header = _read_header(folder)
+    shard_images = header["shard_images"]
     missing = _missing(folder, len(extraction.source), shard_images)
+    _check_shards(extraction, folder, header, set(missing))
     context.barrier()  # all ranks look for missing shards before any rank writes one
     _write_shards(extraction, folder, missing[context.rank :: context.size], shard_images, on_progress)
     context.barrier()
@@ -210,7 +226,7 @@ def _prepare(extraction: Extraction, folder: Path, replace: bool) -> TextIO | No
         shard_images = extraction.batch * max(
             1, SHARD_BYTES // extraction.bytes_per_image // extraction.batch
         )
-        header: CacheHeader = {"key": key, "shard_images": shard_images}
+        header: CacheHeader = {"key": key, "shard_images": shard_images, "digests": True}
         replace_text(folder / HEADER, json.dumps(header, indent=1) + "\n")
     shard_images = _read_header(folder)["shard_images"]
     missing = _missing(folder, count, shard_images)
@@ -251,13 +267,16 @@ def _difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 def _read_header(folder: Path) -> CacheHeader:
     path = folder / HEADER
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(header, dict) or not isinstance(header.get("key"), dict):
-        raise UserError(f"{path} was not written by localign")
+    header = read_json_object(path)
+    count = header.get("shard_images")
+    if not isinstance(header.get("key"), dict) or type(count) is not int or not 0 < count < 2**40:
+        raise UserError(f"{printable(path)} was not written by localign")
     return cast(CacheHeader, header)
+
+
+def _shard_sizes(count: int, shard_images: int) -> list[int]:
+    """Images in each shard."""
+    return [min(shard_images, count - first) for first in range(0, count, shard_images)]
 
 
 def _shard_rows(shard: int, shard_images: int, count: int) -> Rows:
@@ -293,18 +312,66 @@ def _write_shards(
         tensors = {"features": torch.cat([tokens for tokens, _ in parts])}
         tensors |= PackedLabels.cat([labels for _, labels in parts]).tensors()
         with replacing(_shard_path(folder, shard)) as temporary:
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, metadata={DIGEST: content_hash(tensors)})
 
 
-def _read_shard(path: Path) -> dict[str, NDArray[Any]]:
-    """The memory-mapped arrays of a shard. NumPy has no bfloat16, so features are integers of the same size."""
+def _check_shards(extraction: Extraction, folder: Path, header: CacheHeader, missing: set[int]) -> None:
+    """Read the shards that there are, each on one rank, and compare their digests. A call of all ranks.
+
+    Raises:
+        UserError: A shard is damaged or its features are not finite; the same on all ranks.
+    """
+    context, problem = extraction.context, None
+    counts = list(enumerate(_shard_sizes(len(extraction.source), header["shard_images"])))
+    for shard, count in [pair for pair in counts if pair[0] not in missing][context.rank :: context.size]:
+        try:
+            path = _shard_path(folder, shard)
+            tensors, digest = _read_shard(path, extraction, count)
+            if (digest is not None or header.get("digests")) and content_hash(tensors) != digest:
+                raise _damaged(path, "its digest differs")
+            if not torch.isfinite(tensors["features"]).all():
+                raise _damaged(path, "it holds features that are NaN or infinite")
+        except UserError as error:
+            problem = str(error)
+            break
+    if problem := next(filter(None, context.all_gather_object(problem)), None):
+        raise UserError(problem)
+
+
+def _read_shard(path: Path, extraction: Extraction, count: int) -> tuple[dict[str, Tensor], str | None]:
+    """The memory-mapped tensors of a shard of ``count`` images, and the digest in its header.
+
+    Raises:
+        UserError: The shard cannot be read, or its tensors have other names, types or sizes.
+    """
     try:
-        tensors = load_file(path)
-        features = tensors.pop("features")
-        integers = features.view({2: torch.int16, 4: torch.int32}[features.dtype.itemsize])
-        return {"features": integers.numpy(), **{name: t.numpy() for name, t in tensors.items()}}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and the next run makes it again") from None
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
+            digest = (file.metadata() or {}).get(DIGEST)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(path, str(error)) from None
+    (tokens, width), patches = extraction.token_shape, extraction.backbone.num_patches
+    packed = -(-extraction.classes // 8)
+    wanted = {
+        "features": (extraction.dtype, (count, tokens, width)),
+        "patch": (torch.uint8, (count, patches, packed)),
+        "image": (torch.uint8, (count, packed)),
+        "majority": (torch.int16, (count, patches)),
+    }
+    if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != wanted:
+        raise _damaged(path, "its tensors have other names, types or sizes")
+    return tensors, digest
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    line = printable(reason.partition("\n")[0])
+    return UserError(f"{printable(path)} is damaged ({line}); delete it, and the next run makes it again")
+
+
+def _as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """NumPy has no bfloat16, so features are integers of the same size."""
+    integers = {2: torch.int16, 4: torch.int32}[tensors["features"].dtype.itemsize]
+    return {name: (t.view(integers) if name == "features" else t).numpy() for name, t in tensors.items()}
 
 
 def _prefetched(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:

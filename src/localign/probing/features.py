@@ -222,7 +222,11 @@ class Extraction:
         """
         device, table = self.context.device, self.table
         for images, maps in labelled_batches(
-            SubsetSource(self.source, rows), self.backbone.image_size, batch, self.workers
+            SubsetSource(self.source, rows),
+            self.backbone.image_size,
+            batch,
+            self.workers,
+            self.context.timeout,
         ):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
                 tokens = self.backbone.tokens(self.backbone.normalise(images.to(device)))

@@ -15,12 +15,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from localign.data.decoding import UnreadableImage, opened, read_bytes, read_image, unreadable_on_failure
 from localign.data.sources import SUFFIXES
 from localign.data.transforms import EvalTransform
 from localign.data.untrusted.walking import FILE, FOLDER, kind_of, skipped_line
+from localign.data.workers import data_loader, served
+from localign.engine.distributed import TIMEOUT
 from localign.errors import UserError
 from localign.probing.classes import IGNORED, ClassTable, class_table
 from localign.text.printing import printable
@@ -309,7 +311,11 @@ class _LabelledDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 def labelled_batches(
-    source: LabelledSource, image_size: tuple[int, int], batch: int, workers: int = 0
+    source: LabelledSource,
+    image_size: tuple[int, int],
+    batch: int,
+    workers: int = 0,
+    timeout: float = TIMEOUT,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of a source once, in order, as the benchmark crops and resizes them.
 
@@ -321,29 +327,28 @@ def labelled_batches(
         image_size: Height and width, pixels.
         batch: Images per batch; the last batch may hold fewer.
         workers: Loader processes; 0 loads in the calling process.
+        timeout: Seconds without a batch from the processes after which the pass fails.
 
     Yields:
         Images, uint8 ``(B, 3, H, W)``, and codes ``(B, H, W)``: uint8 if the source's maps are uint8, else int64.
 
     Raises:
         UserError: An image or label map is bad.
+        RunFailure: A loader process dies or hangs.
     """
-    loader = DataLoader(
-        _LabelledDataset(source, image_size),
-        batch_size=batch,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_one_thread if workers else None,
-        generator=torch.Generator(),  # without it the loader would draw from torch's global generator
-    )
-    try:
-        yield from loader
-    except UserError as error:
-        # A worker's error arrives with its traceback as the message; the last line is our message.
-        last = str(error).strip().rpartition("\n")[2]
-        error.__traceback__ = None  # the traceback would keep the loader and its workers alive
-        raise UserError(last.partition("UserError: ")[2] or last) from None
+
+    def batches() -> Iterator[list[int]]:
+        for first in range(0, len(source), batch):
+            yield list(range(first, min(first + batch, len(source))))
+
+    reader = _LabelledBatches(_LabelledDataset(source, image_size))
+    yield from served(data_loader(reader, batches, workers, False, None, timeout))
 
 
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
+class _LabelledBatches(Dataset[tuple[Tensor, Tensor]]):
+    def __init__(self, images: _LabelledDataset) -> None:
+        self.images = images
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        images, maps = zip(*(self.images[index] for index in indices), strict=True)
+        return torch.stack(images), torch.stack(maps)

@@ -18,7 +18,7 @@ from vlm_models import aligned_source, pixels, student_of, tiny_student
 from localign.alignment.published import read_published
 from localign.alignment.student import Student, build_student
 from localign.backbones import Backbone, create_backbone
-from localign.backbones.timm_models import build_vit
+from localign.backbones.building import build_vit
 from localign.errors import UserError
 from localign.options.names import AdapterName
 from localign.vlm.model.adapters import Adapter, AdapterConfig, build_adapter, fresh_adapter

@@ -18,7 +18,7 @@ from torch import Tensor
 from vlm_models import QUESTIONS, mixed_records, packed, picture, tiny_processor, tiny_vlm
 
 from localign.backbones import Backbone
-from localign.backbones.timm_models import build_vit
+from localign.backbones.building import build_vit
 from localign.errors import UserError
 from localign.vlm import LocalignVLM
 from localign.vlm.model.adapters import fresh_adapter

@@ -13,7 +13,7 @@ from vlm_models import pixels
 
 from localign.alignment.student import build_student
 from localign.backbones import Backbone, create_backbone
-from localign.backbones.timm_models import build_vit
+from localign.backbones.building import build_vit
 from localign.errors import UserError
 from localign.vlm.model.presets import VisionSource, build_tower
 from localign.vlm.model.vision import TowerConfig, VisionTower

@@ -14,9 +14,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from localign.backbones.backbone import Backbone
+from localign.backbones.building import build_vit
 from localign.backbones.families import TRANSFORMERS_FAMILIES, TransformersFamily
 from localign.backbones.families.names import StateDict
-from localign.backbones.timm_models import build_vit
 from localign.backbones.weights import read_file
 from localign.errors import UserError
 from localign.options.names import AttentionBackend

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from localign.backbones.backbone import Backbone
+from localign.backbones.building import build_vit
 from localign.backbones.families import TRANSFORMERS_FAMILIES
 from localign.backbones.families.reading import CONFIG_FILE, PREPROCESSOR_FILE
-from localign.backbones.timm_models import build_vit
 from localign.errors import UserError
 from localign.files import replace_text, replacing
 

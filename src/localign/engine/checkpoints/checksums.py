@@ -9,6 +9,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypedDict
 
+from localign.text.printing import printable
+
 FILES, SEAL = "files", "checksum"
 """Keys in the JSON file: name -> :class:`FileInfo`, and the digest of the JSON file."""
 _BLOCK = 2**22
@@ -54,17 +56,33 @@ def read_sealed(text: str) -> dict[str, Any]:
     """Parse a checkpoint's JSON file. A file of an older version has no digest and is not checked.
 
     Raises:
-        ValueError: The text is not JSON, has no step, or does not match its digest.
+        ValueError: The text is not JSON, has no step, does not match its digest, or its list of files is none.
     """
     content = json.loads(text)
-    if not isinstance(content, dict) or not isinstance(content.get("step"), int):
+    if not isinstance(content, dict) or type(content.get("step")) is not int:
         raise ValueError("it has no step number")
     seal = content.get(SEAL)
     if seal is None and FILES not in content:
         return content
+    check_listed(content.get(FILES))
     if not isinstance(seal, str) or _digest(_with_seal(text, seal, _UNSEALED)) != seal:
         raise ValueError("its checksum differs")
     return content
+
+
+def check_listed(files: Any) -> None:
+    """Check a list of files from JSON.
+
+    Raises:
+        ValueError: It is not a dictionary of name -> :class:`FileInfo`.
+    """
+    if not isinstance(files, dict):
+        raise ValueError("it lists no files")
+    for name, info in files.items():
+        if not (
+            isinstance(info, dict) and type(info.get("bytes")) is int and isinstance(info.get("blake2b"), str)
+        ):
+            raise ValueError(f"it has no size and digest of {printable(name)}")
 
 
 def _digest(text: str) -> str:
@@ -86,8 +104,10 @@ def check_files(folder: Path, expected: Mapping[str, FileInfo]) -> str:
         OSError: A file cannot be read.
     """
     paths = {p.name: p for p in folder.glob("*.safetensors")}
-    problems = [f"{name} is missing" for name in expected.keys() - paths.keys()]
-    problems += [f"{name} does not belong to the checkpoint" for name in paths.keys() - expected.keys()]
+    problems = [f"{printable(name)} is missing" for name in expected.keys() - paths.keys()]
+    problems += [
+        f"{printable(name)} does not belong to the checkpoint" for name in paths.keys() - expected.keys()
+    ]
     sizes = {name: paths[name].stat().st_size for name in expected.keys() & paths.keys()}
     problems += [
         f"{name} has {size} bytes instead of {expected[name]['bytes']}"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from localign.engine.checkpoints.checksums import check_files, files_info, read_sealed
-from localign.engine.checkpoints.state import STATE_FILE, SavedState, state_text
+from localign.engine.checkpoints.state import STATE_FILE, SavedState, check_types, is_best, state_text
 from localign.engine.optim.build import state_names
 from localign.errors import UserError
 from localign.files import replace_text, replacing_folder
@@ -133,8 +133,7 @@ class Checkpoints:
             best = json.loads((self.folder / BEST_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        is_mark = isinstance(best, dict) and isinstance(best.get("step"), int)
-        return cast(BestCheckpoint, best) if is_mark else None
+        return cast(BestCheckpoint, best) if is_best(best) else None
 
     def _prune(self) -> None:
         best, steps = self.best(), self.steps()
@@ -183,7 +182,9 @@ class Checkpoints:
         """
         path = self.path(step)
         with reading(path), _naming(STATE_FILE):
-            return cast(SavedState, read_sealed((path / STATE_FILE).read_text(encoding="utf-8")))
+            state = read_sealed((path / STATE_FILE).read_text(encoding="utf-8"))
+            check_types(state)
+            return cast(SavedState, state)
 
     def load(self, step: int) -> CheckpointContent:
         """Verify a checkpoint and read it.
@@ -221,7 +222,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turn errors from reading inside the block into a UserError: the checkpoint at ``path`` is damaged."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} is damaged: {_first_line(error)}") from error
 
 
@@ -257,16 +258,19 @@ def load_optimizer_tensors(
     """The inverse of :func:`optimizer_tensors`.
 
     Raises:
-        UserError: State of a trainable parameter is missing, or there is state of unknown parameters.
+        UserError: State of a trainable parameter is missing or has a wrong shape, or there is state of unknown
+            parameters.
     """
     left = dict(tensors)
     wanted = state_names(optimizer) if tensors else {}
     for name, parameter in module.named_parameters():
-        found = {k.removesuffix(f".{name}"): v for k, v in tensors.items() if k.split(".", 1)[1] == name}
+        found = {k.removesuffix(f".{name}"): v for k, v in tensors.items() if k.partition(".")[2] == name}
         for state_name in found:
             del left[f"{state_name}.{name}"]
         if missing := wanted.get(parameter, frozenset()) - found.keys():
             raise UserError(f"{source} lacks the optimizer state of {name}: {', '.join(sorted(missing))}")
+        if bad := [k for k, v in found.items() if v.shape not in (parameter.shape, torch.Size())]:
+            raise UserError(f"{source} has optimizer state of a wrong shape for {name}: {', '.join(bad)}")
         if found:
             # Fused optimizers need the step count on the parameter's device too.
             # A copy, because safetensors may give a view of the memory-mapped file.

@@ -111,7 +111,7 @@ def planned_batches(
     stream = record_stream(data, plan, grouped=grouped, shuffle=shuffle)
     splitter = _MicroBatchSplitter(data, encoder, plan, stream, packed, grouped)
     reader = _RecordReader(data, encoder, transform, plan.seed, packed)
-    loader = data_loader(reader, splitter.micro_batches, plan.workers, plan.pin_memory, None)
+    loader = data_loader(reader, splitter.micro_batches, plan.workers, plan.pin_memory, None, plan.timeout)
     return served_batches(loader, BadImages(len(data), max_bad_share), "record")
 
 

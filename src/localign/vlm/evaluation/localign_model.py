@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoTokenizer
 from localign.vlm.data.images import open_image
 from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format
 from localign.vlm.evaluation.generation import Query, greedy_answers
-from localign.vlm.evaluation.model_base import LazyModel, Promptable, load_part
+from localign.vlm.evaluation.model_base import LazyModel, Promptable
 from localign.vlm.model.build import load_vlm
+from localign.vlm.model.loading import load_pretrained
 from localign.vlm.model.processing import LocalignVLMProcessor
 from localign.vlm.scoring.boxes import ORIGINAL, BoxFrame
 
@@ -42,10 +43,10 @@ class LocalignModel(LazyModel):
         dtype: torch.dtype,
         frame: BoxFrame | None = None,
     ) -> None:
-        config = load_part(str(folder), AutoConfig.from_pretrained, folder)
+        config = load_pretrained(AutoConfig.from_pretrained, folder)
         declared = ORIGINAL if frame is None and config.resize == "naive" else frame
         super().__init__(fingerprint, device, dtype, declared)
-        self.tokenizer = load_part(str(folder), AutoTokenizer.from_pretrained, folder)
+        self.tokenizer = load_pretrained(AutoTokenizer.from_pretrained, folder)
         self._folder = folder
         self._format = prompt_format(config.prompt_format)
         self.identity["prompt_format"] = config.prompt_format

@@ -7,7 +7,7 @@ weights are loaded; if all answers are cached, they are never loaded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -153,21 +153,3 @@ class LazyModel(ABC):
                 )
             self._tokens[choice] = tokens[0]
         return self._tokens[choice]
-
-
-def load_part(name: str, load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call a loader of transformers or of the Hub.
-
-    Args:
-        name: The model's name in the error line.
-        load: The loader; it gets the remaining arguments.
-        arguments: Positional arguments.
-        options: Keyword arguments.
-
-    Raises:
-        UserError: The loader fails.
-    """
-    try:
-        return load(*arguments, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the model {name}: {str(error).strip().splitlines()[0]}") from None

@@ -11,13 +11,17 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from localign.backbones.export import CONFIG_FILE
+from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
+from localign.text.printing import printable
 from localign.text.reading import read_json_object
 from localign.vlm.evaluation.localign_model import LocalignModel
-from localign.vlm.evaluation.model_base import LazyModel, load_part
+from localign.vlm.evaluation.model_base import LazyModel
 from localign.vlm.evaluation.transformers_model import TransformersModel
 from localign.vlm.model.build import export_folder
 from localign.vlm.model.configuration import LocalignVLMConfig
+from localign.vlm.model.digests import WEIGHTS_LIST
+from localign.vlm.model.loading import first_line
 from localign.vlm.scoring.boxes import BoxFrame
 
 _BLOCK_BYTES = 2**24
@@ -70,7 +74,11 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
     if Path(name).exists():
         raise UserError(f"{name} does not hold a model: it has no {CONFIG_FILE}")
     # The cache keeps a file in a folder that is named by its commit.
-    path = Path(load_part(name, hf_hub_download, name, CONFIG_FILE, revision=revision))
+    try:
+        with quiet_hub():
+            path = Path(hf_hub_download(name, CONFIG_FILE, revision=revision))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load the model {printable(name)}: {first_line(error)}") from None
     return path.parent.name
 
 
@@ -89,7 +97,8 @@ def fingerprint_of(name: str, commit: str | None = None) -> str:
         return f"{name}@{commit or hub_commit(name)}"
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and path.suffix != ".md":
+        is_part = path.is_file() and not path.name.startswith(".") and path.suffix != ".md"
+        if is_part and path.name != WEIGHTS_LIST:  # which says nothing that the weights do not
             digest.update(os.fsencode(path.name) + b"\0" + _file_digest(path))
     return digest.hexdigest()
 

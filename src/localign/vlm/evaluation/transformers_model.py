@@ -12,7 +12,8 @@ from localign.errors import UserError
 from localign.vlm.data.images import open_image
 from localign.vlm.data.prompts import clean
 from localign.vlm.evaluation.generation import greedy_texts
-from localign.vlm.evaluation.model_base import LazyModel, Promptable, load_part
+from localign.vlm.evaluation.model_base import LazyModel, Promptable
+from localign.vlm.model.loading import load_pretrained
 from localign.vlm.scoring.boxes import BoxFrame
 
 
@@ -44,7 +45,7 @@ class TransformersModel(LazyModel):
         self._name = name
         self._revision = {} if commit is None else {"revision": commit}
         self.identity |= self._revision
-        self._processor = load_part(name, AutoProcessor.from_pretrained, name, **self._revision)
+        self._processor = load_pretrained(AutoProcessor.from_pretrained, name, **self._revision)
         if not getattr(self._processor, "chat_template", None):
             raise UserError(f"the processor of {name} has no chat template, which questions need")
         self.tokenizer = self._processor.tokenizer
@@ -90,7 +91,7 @@ class TransformersModel(LazyModel):
 
     def _load(self) -> Any:
         load = AutoModelForImageTextToText.from_pretrained
-        return load_part(self._name, load, self._name, dtype=self._dtype, **self._revision)
+        return load_pretrained(load, self._name, dtype=self._dtype, **self._revision)
 
 
 def _chat(message: str, image: Any = None) -> list[dict[str, Any]]:

@@ -27,7 +27,9 @@ from localign.engine.distributed import is_main_process
 from localign.errors import UserError
 from localign.files import refilling_folder
 from localign.options.vlm.train import VLMConfig
+from localign.text.printing import printable
 from localign.vlm.model.configuration import LocalignVLMConfig
+from localign.vlm.model.loading import first_line, load_pretrained
 from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.model.presets import VisionSource, build_vision
 from localign.vlm.model.processing import LocalignVLMProcessor
@@ -72,15 +74,21 @@ def load_vlm(folder: str | Path) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
         UserError: The folder holds no model, or the model is damaged.
     """
     folder = _model_folder(folder)
-    return LocalignVLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    model = load_pretrained(LocalignVLM.from_pretrained, folder, dtype=torch.float32)
+    return model, load_pretrained(
+        AutoTokenizer.from_pretrained, folder, failure="cannot load the tokenizer of"
+    )
 
 
 def _empty_vlm(folder: str | Path) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
     """Like :func:`load_vlm`, with the model on the meta device."""
     folder = _model_folder(folder)
+    config: Any = load_pretrained(LocalignVLMConfig.from_pretrained, folder)
     with torch.device("meta"):
-        model = LocalignVLM(LocalignVLMConfig.from_pretrained(folder))
-    return model, AutoTokenizer.from_pretrained(folder)
+        model = LocalignVLM(config)
+    return model, load_pretrained(
+        AutoTokenizer.from_pretrained, folder, failure="cannot load the tokenizer of"
+    )
 
 
 def _model_folder(folder: str | Path) -> Path:
@@ -163,34 +171,29 @@ def load_language_model(
         UserError: The model cannot be loaded, or is no causal language model.
     """
     tokenizer = load_tokenizer(config.llm)
+    failure, attention = "cannot load the language model", config.llm_attention
+    if not empty and config.llm_weights != "none":
+        load = AutoModelForCausalLM.from_pretrained
+        options = {"dtype": torch.float32, "attn_implementation": attention}
+        return load_pretrained(load, config.llm, failure=failure, **options), tokenizer
+    described = load_pretrained(AutoConfig.from_pretrained, config.llm, failure=failure)
+    device = torch.device("meta" if empty else "cpu")
     try:
-        if empty or config.llm_weights == "none":
-            device = torch.device("meta" if empty else "cpu")
-            with device, rng.seeded_globals(config.seed, "language model"):
-                llm = AutoModelForCausalLM.from_config(
-                    AutoConfig.from_pretrained(config.llm),
-                    dtype=torch.float32,
-                    attn_implementation=config.llm_attention,
-                )
-        else:
-            llm = AutoModelForCausalLM.from_pretrained(
-                config.llm, dtype=torch.float32, attn_implementation=config.llm_attention
+        with device, rng.seeded_globals(config.seed, "language model"):
+            llm = AutoModelForCausalLM.from_config(
+                described, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
             )
     except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load(config.llm, error) from None
+        raise UserError(f"{failure} {printable(config.llm)}: {first_line(error)}") from None
     return llm, tokenizer
 
 
 def load_tokenizer(llm: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a language model. Raises UserError if it cannot be loaded."""
-    try:
-        return AutoTokenizer.from_pretrained(llm)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(llm, error) from None
-
-
-def _cannot_load(llm: str, error: Exception) -> UserError:
-    return UserError(f"cannot load the language model {llm}: {str(error).strip().splitlines()[0]}")
+    tokenizer: PreTrainedTokenizerBase = load_pretrained(
+        AutoTokenizer.from_pretrained, llm, failure="cannot load the language model"
+    )
+    return tokenizer
 
 
 def set_stage(model: LocalignVLM, config: VLMConfig) -> LocalignVLM:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -27,8 +28,10 @@ from localign.vlm.data.vocabulary import add_special_tokens, end_tokens, resize_
 from localign.vlm.model.adapters import Adapter, build_adapter
 from localign.vlm.model.attention import packed_arguments, padded_turns_mask, use_packed_attention
 from localign.vlm.model.configuration import LocalignVLMConfig
+from localign.vlm.model.digests import check_weights, write_weights_list
 from localign.vlm.model.losses import LMHead, next_token_loss
 from localign.vlm.model.vision import VisionTower
+from localign.weights import check_finite
 
 _CACHE_NAMES = ("cache", "past_key_values")
 """Names of the language model's cache argument: from transformers 5.24 on, and before."""
@@ -80,7 +83,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         if config.text_config.get_text_config().pad_token_id is None or config.image_token_id is None:
             raise UserError("the model's config names no padding token or no image token")
         if parts is None:
-            language_model = AutoModelForCausalLM.from_config(config.text_config)
+            language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
             vision = VisionTower(config.tower_configs())
             adapter = build_adapter(config.adapter_config())
         else:
@@ -162,7 +165,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
                 file is damaged.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
         try:
             with _without_load_report():
                 loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -170,9 +173,23 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
             raise UserError(f"the weights in {pretrained_model_name_or_path} are damaged: {error}") from None
         model, info = loaded
         _check_coverage(pretrained_model_name_or_path, len(model.state_dict()), info)
+        check_weights(Path(pretrained_model_name_or_path))
         model.vision.init_non_persistent_buffers()
         model.vision.set_trainable(False)
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write the model, and a file of sizes and digests of its weight files, which :meth:`from_pretrained` compares.
+
+        Arguments are as in transformers.
+
+        Raises:
+            UserError: A weight is NaN or infinite. Nothing is written then.
+        """
+        check_finite(kwargs.get("state_dict") or self.state_dict(), "the model is not exported")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_weights_list(Path(save_directory))
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: every part has initialised itself."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from localign.backbones import Backbone
 from localign.backbones.backbone import FinalNorm
-from localign.backbones.timm_models import build_vit
+from localign.backbones.building import build_described_vit
 from localign.errors import UserError
 
 
@@ -83,7 +83,7 @@ class TowerConfig:
         Raises:
             UserError: timm cannot build the backbone, or it has no such block.
         """
-        vit = build_vit(self.architecture, self.model_kwargs, pretrained=False)
+        vit = build_described_vit(self.architecture, self.model_kwargs, f"the tower {self.name}")
         if self.norm_class is not None and self.final_norm != "none":
             norm = getattr(vit, self.final_norm)
             if self.norm_class == "LayerNorm" and not isinstance(norm, nn.LayerNorm):

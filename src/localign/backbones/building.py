@@ -1,0 +1,187 @@
+"""Build timm models from names and arguments that may come from somebody else's file."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from localign.backbones.backbone import FAMILIES
+from localign.backbones.quiet import quiet_hub
+from localign.errors import UserError
+from localign.text.printing import printable
+from localign.text.reading import read_json_object
+
+LOCAL = "local-dir:"
+REMOTE = ("hf-hub:", "hf_hub:", LOCAL)
+"""Beginnings of names that timm resolves itself; only the user may give them, never a file."""
+_SOURCES = ("state_dict", "custom_load", "checkpoint_path", "pretrained_cfg_overlay")
+"""Keys of timm's configs that name other weights than the folder's; timm overrides addresses itself."""
+_PLACED = {"self", "num_classes", "device", "dtype"}
+NORM_EPS_ARGUMENT = "norm_eps"
+"""An argument beside timm's own: the epsilon of every LayerNorm. timm has no argument for it that JSON can hold."""
+ARGUMENTS = frozenset(
+    name for family in FAMILIES for name in inspect.signature(family.__init__).parameters
+) - _PLACED | {NORM_EPS_ARGUMENT}  # fmt: skip
+"""Arguments of the constructors. timm's factory has more, such as paths of pickles and addresses of weights."""
+MAX_NUMBER = 2**16
+"""The largest side, width or count that an argument may have; a ViT of 22 billion parameters has 2**12 and 2**14."""
+MAX_DEPTH = 1024
+
+
+def check_arguments(arguments: Mapping[str, Any], where: object) -> None:
+    """Check the names and sizes of a timm constructor's arguments.
+
+    Args:
+        arguments: Name -> value.
+        where: Named in errors.
+
+    Raises:
+        UserError: An argument is not one of :data:`ARGUMENTS`, or a number is absurd.
+    """
+    for name in arguments:
+        if name not in ARGUMENTS:
+            raise UserError(
+                f"{printable(where)}: the argument {printable(name)!r} is not one of a ViT's: "
+                f"{', '.join(sorted(ARGUMENTS))}"
+            )
+    check_numbers(arguments, where)
+
+
+def check_numbers(arguments: Mapping[str, Any], where: object) -> None:
+    """Check the sizes of a network that a file describes.
+
+    Raises:
+        UserError: A number is absurd.
+    """
+    for name, value in arguments.items():
+        most = MAX_DEPTH if name == "depth" else MAX_NUMBER
+        for number in _numbers(value):
+            if not abs(number) <= most:  # not finite, too
+                raise UserError(f"{printable(where)}: {name} is {number:g}; at most {most:,} is possible")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, int | float):
+        yield min(max(value, -(2**63)), 2**63)  # a larger integer cannot be formatted as a float
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+
+
+def build_vit(architecture: str, arguments: Mapping[str, Any], *, pretrained: bool) -> Any:
+    """Build a timm model without a classifier.
+
+    Args:
+        architecture: timm's name of a model.
+        arguments: Further arguments of timm's constructor, and ``norm_eps``.
+        pretrained: Load timm's weights.
+
+    Raises:
+        UserError: timm does not accept an argument, the weights need more memory than there is, or cannot be
+            downloaded.
+    """
+    check_arguments(arguments, architecture)
+    arguments = dict(arguments)
+    norm_eps = arguments.pop(NORM_EPS_ARGUMENT, None)
+    if architecture.startswith(LOCAL):
+        _check_local_folder(Path(architecture.removeprefix(LOCAL)))
+    try:
+        if arguments and not architecture.startswith(REMOTE):
+            _check_memory(architecture, arguments)
+        with quiet_hub():
+            vit = timm.create_model(architecture, pretrained=pretrained, num_classes=0, **arguments)
+    except UserError:
+        raise
+    except TypeError as error:
+        raise UserError(f"{architecture}: {error}") from error
+    except AssertionError as error:
+        raise UserError(f"{architecture} with {dict(arguments)}: {error}") from error
+    except Exception as error:
+        reason = printable(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        if architecture.startswith(REMOTE):
+            raise UserError(f"{architecture} cannot be downloaded or built: {reason}") from error
+        if not pretrained and arguments:
+            raise UserError(f"{architecture} with {dict(arguments)} cannot be built: {reason}") from error
+        if not pretrained:
+            raise
+        raise UserError(
+            f"the weights of {architecture} cannot be downloaded ({reason}); "
+            "give a file with --weights FILE, or --weights none for random weights"
+        ) from error
+    if norm_eps is not None:
+        for module in vit.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = float(norm_eps)
+    return vit
+
+
+def build_described_vit(architecture: Any, arguments: Any, where: object) -> Any:
+    """Build a timm model that a file describes, with random weights. Nothing is downloaded and no other file is read.
+
+    Args:
+        architecture: As in the file.
+        arguments: As in the file.
+        where: The file, named in errors.
+
+    Raises:
+        UserError: The architecture is not one of timm's own names, or as for :func:`build_vit`.
+    """
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise UserError(
+            f"{printable(where)} describes a model that cannot be built: timm has no {printable(architecture)!r:.80}"
+        )
+    if not isinstance(arguments, Mapping):
+        raise UserError(f"{printable(where)}: the model's arguments are no object")
+    check_arguments(arguments, where)
+    lists = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
+    return build_vit(architecture, lists, pretrained=False)
+
+
+def _check_local_folder(folder: Path) -> None:
+    """Check what a folder in timm's format says before timm reads it.
+
+    Raises:
+        UserError: The config cannot be read, or names a model or arguments that no ViT of timm's has.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return  # timm says so
+    config = read_json_object(path)
+    details = config.get("pretrained_cfg", config)
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise UserError(f"{printable(path)}: timm has no model {printable(architecture)!r:.80}")
+    for part, name in ((config.get("model_args") or {}, "model_args"), (details, "pretrained_cfg")):
+        if not isinstance(part, dict):
+            raise UserError(f"{printable(path)}: {name} is no object")
+    arguments = {name: v for name, v in (config.get("model_args") or {}).items() if name != "num_classes"}
+    check_arguments(arguments, path)
+    if named := [name for name in _SOURCES if details.get(name)]:
+        raise UserError(f"{printable(path)}: weights from elsewhere ({', '.join(named)}) are not followed")
+
+
+def _check_memory(architecture: str, arguments: Mapping[str, Any]) -> None:
+    with torch.device("meta"):
+        vit = timm.create_model(architecture, num_classes=0, **arguments)
+    needed = sum(tensor.nbytes for tensor in (*vit.parameters(), *vit.buffers()))
+    if needed > (memory := machine_memory()):
+        raise UserError(
+            f"{architecture} with {dict(arguments)} needs {needed / 2**30:,.1f} GiB for its weights; "
+            f"this machine has {memory / 2**30:,.1f} GiB"
+        )
+
+
+def machine_memory() -> float:
+    """Bytes of this machine's memory; infinite where the operating system does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
