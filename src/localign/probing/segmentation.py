@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from localign.data.decoding import UnreadableImage, opened, read_bytes, read_image, unreadable_on_failure
 from localign.data.sources import SUFFIXES
 from localign.data.transforms import EvalTransform
+from localign.data.untrusted.faults import machine_faults
 from localign.data.untrusted.walking import FILE, FOLDER, kind_of, skipped_line
-from localign.errors import UserError
+from localign.errors import RunFailure, UserError
 from localign.probing.classes import IGNORED, ClassTable, class_table
 from localign.text.printing import printable
 
@@ -299,13 +300,14 @@ class _LabelledDataset(Dataset[tuple[Tensor, Tensor]]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        try:
-            image, labels = self.source.load_labelled(index)
-        except UnreadableImage as error:
-            # Skipping the image would change the metrics.
-            raise UserError(f"cannot probe with an unreadable image: {error}") from None
-        maps = self.view.labels(labels)
-        return self.view(image), maps.to(torch.uint8) if labels.dtype == np.uint8 else maps
+        with machine_faults(f"image {index} of the labelled data"):
+            try:
+                image, labels = self.source.load_labelled(index)
+            except UnreadableImage as error:
+                # Skipping the image would change the metrics.
+                raise UserError(f"cannot probe with an unreadable image: {error}") from None
+            maps = self.view.labels(labels)
+            return self.view(image), maps.to(torch.uint8) if labels.dtype == np.uint8 else maps
 
 
 def labelled_batches(
@@ -327,6 +329,7 @@ def labelled_batches(
 
     Raises:
         UserError: An image or label map is bad.
+        RunFailure: The machine is at fault: no memory, or a disk that fails.
     """
     loader = DataLoader(
         _LabelledDataset(source, image_size),
@@ -338,11 +341,12 @@ def labelled_batches(
     )
     try:
         yield from loader
-    except UserError as error:
+    except (UserError, RunFailure) as error:
         # A worker's error arrives with its traceback as the message; the last line is our message.
+        kind = UserError if isinstance(error, UserError) else RunFailure
         last = str(error).strip().rpartition("\n")[2]
         error.__traceback__ = None  # the traceback would keep the loader and its workers alive
-        raise UserError(last.partition("UserError: ")[2] or last) from None
+        raise kind(last.partition(f"{kind.__name__}: ")[2] or last) from None
 
 
 def _one_thread(worker: int) -> None:
