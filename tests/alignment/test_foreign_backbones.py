@@ -53,7 +53,7 @@ def timm_folder(path: Path, **arguments: Any) -> Path:
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, **arguments}
     model = timm.create_model("vit_tiny_patch16_224", **arguments)
     saved = {**arguments, "in_chans": 3, "global_pool": arguments.get("global_pool", "token")}
-    save_for_hf(model, path, model_args=saved, safe_serialization=True)
+    save_for_hf(model, str(path), model_args=saved, safe_serialization=True)
     return path
 
 

@@ -11,12 +11,23 @@ import transformers
 from torch import nn
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 32, 2
-_COMMON = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "patch_size": PATCH}
-VISION = {**_COMMON, "image_size": SIZE, "intermediate_size": 72}
-_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+_COMMON: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
+_COMMON |= {"patch_size": PATCH}
+    "hidden_size": WIDTH,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "patch_size": PATCH,
+}
+VISION: dict[str, Any] = {**_COMMON, "image_size": SIZE, "intermediate_size": 72}
+_TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 _TEXT |= {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_PATCHES = {k: v for k, v in VISION.items() if k != "image_size"} | {"num_patches": 16}
-_DINO = {**_COMMON, "image_size": SIZE}
+_PATCHES: dict[str, Any] = {k: v for k, v in VISION.items() if k != "image_size"} | {"num_patches": 16}
+_DINO: dict[str, Any] = {**_COMMON, "image_size": SIZE}
 _T = transformers
 
 

@@ -19,6 +19,7 @@ from localign.data.sources import FileListSource, FolderSource, open_source
 from localign.data.untrusted import walking
 from localign.datatools.reading import open_files
 from localign.errors import UserError
+from localign.options.datatools import ReadConfig
 from localign.probing.segmentation import FolderSegmentation
 from localign.vlm.data.images import open_image
 
@@ -102,7 +103,7 @@ def test_a_folder_is_read_without_it_and_names_it(
     line = f"data       skipped 1 entry that is no image: sub/x.png ({reason})\n"
     print_notice(source)
     assert capsys.readouterr().err == line
-    open_files(str(root))
+    open_files(ReadConfig(source=str(root)))
     assert capsys.readouterr().err == line
 
 

@@ -171,7 +171,7 @@ def _config(
     vit = backbone.vit
     norm = vit.norm if backbone.final_norm == "norm" else getattr(vit, "fc_norm", None)
     kwargs = {k: list(v) if isinstance(v, tuple) else v for k, v in backbone.model_kwargs.items()}
-    block_norm_eps = kwargs.pop(NORM_EPS_ARGUMENT, None)  # timm has no such argument
+    block_norm_eps: Any = kwargs.pop(NORM_EPS_ARGUMENT, None)  # timm has no such argument
     height, width = backbone.image_size
     return {
         # timm's keys, which timm.create_model("local-dir:FOLDER") reads

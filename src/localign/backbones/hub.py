@@ -43,9 +43,7 @@ def download(repository: str) -> Path:
         UserError: The repository does not exist, needs a login, or the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()
     try:
         with quiet_hub():
             folder = Path(snapshot_download(repository, allow_patterns=[*_CONFIGS, _SAFETENSORS]))

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from localign.data.decoding import UnreadableImage, opened, read_bytes, read_image, unreadable_on_failure
 from localign.data.sources import SUFFIXES
 from localign.data.transforms import EvalTransform
+from localign.data.untrusted.faults import machine_faults
 from localign.data.untrusted.walking import FILE, FOLDER, kind_of, skipped_line
 from localign.data.workers import data_loader, served
 from localign.engine.distributed import TIMEOUT
@@ -301,13 +302,14 @@ class _LabelledDataset(Dataset[tuple[Tensor, Tensor]]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        try:
-            image, labels = self.source.load_labelled(index)
-        except UnreadableImage as error:
-            # Skipping the image would change the metrics.
-            raise UserError(f"cannot probe with an unreadable image: {error}") from None
-        maps = self.view.labels(labels)
-        return self.view(image), maps.to(torch.uint8) if labels.dtype == np.uint8 else maps
+        with machine_faults(f"image {index} of the labelled data"):
+            try:
+                image, labels = self.source.load_labelled(index)
+            except UnreadableImage as error:
+                # Skipping the image would change the metrics.
+                raise UserError(f"cannot probe with an unreadable image: {error}") from None
+            maps = self.view.labels(labels)
+            return self.view(image), maps.to(torch.uint8) if labels.dtype == np.uint8 else maps
 
 
 def labelled_batches(
@@ -334,7 +336,7 @@ def labelled_batches(
 
     Raises:
         UserError: An image or label map is bad.
-        RunFailure: A loader process dies or hangs.
+        RunFailure: A loader process dies or hangs, or the machine is at fault: no memory, or a disk that fails.
     """
 
     def batches() -> Iterator[list[int]]:

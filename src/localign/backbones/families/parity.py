@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def token_difference(backbone: Backbone, folder: Path, images: Tensor) -> float:
         theirs = _hidden_states(model, config.model_type, pixels, backbone.patch_size[0])[-1]
         largest = max(largest, float((ours - theirs).abs().max()))
         squares += float(ours.double().pow(2).mean()) * len(image)
-    return largest / max((squares / len(images)) ** 0.5, 1e-12)
+    scale = math.sqrt(squares / len(images))
+    return largest / max(scale, 1e-12)
 
 
 def _hidden_states(model: Any, model_type: str, pixels: Tensor, patch: int) -> tuple[Tensor, ...]:

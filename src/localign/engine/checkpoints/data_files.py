@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localign.engine.disk import writing
 from localign.engine.distributed import DistributedContext
 from localign.engine.log import say
 from localign.engine.task import Task
 from localign.errors import UserError
 from localign.files import replacing
+from localign.files.disk import writing
 from localign.options.train import TrainConfig
 from localign.text.printing import printable
 

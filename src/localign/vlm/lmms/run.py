@@ -16,8 +16,9 @@ from localign.engine.distributed import distributed_context
 from localign.errors import RunFailure, UserError, did_you_mean
 from localign.files.output import EVAL_FILES, output_folder
 from localign.options.vlm.evaluation import IN_LMMS_EVAL, EvalConfig
+from localign.text.printing import console
 from localign.vlm.evaluation.model_base import LazyModel
-from localign.vlm.evaluation.printing import console, print_results
+from localign.vlm.evaluation.printing import WIDTH, print_results
 from localign.vlm.evaluation.results import (
     ANSWERS_FILE,
     BenchmarkOutcome,
@@ -244,7 +245,7 @@ def _print_results(results: EvalResults, folder: Path) -> None:
             shown = {name: value for name, value in metrics.items() if "_stderr" not in name}
             for number, (metric, value) in enumerate(shown.items()):
                 table.add_row("" if number else task, metric, f"{value:.4f}")
-        console().print(table)
+        console(WIDTH).print(table)
     print(f"answers    {folder / ANSWERS_FILE}")
     print(f"results    {folder / run_folder.RESULTS_FILE}")
     print(f"lmms-eval  {folder / OUTPUT_FOLDER}")
