@@ -38,7 +38,7 @@ def print_results(outcomes: Mapping[str, BenchmarkOutcome]) -> None:
     """Print the table of headline metrics, the editions of the questions, and the notes that belong beside them."""
     console(WIDTH).print(results_table(outcomes))
     for name, outcome in outcomes.items():
-        if outcome["edition"]:
+        if "edition" in outcome:
             print(f"edition    {name}: {outcome['edition']}")
         for note in notes_of(name, outcome):
             print(f"note       {printable(note)}")

@@ -46,7 +46,12 @@ class MetricValue(TypedDict):
     """``[low, high]``, 95 %, over images."""
 
 
-class OutcomeFacts(TypedDict):
+class _Edition(TypedDict, total=False):
+    edition: str
+    """Digest of the question files, see :func:`~localign.vlm.scoring.base.edition_of`; old results lack it."""
+
+
+class OutcomeFacts(_Edition):
     """The questions of one benchmark and the way they were scored."""
 
     version: int
@@ -62,9 +67,6 @@ class OutcomeFacts(TypedDict):
     """Answers that hold nothing to score."""
     headline: list[str]
     """The metrics that represent the benchmark in tables."""
-    edition: str
-    """Digest of the question files, see :func:`~localign.vlm.scoring.base.edition_of`; empty in results of versions
-    that did not record it."""
 
 
 class BenchmarkOutcome(OutcomeFacts):
@@ -216,7 +218,7 @@ def facts_of(scored: ScoredAnswers, metrics: Collection[str]) -> OutcomeFacts:
     """
     suite, records = scored.benchmark, scored.records
     splits = Counter(record["split"] for record in records)
-    return {
+    facts: OutcomeFacts = {
         "version": suite.version,
         "scoring": suite.scoring,
         "questions": len(records),
@@ -225,8 +227,10 @@ def facts_of(scored: ScoredAnswers, metrics: Collection[str]) -> OutcomeFacts:
         "notes": list(scored.notes),
         "invalid": sum(map(invalid, records)),
         "headline": [name for name in suite.headline if name in metrics],
-        "edition": scored.edition,
     }
+    if scored.edition:
+        facts["edition"] = scored.edition
+    return facts
 
 
 def notes_of(name: str, outcome: OutcomeFacts) -> list[str]:

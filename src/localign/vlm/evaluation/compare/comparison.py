@@ -164,7 +164,7 @@ def _check_same_questions(where: str, first: RunSummary, second: RunSummary) -> 
     if first.asked != second.asked:
         raise UserError(
             f"{where}: the models answered different questions under the same ids; the question files are of the "
-            f"editions {first.facts['edition'] or 'unknown'} and {second.facts['edition'] or 'unknown'}"
+            f"editions {first.facts.get('edition', 'unknown')} and {second.facts.get('edition', 'unknown')}"
         )
 
 
