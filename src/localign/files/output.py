@@ -28,7 +28,7 @@ PROVENANCE_KEY = "localign_provenance"
 """Marks the ``config.json`` of an export in transformers' format."""
 RUN_FILES = (
     "config.yaml", "results.json", "log.jsonl", "checkpoints", "export", "tensorboard", "wandb", "nonfinite",
-    "report.html", "pictures.npz",
+    "report.html", "pictures.npz", "data.npz",
 )  # fmt: skip
 """What trainings write into their run folders."""
 EVAL_FILES = ("results.json", "answers.jsonl")
