@@ -13,11 +13,6 @@ from torch import nn
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 32, 2
 _COMMON: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
 _COMMON |= {"patch_size": PATCH}
-    "hidden_size": WIDTH,
-    "num_hidden_layers": DEPTH,
-    "num_attention_heads": 4,
-    "patch_size": PATCH,
-}
 VISION: dict[str, Any] = {**_COMMON, "image_size": SIZE, "intermediate_size": 72}
 _TEXT: dict[str, Any] = {
     "hidden_size": 32,

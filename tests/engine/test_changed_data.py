@@ -240,6 +240,6 @@ def test_a_run_of_an_older_version_resumes_and_is_watched_from_then_on(stopped: 
 def test_a_lost_config_beside_checkpoints_is_no_new_start(stopped: AlignConfig, resume: str) -> None:
     (Path(stopped.out) / "config.yaml").unlink()
     before = sorted(Path(stopped.out).rglob("*"))
-    with pytest.raises(UserError, match=r"holds checkpoints \(up to step 2\) but no config\.yaml.*restore"):
+    with pytest.raises(UserError, match=r"holds checkpoints but no config\.yaml.*restore"):
         run(replace(stopped, resume=resume))  # type: ignore[arg-type]
     assert sorted(Path(stopped.out).rglob("*")) == before

@@ -136,7 +136,7 @@ def run(command, config):
     print("building", flush=True)
     time.sleep(60)
 cli.Command.run = run
-sys.exit(cli.main(["align"]))
+sys.exit(cli.main(["list"]))
 """
 
 

@@ -121,7 +121,7 @@ def test_features_that_do_not_fit_their_type_are_refused() -> None:
 def test_features_too_large_for_memory_go_to_the_disk_or_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("localign.probing.features.free_ram", lambda: 1000)
+    monkeypatch.setattr("localign.probing.memory.free_ram", lambda: 1000)
     monkeypatch.setattr(suite, "free_ram", lambda: 1000)
     arguments = fake_backbone(), Colours(40, "train"), Colours(20, "val")
     probe(*arguments, SMALL, cache_folder=tmp_path)

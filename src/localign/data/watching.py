@@ -204,6 +204,8 @@ class Fetcher(Generic[T]):
 
     def death(self) -> str:
         """Why a worker died, in one line."""
+        for worker in self._workers:
+            worker.join(0.1)  # another thread may have asked for the exit code, and not stored it yet
         dead = [w for w in self._workers if w.exitcode]  # torch has taken some off its list already
         codes = [worker.exitcode for worker in dead]
         who = f"a loader worker died{f' (pid {dead[0].pid})' if dead else ''}"

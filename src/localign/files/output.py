@@ -162,6 +162,11 @@ def check_ours(folder: Path, kind: str, writes: Sequence[str], kinds: set[str], 
     if not taken:
         return
     place, name = printable(folder), printable(taken[0])
+    if "checkpoints" in taken and "config.yaml" not in taken:
+        raise UserError(
+            f"{place} holds checkpoints but no config.yaml, which says what the run is; restore config.yaml, or move "
+            "the folder away to start anew"
+        )
     if kinds:
         others = ", ".join(f"`localign {printable(other)}`" for other in sorted(kinds))
         raise UserError(

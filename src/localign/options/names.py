@@ -48,15 +48,13 @@ REPRODUCTIONS = ("table1", "table4", "table5", "fig3", "fig4", "fig6", "fig7", "
 _MOST = {
     2**10: "depth decoder_depth train_blocks seeds",
     2**12: "workers",
-    2
-    ** 16: "image_size scale_images resize width num_heads patch_size block_min_patches lora_rank image_tokens gpus "
-    "plan_ranks",
+    2**16: "ignore image_size scale_images resize width num_heads patch_size block_min_patches lora_rank "
+    "image_tokens gpus plan_ranks",
     2**20: "batch_size micro_batch probe_batch max_new_tokens questions",
     2**24: "epochs warmup_epochs max_length keep_checkpoints repeats at_once",
     2**28: "scenes train_scenes val_scenes test_scenes val_images val_records images limit",
-    2
-    ** 36: "steps warmup_steps llm_steps probe_steps checkpoint_every val_every log_every shard_images min_images "
-    "dataset_size timeout",
+    2**36: "steps warmup_steps llm_steps probe_steps checkpoint_every val_every log_every shard_images "
+    "min_images dataset_size timeout",
 }
 LIMITS = {name: most for most, names in _MOST.items() for name in names.split()}
 """Field of a config class -> the largest value. Real runs stay far below."""

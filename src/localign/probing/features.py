@@ -11,11 +11,9 @@ In every mode a training asks for batches of rows and gets the same tokens, up t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -43,8 +41,6 @@ DoneCallback = Callable[[int, int], None]
 """Called with how many images this rank has done, and how many it has to do."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-MEMORY_SHARE = 0.5
-"""Share of the free memory that features may take with ``--cache auto``."""
 
 
 class Features(Protocol):
@@ -348,36 +344,6 @@ class MemoryFeatures:
         for wanted in rows:
             index = torch.from_numpy(wanted - self.first).to(self.features.device)
             yield self.features[index].to(self.device), self.labels[index].unpack(self.device)
-
-
-def memory_device(total_bytes: int, context: DistributedContext) -> torch.device | None:
-    """The device whose memory has room for features: the GPU, the CPU, or None if neither has room.
-
-    On every rank the features may take half of the free memory.
-
-    Args:
-        total_bytes: Size of the features over all ranks.
-        context: The ranks and their device.
-    """
-    device = context.device
-    gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    fits_gpu, fits_ram = (
-        total_bytes / context.size <= MEMORY_SHARE * gpu,
-        total_bytes <= MEMORY_SHARE * free_ram(),
-    )
-    fits = context.all_gather_object((fits_gpu, fits_ram))
-    if all(on_gpu for on_gpu, _ in fits):
-        return device
-    return torch.device("cpu") if all(in_ram for _, in_ram in fits) else None
-
-
-def free_ram() -> int:
-    """Bytes of main memory that are available for new data."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def extract_to_memory(

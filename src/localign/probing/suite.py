@@ -34,10 +34,9 @@ from localign.probing.features import (
     LiveFeatures,
     eval_mode,
     extract_to_memory,
-    free_ram,
-    memory_device,
 )
 from localign.probing.heads import Geometry
+from localign.probing.memory import free_ram, memory_device
 from localign.probing.segmentation import LabelledSource, ignores_pixels, labelled_batches
 from localign.probing.training import SeededHead, TrainedHeads, train_heads
 from localign.results import Metrics, ProbeOutcome, RecallDifference

@@ -31,6 +31,9 @@ from localign.probing.suite import TEST_SOURCE, SourceHead
 from localign.results import PICTURES_FILE, ProbeOutcome
 from localign.text.reading import read_json_object
 
+_NO_DEFAULT = object()
+_ADDED_LATER = {"field": None}
+"""Options that the first runs did not have -> the default. At their default they leave the key of a run as it was."""
 _SAME_RESULT = ("workers", "cache", "extract_batch")
 """Options of heads that do not change the result, except for rounding."""
 OUTCOME_FILE = "outcome.json"
@@ -75,6 +78,7 @@ class Alignment:
             folder: Parent folder of all alignments.
         """
         options = {k: v for k, v in run_folder.to_dict(config).items() if k not in RESUMABLE}
+        options = {k: v for k, v in options.items() if v != _ADDED_LATER.get(k, _NO_DEFAULT)}
         key = digest({"config": with_old_names(options), "data": data, "backbone": backbone})
         out = folder / f"{config.backbone}-{config.objective}-seed{config.seed}-{key}"
         return Alignment(label, replace(config, out=str(out), resume="auto"), steps, key)

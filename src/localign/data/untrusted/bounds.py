@@ -62,7 +62,10 @@ def has_more_parts(data: bytes, limit: int) -> bool:
     if data.startswith(b"\x89PNG"):
         at, parts = 8, 0
         while at + 8 <= len(data) and parts <= limit:
-            parts += data[at + 4 : at + 8] not in (b"IDAT", b"fdAT")
+            kind = data[at + 4 : at + 8]
+            if kind == b"IEND":  # decoders read nothing behind it
+                break
+            parts += kind not in (b"IDAT", b"fdAT")
             at += 12 + int.from_bytes(data[at : at + 4], "big")
         return parts > limit
     at, parts = 2, 0
