@@ -162,7 +162,8 @@ def check_ours(folder: Path, kind: str, writes: Sequence[str], kinds: set[str], 
     if not taken:
         return
     place, name = printable(folder), printable(taken[0])
-    if "checkpoints" in taken and "config.yaml" not in taken:
+    checkpoints = folder / "checkpoints"
+    if "config.yaml" not in taken and checkpoints.is_dir() and any(checkpoints.iterdir()):
         raise UserError(
             f"{place} holds checkpoints but no config.yaml, which says what the run is; restore config.yaml, or move "
             "the folder away to start anew"

@@ -33,7 +33,7 @@ def token_difference(backbone: Backbone, folder: Path, images: Tensor) -> float:
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # localign shows its own
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model: Any = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
@@ -42,7 +42,6 @@ def token_difference(backbone: Backbone, folder: Path, images: Tensor) -> float:
         raise UserError(f"transformers cannot load {folder}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
     largest = squares = 0.0
     for image in images.split(8):
         pixels = backbone.normalise(image)
