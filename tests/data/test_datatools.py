@@ -129,7 +129,11 @@ def test_resizing_shrinks_the_short_side_and_leaves_out_unreadable_images(tmp_pa
 def test_lists_and_rows_keep_their_classes(pictures: Path, rows: Path, tmp_path: Path) -> None:
     lines = [f"{path},{path.parent.name}s" for path in sorted(pictures.rglob("*.jpg"))]
     (tmp_path / "all.csv").write_text("path,label\n" + "\n".join(lines) + "\n")
-    write_shards(ShardConfig(source=str(tmp_path / "all.csv"), out=str(tmp_path / "list"), workers=0))
+    write_shards(
+        ShardConfig(
+            source=str(tmp_path / "all.csv"), out=str(tmp_path / "list"), workers=0, allow_outside=True
+        )
+    )
     source = open_source(str(tmp_path / "list"))
     assert labels_of(source, "list").classes == ("cats", "dogs")
     write_shards(ShardConfig(source=str(rows), out=str(tmp_path / "rows"), workers=0))
@@ -137,8 +141,11 @@ def test_lists_and_rows_keep_their_classes(pictures: Path, rows: Path, tmp_path:
     assert "dog/train-1/10.jpg" in {packed.name(i) for i in range(23)}
     assert sorted(contents(packed).values()) == sorted(contents(open_source(str(pictures))).values())
     (tmp_path / "twice.txt").write_text(f"{pictures}/cat/00.jpg\n" * 2)
+    twice = ShardConfig(
+        source=str(tmp_path / "twice.txt"), out=str(tmp_path / "twice"), workers=0, allow_outside=True
+    )
     with pytest.raises(UserError, match="1 images would have the same name as another"):
-        write_shards(ShardConfig(source=str(tmp_path / "twice.txt"), out=str(tmp_path / "twice"), workers=0))
+        write_shards(twice)
     assert not (tmp_path / "twice.partial").exists()
 
 

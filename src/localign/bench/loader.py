@@ -143,7 +143,7 @@ def _ours(forms: dict[str, str], config: LoaderBenchConfig, images: int, batch: 
     for name, spec in forms.items():
         for decode in decodes:
             loader = TrainLoader(
-                open_source(spec),
+                open_source(spec, allow_outside=True),
                 TrainTransform(size, "rrc", decode=decode),
                 seed=config.seed,
                 global_batch=batch,

@@ -76,6 +76,7 @@ class ImageData:
             exclude=config.exclude,
             field=config.field,
             max_group_bytes=row_group_bytes(config.max_row_group_gib),
+            allow_outside=config.allow_outside,
         )
         print_notice(self.source)
         if config.crop == "none" and not scenes:
@@ -93,7 +94,12 @@ class ImageData:
         field = self.config.field if self.config.field and takes_field(val) else None
         limit = row_group_bytes(self.config.max_row_group_gib)
         return open_source(
-            val, image_size=image_size, scaled_decode=False, field=field, max_group_bytes=limit
+            val,
+            image_size=image_size,
+            scaled_decode=False,
+            field=field,
+            max_group_bytes=limit,
+            allow_outside=self.config.allow_outside,
         )
 
     @property

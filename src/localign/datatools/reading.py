@@ -29,6 +29,7 @@ def open_files(config: ReadConfig, exclude: str | None = None) -> ImageSource:
         exclude=exclude,
         field=config.field,
         max_group_bytes=row_group_bytes(config.max_row_group_gib),
+        allow_outside=config.allow_outside,
     )
     if isinstance(source, MixtureSource):
         raise UserError(f"{config.source} is a mixture; run the command on each of its sources instead")

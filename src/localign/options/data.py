@@ -14,7 +14,7 @@ class DataConfig:
 
     GROUPS: ClassVar[Mapping[str, str]] = {
         "Data": "data val val_images crop hflip auto_augment mixup cutmix decode field exclude max_bad_share "
-        "max_row_group_gib"
+        "allow_outside max_row_group_gib"
     }
 
     data: str = "scenes"
@@ -23,6 +23,8 @@ class DataConfig:
     field: str | None = None
     """Fields of tar samples, or columns of parquet files, that hold the image: the first that is there, as in
     jpg,png. Default the usual one, and never a label map; '*': every image file in the shards is a sample."""
+    allow_outside: bool = False
+    """Accept lists of files whose paths, absolute or with .., lead out of the list's folder."""
     exclude: str | None = None
     """List of training images to leave out, as written by `localign data verify`."""
     val: str | None = None

@@ -16,6 +16,8 @@ class ReadConfig:
     field: str | None = None
     """Fields of tar samples, or columns of parquet files, that hold the image: the first that is there, as in
     jpg,png. Default the usual one, and never a label map; '*': every image file in the shards is a sample."""
+    allow_outside: bool = False
+    """Accept lists of files whose paths, absolute or with .., lead out of the list's folder."""
     max_row_group_gib: float | None = None
     """GiB that a row group of a parquet file may take in memory, in each worker; default 2."""
     workers: int | None = None

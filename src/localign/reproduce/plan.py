@@ -129,7 +129,12 @@ class Planner:
         config = AlignConfig(**options, weights=self._weights(row.backbone), seed=seed)
         named = config.data, config.exclude
         if named not in self._sources:
-            source = open_source(config.data, exclude=config.exclude, field=config.field)
+            source = open_source(
+                config.data,
+                exclude=config.exclude,
+                field=config.field,
+                allow_outside=config.allow_outside,
+            )
             self._sources[named] = source.fingerprint(), len(source)
         fingerprint, images = self._sources[named]
         return Alignment.of(

@@ -12,6 +12,7 @@ from localign.data.sources.base import SUFFIXES, EncodedSource, Names
 from localign.data.sources.lists import read_list
 from localign.data.untrusted.walking import Found, skipped_line, walk
 from localign.errors import UserError, did_you_mean
+from localign.files import is_inside
 from localign.text.printing import printable
 
 
@@ -115,6 +116,7 @@ class FileListSource(_FileSource):
     Args:
         file: The list.
         image_size: As for ``FolderSource``.
+        allow_outside: Accept paths, absolute or with ``..``, that lead out of the list's folder.
 
     Attributes:
         file: The list.
@@ -122,16 +124,23 @@ class FileListSource(_FileSource):
 
     Raises:
         UserError: The list is missing, empty or not UTF-8 text, its first row names no file and is no
-            heading, or none of its files exists.
+            heading, none of its files exists, or paths lead out of its folder without ``allow_outside``.
     """
 
     kind = "list"
 
-    def __init__(self, file: str | os.PathLike[str], image_size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        file: str | os.PathLike[str],
+        image_size: tuple[int, int] | None = None,
+        allow_outside: bool = False,
+    ) -> None:
         self.file = path = Path(file)
         names = read_list(path, path.parent).names
         if not names:
             raise UserError(f"the list {printable(path)} names no images")
+        if not allow_outside:
+            _check_inside(path, names)
         super().__init__(path.parent, names, image_size)
         self.missing = _missing(path.parent, names)
         self.unreadable = tuple((name, "no such file") for name in self.missing)
@@ -140,6 +149,17 @@ class FileListSource(_FileSource):
             raise UserError(
                 f"none of the {len(names)} files in {printable(path)} exists; the first is {first}"
             )
+
+
+def _check_inside(file: Path, names: list[str]) -> None:
+    """Raises UserError if a list names files outside its folder. Each folder is looked at once."""
+    folders = {os.path.split(name)[0]: name for name in reversed(names)}
+    outside = [name for folder, name in folders.items() if not is_inside(folder, str(file.parent))]
+    if outside:
+        raise UserError(
+            f"the list {printable(file)} names images outside its folder, such as {printable(repr(outside[-1]))}; "
+            "--allow-outside accepts them"
+        )
 
 
 def _missing(root: Path, names: list[str]) -> tuple[str, ...]:

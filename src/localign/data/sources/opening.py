@@ -53,6 +53,7 @@ def open_source(
     exclude: str | None = None,
     field: str | None = None,
     max_group_bytes: int | None = None,
+    allow_outside: bool = False,
 ) -> ImageSource:
     """Open the source that ``spec`` names:
 
@@ -73,13 +74,14 @@ def open_source(
         field: The fields of tar samples, or the columns of parquet files, that hold the image: the first that is there,
             such as ``jpg,png``. ``*``: every image file in tar shards is a sample of its own.
         max_group_bytes: Bytes that a row group of a parquet file may take in memory; default 2 GiB.
+        allow_outside: Accept lists with paths, absolute or with ``..``, that lead out of the list's folder.
 
     Raises:
         UserError: The source does not exist or holds no images, the exclusion list does not match it, or ``field`` is
             given for another kind of source.
     """
     fields = parse_fields(field)
-    source = _open(spec, image_size, scaled_decode, fields, max_group_bytes)
+    source = _open(spec, image_size, scaled_decode, fields, max_group_bytes, allow_outside)
     if fields and not isinstance(source, TarSource | ParquetSource):
         raise UserError(f"--field applies to tar shards and parquet files, not to {printable(spec)}")
     return source if exclude is None else ExcludingSource(source, exclude)
@@ -91,6 +93,7 @@ def _open(
     scaled_decode: bool,
     fields: tuple[str, ...],
     max_group_bytes: int | None,
+    allow_outside: bool,
 ) -> ImageSource:
     head, colon, split = spec.partition(":")
     if head == "scenes":
@@ -101,9 +104,9 @@ def _open(
     path = Path(spec).expanduser()
     suffix = path.suffix.lower()
     if suffix in MIXTURE_SUFFIXES and not path.is_dir():
-        return open_mixture(path, image_size, scaled_decode, max_group_bytes)
+        return open_mixture(path, image_size, scaled_decode, max_group_bytes, allow_outside)
     if suffix in LIST_SUFFIXES and not path.is_dir():
-        return FileListSource(path, decode_size)
+        return FileListSource(path, decode_size, allow_outside)
     shards = find_shards(path)
     if not shards and path.is_file():
         what = known_content(read_head(path))
@@ -219,6 +222,7 @@ def open_mixture(
     image_size: tuple[int, int] | None = None,
     scaled_decode: bool = True,
     max_group_bytes: int | None = None,
+    allow_outside: bool = False,
 ) -> MixtureSource:
     """Open the mixture that a YAML file describes. Its paths are relative to the file::
 
@@ -248,6 +252,7 @@ def open_mixture(
                 exclude=None if exclude is None else _relative_to(file, exclude),
                 field=part.get("field"),
                 max_group_bytes=max_group_bytes,
+                allow_outside=allow_outside,
             )
         )
     titles = [part["data"] for part in parts]
