@@ -40,7 +40,7 @@ About = dict[str, Any]
 
 ABOUT, LEFT_OUT = "about.json", "left-out.jsonl"
 QUALITY = 92
-_NO_FACTS = frozenset({"source", "out", "exclude", "workers", "field", "max_row_group_gib"})
+_NO_FACTS = frozenset({"source", "out", "exclude", "workers", "field", "max_row_group_gib", "allow_outside"})
 """Options that do not change the shards, or that the source's fingerprint covers."""
 _JPEG = b"\xff\xd8\xff"
 _KINDS = ((_JPEG, ".jpg"), (b"\x89PNG", ".png"), (b"RIFF", ".webp"), (b"GIF8", ".gif"), (b"BM", ".bmp"))
