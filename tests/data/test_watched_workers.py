@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data._utils import signal_handling
 
 from localign.data import watching
 from localign.data.parallel import in_processes
@@ -100,6 +101,18 @@ def test_a_worker_that_ends_or_hangs_is_a_failure_that_says_why(case: Callable[[
     assert time.monotonic() - begin < 15
 
 
+@pytest.mark.parametrize("case", [stop, sleep])
+def test_the_handler_of_another_loader_does_not_interfere(
+    case: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    before = signal.getsignal(signal.SIGCHLD)
+    assert len(list(DataLoader(TensorDataset(torch.arange(2)), num_workers=1))) == 2
+    assert signal.getsignal(signal.SIGCHLD) is not before  # torch has set its own
+    with pytest.raises(RunFailure, match="no batch came"):
+        run(case, timeout=0.5)
+
+
 def test_the_timeout_is_named() -> None:
     with pytest.raises(RunFailure, match=r"no batch came from the loader workers for 1 s \(--timeout\)"):
         run(stop, timeout=0.5)
@@ -122,11 +135,14 @@ def test_a_signal_that_raises_ends_the_wait_at_once(case: Callable[[], Any]) -> 
     def end(number: int, frame: Any) -> None:
         raise Ended
 
+    def signalled() -> None:
+        os.kill(os.getppid(), signal.SIGUSR2)  # the main process waits by now
+        case()
+
     before = signal.signal(signal.SIGUSR2, end)
     try:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR2)).start()
         with pytest.raises(Ended):
-            run(case)
+            run(signalled)
     finally:
         signal.signal(signal.SIGUSR2, before)
 

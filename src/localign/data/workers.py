@@ -74,6 +74,15 @@ def _start_worker(worker: int) -> None:
     ignore_signals()
 
 
+def _is_of_torch(handler: object) -> bool:
+    """Whether a handler of SIGCHLD is torch's, set by this or an earlier loader.
+
+    It raises for a worker that ended anywhere in the main process: while a checkpoint is written, and when a hung
+    worker is killed. Without it, a wait for a batch notices within seconds.
+    """
+    return str(getattr(handler, "__module__", "")).startswith("torch.utils.data")
+
+
 def served(loader: DataLoader[T]) -> Iterator[T]:
     """One pass over a loader; its workers end with the pass.
 
@@ -84,8 +93,6 @@ def served(loader: DataLoader[T]) -> Iterator[T]:
     if not loader.num_workers:
         yield from loader
         return
-    # torch's SIGCHLD handler raises for a dead worker anywhere in the main process, even while a checkpoint is
-    # written. Without the handler, the wait for a batch notices within seconds.
     handler = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None
     try:
         iterator = iter(loader)
@@ -93,7 +100,7 @@ def served(loader: DataLoader[T]) -> Iterator[T]:
         raise start_failure(error) from None
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if _is_of_torch(handler) else handler)
     assert isinstance(loader.dataset, WatchedReader)
     fetcher = Fetcher(iterator, loader.dataset)
     try:
