@@ -71,7 +71,7 @@ def mutated(value: Any, draw: random.Random, count: int = 2) -> Any:
 
 
 def _replace(inner: Any, key: Any, draw: random.Random) -> None:
-    inner[key] = draw.choice([*ODD, deep()])
+    inner[key] = copy.deepcopy(draw.choice([*ODD, deep()]))  # later changes must not reach ODD
 
 
 def _remove(inner: Any, key: Any, draw: random.Random) -> None:
