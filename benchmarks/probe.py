@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.config import ProbingConfig
 from benchmarks.plain import plain_run
-from localign.backbones import open_backbone
+from localign.backbones import create_backbone
 from localign.bench.show import show, timing_table, write_measurements
 from localign.bench.timing import Timing, hardware, timed
 from localign.engine.distributed import choose_device
@@ -65,7 +65,7 @@ def bench_probe(config: ProbingConfig) -> dict[str, Any]:
     """
     device = choose_device(config.device)
     options: dict[str, Any] = {} if config.weights is None else {"weights": config.weights}
-    backbone = open_backbone(config.backbone or EMBEDDED, **options)
+    backbone = create_backbone(config.backbone or EMBEDDED, **options)
     backbone.to(device)
     train, test = config.images or IMAGES, max(1, (config.images or IMAGES) // 4)
     suite = ProbeConfig(seed=config.seed, epochs=config.epochs or EPOCHS, curve_images=0, cache="none")

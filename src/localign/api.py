@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 from localign.alignment import AlignConfig, AlignTask, load_student
 from localign.alignment.setup import resolve_align
 from localign.alignment.student import Student
-from localign.backbones import Backbone, export_folder, open_backbone
+from localign.backbones import Backbone, create_backbone, export_folder
 from localign.deprecated import with_new_names
 from localign.engine import Outcome, train
 from localign.errors import UserError
@@ -55,7 +55,7 @@ def load(
         if kwargs:
             raise UserError(f"decoder=True accepts export folders only, without {', '.join(kwargs)}")
         return load_student(export_folder(path_or_name), attention=attention)
-    return open_backbone(path_or_name, attention=attention, **kwargs)
+    return create_backbone(path_or_name, attention=attention, **kwargs)
 
 
 def align(backbone: str | Backbone = "scenes-vit", data: str = "scenes", **options: Any) -> Outcome:

@@ -9,8 +9,7 @@ import pytest
 import timm
 import torch
 from engine_runs import make_images
-from timm.models import save_for_hf
-from transformers_folders import FORMATS, SIZE, folder_of, hidden_states
+from foreign_folders import FORMATS, SIZE, folder_of, hidden_states, timm_folder
 
 import localign
 from localign.backbones import create_backbone
@@ -46,15 +45,6 @@ def test_align_and_return(name: str, images: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(aligned.tokens(pixels, norm=False), states, atol=1e-4, rtol=1e-4)
     assert not torch.equal(states, hidden_states(model, pixels).hidden_states[-1])
-
-
-def timm_folder(path: Path, **arguments: Any) -> Path:
-    """A folder as timm's own ``save_for_hf`` writes it."""
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, **arguments}
-    model = timm.create_model("vit_tiny_patch16_224", **arguments)
-    saved = {**arguments, "in_chans": 3, "global_pool": arguments.get("global_pool", "token")}
-    save_for_hf(model, str(path), model_args=saved, safe_serialization=True)
-    return path
 
 
 @pytest.mark.parametrize(

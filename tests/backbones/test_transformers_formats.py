@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from foreign_folders import FORMATS, MODELS, PATCH, SIZE, folder_of, hidden_states, model_of
 from safetensors.torch import load_file, save_file
-from transformers_folders import FORMATS, MODELS, PATCH, SIZE, folder_of, hidden_states, model_of
 
 from localign.backbones import create_backbone, load_backbone, save_backbone
 from localign.backbones.families.writing import save_transformers

@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from foreign_folders import folder_of
 from PIL import Image
 
 from localign.backbones import create_backbone, save_backbone
 from localign.cli import main
 from localign.options.probe import ProbeCommandConfig
+from localign.probing.command import load_backbones
 
 TINY = (
     "--weights none --model-kwargs img_size=24 patch_size=8 embed_dim=24 depth=1 num_heads=2 "
@@ -230,3 +233,14 @@ def test_bad_use_is_one_line(
 def test_backbones_keep_their_order_and_names() -> None:
     config = ProbeCommandConfig(backbone="clip-vit-b, mine=runs/a=b ,runs/c")
     assert config.named_backbones() == {"clip-vit-b": "clip-vit-b", "mine": "runs/a=b", "runs/c": "runs/c"}
+
+
+def test_options_apply_to_folders_of_transformers(tmp_path: Path) -> None:
+    _, folder = folder_of("dinov2", tmp_path)
+    (backbone,) = load_backbones(ProbeCommandConfig(backbone=str(folder), image_size=48)).values()
+    assert backbone.grid == (6, 6)
+    kept, drawn = (
+        load_backbones(ProbeCommandConfig(backbone=f"x={folder}", weights=weights))["x"].vit.cls_token
+        for weights in ("pretrained", "none")
+    )
+    assert not torch.equal(kept, drawn)

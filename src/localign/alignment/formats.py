@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +9,13 @@ from torch import Tensor
 
 from localign import rng
 from localign.backbones import Backbone
+from localign.backbones.export import CONFIG_FILE, DECODER_FILE
 from localign.backbones.families.parity import token_difference
 from localign.backbones.families.writing import save_transformers
 from localign.data.sources import open_source
 from localign.data.transforms import EvalTransform
 from localign.errors import UserError
+from localign.files import refilling_folder
 from localign.files.output import PROVENANCE_KEY
 from localign.options.export import ExportConfig
 
@@ -36,26 +37,24 @@ def export_transformers(backbone: Backbone, config: ExportConfig, provenance: di
         The largest difference, divided by the root mean square of the tokens.
 
     Raises:
-        UserError: The backbone does not fit the format, or the difference is above the tolerance; then the folder has
-            no ``config.json``, so that nothing loads it.
+        UserError: The backbone does not fit the format, or the difference is above the tolerance; then nothing is
+            written.
     """
     if backbone.soft_cap is not None and not config.bake:
         raise UserError(
             f"{backbone.name} has soft-capped attention ({backbone.soft_cap:g}), which transformers' classes lack; "
             "--bake --images DIR drops the soft-cap and measures the change, --format timm keeps it"
         )
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
     facts = {PROVENANCE_KEY: {**provenance, "dropped_soft_cap": backbone.soft_cap}}
-    save_transformers(backbone, folder, config.format, extra=facts)
-    difference = token_difference(backbone, folder, _images(config, backbone.image_size))
     tolerance = config.tolerance if config.tolerance is not None else BAKED if config.bake else EXACT
-    if not difference <= tolerance:
-        (folder / "config.json").unlink()
-        raise UserError(
-            f"in the format {config.format} the tokens of {backbone.name} change by {difference:.2g} of their root "
-            f"mean square, more than the tolerance of {tolerance:g}"
-        )
+    with refilling_folder(config.out, (DECODER_FILE,), CONFIG_FILE) as folder:
+        save_transformers(backbone, folder, config.format, extra=facts)
+        difference = token_difference(backbone, folder, _images(config, backbone.image_size))
+        if not difference <= tolerance:
+            raise UserError(
+                f"in the format {config.format} the tokens of {backbone.name} change by {difference:.2g} of their root "
+                f"mean square, more than the tolerance of {tolerance:g}"
+            )
     return difference
 
 

@@ -2,8 +2,8 @@
 
 from localign.backbones.attention import SoftCapAttention, apply_soft_cap
 from localign.backbones.backbone import Backbone
-from localign.backbones.create import create_backbone, open_backbone
-from localign.backbones.export import export_folder, load_backbone, save_backbone
+from localign.backbones.create import create_backbone
+from localign.backbones.export import export_folder, find_export, load_backbone, save_backbone
 from localign.options.names import EMBEDDED, AttentionBackend
 from localign.recipes.catalogue import CATALOGUE, CatalogueEntry
 
@@ -17,7 +17,7 @@ __all__ = [
     "apply_soft_cap",
     "create_backbone",
     "export_folder",
+    "find_export",
     "load_backbone",
-    "open_backbone",
     "save_backbone",
 ]

@@ -15,8 +15,8 @@ from torch import nn
 from localign import rng
 from localign.backbones.backbone import Backbone
 from localign.backbones.building import REMOTE, build_vit
-from localign.backbones.export import CONFIG_FILE, export_folder, load_backbone
-from localign.backbones.families.reading import is_transformers_folder, load_transformers_backbone
+from localign.backbones.export import CONFIG_FILE, load_backbone
+from localign.backbones.families.reading import is_of_transformers, load_transformers_backbone
 from localign.backbones.hub import model_folder
 from localign.backbones.moco import read_moco_v3
 from localign.backbones.weights import StateDict, common_prefixes, read_state_dict
@@ -28,13 +28,12 @@ from localign.text.printing import printable
 from localign.text.reading import read_json_object
 from localign.weights import check_finite, check_fit, load_strict, without_ignored
 
-"""The small backbone inside the package, pre-trained on scenes with image-level supervision."""
 # Weight files may have a classifier; a backbone has none.
 _CLASSIFIER = ("head.", "head_dist.", "fc.")
 
 
 def create_backbone(
-    name: str,
+    name: str | Path,
     *,
     weights: str = "pretrained",
     image_size: int | tuple[int, int] | None = None,
@@ -61,21 +60,23 @@ def create_backbone(
         UserError: The name is unknown (the error suggests similar names), or the weights do not fit or cannot be
             downloaded.
     """
-    kwargs = dict(model_kwargs or {})
+    name, kwargs = str(name), dict(model_kwargs or {})
     folder = None if name.startswith(REMOTE) or name == EMBEDDED else model_folder(name)
-    if folder is not None and is_transformers_folder(folder):
+    config = {} if folder is None else read_json_object(folder / CONFIG_FILE)
+    if folder is not None and is_of_transformers(config):
         if weights not in ("pretrained", "none"):
             raise UserError(f"{name} has weights of its own; --weights FILE applies to timm names only")
         with rng.seeded_globals(seed, "backbone weights"):
             return load_transformers_backbone(
                 folder,
+                config,
                 name=name,
                 image_size=image_size,
                 model_kwargs=kwargs,
                 attention=attention,
                 weights=weights == "pretrained",
             )
-    if folder is not None and "localign" not in read_json_object(folder / CONFIG_FILE):
+    if folder is not None and "localign" not in config:  # timm reads its own folders
         name, folder = (f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}"), None
     if name == EMBEDDED or folder is not None:
         if kwargs or image_size or weights != "pretrained":
@@ -224,14 +225,3 @@ def _converted(vit: nn.Module, state: StateDict, path: Path) -> StateDict:
             raise UserError(f"{path} does not fit {type(vit).__name__}: {printable(repr(error))}") from error
     check_fit(vit, without_ignored(vit, state, _CLASSIFIER), path)
     return state
-
-
-def open_backbone(path_or_name: str | Path, **options: Any) -> Backbone:
-    """Like :func:`create_backbone`, but also accepts a run folder, whose export it loads.
-
-    Args:
-        path_or_name: A run folder, an export folder, or a name.
-        **options: Arguments of :func:`create_backbone`.
-    """
-    folder = export_folder(path_or_name)
-    return create_backbone(str(folder) if folder.is_dir() else str(path_or_name), **options)

@@ -256,6 +256,16 @@ def export_folder(path: str | Path) -> Path:
     return inner if inner.is_dir() else Path(path)
 
 
+def find_export(name: str | Path) -> Path | None:
+    """The export folder that a name points to, directly or as a run folder; None for any other name or folder.
+
+    Raises:
+        UserError: The folder's ``config.json`` cannot be read.
+    """
+    path = export_folder(name) / CONFIG_FILE
+    return path.parent if path.is_file() and "localign" in read_json_object(path) else None
+
+
 def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -> Backbone:
     """Read an export folder back; the inverse of :func:`save_backbone`.
 

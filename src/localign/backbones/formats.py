@@ -9,15 +9,13 @@ from typing import IO
 
 from localign.errors import UserError
 from localign.text.printing import printable
+from localign.text.reading import LFS_POINTER, is_lfs_pointer, packed_with
 
 _HEAD = 4096
 _LEGACY_PICKLES = 5
 """Pickles at the start of an old torch file; the fourth holds the content."""
 _SPARE = 2**26
 """Bytes to which any file may expand."""
-_PACKED = {
-    b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7-Zip",
-}  # fmt: skip
 _OTHERS = {
     b"\x89HDF": "an HDF5 file",
     b"\x93NUMPY": "a NumPy array",
@@ -45,14 +43,13 @@ def check_format(path: Path) -> None:
 def _problem(path: Path, head: bytes) -> str | None:
     if not head:
         return "is empty; download or copy it again"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file itself; run `git lfs pull`"
+    if is_lfs_pointer(head):
+        return f"is {LFS_POINTER}"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.lower().startswith(_PAGES):
         return "is a web page, probably an error message of the server; download the file again"
-    for start, name in _PACKED.items():
-        if head.startswith(start):
-            return f"is packed with {name}; unpack it first"
+    if packer := packed_with(head):
+        return f"is packed with {packer}; unpack it first"
     for start, name in _OTHERS.items():
         if head.startswith(start):
             return f"is {name}; give a safetensors or torch file"

@@ -18,6 +18,7 @@ from localign.files.output import (
     check_ours,
     kinds_of,
     locked_beside,
+    mapping_in,
     output_file,
     output_folder,
 )
@@ -169,7 +170,7 @@ def _shards(command: str, config: ShardConfig | In21kConfig) -> Iterator[_Output
 
 
 def _packed_by(folder: Path) -> set[str]:
-    facts = _json(folder / "about.json")
+    facts = mapping_in(folder / "about.json")
     if not facts.keys() >= {"source", "shard_images"}:
         return set()
     return {"data in21k-p" if "min_images" in facts else "data shard"}
@@ -181,7 +182,9 @@ def _verify(command: str, config: DataVerifyConfig) -> Iterator[_Output]:
 
 def _stats(command: str, config: StatsConfig) -> Iterator[_Output]:
     if config.out is not None:
-        yield output_file(config.out, command, lambda path: _json(path).keys() >= {"opened", "unreadable"})
+        yield output_file(
+            config.out, command, lambda path: mapping_in(path).keys() >= {"opened", "unreadable"}
+        )
 
 
 OUTPUTS: Mapping[type, Callable[[str, Any], Iterator[_Output]]] = {
@@ -213,18 +216,9 @@ OUTPUTS: Mapping[type, Callable[[str, Any], Iterator[_Output]]] = {
 # -- files of ours -----------------------------------------------------------------------------------------
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _json_of(**facts: tuple[str, ...]) -> Callable[[Path], bool]:
     def is_ours(path: Path) -> bool:
-        content = _json(path)
+        content = mapping_in(path)
         return all(content.get(key) in values for key, values in facts.items())
 
     return is_ours

@@ -33,6 +33,7 @@ from localign.data.untrusted.bounds import (
 from localign.data.untrusted.faults import machine_faults, retried
 from localign.data.untrusted.modes import by_bands, from_levels, over_white
 from localign.errors import RunFailure, RunStopped, UserError
+from localign.text.reading import is_lfs_pointer
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -64,7 +65,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 _JPEG = ("JPEG", "MPO")
 _EXIF_ORIENTATION = 0x0112
-_GIT_LFS = b"version https://git-lfs"
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -292,7 +292,7 @@ def _open(data: bytes, name: str) -> Image.Image:
     if not data:
         raise UnreadableImage(name, "empty file")
     check_bytes(len(data), name)
-    if data.startswith(_GIT_LFS):
+    if is_lfs_pointer(data):
         raise UnreadableImage(name, "a Git LFS pointer, not the image itself; run `git lfs pull`")
     if has_more_parts(data, MAX_PARTS):
         raise UnreadableImage(

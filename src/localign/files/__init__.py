@@ -105,12 +105,19 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     a new name.
     """
     path = Path(path)
+    with _temporary_folder(path) as temporary:
+        yield temporary
+        put_in_place(temporary, path)
+
+
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path``; whatever is in it at the end is deleted."""
     temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -141,10 +148,7 @@ def refilling_folder(path: str | Path, own: Sequence[str], last: str) -> Iterato
         last: A file without which the folder is incomplete; it is removed first and moved last.
     """
     path = Path(path)
-    temporary = temporary_name(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with _temporary_folder(path) as temporary:
         yield temporary
         if not path.exists():
             put_in_place(temporary, path)
@@ -154,13 +158,9 @@ def refilling_folder(path: str | Path, own: Sequence[str], last: str) -> Iterato
             readable(file)
             fsync_path(file)
         (path / last).unlink(missing_ok=True)
-        stale = [
-            file for pattern in own for file in path.glob(pattern) if not (temporary / file.name).exists()
-        ]
-        for file in stale:
-            file.unlink(missing_ok=True)
+        for file in [file for pattern in own for file in path.glob(pattern)]:
+            if not (temporary / file.name).exists():
+                file.unlink(missing_ok=True)
         for file in new:
             os.replace(file, path / file.name)
         fsync_path(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -44,8 +44,9 @@ _MARK_BYTES = 2**20
 
 def kinds_of(folder: Path) -> set[str]:
     """The commands whose output a folder is, by the files in it that say so; empty for a foreign folder."""
-    yaml, results = _mapping(folder / "config.yaml", load_yaml), _mapping(folder / "results.json", json.loads)
-    model, compared = (_mapping(folder / f"{n}.json", json.loads) for n in ("config", "comparison"))
+    yaml = mapping_in(folder / "config.yaml", load_yaml, limit=_MARK_BYTES)
+    results = mapping_in(folder / "results.json")
+    model, compared = (mapping_in(folder / f"{n}.json", limit=_MARK_BYTES) for n in ("config", "comparison"))
     kinds = {str(yaml["command"])} if yaml.keys() >= {"command", "config"} else set()
     if results.keys() >= {"command", "versions"}:
         kinds.add(str(results["command"]))
@@ -78,10 +79,12 @@ def is_marked_png(path: Path, kind: str) -> bool:
         return False
 
 
-def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """The content of a file; {} if it is missing or holds something else."""
+def mapping_in(
+    path: Path, parse: Callable[[str], Any] = json.loads, *, limit: int | None = None
+) -> dict[str, Any]:
+    """The content of a file that may be ours; {} if it is missing, larger than ``limit`` or something else."""
     try:
-        if not path.is_file() or (path.name != "results.json" and path.stat().st_size > _MARK_BYTES):
+        if not path.is_file() or (limit is not None and path.stat().st_size > limit):
             return {}
         content = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from localign import rng
 from localign.alignment.setup import CPU_BATCH, PUBLISHED_BATCH
-from localign.backbones import Backbone, open_backbone
+from localign.backbones import Backbone, create_backbone
 from localign.backbones.export import content_hash
 from localign.data.classification import ImageLabels, SpreadSource, check_same_classes, labels_of
 from localign.data.images import ImageData
@@ -214,7 +214,7 @@ class FinetuneTask(Task):
 
 
 def _starting_backbone(config: FinetuneConfig) -> Backbone:
-    return open_backbone(
+    return create_backbone(
         config.backbone,
         attention=config.attention,
         weights=config.weights,

@@ -101,7 +101,8 @@ class AlignConfig(DataConfig, TrainConfig):
     """Training objective: maskembed; averaging (MaskEmbed without a decoder); additive (patch vectors that sum to the
     teacher's output); clipself (crops); or mim (the student sees masked images)."""
     backbone: str = "scenes-vit"
-    """A name from `localign list backbones`, any timm name, hf-hub:..., local-dir:..., or an export folder."""
+    """A name from `localign list backbones`, any timm name, a run or export folder, or a folder or Hub repository
+    (openai/clip-vit-base-patch16) of transformers or timm."""
     weights: str = "pretrained"
     """Starting weights: pretrained, none (random), or a weight file."""
     image_size: int | None = None

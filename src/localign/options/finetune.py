@@ -27,7 +27,8 @@ class FinetuneConfig(DataConfig, TrainConfig):
     }
 
     backbone: str = "scenes-vit"
-    """A run or export folder, a name of `localign list backbones`, any timm name, hf-hub:... or local-dir:..."""
+    """A name from `localign list backbones`, any timm name, a run or export folder, or a folder or Hub repository of
+    transformers or timm."""
     weights: str = "pretrained"
     """Weights of a backbone given by name: pretrained, none (random), or a weight file."""
     image_size: int | None = None

@@ -172,8 +172,8 @@ class ProbeCommandConfig:
     }
 
     backbone: str = "scenes-vit"
-    """Backbones to probe, separated by commas: names, run folders or export folders. NAME=path sets the name in
-    results. The other backbones are compared with the first."""
+    """Backbones to probe, separated by commas: names, run or export folders, or folders or Hub repositories of
+    transformers or timm. NAME=path sets the name in results. The other backbones are compared with the first."""
     data: str = "scenes"
     """scenes, or a folder of labelled images: the layout of COCO-Stuff or ADE20k, or classes.json with images/ and
     masks/ (each with train and val)."""

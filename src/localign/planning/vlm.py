@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from localign.alignment import AlignConfig
 from localign.alignment.setup import fresh_student, starting_backbone
-from localign.backbones import create_backbone
+from localign.backbones import create_backbone, find_export
 from localign.engine.schedule import total_steps, with_warmup_steps
 from localign.errors import UserError
 from localign.options.names import AdapterName
@@ -23,7 +23,7 @@ from localign.vlm.data.mixtures import PUBLISHED_RECORDS
 from localign.vlm.data.records import Conversations
 from localign.vlm.data.vocabulary import ROWS_MULTIPLE
 from localign.vlm.model.adapters import Adapter
-from localign.vlm.model.build import export_folder, set_stage, vision_sources
+from localign.vlm.model.build import set_stage, vision_sources
 from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.model.presets import VisionSource, build_vision
@@ -108,7 +108,7 @@ def _model_config(llm: PretrainedConfig, tower: VisionTower, adapter: Adapter) -
 
 
 def _planned(name: str, config: VLMConfig) -> VisionSource:
-    if export_folder(name) is not None:
+    if find_export(name) is not None:
         with torch.device("cpu"):  # weights are loaded for their shapes, then moved to the meta device
             (source,) = vision_sources(_with_backbone(config, name))
         return VisionSource(

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from localign.backbones import Backbone, open_backbone
+from localign.backbones import Backbone, create_backbone, find_export
 from localign.engine import run_folder
 from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.log import Stopwatch, progress_bars, say
@@ -42,15 +42,13 @@ def load_backbones(config: ProbeCommandConfig) -> dict[str, Backbone]:
         if v is not None
     }
     named = config.named_backbones()
-    if options and all(Path(source).is_dir() for source in named.values()):
+    exported = {name for name, source in named.items() if find_export(source) is not None}
+    if options and exported == named.keys():
         option = next(iter(options)).replace("_", "-")
         raise UserError(
             f"{next(iter(named.values()))} is an exported backbone; --{option} applies to names only"
         )
-    loaded = {}
-    for name, source in named.items():
-        loaded[name] = open_backbone(source, **({} if Path(source).is_dir() else options))
-    return loaded
+    return {n: create_backbone(source, **({} if n in exported else options)) for n, source in named.items()}
 
 
 def run_probe(config: ProbeCommandConfig) -> None:

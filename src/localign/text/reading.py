@@ -19,14 +19,22 @@ from localign.text.printing import printable
 
 MAX_BYTES = 2**30
 """The largest text file that is read as a whole. Official question files have up to 300 MB."""
-MAX_DEPTH = 200
-"""Lists and objects inside each other. Real files have fewer than ten."""
 _GIT_LFS = b"version https://git-lfs"
+_PACKED = {
+    b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7-Zip",
+}  # fmt: skip
+LFS_POINTER = "a Git LFS pointer, not the file itself; run `git lfs pull`"
+"""What :func:`is_lfs_pointer` finds, as the end of "x is ..."."""
 
 
 def is_lfs_pointer(content: bytes) -> bool:
     """Whether a file's content is only the pointer that Git LFS leaves in its place."""
     return content.startswith(_GIT_LFS)
+
+
+def packed_with(content: bytes) -> str | None:
+    """The program that packed a file, by its first bytes; None if none did."""
+    return next((name for start, name in _PACKED.items() if content.startswith(start)), None)
 
 
 @contextmanager
@@ -72,7 +80,7 @@ def read_bytes(path: str | Path, *, limit: int = MAX_BYTES) -> bytes:
             raise UserError(f"{shown} has {size:,} bytes; at most {limit:,} are read")
         content = file.read(limit + 1)
     if is_lfs_pointer(content):
-        raise UserError(f"{shown} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+        raise UserError(f"{shown} is {LFS_POINTER}")
     return content
 
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from localign.backbones.families.names import NameMap, StateDict
+from localign.backbones.families.names import NameMap
+from localign.backbones.weights import StateDict
 from localign.errors import UserError
 
 Config = Mapping[str, Any]

@@ -18,7 +18,8 @@ from localign.backbones.families.base import (
     common_config,
     number,
 )
-from localign.backbones.families.names import NameMap, StateDict, joined_linear, linear
+from localign.backbones.families.names import NameMap, joined_linear, linear
+from localign.backbones.weights import StateDict
 from localign.errors import UserError
 
 

@@ -19,7 +19,8 @@ from localign.backbones.families.base import (
     decimal,
     number,
 )
-from localign.backbones.families.names import NameMap, StateDict, linear
+from localign.backbones.families.names import NameMap, linear
+from localign.backbones.weights import StateDict
 from localign.errors import UserError
 
 

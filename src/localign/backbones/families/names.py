@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localign.backbones.weights import StateDict
 from localign.errors import UserError
-
-StateDict = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

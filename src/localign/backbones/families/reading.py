@@ -6,7 +6,8 @@ The folder may hold the vision model alone, a model of images and text, or a vis
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from safetensors import SafetensorError, safe_open
 from localign.backbones.backbone import Backbone
 from localign.backbones.building import build_vit
 from localign.backbones.families import TRANSFORMERS_FAMILIES, TransformersFamily
-from localign.backbones.families.names import StateDict
-from localign.backbones.weights import read_file
+from localign.backbones.formats import check_format
+from localign.backbones.weights import StateDict, read_file
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
 from localign.text.printing import printable
 from localign.text.reading import read_json_object
-from localign.weights import load_strict
+from localign.weights import check_finite, load_strict, pixel_statistics
 
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
 _WEIGHTS, _TORCH_WEIGHTS = "model.safetensors", "pytorch_model.bin"
@@ -39,22 +40,21 @@ class VisionFolder:
     """The vision model's own part of ``config.json``."""
 
 
-def is_transformers_folder(folder: Path) -> bool:
-    """Whether a folder's ``config.json`` has a ``model_type``, and is not one of localign's or timm's."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        return False
-    content = read_json_object(path)
-    return "model_type" in content and not {"localign", "architecture"} & set(content)
+def is_of_transformers(content: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` has a ``model_type``, and is not one of localign's or timm's."""
+    return "model_type" in content and not {"localign", "architecture"} & content.keys()
 
 
-def describe(folder: Path) -> VisionFolder:
+def describe(folder: Path, content: Mapping[str, Any]) -> VisionFolder:
     """Find the family of a folder.
+
+    Args:
+        folder: Named in errors.
+        content: The folder's ``config.json``.
 
     Raises:
         UserError: The folder holds another architecture; the line names it, and the families that can be read.
     """
-    content = read_json_object(folder / CONFIG_FILE)
     inner = content.get("vision_config")
     for config in (content, inner if isinstance(inner, dict) else {}):
         for family in TRANSFORMERS_FAMILIES.values():
@@ -75,6 +75,7 @@ def describe(folder: Path) -> VisionFolder:
 
 def load_transformers_backbone(
     folder: Path,
+    content: Mapping[str, Any],
     *,
     name: str,
     image_size: int | tuple[int, int] | None = None,
@@ -86,6 +87,7 @@ def load_transformers_backbone(
 
     Args:
         folder: The folder.
+        content: Its ``config.json``.
         name: The name in reports.
         image_size: Input side, or (height, width), pixels; the position embedding is resampled. Default: the config's.
         model_kwargs: Further arguments of timm's constructor.
@@ -96,9 +98,9 @@ def load_transformers_backbone(
         The backbone in eval mode, float32. Its hidden states are transformers' own.
 
     Raises:
-        UserError: The folder holds another architecture, is incomplete, or its tensors do not fit.
+        UserError: The folder holds another architecture, is incomplete, or its tensors do not fit or are not finite.
     """
-    found = describe(folder)
+    found = describe(folder, content)
     try:
         architecture, kwargs = found.family.architecture(found.config)
     except UserError as error:
@@ -112,11 +114,12 @@ def load_transformers_backbone(
         for key, value in vit.state_dict().items():
             if key.endswith(".k_bias"):  # a constant of timm's
                 state.setdefault(key, value)
-        load_strict(vit, {k: v.float() for k, v in state.items()}, printable(folder))
+        load_strict(vit, state, folder)
+        check_finite(vit.state_dict(), folder)
     if image_size is not None and image_size != own_size:
         vit.set_input_size(img_size=image_size)
         kwargs["img_size"] = image_size
-    mean, std = pixel_statistics(folder, found.family)
+    mean, std = _normalisation(folder, found.family)
     return Backbone(
         vit,
         name=name,
@@ -128,26 +131,14 @@ def load_transformers_backbone(
     ).eval()
 
 
-def pixel_statistics(folder: Path, family: TransformersFamily) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel from ``preprocessor_config.json``, else the family's.
-
-    Raises:
-        UserError: The file has other than three finite numbers, or a standard deviation of 0.
-    """
+def _normalisation(folder: Path, family: TransformersFamily) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel from ``preprocessor_config.json``, else the family's."""
     path = folder / PREPROCESSOR_FILE
     content = read_json_object(path) if path.is_file() else {}
     content = content.get("image_processor", content)
     mean, std = content.get("image_mean", family.mean), content.get("image_std", family.std)
-    for values in (mean, std):
-        if not isinstance(values, list | tuple) or len(values) != 3 or not all(_is_number(v) for v in values):
-            raise UserError(f"{printable(path)}: image_mean and image_std need three numbers each")
-    if min(std) <= 0:
-        raise UserError(f"{printable(path)}: image_std must be above 0")
-    return tuple(map(float, mean)), tuple(map(float, std))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
+    where = f"image_mean and image_std in {path}"
+    return pixel_statistics(mean, "mean", where), pixel_statistics(std, "std", where)
 
 
 def read_tensors(folder: Path, anchor: str) -> StateDict:
@@ -165,7 +156,8 @@ def read_tensors(folder: Path, anchor: str) -> StateDict:
     tensors: StateDict = {}
     for file in files:
         if file.suffix == ".safetensors":
-            names.update(dict.fromkeys(_names(file), file))
+            with _opened(file) as content:
+                names.update(dict.fromkeys(content.keys(), file))
         else:
             tensors.update(read_file(file))
             names.update(dict.fromkeys(tensors, file))
@@ -179,7 +171,8 @@ def read_tensors(folder: Path, anchor: str) -> StateDict:
     prefix = prefixes.pop()
     wanted = {name: file for name, file in names.items() if name.startswith(prefix)}
     for file in {f for f in wanted.values() if f.suffix == ".safetensors"}:
-        tensors.update(_read(file, [name for name, place in wanted.items() if place == file]))
+        with _opened(file) as content:
+            tensors.update({n: content.get_tensor(n) for n, place in wanted.items() if place == file})
     return {name.removeprefix(prefix): tensors[name] for name in wanted}
 
 
@@ -202,17 +195,12 @@ def _weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{printable(folder)} has no {_WEIGHTS} or {_TORCH_WEIGHTS}")
 
 
-def _names(file: Path) -> list[str]:
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file whose tensors are read one by one. Raises UserError."""
+    check_format(file)
     try:
         with safe_open(file, "pt") as content:
-            return list(content.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{printable(file)} is not a readable safetensors file: {printable(error)}") from None
-
-
-def _read(file: Path, names: list[str]) -> StateDict:
-    try:
-        with safe_open(file, "pt") as content:
-            return {name: content.get_tensor(name) for name in names}
+            yield content
     except (SafetensorError, OSError) as error:
         raise UserError(f"{printable(file)} is not a readable safetensors file: {printable(error)}") from None

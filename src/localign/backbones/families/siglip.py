@@ -20,7 +20,8 @@ from localign.backbones.families.base import (
     number,
 )
 from localign.backbones.families.clip import encoder_names
-from localign.backbones.families.names import NameMap, StateDict, linear
+from localign.backbones.families.names import NameMap, linear
+from localign.backbones.weights import StateDict
 from localign.errors import UserError
 
 _PATCH = "embeddings.patch_embedding.weight"

@@ -14,7 +14,7 @@ from localign.backbones.building import build_vit
 from localign.backbones.families import TRANSFORMERS_FAMILIES
 from localign.backbones.families.reading import CONFIG_FILE, PREPROCESSOR_FILE
 from localign.errors import UserError
-from localign.files import replace_text, replacing
+from localign.weights import check_finite
 
 _PROCESSORS = {
     "clip": "CLIPImageProcessor",
@@ -30,11 +30,11 @@ _BICUBIC = 3
 def save_transformers(
     backbone: Backbone, folder: Path, family: str, *, extra: dict[str, Any] | None = None
 ) -> Path:
-    """Write ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``; the config last.
+    """Write ``config.json``, ``model.safetensors`` and ``preprocessor_config.json`` into a new folder.
 
     Args:
         backbone: Not changed. A soft-cap is left out, since transformers' classes have none.
-        folder: Exists.
+        folder: Exists, and is put in place as a whole by the caller.
         family: ``clip``, ``siglip``, ``siglip2``, ``dinov2``, ``dinov3`` or ``vit``.
         extra: Further keys of ``config.json``, such as provenance; transformers keeps keys that it does not know.
 
@@ -42,13 +42,15 @@ def save_transformers(
         The folder.
 
     Raises:
-        UserError: The backbone has a part that the family lacks, or lacks one that the family needs.
+        UserError: The backbone has a part that the family lacks, or lacks one that the family needs, or a weight is not
+            finite.
     """
     config, state = transformers_content(backbone, family)
-    with replacing(folder / "model.safetensors") as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
-    replace_text(folder / PREPROCESSOR_FILE, json.dumps(_preprocessor(backbone, family), indent=1) + "\n")
-    replace_text(folder / CONFIG_FILE, json.dumps({**config, **(extra or {})}, indent=1) + "\n")
+    check_finite(state, f"the backbone {backbone.name} is not exported")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    contents = {PREPROCESSOR_FILE: _preprocessor(backbone, family), CONFIG_FILE: {**config, **(extra or {})}}
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return folder
 
 

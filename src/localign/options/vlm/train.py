@@ -54,7 +54,7 @@ class VLMConfig(TrainConfig):
     """Accept image paths, absolute or with .., that lead out of the image folders."""
     backbone: tuple[str, ...] = ("scenes-vit",)
     """One backbone, or several whose tokens are concatenated on channels: run or export folders, names from
-    `localign list backbones`, timm names, hf-hub:... or local-dir:..."""
+    `localign list backbones`, timm names, or folders or Hub repositories of transformers or timm."""
     weights: str = "pretrained"
     """Weights of a backbone given by name: pretrained, none (random), or a weight file."""
     image_size: int | None = None

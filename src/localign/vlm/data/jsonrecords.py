@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from localign.errors import UserError, did_you_mean
 from localign.text.printing import printable
-from localign.text.reading import is_lfs_pointer, open_regular
+from localign.text.reading import LFS_POINTER, is_lfs_pointer, open_regular
 
 _BLOCK = 2**23
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -60,7 +60,7 @@ def _not_records(path: Path, text: str) -> str:
     if text.startswith(("\xff\xfe", "\xfe\xff")):
         return f"{name} is UTF-16; save it as UTF-8"
     if is_lfs_pointer(text.encode("latin-1")):
-        return f"{name} is a Git LFS pointer, not the file itself; run `git lfs pull`"
+        return f"{name} is {LFS_POINTER}"
     return f"{name} is neither a JSON list of records nor JSON lines"
 
 

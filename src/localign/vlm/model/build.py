@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from localign import rng
 from localign.alignment import load_student
-from localign.backbones import create_backbone
+from localign.backbones import create_backbone, find_export
 from localign.backbones.export import CONFIG_FILE, read_config
 from localign.engine.distributed import is_main_process
 from localign.errors import UserError
@@ -120,7 +120,7 @@ def vision_sources(config: VLMConfig) -> list[VisionSource]:
 
 
 def _source(name: str, config: VLMConfig) -> VisionSource:
-    folder = export_folder(name)
+    folder = find_export(name)
     if folder is None:
         if config.features == "aligned" and len(config.backbone) == 1:
             raise UserError(f"--features aligned needs an export folder of `localign align`; {name} is none")
@@ -151,7 +151,7 @@ def _source(name: str, config: VLMConfig) -> VisionSource:
 
 
 def export_folder(name: str) -> Path | None:
-    """The export folder that a backbone's name points to, directly or as a run folder; None for other names."""
+    """The folder that a vision-language model's name points to, directly or as a run; None for other names."""
     for folder in (Path(name) / "export", Path(name)):
         if (folder / CONFIG_FILE).is_file():
             return folder

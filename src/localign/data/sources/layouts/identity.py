@@ -7,18 +7,19 @@ from collections.abc import Sequence
 
 from localign.errors import UserError
 from localign.text.printing import printable
+from localign.text.reading import LFS_POINTER, is_lfs_pointer, packed_with
 
 HEAD = 512
 """Bytes that :func:`known_content` looks at."""
 
+_UNPACK = {
+    "gzip": "decompress it with gunzip",
+    "bzip2": "decompress it with bunzip2",
+    "xz": "decompress it with unxz",
+    "zstd": "decompress it with unzstd",
+}
 _KINDS = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
-    (b"\x1f\x8b", "compressed with gzip; decompress it with gunzip, shards must be uncompressed"),
-    (b"BZh", "compressed with bzip2; decompress it with bunzip2, shards must be uncompressed"),
-    (b"\xfd7zXZ\0", "compressed with xz; decompress it with unxz, shards must be uncompressed"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd; decompress it with unzstd, shards must be uncompressed"),
     (b"PK\x03\x04", "a zip archive"),
-    (b"7z\xbc\xaf", "a 7z archive"),
     (b"PAR1", "a parquet file"),
     (b"ARROW1", "an Arrow file"),
     (b"\xff\xd8\xff", "a JPEG image"),
@@ -49,6 +50,10 @@ def known_content(head: bytes, expected: str = "") -> str | None:
         return "empty"
     if head[257:262] == b"ustar":
         return None if expected == "tar" else "a tar file"
+    if is_lfs_pointer(head):
+        return LFS_POINTER
+    if packer := packed_with(head):
+        return f"compressed with {packer}; {_UNPACK.get(packer, 'unpack it')}, shards must be uncompressed"
     found = next((text for magic, text in _KINDS if head.startswith(magic)), None)
     return None if found == "a parquet file" and expected == "parquet" else found
 

@@ -1,4 +1,4 @@
-"""Tiny models of the families' true architectures, as transformers writes them."""
+"""Tiny models of the families' true architectures, as transformers and timm write them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import transformers
+from timm.models import save_for_hf
 from torch import nn
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 32, 2
@@ -111,3 +113,12 @@ def hidden_states(model: Any, pixels: torch.Tensor) -> Any:
         spatial_shapes=torch.tensor([[side, side]] * len(pixels)),
         output_hidden_states=True,
     )
+
+
+def timm_folder(path: Path, **arguments: Any) -> Path:
+    """A folder as timm's own ``save_for_hf`` writes it."""
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, **arguments}
+    model = timm.create_model("vit_tiny_patch16_224", **arguments)
+    saved = {**arguments, "in_chans": 3, "global_pool": arguments.get("global_pool", "token")}
+    save_for_hf(model, str(path), model_args=saved, safe_serialization=True)
+    return path

@@ -1,0 +1,45 @@
+"""Towers from folders that transformers or timm wrote: built, trained, exported and planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from foreign_folders import folder_of, hidden_states, timm_folder
+from vlm_runs import arguments, trained
+
+from localign.cli import main, parse
+from localign.vlm.model.build import load_vlm, vision_sources
+
+
+@pytest.fixture(params=["clip", "siglip", "dinov2", "timm"])
+def tower(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "timm":
+        return timm_folder(tmp_path / "tower", num_classes=0)
+    return folder_of(request.param, tmp_path / "tower")[1]
+
+
+def test_the_folder_is_the_tower(data: Path, tower: Path, tmp_path: Path) -> None:
+    config = parse("vlm train", arguments(data, tmp_path / "run", "--backbone", str(tower))[2:])
+    (source,) = vision_sources(config)
+    assert not source.aligned
+    assert source.backbone.grid == (4, 4)
+    assert main(arguments(data, tmp_path / "run", "--backbone", str(tower), "--dry-run")) == 0
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_with_it(data: Path, tower: Path, tmp_path: Path) -> None:
+    trained(data, tmp_path / "run", "--backbone", str(tower), "--steps", "2")
+    model, _ = load_vlm(tmp_path / "run")
+    assert len(model.vision.towers) == 1
+
+
+@torch.no_grad()
+def test_the_image_tokens_start_from_transformers_hidden_states(data: Path, tmp_path: Path) -> None:
+    theirs, folder = folder_of("clip", tmp_path / "tower")
+    config = parse("vlm train", arguments(data, tmp_path / "run", "--backbone", str(folder))[2:])
+    (source,) = vision_sources(config)
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    expected = hidden_states(theirs, pixels).hidden_states[-2]
+    torch.testing.assert_close(source.backbone.tokens(pixels, layer=-2, norm=False), expected)
