@@ -69,7 +69,18 @@ def logged(folder: str, field: str) -> dict[int, Any]:
     return {entry["step"]: entry[field] for entry in entries if field in entry}
 
 
+def split(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A vision-language model's weights under the names of now: the base model, and its output layer beside it."""
+    names = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+    names |= {"vision.": "model.vision.", "adapter.": "model.adapter."}
+    if not any(name.startswith("language_model.") for name in state):
+        return state
+    old = {name: next(old for old in names if name.startswith(old)) for name in state}
+    return {names[old[name]] + name.removeprefix(old[name]): tensor for name, tensor in state.items()}
+
+
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], atol: float = ATOL) -> None:
+    theirs = split(theirs)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=atol)

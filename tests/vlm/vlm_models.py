@@ -20,6 +20,9 @@ from localign.vlm.model.adapters import fresh_adapter
 from localign.vlm.model.presets import VisionSource
 from localign.vlm.model.vision import TowerConfig, VisionTower
 
+KINDS = ("linear", "mlp", "fused-mlp", "transformer", "decoder", "truncated", "fused-decoder")
+"""All adapters."""
+
 QUESTIONS = ["What is it?", "Where?", "Name the colour of the largest shape, please.", ""]
 
 
@@ -141,3 +144,12 @@ def aligned_source(backbone: Backbone | None = None) -> VisionSource:
 def student_of(source: VisionSource) -> Any:
     assert source.student is not None
     return source.student
+
+
+def sides(kind: str) -> list[VisionSource]:
+    """Backbones that an adapter takes."""
+    if kind == "fused-mlp":
+        return [VisionSource(tiny_backbone("other", width=24)), VisionSource(tiny_backbone())]
+    if kind == "fused-decoder":
+        return [VisionSource(tiny_backbone("other", width=24)), aligned_source()]
+    return [aligned_source()] if kind == "decoder" else [VisionSource(tiny_backbone())]

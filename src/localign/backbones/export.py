@@ -2,7 +2,8 @@
 
 ``model.safetensors`` holds the ViT with timm's parameter names. ``config.json`` holds timm's own keys, and in a section
 ``localign`` what timm has no key for: soft-cap, final norm, feature layer, provenance. The decoder of an alignment is
-stored as ``decoder.safetensors`` in the same folder.
+stored as ``decoder.safetensors`` in the same folder. transformers loads the backbone, soft-cap and all, with the code
+that lies beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from localign.errors import UserError
 from localign.files import replace_text, replacing
 from localign.files.output import EXPORT, kinds_of
 from localign.options.names import AttentionBackend
+from localign.portable import VIT, VIT_CLASSES, module_text
 from localign.text.printing import printable
 from localign.text.reading import read_json_object
 from localign.weights import check_finite, check_fit, load_strict
@@ -32,6 +34,12 @@ from localign.weights import check_finite, check_fit, load_strict
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 DECODER_FILE = "decoder.safetensors"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+IMAGE_PROCESSOR = "ViTImageProcessor"
+"""transformers' class; it takes a folder with timm's keys for one of timm's unless config.json names it, too."""
+NO_OTHER_CLASS = "unknown: load this folder with AutoModel.from_pretrained(FOLDER, trust_remote_code=True)"
+"""Stands where other classes of transformers expect a number. They would load the folder with random weights, and now
+fail with this text."""
 FORMAT = 1
 
 
@@ -101,8 +109,13 @@ _SECTION_FIELDS: dict[str, tuple[type, ...]] = {
 
 
 class ExportDescription(TypedDict):
-    """An export's ``config.json``: timm's keys, and ours in a section."""
+    """An export's ``config.json``: transformers' and timm's keys, and ours in a section."""
 
+    model_type: str
+    architectures: list[str]
+    auto_map: dict[str, str]
+    image_processor_type: str
+    hidden_size: str
     architecture: str
     num_classes: int
     num_features: int
@@ -149,10 +162,25 @@ def save_backbone(
         _save_tensors(decoder, folder / DECODER_FILE)
     elif EXPORT in kinds_of(folder):
         (folder / DECODER_FILE).unlink(missing_ok=True)  # left by an earlier export
+    replace_text(folder / PREPROCESSOR_FILE, json.dumps(_preprocessor(backbone), indent=1) + "\n")
+    for name in VIT:
+        replace_text(folder / f"{name}.py", module_text(name))
     config = _config(backbone, state, decoder_config, provenance or {})
     config["localign"]["decoder_sha256"] = content_hash(decoder) if decoder is not None else None
     replace_text(folder / CONFIG_FILE, json.dumps(config, indent=1) + "\n")
     return folder
+
+
+def _preprocessor(backbone: Backbone) -> dict[str, Any]:
+    """How transformers' image processor prepares images."""
+    height, width = backbone.image_size
+    return {
+        "image_processor_type": IMAGE_PROCESSOR,
+        "image_mean": list(backbone.mean),
+        "image_std": list(backbone.std),
+        "size": {"height": height, "width": width},
+        "resample": 3,  # bicubic
+    }
 
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -162,7 +190,7 @@ def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 def _save_tensors(state: StateDict, path: Path) -> None:
     with replacing(path) as temporary:
-        save_file(state, temporary)
+        save_file(state, temporary, metadata={"format": "pt"})  # transformers asks for it
 
 
 def _config(
@@ -174,6 +202,12 @@ def _config(
     block_norm_eps: Any = kwargs.pop(NORM_EPS_ARGUMENT, None)  # timm has no such argument
     height, width = backbone.image_size
     return {
+        # transformers' keys, for AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
+        "model_type": "localign_vit",
+        "architectures": ["LocalignViT"],
+        "auto_map": VIT_CLASSES,
+        "image_processor_type": IMAGE_PROCESSOR,
+        "hidden_size": NO_OTHER_CLASS,
         # timm's keys, which timm.create_model("local-dir:FOLDER") reads
         "architecture": backbone.architecture.split(".")[0],
         "num_classes": 0,

@@ -33,15 +33,17 @@ from localign.options.train import TrainConfig
 from localign.options.vlm.demo import VLMDemoConfig
 from localign.options.vlm.evaluation import EvalConfig, ScoreConfig, ShowConfig
 from localign.options.vlm.plan import VLMPlanConfig
-from localign.options.vlm.tools import CheckConfig, ConvertConfig, VLMExportConfig
+from localign.options.vlm.tools import CheckConfig, ConvertConfig, SwapConfig, VLMExportConfig
 
 _Output = AbstractContextManager[object]
 _ELSEWHERE = "give another folder"
-_EXPORT_FILES = ("config.json", "model.safetensors", "decoder.safetensors", "preprocessor_config.json")
+_EXPORT_FILES = (
+    "config.json", "model.safetensors", "decoder.safetensors", "preprocessor_config.json", "*_localign_v*.py",
+)  # fmt: skip
 _VLM_EXPORT_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
     "processor_config.json", "preprocessor_config.json", "chat_template.*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt",
+    "added_tokens.json", "vocab.*", "merges.txt", "*_localign_v*.py",
 )  # fmt: skip
 _SHARD_FILES = ("about.json", "shards.jsonl", "left-out.jsonl", "*.tar")
 _PROBE_FILES = (
@@ -115,7 +117,7 @@ def _export(command: str, config: ExportConfig | ImportConfig) -> Iterator[_Outp
     yield output_folder(config.out, EXPORT, _EXPORT_FILES)
 
 
-def _vlm_export(command: str, config: VLMExportConfig) -> Iterator[_Output]:
+def _vlm_export(command: str, config: VLMExportConfig | SwapConfig) -> Iterator[_Output]:
     yield output_folder(config.out, VLM_EXPORT, _VLM_EXPORT_FILES)
 
 
@@ -199,6 +201,7 @@ OUTPUTS: Mapping[type, Callable[[str, Any], Iterator[_Output]]] = {
     ExportConfig: _export,
     ImportConfig: _export,
     VLMExportConfig: _vlm_export,
+    SwapConfig: _vlm_export,
     ReportConfig: _report,
     EvalConfig: _eval,
     ScoreConfig: _score,

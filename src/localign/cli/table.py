@@ -70,6 +70,7 @@ _TABLE: tuple[Command, ...] = (
     Command("vlm train", "options.vlm.train:VLMConfig", "vlm.commands:run_vlm_train", "train a ViT, an adapter and a language model on conversations"),
     Command("vlm plan", "options.vlm.plan:VLMPlanConfig", "planning.show:run_vlm_plan", "estimate a VLM training: parameters, memory, steps", recipes_of="vlm train", ignored_in_files=("out",)),
     Command("vlm chat", "options.vlm.tools:ChatConfig", "vlm.chat:run_chat", "ask a model about an image", ("model", "image")),
+    Command("vlm swap", "options.vlm.tools:SwapConfig", "vlm.commands:run_swap", "put another tower into a LLaVA model", ("llava",)),
     Command("vlm export", "options.vlm.tools:VLMExportConfig", "vlm.commands:run_vlm_export", "write a model as a transformers folder", ("model",)),
     Command("vlm check", "options.vlm.tools:CheckConfig", "vlm.commands:run_check", "find faults in files of conversations", ("data",)),
     Command("vlm convert", "options.vlm.tools:ConvertConfig", "vlm.commands:run_convert", "build the published mixtures of conversations", ("what",)),

@@ -1,4 +1,4 @@
-"""`localign vlm train`, `check`, `convert`, `export`, and `eval` with either engine."""
+"""`localign vlm train`, `check`, `convert`, `export`, `swap`, and `eval` with either engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from localign.engine import train
 from localign.engine.distributed import is_main_process
 from localign.engine.log import print_results
 from localign.options.vlm.evaluation import EvalConfig
-from localign.options.vlm.tools import CheckConfig, ConvertConfig, VLMExportConfig
+from localign.options.vlm.tools import CheckConfig, ConvertConfig, SwapConfig, VLMExportConfig
 from localign.options.vlm.train import VLMConfig
 from localign.planning.vlm import plan_vlm, print_vlm_plan
 from localign.text.printing import printable
@@ -20,7 +20,8 @@ from localign.vlm.data.examples import ConversationTokenizer
 from localign.vlm.data.prompts import prompt_format
 from localign.vlm.data.vocabulary import add_special_tokens
 from localign.vlm.evaluation.run import run_eval as run_own_eval
-from localign.vlm.model.build import load_tokenizer, load_vlm, save_vlm
+from localign.vlm.model.build import load_tokenizer, load_vlm, save_vlm, swap
+from localign.vlm.model.llava import save_llava
 from localign.vlm.model.processing import LocalignVLMProcessor
 from localign.vlm.task import VLMTask
 
@@ -126,12 +127,34 @@ def run_vlm_export(config: VLMExportConfig) -> None:
     """Write a trained model as a transformers folder.
 
     Raises:
-        UserError: The folder holds no model, or the model is damaged.
+        UserError: The folder holds no model, the model is damaged, or does not fit the format.
     """
     model, tokenizer = load_vlm(config.model)
-    model.to(dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
+    model.eval().to(dtype=getattr(torch, config.dtype))  # type: ignore[no-untyped-call]
     processor = LocalignVLMProcessor.for_model(model, tokenizer)
+    if config.format == "llava":
+        difference = save_llava(model, processor, Path(config.out))
+        print(f"export     {printable(config.out)}: a LLaVA model, logits within {difference:.1e}")
+        return
     print(f"export     {printable(save_vlm(model, processor, Path(config.out)))}")
+
+
+def run_swap(config: SwapConfig) -> None:
+    """Put another tower and adapter into a LLaVA model and write the result.
+
+    Raises:
+        UserError: A part is missing or damaged, or does not fit another part.
+    """
+    model, tokenizer = swap(config)
+    model.to(dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
+    tower = model.vision.configs[0]
+    block = f"block {tower.layer + 1}, {'normed' if tower.norm else 'before its norm'}"
+    print(f"tower      {printable(model.vision.name)}: {block}; {model.vision.num_tokens} tokens per image")
+    print(f"adapter    {config.adapter}; images are brought to size by {model.config.resize}")
+    save_vlm(model, LocalignVLMProcessor.for_model(model, tokenizer), Path(config.out))
+    print(f"export     {printable(config.out)}")
+    if config.adapter != "keep":
+        print(f"next       localign vlm train --init {printable(config.out)} --stage align --data FILE")
 
 
 def run_eval(config: EvalConfig) -> None:

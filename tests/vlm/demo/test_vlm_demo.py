@@ -85,7 +85,7 @@ def test_a_demo_resumes_with_more_models_and_seeds(demo: Path, capsys: pytest.Ca
     first, second = (
         load_file(demo / f"baseline-mlp-seed{s}" / "export" / "model.safetensors") for s in (0, 1)
     )
-    assert any(not first[name].equal(second[name]) for name in first if name.startswith("adapter."))
+    assert any(not first[name].equal(second[name]) for name in first if name.startswith("model.adapter."))
 
 
 def test_other_settings_are_refused(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:

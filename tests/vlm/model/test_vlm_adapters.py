@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_vlm import tiny_backbone
 from torch import Tensor, nn
-from vlm_models import aligned_source, pixels, student_of, tiny_student
+from vlm_models import KINDS, aligned_source, pixels, sides, student_of, tiny_student
 
 from localign.alignment.published import read_published
 from localign.alignment.student import Student, build_student
@@ -40,17 +40,6 @@ WIDTH = 32
 def size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
-
-def sides(kind: str) -> list[VisionSource]:
-    """Backbones that an adapter takes."""
-    if kind == "fused-mlp":
-        return [VisionSource(tiny_backbone("other", width=24)), VisionSource(tiny_backbone())]
-    if kind == "fused-decoder":
-        return [VisionSource(tiny_backbone("other", width=24)), aligned_source()]
-    return [aligned_source()] if kind == "decoder" else [VisionSource(tiny_backbone())]
-
-
-KINDS = ("linear", "mlp", "fused-mlp", "transformer", "decoder", "truncated", "fused-decoder")
 
 # Language model of width 4,096; CLIP ViT-L at 336 pixels and SigLIP SO400M at 384.
 PUBLISHED_SIZES: dict[tuple[str, bool], tuple[int, int]] = {

@@ -176,14 +176,14 @@ def test_weights_that_do_not_cover_the_model_are_named(
     saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def without_tower(tensors: dict[str, Tensor]) -> None:
-        for name in [n for n in tensors if n.startswith("vision.")]:
+        for name in [n for n in tensors if n.startswith("model.vision.")]:
             del tensors[name]
 
     def with_more(tensors: dict[str, Tensor]) -> None:
-        tensors["adapter.mlp.9.weight"] = torch.zeros(2)
+        tensors["model.adapter.mlp.9.weight"] = torch.zeros(2)
 
     def with_another_shape(tensors: dict[str, Tensor]) -> None:
-        tensors["adapter.mlp.0.bias"] = torch.zeros(3)
+        tensors["model.adapter.mlp.0.bias"] = torch.zeros(3)
 
     cases: dict[str, tuple[Change, str]] = {
         "a": (without_tower, r"\d+ of \d+ tensors are missing \(vision\.towers\.0.* and \d+ more\)"),

@@ -1,11 +1,12 @@
-"""Options of `localign vlm chat`, `check`, `convert` and `export`."""
+"""Options of `localign vlm chat`, `check`, `convert`, `export` and `swap`."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from localign.errors import UserError
-from localign.options.names import PromptName
+from localign.options.names import AdapterName, AttentionBackend, PromptName
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 Conversion = Literal["lvis", "lrv", "strip-text-only", "ocr-vqa"]
 
 
@@ -79,12 +80,62 @@ class VLMExportConfig:
     """Run folder of `localign vlm train`, or its export."""
     out: str = "export"
     """Folder to write."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    format: Literal["localign", "llava"] = "localign"
+    """localign: any model; transformers and vLLM load it with trust_remote_code=True. llava: transformers' own LLaVA
+    class, for one CLIP or SigLIP tower without final norm and soft-cap, and an mlp adapter; both are compared."""
+    dtype: Dtype = "bfloat16"
     """Data type of the stored weights."""
 
     def __post_init__(self) -> None:
         if not self.model:
             raise UserError("export needs a run folder of `localign vlm train`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapConfig:
+    """Put another vision tower and adapter into a LLaVA model, whose language model and tokenizer stay."""
+
+    llava: str = ""
+    """LLaVA-1.5 or LLaVA-NeXT: a folder in transformers' format or a name on the Hub."""
+    backbone: tuple[str, ...] = ()
+    """The new tower: a run or export folder, a name from `localign list backbones`, a timm name, or a folder or Hub
+    repository of transformers or timm."""
+    adapter: AdapterName | Literal["keep"] = "decoder"
+    """Module between ViT and language model: decoder (the alignment's decoder), linear, mlp, transformer or truncated,
+    which `vlm train --stage align` trains next; or keep (the LLaVA model's projector, on the block that it reads)."""
+    out: str = "swapped"
+    """Folder to write."""
+    dtype: Dtype = "float32"
+    """Data type of the stored weights."""
+    prompt: PromptName = "vicuna"
+    """Prompt format: vicuna (LLaVA-1.5's), in-out, or chat-template (the tokenizer's own)."""
+    resize: Literal["auto", "naive", "letterbox", "crop"] = "auto"
+    """How an image is made square: naive (stretches), letterbox (pads), crop, or auto (as the LLaVA model's own
+    processor)."""
+    features: Literal["auto", "baseline", "aligned"] = "auto"
+    """ViT features: baseline (second-to-last block, no final norm), aligned (last block and final norm), or auto
+    (aligned for an export of `localign align`, otherwise baseline)."""
+    weights: str = "pretrained"
+    """Weights of a backbone given by name: pretrained, none (random), or a weight file."""
+    image_size: int | None = None
+    """Side of the square input in pixels, for a backbone given by name; default the backbone's own."""
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Extra arguments for timm's constructor, for a backbone given by name; for example depth=2."""
+    attention: AttentionBackend = "auto"
+    """Implementation of soft-capped attention, for ViTs that have it: eager, flex, or auto (flex on CUDA)."""
+    seed: int = 0
+    """Seed of the random weights of a new adapter."""
+    published_quirks: bool = False
+    """Reproduce the published code where it differs from the paper: a truncated baseline loses a block and its norm;
+    a decoder's blocks use exact GELU."""
+
+    def __post_init__(self) -> None:
+        if not self.llava or len(self.backbone) != 1:
+            raise UserError(
+                "swap needs a LLaVA model and one backbone: localign vlm swap LLAVA --backbone RUN"
+            )
+        if self.adapter in ("fused-mlp", "fused-decoder"):
+            raise UserError(f"swap takes one backbone; --adapter {self.adapter} takes several")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,9 +26,11 @@ from localign.backbones.export import CONFIG_FILE, read_config
 from localign.engine.distributed import is_main_process
 from localign.errors import UserError
 from localign.files import refilling_folder
+from localign.options.vlm.tools import SwapConfig
 from localign.options.vlm.train import VLMConfig
 from localign.text.printing import printable
 from localign.vlm.model.configuration import LocalignVLMConfig
+from localign.vlm.model.llava import read_llava
 from localign.vlm.model.loading import first_line, load_pretrained
 from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.model.presets import VisionSource, build_vision
@@ -65,6 +67,29 @@ def build_vlm(config: VLMConfig) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
             tower, adapter, llm, tokenizer, prompt_format=config.prompt, resize=config.resize
         )
     return set_stage(model, config), tokenizer
+
+
+def swap(config: SwapConfig) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
+    """A LLaVA model with another tower and adapter, and its tokenizer. The model is float32 on the CPU.
+
+    Raises:
+        UserError: A part is missing or damaged, or does not fit another part.
+    """
+    parts = read_llava(config.llava)
+    sources = vision_sources(config)
+    if config.adapter == "keep":
+        tower, adapter = parts.kept_projector(sources[0].backbone)
+    else:
+        width = parts.language_model.config.get_text_config().hidden_size
+        quirks = config.published_quirks
+        tower, adapter = build_vision(
+            config.adapter, sources, width, seed=config.seed, published_quirks=quirks
+        )
+    resize = parts.resize if config.resize == "auto" else config.resize
+    model = LocalignVLM.from_parts(
+        tower, adapter, parts.language_model, parts.tokenizer, prompt_format=config.prompt, resize=resize
+    )
+    return model.eval(), parts.tokenizer  # type: ignore[no-untyped-call]
 
 
 def load_vlm(folder: str | Path) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
@@ -110,8 +135,8 @@ def save_vlm(model: LocalignVLM, processor: LocalignVLMProcessor, folder: Path) 
     return folder
 
 
-def vision_sources(config: VLMConfig) -> list[VisionSource]:
-    """The backbones of a run. A backbone whose decoder becomes the adapter comes with its student.
+def vision_sources(config: VLMConfig | SwapConfig) -> list[VisionSource]:
+    """The backbones of a run or swap. A backbone whose decoder becomes the adapter comes with its student.
 
     Raises:
         UserError: A backbone cannot be created, or ``--features aligned`` names one that was not aligned.
@@ -119,7 +144,7 @@ def vision_sources(config: VLMConfig) -> list[VisionSource]:
     return [_source(name, config) for name in config.backbone]
 
 
-def _source(name: str, config: VLMConfig) -> VisionSource:
+def _source(name: str, config: VLMConfig | SwapConfig) -> VisionSource:
     folder = find_export(name)
     if folder is None:
         if config.features == "aligned" and len(config.backbone) == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,10 +25,11 @@ from transformers.utils.generic import ModelOutput
 
 from localign.errors import UserError
 from localign.options.names import CrossEntropy
+from localign.portable import VLM, VLM_CLASSES, add_code
 from localign.vlm.data.vocabulary import add_special_tokens, end_tokens, resize_embeddings
 from localign.vlm.model.adapters import Adapter, build_adapter
 from localign.vlm.model.attention import packed_arguments, padded_turns_mask, use_packed_attention
-from localign.vlm.model.configuration import LocalignVLMConfig
+from localign.vlm.model.configuration import LocalignVLMConfig, adapter_config, tower_configs
 from localign.vlm.model.digests import check_weights, write_weights_list
 from localign.vlm.model.losses import LMHead, next_token_loss
 from localign.vlm.model.vision import VisionTower
@@ -84,8 +86,8 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
             raise UserError("the model's config names no padding token or no image token")
         if parts is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
-            vision = VisionTower(config.tower_configs())
-            adapter = build_adapter(config.adapter_config())
+            vision = VisionTower(tower_configs(config))
+            adapter = build_adapter(adapter_config(config))
         else:
             vision, adapter, language_model = parts
             for part in parts:
@@ -166,6 +168,8 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+        config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path)
+        kwargs["key_mapping"] = {f"^{re.escape(file)}": own for own, file in _names(config).items()}
         try:
             with _without_load_report():
                 loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -178,18 +182,33 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         model.vision.set_trainable(False)
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write the model, and a file of sizes and digests of its weight files, which :meth:`from_pretrained` compares.
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the model as :mod:`localign.portable` reads it, with that code and the weight files' digests.
 
         Arguments are as in transformers.
 
         Raises:
             UserError: A weight is NaN or infinite. Nothing is written then.
         """
-        check_finite(kwargs.get("state_dict") or self.state_dict(), "the model is not exported")
-        super().save_pretrained(save_directory, *args, **kwargs)
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        check_finite(state, "the model is not exported")
+        self.config.lm_head_bias = getattr(self.get_output_embeddings(), "bias", None) is not None
+        self.config.tie_word_embeddings = bool(self.config.text_config.get_text_config().tie_word_embeddings)
+        super().save_pretrained(save_directory, state_dict=self._portable_state(state), **kwargs)
         if kwargs.get("is_main_process", True):
+            add_code(Path(save_directory), VLM, VLM_CLASSES, "LocalignVLMForConditionalGeneration")
             write_weights_list(Path(save_directory))
+
+    def _portable_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights under the names of the files, each tied weight once."""
+        names = _names(cast(LocalignVLMConfig, self.config))
+        tied: Any = self.all_tied_weights_keys
+        renamed = {}
+        for key, tensor in state.items():
+            if key not in tied or tied[key] not in state:
+                own = next(own for own in names if key.startswith(own))
+                renamed[names[own] + key.removeprefix(own)] = tensor
+        return renamed
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: every part has initialised itself."""
@@ -324,6 +343,22 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
             raise UserError(
                 f"a sequence of {length:,} tokens is longer than the language model's {limit:,} positions"
             )
+
+
+def _names(config: LocalignVLMConfig) -> dict[str, str]:
+    """Beginnings of weights' names in :class:`LocalignVLM` -> in files.
+
+    In files the language model is split: its output layer stands beside the base model.
+    """
+    with torch.device("meta"):
+        llm: Any = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+    head = next(name for name, module in llm.named_modules() if module is llm.get_output_embeddings())
+    return {
+        f"language_model.{head}.": "lm_head.",
+        f"language_model.{llm.base_model_prefix}.": "model.language_model.",
+        "vision.": "model.vision.",
+        "adapter.": "model.adapter.",
+    }
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from localign.errors import UserError
+from localign.portable import VLM_PROCESSOR, add_entries
 from localign.vlm.data.dialects import IMAGE_MARK
 from localign.vlm.data.images import ImageTransform, open_image
 from localign.vlm.data.prompts import Prompt, PromptFormat, prompt_format
@@ -131,6 +133,12 @@ class LocalignVLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Keys that a batch can have."""
         return ["input_ids", "attention_mask", "pixel_values"]
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, and name the class that a process without localign uses."""
+        written = super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        add_entries(Path(save_directory) / "processor_config.json", {"auto_map": VLM_PROCESSOR})
+        return written
 
     def _format(self) -> PromptFormat:
         return prompt_format(self.prompt_format)
