@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign_folders import FORMATS, folder_of, timm_folder
 from tiny_vlm import tiny_backbone, tiny_tokenizer
 from torch import Tensor
 from transformers import (
@@ -198,6 +199,50 @@ def test_it_comes_back_as_a_llava_model(
     assert (found["pixel_values"] - pixels).abs().max() < 0.05  # one or two levels of 255
     found["pixel_values"] = pixels
     torch.testing.assert_close(theirs(**found).logits, ours(**expected).logits, atol=1e-5, rtol=0)
+
+
+REGISTERS = {"dinov2-registers", "dinov3", "dinov3-gated", "dinov3-unbiased"}
+"""Towers with more prefix tokens than a stock LLaVA model drops."""
+IN = [*FORMATS, "clip-gelu", "llava-clip", "timm"]
+
+
+@pytest.mark.parametrize("name", IN)
+@torch.no_grad()
+def test_towers_of_every_family_go_in_and_out(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = llava_folder(tmp_path / "llava")
+    tower = (
+        timm_folder(tmp_path / "t", num_classes=0) if name == "timm" else folder_of(name, tmp_path / "t")[1]
+    )
+    assert swap(folder, "--backbone", tower, "--adapter", "mlp", "--out", tmp_path / "ours") == 0
+    ours, _ = load_vlm(tmp_path / "ours")
+    twin: Any = LocalignVLMForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    ids = torch.tensor([[0, *[260] * ours.vision.num_tokens, 40, 41, 42]])
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(7)).to(torch.uint8)
+    expected = ours(input_ids=ids, pixel_values=pixels).logits
+    assert torch.equal(twin.eval()(ids, pixels).logits, expected)
+    back = tmp_path / "back"
+    command = [
+        "vlm",
+        "export",
+        str(tmp_path / "ours"),
+        "--format",
+        "llava",
+        "--dtype",
+        "float32",
+        "--out",
+        str(back),
+    ]
+    capsys.readouterr()
+    assert main(command) == (2 if name in REGISTERS else 0)
+    if name not in REGISTERS:
+        theirs = LlavaForConditionalGeneration.from_pretrained(back).eval()
+        images = ours.vision.backbones[0].normalise(pixels)
+        found = theirs(input_ids=ids, pixel_values=images).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    else:
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:

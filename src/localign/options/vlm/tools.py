@@ -82,7 +82,8 @@ class VLMExportConfig:
     """Folder to write."""
     format: Literal["localign", "llava"] = "localign"
     """localign: any model; transformers and vLLM load it with trust_remote_code=True. llava: transformers' own LLaVA
-    class, for one CLIP or SigLIP tower without final norm and soft-cap, and an mlp adapter; both are compared."""
+    class, for one CLIP, SigLIP, DINOv2 or ViT tower without final norm and soft-cap, and an mlp adapter; the logits of
+    both are compared."""
     dtype: Dtype = "bfloat16"
     """Data type of the stored weights."""
 

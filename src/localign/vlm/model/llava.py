@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -20,13 +22,14 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaImageProcessor,
     LlavaProcessor,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from localign import rng
 from localign.backbones import Backbone
-from localign.backbones.families.writing import transformers_content
+from localign.backbones.families.writing import save_transformers
 from localign.errors import UserError
 from localign.files import refilling_folder
 from localign.portable.processing_localign_vlm import prompt_template
@@ -39,6 +42,8 @@ from localign.vlm.model.processing import LocalignVLMProcessor
 from localign.vlm.model.vision import TowerConfig, VisionTower
 
 MODEL_TYPES = ("llava", "llava_next")
+TOWERS = ("clip", "siglip", "dinov2", "vit")
+"""Families whose towers transformers' LLaVA class runs."""
 TOLERANCE = 1e-4
 """Largest difference of a logit, divided by the logits' root mean square."""
 
@@ -132,22 +137,15 @@ def save_llava(model: LocalignVLM, processor: LocalignVLMProcessor, folder: Path
     Raises:
         UserError: LLaVA cannot compute what the model computes. Nothing is written then.
     """
-    config = _llava_config(model)
-    twin = LlavaForConditionalGeneration(config).eval()
-    base: nn.Module = model.language_model.base_model
-    state = {f"model.language_model.{k}": v for k, v in base.state_dict().items()}
-    state |= {f"lm_head.{k}": v for k, v in model.get_output_embeddings().state_dict().items()}
-    _, vision = _tower_content(model)
-    state |= {f"model.vision_tower.{k}": v for k, v in vision.items()}
-    for number, name in ((0, "linear_1"), (2, "linear_2")):
-        layer = cast(Any, model.adapter).mlp[number]
-        state |= {f"model.multi_modal_projector.{name}.{k}": v for k, v in layer.state_dict().items()}
-    problems = twin.load_state_dict(state, strict=False)
-    missing = [name for name in problems.missing_keys if "position_ids" not in name]
-    if missing or problems.unexpected_keys:
-        raise UserError(
-            f"the model does not fit LLaVA: {', '.join([*missing, *problems.unexpected_keys][:5])}"
-        )
+    _check_structure(model)
+    tower = _tower(model)
+    twin: Any = LlavaForConditionalGeneration(_llava_config(model, tower.config)).eval()
+    twin.model.vision_tower = tower
+    twin.model.language_model.load_state_dict(model.language_model.base_model.state_dict())
+    twin.lm_head.load_state_dict(model.get_output_embeddings().state_dict())
+    projector, mlp = twin.model.multi_modal_projector, cast(Any, model.adapter).mlp
+    projector.linear_1.load_state_dict(mlp[0].state_dict())
+    projector.linear_2.load_state_dict(mlp[2].state_dict())
     twin.to(model.dtype)
     difference = _difference(model, twin)
     if not difference <= TOLERANCE:
@@ -161,7 +159,7 @@ def save_llava(model: LocalignVLM, processor: LocalignVLMProcessor, folder: Path
     return difference
 
 
-def _llava_config(model: LocalignVLM) -> LlavaConfig:
+def _check_structure(model: LocalignVLM) -> None:
     tower = model.vision.configs[0]
     if len(model.vision.configs) > 1 or model.adapter.config.kind != "mlp":
         raise UserError(
@@ -174,35 +172,46 @@ def _llava_config(model: LocalignVLM) -> LlavaConfig:
     prefix = model.vision.backbones[0].num_prefix_tokens
     if prefix > 1 and not tower.keep_prefix:
         raise UserError(f"the tower {tower.name} drops {prefix} prefix tokens, but LLaVA drops one")
-    vision, _ = _tower_content(model)
+
+
+def _strategy(model: LocalignVLM) -> Literal["default", "full"]:
+    drops = model.vision.backbones[0].num_prefix_tokens and not model.vision.configs[0].keep_prefix
+    return "default" if drops else "full"
+
+
+def _llava_config(model: LocalignVLM, vision: PretrainedConfig) -> LlavaConfig:
     return LlavaConfig(
-        vision_config=AutoConfig.for_model(**vision),
+        vision_config=vision,
         text_config=model.config.text_config,
         image_token_index=model.config.image_token_id,
         image_seq_length=model.vision.num_tokens,
         projector_hidden_act="gelu",
         vision_feature_layer=-1,  # the tower has no later blocks
-        vision_feature_select_strategy="default" if prefix and not tower.keep_prefix else "full",
+        vision_feature_select_strategy=_strategy(model),
         tie_word_embeddings=bool(model.config.text_config.get_text_config().tie_word_embeddings),
     )
 
 
-def _tower_content(model: LocalignVLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and weights of the tower in its transformers family. A final norm that is not used gets unit weights."""
-    backbone = model.vision.backbones[0].copy()
+def _tower(model: LocalignVLM) -> PreTrainedModel:
+    """The tower as a model of its transformers family. A final norm that is not used gets unit weights."""
+    backbone = model.vision.backbones[0].copy().float()
     backbone.vit.norm = nn.LayerNorm(backbone.width)
     backbone.final_norm = "norm"
     reasons = []
-    for family in ("clip", "siglip"):
-        try:
-            return transformers_content(backbone, family)
-        except UserError as error:
-            reasons.append(str(error))
+    for family in TOWERS:
+        with TemporaryDirectory() as folder:
+            try:
+                save_transformers(backbone, Path(folder), family)
+            except UserError as error:
+                reasons.append(str(error))
+                continue
+            tower: PreTrainedModel = load_pretrained(AutoModel.from_pretrained, folder, dtype=torch.float32)
+            return tower
     raise UserError("; ".join(reasons))
 
 
 @torch.no_grad()
-def _difference(model: LocalignVLM, twin: LlavaForConditionalGeneration) -> float:
+def _difference(model: LocalignVLM, twin: Any) -> float:
     pixels = torch.from_numpy(
         rng.generator(0, "llava comparison").integers(0, 256, (1, 3, *model.vision.image_size), dtype="uint8")
     )
@@ -216,7 +225,7 @@ def _difference(model: LocalignVLM, twin: LlavaForConditionalGeneration) -> floa
 
 def _llava_processor(model: LocalignVLM, processor: LocalignVLMProcessor) -> LlavaProcessor:
     rows, columns = model.vision.image_size
-    backbone, tower = model.vision.backbones[0], model.vision.configs[0]
+    backbone = model.vision.backbones[0]
     statistics: dict[str, Any] = {"image_mean": list(backbone.mean), "image_std": list(backbone.std)}
     size = {"height": rows, "width": columns}
     if processor.resize == "letterbox":
@@ -225,13 +234,12 @@ def _llava_processor(model: LocalignVLM, processor: LocalignVLMProcessor) -> Lla
         images = CLIPImageProcessor(size={"shortest_edge": min(rows, columns)}, crop_size=size, **statistics)
     else:
         images = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False, **statistics)
-    prefix = backbone.num_prefix_tokens
     return LlavaProcessor(
         image_processor=images,
         tokenizer=processor.tokenizer,
         patch_size=backbone.patch_size[0],
-        vision_feature_select_strategy="default" if prefix and not tower.keep_prefix else "full",
+        vision_feature_select_strategy=_strategy(model),
         chat_template=prompt_template(processor.prompt_format, processor.tokenizer),
         image_token=IMAGE_MARK,
-        num_additional_image_tokens=prefix,
+        num_additional_image_tokens=backbone.num_prefix_tokens,
     )
