@@ -50,7 +50,7 @@ FILES: dict[str, str] = {
     "bench align": "bench align --out {out}",
     "bench loader": "bench loader --out {out}",
 }
-WITHOUT = {"vlm chat", "list", "completion", "report", "verify-reference"}
+WITHOUT = {"vlm chat", "list", "doctor", "completion", "report", "verify-reference"}
 """Commands without such an option."""
 TAKEN: dict[str, str] = {
     "demo": "config.yaml",

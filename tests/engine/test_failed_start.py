@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,12 +91,3 @@ def test_the_id_reaches_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_lines_for_the_user_are_lines(text: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
     say(text)
     assert capsys.readouterr().err == shown + "\n"
-
-
-def test_progress_bars_take_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    bar = log.Bar("a[/red]b", 2)
-    bar.advance()
-    bar.write({"loss": 1.0, "x[/red]_per_second": 1.0})
-    bar.close()
-    assert json.dumps("a[/red]b")

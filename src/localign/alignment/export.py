@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from localign.alignment.formats import export_transformers
+from localign.alignment.graphs import FILES as GRAPHS
+from localign.alignment.graphs import export_graph
 from localign.alignment.published import read_published
 from localign.alignment.setup import resolve_soft_cap, student_of_run
 from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student
@@ -123,7 +125,8 @@ def run_export(config: ExportConfig) -> None:
         if config.format == "timm":
             print(f"export     {printable(save_backbone(backbone, config.out, provenance=facts))}")
             return
-    difference = export_transformers(backbone.eval(), config, facts)
+    export = export_graph if config.format in GRAPHS else export_transformers
+    difference = export(backbone.eval(), config, facts)
     kept = f"tokens within {difference:.1e} of their root mean square"
     print(f"export     {printable(config.out)}: format {config.format}, {kept}")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from localign import rng
 from localign.backbones import Backbone
-from localign.backbones.export import CONFIG_FILE, DECODER_FILE
+from localign.backbones.export import CONFIG_FILE, OTHER_FILES
 from localign.backbones.families.parity import token_difference
 from localign.backbones.families.writing import save_transformers
 from localign.data.sources import open_source
@@ -47,9 +47,9 @@ def export_transformers(backbone: Backbone, config: ExportConfig, provenance: di
         )
     facts = {PROVENANCE_KEY: {**provenance, "dropped_soft_cap": backbone.soft_cap}}
     tolerance = config.tolerance if config.tolerance is not None else BAKED if config.bake else EXACT
-    with refilling_folder(config.out, (DECODER_FILE,), CONFIG_FILE) as folder:
+    with refilling_folder(config.out, OTHER_FILES, CONFIG_FILE) as folder:
         save_transformers(backbone, folder, config.format, extra=facts)
-        difference = token_difference(backbone, folder, _images(config, backbone.image_size))
+        difference = token_difference(backbone, folder, comparison_images(config, backbone))
         if not difference <= tolerance:
             raise UserError(
                 f"in the format {config.format} the tokens of {backbone.name} change by {difference:.2g} of their root "
@@ -58,7 +58,9 @@ def export_transformers(backbone: Backbone, config: ExportConfig, provenance: di
     return difference
 
 
-def _images(config: ExportConfig, size: tuple[int, int]) -> Tensor:
+def comparison_images(config: ExportConfig, backbone: Backbone) -> Tensor:
+    """The first images of ``--images``, else random pixels: uint8 ``(images, 3, height, width)``."""
+    size = backbone.image_size
     if config.images is None:
         pixels = rng.generator(0, "export comparison").integers(0, 256, (IMAGES, 3, *size), dtype="uint8")
         return torch.from_numpy(pixels)

@@ -35,6 +35,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 DECODER_FILE = "decoder.safetensors"
 PREPROCESSOR_FILE = "preprocessor_config.json"
+OTHER_FILES = (DECODER_FILE, "model.onnx*", "model.pt2")
+"""Files of exports that not every format writes."""
 IMAGE_PROCESSOR = "ViTImageProcessor"
 """transformers' class; it takes a folder with timm's keys for one of timm's unless config.json names it, too."""
 NO_OTHER_CLASS = "unknown: load this folder with AutoModel.from_pretrained(FOLDER, trust_remote_code=True)"
@@ -158,10 +160,12 @@ def save_backbone(
         check_finite(decoder, "the decoder is not exported")
     folder.mkdir(parents=True, exist_ok=True)
     _save_tensors(state, folder / WEIGHTS_FILE)
+    if EXPORT in kinds_of(folder):
+        for pattern in OTHER_FILES:  # left by an earlier export
+            for file in folder.glob(pattern):
+                file.unlink(missing_ok=True)
     if decoder is not None:
         _save_tensors(decoder, folder / DECODER_FILE)
-    elif EXPORT in kinds_of(folder):
-        (folder / DECODER_FILE).unlink(missing_ok=True)  # left by an earlier export
     replace_text(folder / PREPROCESSOR_FILE, json.dumps(_preprocessor(backbone), indent=1) + "\n")
     for name in VIT:
         replace_text(folder / f"{name}.py", module_text(name))

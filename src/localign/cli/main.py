@@ -36,6 +36,19 @@ def usage(group: str = "") -> str:
     )
 
 
+def welcome() -> str:
+    """The text of `localign` alone."""
+    return f"""localign {__version__} makes a vision transformer know where things are, not just what they are.
+
+  localign demo                                       the whole method on drawn scenes, on a laptop
+  localign align --backbone clip-vit-b --data IMAGES  align a backbone to your images, without labels
+  localign probe clip-vit-b,runs/align --data COCO    measure what it gained
+  localign vlm train --backbone runs/align ...        use it in a vision-language model
+  localign export runs/align --format clip            use it elsewhere
+
+All commands: localign --help. Options: localign COMMAND --help. This machine: localign doctor."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit code: 0, 1 (failure) or 2 (bad use or bad input)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -44,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(arguments: Sequence[str]) -> int | None:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments:
+        print(welcome())
+        return EXIT_BAD_INPUT
+    if arguments[0] in ("-h", "--help", "help"):
         print(usage())
-        return EXIT_OK if arguments else EXIT_BAD_INPUT
+        return EXIT_OK
     if arguments[0] in ("-V", "--version"):
         print(__version__)
         return EXIT_OK

@@ -39,6 +39,7 @@ _Output = AbstractContextManager[object]
 _ELSEWHERE = "give another folder"
 _EXPORT_FILES = (
     "config.json", "model.safetensors", "decoder.safetensors", "preprocessor_config.json", "*_localign_v*.py",
+    "model.onnx*", "model.pt2",
 )  # fmt: skip
 _VLM_EXPORT_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",

@@ -88,6 +88,7 @@ _TABLE: tuple[Command, ...] = (
     Command("export", "options.export:ExportConfig", "alignment.export:run_export", "write a backbone for use elsewhere", ("source",)),
     Command("import", "options.export:ImportConfig", "alignment.export:run_import", "convert a published checkpoint (.pth.tar)", ("file",)),
     Command("list", "cli.listing:ListConfig", "cli.listing:run_list", "list backbones or recipes", ("what",)),
+    Command("doctor", "cli.doctor:DoctorConfig", "cli.doctor:run_doctor", "show what this machine and installation can do"),
     Command("report", "options.export:ReportConfig", "report.build:run_report", "write report.html of a run again", ("run",)),
     Command("verify-reference", "options.export:VerifyConfig", "alignment.verify:run_verify_reference", "recompute a folder of reference numbers", ("folder",)),
     Command("completion", "cli.completion:CompletionConfig", "cli.completion:run_completion", "print a completion script for a shell", ("shell",)),

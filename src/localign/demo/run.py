@@ -21,7 +21,8 @@ from localign.data.scenes import SceneConfig
 from localign.data.transforms import to_tensor
 from localign.engine import run_folder, train
 from localign.engine.distributed import DistributedContext, choose_device
-from localign.engine.log import Stopwatch, progress_bars, say
+from localign.engine.log import Stopwatch, say
+from localign.engine.progress import progress_bars
 from localign.errors import UserError
 from localign.files import replace_text
 from localign.options.demo import DemoConfig

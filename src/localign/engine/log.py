@@ -1,4 +1,4 @@
-"""Logging: log.jsonl, a progress bar on a terminal, TensorBoard and Weights & Biases."""
+"""Logging: log.jsonl, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from localign.errors import UserError
 from localign.files import replace_text
-from localign.text.printing import console, printable
+from localign.text.printing import printable
 
 LOG_FILE = "log.jsonl"
-
-ProgressCallback = Callable[[str, int, int], None]
-"""Called with the name of a stage, how many of its items are done, and how many there are."""
 
 
 class Sink(Protocol):
@@ -155,76 +150,6 @@ def check_sinks(tensorboard: bool, wandb: bool) -> None:
     ):
         if wanted and find_spec(module) is None:
             raise UserError(f"{name} is not installed; pip install 'localign[{module}]'")
-
-
-class Bar:
-    """A progress bar on standard error; not shown if that is not a terminal."""
-
-    def __init__(self, label: str, total: int, done: int = 0) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}", markup=False),
-            console=console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
-        self._task = self._progress.add_task(label, total=total, completed=done, numbers="")
-        self._progress.start()
-
-    def advance(self) -> None:
-        """Advance by one step."""
-        self._progress.advance(self._task)
-
-    def update(self, done: int, total: int) -> None:
-        """Set how many of how many steps are done."""
-        self._progress.update(self._task, completed=done, total=total)
-
-    def write(self, entry: dict[str, Any]) -> None:
-        rates = (name.removesuffix("_per_second") for name in entry if name.endswith("_per_second"))
-        shown = (
-            *((f"{name}/s", f"{name}_per_second", "{:.0f}") for name in rates),
-            ("loss", "loss", "{:.4f}"),
-            ("grad", "grad_norm", "{:.2f}"),
-            ("lr", "lr", "{:.1e}"),
-            ("data wait", "data_wait", "{:.0%}"),
-        )
-        numbers = "  ".join(
-            f"{label} {form.format(entry[key])}" for label, key, form in shown if key in entry
-        )
-        if numbers:
-            self._progress.update(self._task, numbers=numbers)
-
-    def close(self) -> None:
-        self._progress.stop()
-
-
-@contextmanager
-def progress_bars(shown: bool = True) -> Iterator[ProgressCallback]:
-    """A function that draws one bar for each stage it is called with; every bar is gone at the end.
-
-    Args:
-        shown: False for ranks other than the main one: the function then does nothing.
-    """
-    bars: dict[str, Bar] = {}
-
-    def update(stage: str, done: int, total: int) -> None:
-        if not shown:
-            return
-        if stage not in bars:
-            bars[stage] = Bar(stage, total)
-        bars[stage].update(done, total)
-        if total and done >= total:
-            bars.pop(stage).close()
-
-    try:
-        yield update
-    finally:
-        for bar in bars.values():
-            bar.close()
 
 
 class Log:

@@ -23,7 +23,7 @@ from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.hardware.cpu import fast_float32_matmul, keep_freed_memory
 from localign.engine.hardware.memory import check_measurable
 from localign.engine.hardware.microbatch import MicroBatchFinder
-from localign.engine.log import Bar, Log, Stopwatch, say
+from localign.engine.log import Log, Stopwatch, say
 from localign.engine.metrics import Totals
 from localign.engine.nonfinite import NonFiniteGuard
 from localign.engine.optim.build import (
@@ -34,6 +34,7 @@ from localign.engine.optim.build import (
     scale_and_clip,
     set_rates,
 )
+from localign.engine.progress import Bar
 from localign.engine.run_folder import Outcome, open_folder, open_log
 from localign.engine.schedule import batch_shares, computes_in_bf16, total_steps, with_warmup_steps
 from localign.engine.sharding import gather_full, meta_copy, reshard, shard_task

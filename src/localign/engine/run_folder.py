@@ -19,7 +19,8 @@ import yaml
 from localign._version import __version__
 from localign.deprecated import with_new_names
 from localign.engine.checkpoints.replicated import Checkpoints
-from localign.engine.log import Bar, JsonLines, Log, Sink, TensorBoard, WandB, check_sinks, read_log, say
+from localign.engine.log import JsonLines, Log, Sink, TensorBoard, WandB, check_sinks, read_log, say
+from localign.engine.progress import Bar
 from localign.errors import UserError
 from localign.files import replace_text, sweep
 from localign.files.disk import writing

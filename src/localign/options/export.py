@@ -18,13 +18,14 @@ class ExportConfig:
     checkpoint: str = "last"
     """Checkpoint of a run: last, best, or a step."""
     format: ExportFormat = "timm"
-    """Format of the folder: timm (localign and timm load it), or a transformers family: clip, siglip, siglip2, dinov2,
-    dinov3, vit. transformers' own class loads these."""
+    """Format of the folder: timm (localign, timm, and transformers with trust_remote_code load it); a transformers
+    family, clip, siglip, siglip2, dinov2, dinov3 or vit, whose own class loads it; onnx (needs the extra
+    localign[onnx]) or torch-export, a graph from normalised images to tokens."""
     bake: bool = False
     """Write a soft-capped backbone in a transformers format, which has ordinary attention. The change of the tokens is
     measured on --images; the export is refused above --tolerance."""
     images: str | None = None
-    """Folder of images on which the tokens of a transformers format are compared; default random pixels."""
+    """Folder of images on which the tokens of other formats than timm are compared; default random pixels."""
     tolerance: float | None = None
     """Largest difference of a token channel, divided by the tokens' root mean square; default 1e-4, with --bake
     0.05."""
@@ -44,6 +45,8 @@ class ExportConfig:
             raise UserError("--bake needs --images DIR, on which the change of the tokens is measured")
         if self.format == "timm" and (self.bake or self.images or self.tolerance is not None):
             raise UserError("--bake, --images and --tolerance apply to --format clip, siglip, dinov2, ...")
+        if self.format in ("onnx", "torch-export") and self.bake:
+            raise UserError(f"--bake does not apply to --format {self.format}, which keeps the soft-cap")
 
 
 @dataclass(frozen=True, kw_only=True)

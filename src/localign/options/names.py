@@ -40,7 +40,7 @@ QuestionKind = Literal[
     "referring", "position", "count", "relation", "presence", "attribute", "choice", "caption"
 ]
 
-ExportFormat = Literal["timm", "clip", "siglip", "siglip2", "dinov2", "dinov3", "vit"]
+ExportFormat = Literal["timm", "clip", "siglip", "siglip2", "dinov2", "dinov3", "vit", "onnx", "torch-export"]
 
 REPRODUCTIONS = ("table1", "table4", "table5", "fig3", "fig4", "fig6", "fig7", "fig8", "fig9", "fig10")
 """Tables and figures of the paper."""

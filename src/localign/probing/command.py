@@ -9,7 +9,8 @@ from typing import Any
 from localign.backbones import Backbone, create_backbone, find_export
 from localign.engine import run_folder
 from localign.engine.distributed import DistributedContext, distributed_context
-from localign.engine.log import Stopwatch, progress_bars, say
+from localign.engine.log import Stopwatch, say
+from localign.engine.progress import progress_bars
 from localign.errors import UserError
 from localign.options.probe import ProbeCommandConfig, file_name
 from localign.pictures import save_predictions

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from localign.engine.distributed import DistributedContext
-from localign.engine.log import ProgressCallback
+from localign.engine.progress import ProgressCallback
 from localign.engine.schedule import computes_in_bf16
 from localign.options.probe import ProbeConfig
 from localign.probing.features import Features

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from localign.backbones.export import content_hash
 from localign.engine.distributed import DistributedContext
-from localign.engine.log import ProgressCallback, say
+from localign.engine.log import say
+from localign.engine.progress import ProgressCallback
 from localign.engine.schedule import computes_in_bf16
 from localign.errors import UserError
 from localign.options.names import Cache

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from localign import rng
 from localign.data.stream import SampleStream
 from localign.engine.distributed import DistributedContext
-from localign.engine.log import ProgressCallback
 from localign.engine.optim.build import cosine_decay
+from localign.engine.progress import ProgressCallback
 from localign.engine.schedule import computes_in_bf16
 from localign.errors import RunFailure
 from localign.options.probe import HeadSpec, ProbeConfig

@@ -21,7 +21,7 @@ from localign.deprecated import with_old_names
 from localign.engine import run_folder, train
 from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.distributed import DistributedContext
-from localign.engine.log import progress_bars
+from localign.engine.progress import progress_bars
 from localign.engine.run_folder import RESUMABLE
 from localign.files import replace_text, replacing
 from localign.options.names import EMBEDDED

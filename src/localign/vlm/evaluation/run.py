@@ -11,7 +11,7 @@ import torch
 
 from localign.engine import run_folder
 from localign.engine.distributed import DistributedContext, distributed_context
-from localign.engine.log import Bar
+from localign.engine.progress import Bar
 from localign.errors import RunFailure, UserError
 from localign.files.disk import writing
 from localign.files.output import EVAL_FILES, OutputFolder

@@ -14,7 +14,7 @@ from lmms_eval.utils import simple_parse_args_string
 from torch import Tensor
 
 from localign.engine.distributed import choose_device
-from localign.engine.log import Bar
+from localign.engine.progress import Bar
 from localign.errors import UserError
 from localign.vlm.evaluation.generation import Query
 from localign.vlm.evaluation.model_base import Promptable
