@@ -53,10 +53,27 @@ CurvePoint = Mapping[str, int | Mapping[str, HeadLoss]]
 """One point of the heads' loss curves: ``step`` to the step, and each head's label to its losses by task."""
 
 
+class HeadConvergence(TypedDict):
+    """How far one head's training came on one task."""
+
+    converged: bool | None
+    """Whether the head's loss on held-out images had stopped falling; None where no images were held out."""
+    steps: int
+    """Optimizer steps that the head was trained for."""
+    reported_step: int
+    """The step whose weights are reported; with the published protocol, ``best_epoch`` says it instead."""
+
+
 class HeadTraining(TypedDict, total=False):
-    """Settings of the heads' training."""
+    """The heads' training."""
 
     images: int
+    """Training images, with those held out."""
+    held_out: int
+    """Images that say whether heads have converged: training images that no head was trained on, or in a training of
+    a fixed length, the first reported images."""
+    convergence: dict[str, dict[str, HeadConvergence]]
+    """By head and task."""
     curve: Sequence[CurvePoint]
 
 
@@ -88,6 +105,17 @@ class ProbeOutcome(TypedDict, total=False):
     """By source, head and task."""
 
 
+def all_converged(outcomes: Sequence[ProbeOutcome], head: str, task: str) -> bool | None:
+    """Whether a head has converged in every outcome: False if one has not, None if that is not known of one."""
+    found = [
+        outcome.get("train", {}).get("convergence", {}).get(head, {}).get(task, {}).get("converged")
+        for outcome in outcomes
+    ]
+    if False in found:
+        return False
+    return True if found and None not in found else None
+
+
 class RecallDifference(TypedDict, total=False):
     """The gain of one backbone over another, with a paired bootstrap over images."""
 
@@ -101,6 +129,8 @@ class RecallDifference(TypedDict, total=False):
     """Macro recall of ``name`` minus that of ``against``, mean over seeds."""
     interval: list[float] | None
     """``[low, high]``, 95 %."""
+    converged: bool | None
+    """Whether the heads of both backbones had converged, for all seeds; None where that is not known."""
 
 
 class RunFolders(TypedDict):

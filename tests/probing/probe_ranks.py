@@ -16,32 +16,34 @@ from localign.engine.distributed import distributed_context
 from localign.options.names import Cache
 from localign.probing import ProbeConfig, probe_heads
 
-CACHES: tuple[Cache, ...] = ("none", "disk", "device")
+MODES: dict[str, Cache] = {"none": "none", "disk": "disk", "device": "device", "until-converged": "device"}
+"""Name of the files -> cache mode."""
 
 
 def run(folder: Path) -> None:
-    """Probe in every cache mode. The main rank writes ``<cache>.json`` and the heads' weights into the folder."""
+    """Probe in every mode. The main rank writes ``<mode>.json`` and the heads' weights into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with distributed_context("cpu") as context:
-        for cache in CACHES:
+        for mode, cache in MODES.items():
             config = ProbeConfig(
                 heads=("linear", "transformer"), tasks=("local", "global", "majority"),
                 steps=6, batch=8, lr=1e-2, final_lr=1e-3, seeds=2, extract_batch=4, curve_images=7, cache=cache,
                 cache_dtype="float32", protocol="published" if cache == "disk" else "fixed",
+                until_converged=mode == "until-converged", max_steps=6,
             )  # fmt: skip
             probed = probe_heads(
                 fake_backbone(), Colours(21, "train"), Colours(13, "val"), config, context=context,
                 cache_folder=folder / "cache",
             )  # fmt: skip
             if context.is_main:
-                (folder / f"{cache}.json").write_text(json.dumps([p.outcome for p in probed]))
+                (folder / f"{mode}.json").write_text(json.dumps([p.outcome for p in probed]))
                 weights = {
                     f"{p.trained.seed} {spec.label} {spec.task} {name}": value
                     for p in probed
                     for spec, head in p.trained.heads.items()
                     for name, value in head.state_dict().items()
                 }
-                save_file(weights, folder / f"{cache}.safetensors")
+                save_file(weights, folder / f"{mode}.safetensors")
 
 
 def run_on_ranks(folder: Path, size: int) -> None:

@@ -316,14 +316,14 @@ def test_metrics_count_what_counts() -> None:
 
 def test_two_ranks_weigh_counted_patches_as_one() -> None:
     """Each rank's loss is multiplied by its part of the patches that count over all ranks."""
-    from localign.probing.training import _counted_units, _shares
+    from localign.probing.training.losses import counted_units, task_shares
 
     logits, labels, _ = partial_labels()
-    whole = _counted_units(labels)
+    whole = counted_units(labels)
     halves = [(logits[:3], labels[slice(0, 3)]), (logits[3:], labels[slice(3, 6)])]
     for task in ("local", "majority", "global"):
         spec, index = HeadSpec("linear", task), (0 if task == "global" else slice(None))
-        parts = [_shares(y, whole)[task] * head_loss(spec, x[:, index], y) for x, y in halves]
+        parts = [task_shares(y, whole)[task] * head_loss(spec, x[:, index], y) for x, y in halves]
         assert torch.allclose(sum(parts), head_loss(spec, logits[:, index], labels))  # type: ignore[arg-type]
 
 

@@ -29,7 +29,7 @@ def test_two_ranks_equal_one_in_every_mode(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     probe_ranks.run(one)
     probe_ranks.run_on_ranks(two, 2)
-    for cache in probe_ranks.CACHES:
+    for cache in probe_ranks.MODES:
         mine, other = (load_file(folder / f"{cache}.safetensors") for folder in (one, two))
         assert mine.keys() == other.keys()
         furthest = max((float((mine[k] - other[k]).abs().max()), k) for k in mine)

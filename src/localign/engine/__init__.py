@@ -1,6 +1,6 @@
 """The training loop: distribution, precision, optimiser and schedule, checkpoint, logging.
 
-Everything that is trained goes through this loop as a :class:`Task`, except the probing heads: ``probing/training.py``
+Everything that is trained goes through this loop as a :class:`Task`, except the probing heads: ``probing/training/``
 has a second, small loop. It trains up to dozens of heads on one stream of frozen features, often once per backbone of
 a command, and needs what this loop must not do. Each head's backward pass follows its own forward pass, so that only
 one head's activations exist at a time. No gradient norm is taken over all heads, so that a head's result does not

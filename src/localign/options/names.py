@@ -53,7 +53,8 @@ _MOST = {
     2**20: "batch_size micro_batch probe_batch max_new_tokens questions",
     2**24: "epochs warmup_epochs max_length keep_checkpoints repeats at_once",
     2**28: "scenes train_scenes val_scenes test_scenes val_images val_records images limit",
-    2**36: "steps warmup_steps llm_steps probe_steps checkpoint_every val_every log_every shard_images "
+    2
+    ** 36: "steps max_steps warmup_steps llm_steps probe_steps checkpoint_every val_every log_every shard_images "
     "min_images dataset_size timeout",
 }
 LIMITS = {name: most for most, names in _MOST.items() for name in names.split()}

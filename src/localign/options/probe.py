@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal, get_args
 from localign.errors import UserError, did_you_mean
 from localign.options.names import HEAD_NAMES, INTERVENTIONS, TASKS, Cache, Precision, Protocol
 
+MAX_STEPS = 20_000
+"""The published length on COCO-Stuff is 18,482 steps."""
 CacheDtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -67,6 +69,11 @@ class ProbeConfig:
     """Passes over the training images; ignored if ``steps`` is given."""
     steps: int | None = None
     """Optimiser steps; default: from ``epochs``."""
+    until_converged: bool = False
+    """Instead of a fixed length, train each head until its loss on a held-out fifth of the training images has stopped
+    falling, and report the weights that had the lowest loss there; ``epochs`` and ``steps`` are ignored."""
+    max_steps: int = MAX_STEPS
+    """Optimiser steps after which a head that has not converged is stopped, with ``until_converged``."""
     batch: int = 32
     """Images per optimiser step, over all ranks."""
     lr: float = 1e-3
@@ -74,7 +81,8 @@ class ProbeConfig:
     final_lr: float = 1e-4
     """Learning rate at the last step."""
     warmup_steps: int | None = None
-    """Optimiser steps of linear warm-up; default: 500, or a tenth of all steps if that is less."""
+    """Optimiser steps of linear warm-up; default: 500, or a tenth of all steps if that is less. With
+    ``until_converged``: one epoch, at least 50 and at most 500 steps."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on all parameters."""
     protocol: Protocol = "fixed"
@@ -92,7 +100,8 @@ class ProbeConfig:
     workers: int = 0
     """Loader processes per rank; 0 loads in the main process."""
     curve_images: int = 512
-    """Images for each point of the validation-loss curve; 0 for no curve."""
+    """Images for each point of the validation-loss curve, which tells whether heads have converged; 0 for no curve.
+    With ``until_converged``, the most training images to hold out."""
 
     def __post_init__(self) -> None:
         choices = (
@@ -108,6 +117,7 @@ class ProbeConfig:
             ("batch", 1),
             ("extract_batch", 1),
             ("seeds", 1),
+            ("max_steps", 1),
             ("curve_images", 0),
             ("workers", 0),
         ):
@@ -115,6 +125,8 @@ class ProbeConfig:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
             raise UserError("probing needs at least one step: epochs > 0 and steps >= 1")
+        if self.until_converged and self.protocol == "published":
+            raise UserError("the published protocol has a fixed length; give it epochs or steps")
         if not 0 < self.final_lr <= self.lr:
             raise UserError(f"learning rates must satisfy 0 < final_lr <= lr, got {self.final_lr}, {self.lr}")
         self.specs()
@@ -140,13 +152,15 @@ class ProbeConfig:
         return tuple(specs)
 
     def resolved(self, images: int) -> tuple[int, int]:
-        """Steps and warm-up steps for a number of training images.
+        """Steps, with ``until_converged`` the most steps, and warm-up steps for a number of training images.
 
         Raises:
             UserError: The warm-up is as long as the training.
         """
-        steps = self.steps or max(1, int(self.epochs * images) // self.batch)
-        warmup = min(500, steps // 10) if self.warmup_steps is None else self.warmup_steps
+        steps, warmup = self.steps or max(1, int(self.epochs * images) // self.batch), 500
+        if self.until_converged:
+            steps, warmup = self.max_steps, min(500, max(50, images // self.batch))
+        warmup = min(warmup, steps // 10) if self.warmup_steps is None else self.warmup_steps
         if not 0 <= warmup < steps:
             raise UserError(f"warm-up of {warmup} steps must be shorter than the training of {steps} steps")
         return steps, warmup
@@ -166,7 +180,7 @@ class ProbeCommandConfig:
         "Model": "backbone weights image_size model_kwargs",
         "Data": "data train_scenes test_scenes things_only ignore",
         "Heads": "heads tasks protocol seeds",
-        "Optimisation": "epochs steps batch_size lr",
+        "Optimisation": "epochs steps max_steps batch_size lr",
         "Features": "cache cache_dir cache_dtype",
         "Run": "out device precision seed workers",
     }
@@ -193,12 +207,16 @@ class ProbeCommandConfig:
     seeds: int = 1
     """Number of seeds, all trained in one pass."""
     protocol: Protocol = "fixed"
-    """fixed: report the heads after the last step. published: report each head's best epoch, chosen on the reported
+    """fixed: choose nothing on the reported images. published: report each head's best epoch, chosen on the reported
     images, which is optimistic."""
     epochs: float | None = None
-    """Passes over the training images; default 5."""
+    """Passes over the training images; default: train each head until its loss on a held-out fifth of the training
+    images stops falling, and report its weights with the lowest such loss. With --protocol published, 5."""
     steps: int | None = None
     """Optimizer steps, instead of --epochs."""
+    max_steps: int | None = None
+    """Optimizer steps after which a head that has not converged is stopped, without --epochs and --steps; default
+    20000."""
     batch_size: int = 32
     """Images per step, over all ranks."""
     lr: float = 1e-3
@@ -230,6 +248,9 @@ class ProbeCommandConfig:
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("--steps and --epochs contradict each other; give one")
+        if self.max_steps is not None and not self.until_converged:
+            given = "--steps" if self.steps else "--epochs" if self.epochs else "--protocol published"
+            raise UserError(f"--max-steps has no effect with {given}, which trains for a fixed length")
         if self.cache_dir is not None and self.cache in ("none", "device"):
             raise UserError(f"--cache-dir has no effect with --cache {self.cache}")
         if self.data != "scenes" and (self.train_scenes is not None or self.test_scenes is not None):
@@ -238,6 +259,11 @@ class ProbeCommandConfig:
             raise UserError("--ignore applies to folders of label maps only, not to --data scenes")
         self.named_backbones()
         self.probe_config()
+
+    @property
+    def until_converged(self) -> bool:
+        """Whether heads are trained until they have converged, and not for a fixed length."""
+        return self.epochs is None and self.steps is None and self.protocol != "published"
 
     def named_backbones(self) -> dict[str, str]:
         """Name in results -> name or path to load, in the order given.
@@ -268,6 +294,8 @@ class ProbeCommandConfig:
             protocol=self.protocol,
             steps=self.steps,
             epochs=self.epochs if self.epochs is not None else ProbeConfig.epochs,
+            until_converged=self.until_converged,
+            max_steps=MAX_STEPS if self.max_steps is None else self.max_steps,
             batch=self.batch_size,
             lr=self.lr,
             final_lr=self.lr / 10,

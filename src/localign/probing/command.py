@@ -130,9 +130,12 @@ def _splits(config: ProbeCommandConfig) -> tuple[tuple[Split, int], tuple[Split,
 
 
 def _notes(config: ProbeCommandConfig, outcome: ProbeOutcome) -> list[str]:
-    images = outcome["sources"]
-    steps = outcome["config"]["steps"]
+    images, steps = outcome["sources"], outcome["config"]["steps"]
     chosen = {
+        "converged": "Each head is trained until it converges, for at most "
+        f"{outcome['config']['max_steps']} steps, and reported with the weights that had the lowest loss on "
+        f"{outcome['train']['held_out']} held-out training images; nothing was chosen on the test images. A head has "
+        "converged if that loss fell by less than 2 % in the last quarter of its steps.",
         "fixed": f"Figures are of the heads after the last of {steps} steps; nothing was chosen on the test images.",
         "published": f"Figures are of each head's best epoch within {steps} steps, chosen on the reported images as in "
         "the published benchmark. Such figures are optimistic.",
@@ -140,7 +143,7 @@ def _notes(config: ProbeCommandConfig, outcome: ProbeOutcome) -> list[str]:
     return [
         f"Heads are trained on {images['train']['images']} images of {config.data} and evaluated on "
         f"{images[TEST_SOURCE]['images']}, with frozen backbones in eval mode.",
-        chosen[config.protocol],
+        chosen["converged" if config.until_converged else config.protocol],
         "Intervals are 95 % percentile intervals of 1000 bootstrap replicates over images. Differences are paired.",
         f"Seeds {config.seed} to {config.seed + config.seeds - 1} differ in the initial weights of the heads. The "
         "order of the samples is the same for all seeds."

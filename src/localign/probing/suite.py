@@ -1,9 +1,10 @@
 """The probing benchmark in one pass: frozen features, all heads and seeds together, and results for JSON.
 
 The backbone is frozen and in eval mode throughout. With the ``fixed`` protocol nothing is chosen on the reported
-images: every head is evaluated as the last training step left it, and the validation loss only shows whether the head
-has converged. With the ``published`` protocol each head is evaluated after every epoch and its best epoch is reported,
-as the benchmark's authors did. Every outcome names its protocol.
+images. A training of a fixed length is evaluated as its last step left it, and the validation loss only shows whether
+a head has converged; a training until convergence is steered by a held-out part of the training images. With the
+``published`` protocol each head is evaluated after every epoch and its best epoch is reported, as the benchmark's
+authors did. Every outcome names its protocol.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from localign.probing.features import (
 from localign.probing.heads import Geometry
 from localign.probing.memory import free_ram, memory_device
 from localign.probing.segmentation import LabelledSource, ignores_pixels, labelled_batches
-from localign.probing.training import SeededHead, TrainedHeads, train_heads
-from localign.results import Metrics, ProbeOutcome, RecallDifference
+from localign.probing.training import SeededHead, TrainedHeads, held_out_rows, train_heads
+from localign.results import Metrics, ProbeOutcome, RecallDifference, all_converged
 from localign.statistics.bootstrap import percentile_interval
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def probe_heads(
 
     Returns:
         For each seed the heads and an outcome: ``config``, ``seed``, ``protocol``, ``backbone``, ``backbone_sha256``,
-        ``classes``, ``class_kinds``, ``train`` (images, curve), ``results``
+        ``classes``, ``class_kinds``, ``train`` (images, held_out, convergence, curve), ``results``
         (``{source: {head: {task: metrics}}}``), ``sources``, and ``seconds`` by stage, which all seeds share. The
         metrics include ``macro_recall_interval`` and, with the published protocol, ``best_epoch``.
 
@@ -134,7 +135,7 @@ def probe_heads(
             Geometry.of(backbone),
             config,
             context,
-            validation=first,
+            validation=None if config.until_converged else first,
             after_epoch=best,
             progress=progress,
         )
@@ -147,6 +148,11 @@ def probe_heads(
     metrics = {name: with_intervals(source_counts) for name, source_counts in counts.items()}
     clock.append(time.monotonic())
     steps, warmup = config.resolved(len(train_source))
+    if config.until_converged:
+        steps = max(c["steps"] for t in trained for tasks in t.convergence.values() for c in tasks.values())
+        held_out = len(held_out_rows(len(train_source), config)[1])
+    else:
+        held_out = min(config.curve_images, len(first))
     shared: ProbeOutcome = {
         "config": {**asdict(config), "steps": steps, "warmup_steps": warmup, "cache": mode},
         "protocol": config.protocol,
@@ -160,7 +166,8 @@ def probe_heads(
         },
         "seconds": dict(zip(("features", "training", "evaluation"), np.diff(clock).tolist(), strict=True)),
     }
-    return [_probed(t, len(train_source), shared, metrics) for t in trained]
+    images = {"images": len(train_source), "held_out": held_out}
+    return [_probed(t, images, shared, metrics) for t in trained]
 
 
 def differences(name: str, ours: list[Probed], against: str, theirs: list[Probed]) -> list[RecallDifference]:
@@ -188,6 +195,7 @@ def differences(name: str, ours: list[Probed], against: str, theirs: list[Probed
                 "source": source,
                 "difference": None if means[0] is None or means[1] is None else means[0] - means[1],
                 "interval": percentile_interval(replicates[0] - replicates[1]),
+                "converged": all_converged([p.outcome for p in (*ours, *theirs)], spec.label, spec.task),
             }
         )
     return found
@@ -202,7 +210,7 @@ def _mean_recall(seeds: list[Probed], source: str, spec: HeadSpec) -> float | No
 
 def _probed(
     trained: TrainedHeads,
-    images: int,
+    images: Mapping[str, int],
     shared: ProbeOutcome,
     metrics: Mapping[str, Mapping[SeededHead, HeadMetrics]],
 ) -> Probed:
@@ -218,7 +226,12 @@ def _probed(
     outcome: ProbeOutcome = {
         "seed": trained.seed,
         **shared,
-        "train": {"images": images, "curve": trained.curve},
+        "train": {
+            "images": images["images"],
+            "held_out": images["held_out"],
+            "convergence": trained.convergence,
+            "curve": trained.curve,
+        },
         "results": results,
     }
     return Probed(outcome, trained, recalls)
@@ -265,6 +278,8 @@ def _check(
             )
         check_labels(name, source, backbone.image_size)
     config.resolved(len(sources["train"]))
+    if config.until_converged:
+        held_out_rows(len(sources["train"]), config)
 
 
 def check_labels(name: str, source: LabelledSource, image_size: tuple[int, int]) -> None:

@@ -51,6 +51,8 @@ def _sentence(results: ProbeResults, pair: BackbonePair, key: MetricKey, names: 
         chance = f"95\u00a0% interval {low} to {high}, over {difference.over}"
         if not difference.significant:
             chance += ", which includes no change"
+    if difference.converged is False:
+        chance += "; heads not converged, so this tells how fast they learn"
     points = f"{100 * difference.value:+.1f}".replace("-", "\u2212")
     return (
         f"Local macro recall ({tables.HEAD_NAMES.get(key.head, key.head)}): {names[pair.before]} "

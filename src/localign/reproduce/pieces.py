@@ -25,6 +25,7 @@ from localign.engine.progress import progress_bars
 from localign.engine.run_folder import RESUMABLE
 from localign.files import replace_text, replacing
 from localign.options.names import EMBEDDED
+from localign.options.probe import MAX_STEPS
 from localign.pictures import save_predictions
 from localign.probing import HeadSpec, LabelledSource, ProbeConfig, Probed, TrainedHeads, probe_heads
 from localign.probing.suite import TEST_SOURCE, SourceHead
@@ -32,7 +33,7 @@ from localign.results import PICTURES_FILE, ProbeOutcome
 from localign.text.reading import read_json_object
 
 _NO_DEFAULT = object()
-_ADDED_LATER = {"field": None}
+_ADDED_LATER = {"field": None, "until_converged": False, "max_steps": MAX_STEPS}
 """Options that the first runs did not have -> the default. At their default they leave the key of a run as it was."""
 _SAME_RESULT = ("workers", "cache", "extract_batch")
 """Options of heads that do not change the result, except for rounding."""
@@ -164,6 +165,7 @@ class Probing:
     ) -> Probing:
         """The probing of a backbone; ``folder`` is the parent folder of all probings."""
         options = {k: v for k, v in asdict(config).items() if k not in _SAME_RESULT}
+        options = {k: v for k, v in options.items() if v != _ADDED_LATER.get(k, _NO_DEFAULT)}
         key = digest({"config": options, "data": data.fingerprints(), "backbone": source.key})
         own = folder / f"{source.backbone}-{source.method}-seed{config.seed}-{key}"
         return Probing(label, source, config, config.resolved(len(data.train))[0], key, own)
@@ -206,7 +208,10 @@ class Probing:
             source, *spec = name.split("/")
             recalls[source, HeadSpec(*spec)] = torch.from_numpy(values)
         heads = TrainedHeads(
-            seed=outcome["seed"], heads={}, curve=[dict(point) for point in outcome["train"]["curve"]]
+            seed=outcome["seed"],
+            heads={},
+            curve=[dict(point) for point in outcome["train"]["curve"]],
+            convergence=outcome["train"].get("convergence", {}),
         )
         return Probed(outcome, heads, recalls)
 

@@ -10,12 +10,12 @@ from localign.files import replace_text
 from localign.report.figures.drawing import to_csv
 from localign.report.tables.measures import class_kinds
 from localign.report.tables.rows import class_names, probe_runs
-from localign.results import Metrics, ProbeOutcome, ProbeResults
+from localign.results import Metrics, ProbeOutcome, ProbeResults, all_converged
 
 Row = tuple[Any, ...]
 _RECALLS = (
     "backbone", "head", "task", "seed", "source", "protocol", "macro_recall", "macro_recall_low",
-    "macro_recall_high", "macro_precision", "macro_f1", "accuracy",
+    "macro_recall_high", "macro_precision", "macro_f1", "accuracy", "converged",
 )  # fmt: skip
 _CLASSES = (
     "backbone", "head", "task", "seed", "source", "class_id", "class", "kind", "positives", "recall",
@@ -31,7 +31,8 @@ def write_csv(results: ProbeResults, folder: Path) -> list[Path]:
     classes: list[Row] = []
     sizes: list[Row] = []
     for start, outcome, metrics in _all_metrics(results):
-        recalls.append((*start, *_recall_cells(outcome, metrics)))
+        converged = all_converged([outcome], str(start[1]), str(start[2]))
+        recalls.append((*start, *_recall_cells(outcome, metrics), converged))
         classes += [(*start, *cells) for cells in _class_rows(metrics, names, kinds)]
         sizes += [(*start, *cells) for cells in _size_rows(metrics)]
     files = (("recalls", _RECALLS, recalls), ("classes", _CLASSES, classes), ("sizes", _SIZES, sizes))

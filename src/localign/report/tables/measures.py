@@ -17,7 +17,7 @@ from localign.report.tables.rows import (
     metrics_of,
     probe_runs,
 )
-from localign.results import ProbeOutcome, ProbeResults
+from localign.results import ProbeOutcome, ProbeResults, all_converged
 from localign.statistics.paired import paired_difference, seed_differences
 
 BASELINE_SUFFIX = "-baseline"
@@ -25,6 +25,12 @@ BASELINE_SUFFIX = "-baseline"
 MIN_TREND = 3
 """Backbones that a trend needs."""
 KINDS = ("thing", "stuff")
+NOT_CONVERGED = "(heads not converged)"
+"""Marks a difference of backbones some of whose heads were still learning."""
+NOT_CONVERGED_NOTE = (
+    "A difference with the mark (heads not converged) is of heads of which at least one was still learning when its "
+    "training ended: it tells how fast heads learn, not what the features hold."
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Change:
     """95 % interval."""
     over: str = ""
     """The units that the interval resamples: "images" (paired bootstrap) or "seeds" (paired t)."""
+    converged: bool | None = None
+    """Whether all heads behind it had converged; None where that is not known."""
 
     @property
     def significant(self) -> bool:
@@ -169,6 +177,16 @@ def display_names(results: ProbeResults) -> dict[str, str]:
     return names
 
 
+def unconverged(results: ProbeResults) -> list[str]:
+    """The heads that had not converged, as ``backbone: head (task)``; a head with several seeds once."""
+    return [
+        f"{name}: {key.head} ({key.task})"
+        for name, outcomes in probe_runs(results).items()
+        for key in measured({name: outcomes})
+        if key.source == main_source(results) and all_converged(outcomes, key.head, key.task) is False
+    ]
+
+
 # -- recall ----------------------------------------------------------------------------------------------
 
 
@@ -206,6 +224,8 @@ def estimate(outcomes: Sequence[ProbeOutcome], key: MetricKey) -> Estimate | Non
 
 def change(results: ProbeResults, before: str, after: str, key: MetricKey) -> Change | None:
     """The difference of two backbones: the results' paired bootstrap if there is one, otherwise paired over seeds."""
+    runs = probe_runs(results)
+    converged = all_converged([*runs.get(before, ()), *runs.get(after, ())], key.head, key.task)
     for entry in results.get("differences") or ():
         named = (entry.get("name"), entry.get("against"), entry.get("head"), entry.get("task"))
         wanted = (after, before, key.head, key.task)
@@ -213,18 +233,20 @@ def change(results: ProbeResults, before: str, after: str, key: MetricKey) -> Ch
         if named == wanted and entry.get("source", key.source) == key.source and _finite(value):
             bounds = entry.get("interval")
             interval = (float(bounds[0]), float(bounds[1])) if _is_interval(bounds) else None
-            return Change(float(value), interval, "images" if interval else "")
-    runs = probe_runs(results)
+            return Change(float(value), interval, "images" if interval else "", converged)
     paired = paired_difference(*(macro_recalls(runs.get(name, ()), key) for name in (before, after)))
     if paired.difference is None:
         return None
     half = paired.half_width
     interval = None if half is None else (paired.difference - half, paired.difference + half)
-    return Change(paired.difference, interval, "seeds" if interval else "")
+    return Change(paired.difference, interval, "seeds" if interval else "", converged)
 
 
 def percent_cell(number: Estimate | Change | None, digits: int = 1, missing: str = "–") -> str:
-    """A recall or a difference in percent, with its interval in brackets; differences have a sign."""
+    """A recall or a difference in percent, with its interval in brackets; differences have a sign.
+
+    A difference between heads of which one had not converged is followed by :data:`NOT_CONVERGED`.
+    """
     if number is None:
         return missing
     style = f"{'+' if isinstance(number, Change) else ''}.{digits}f"
@@ -232,7 +254,8 @@ def percent_cell(number: Estimate | Change | None, digits: int = 1, missing: str
     if number.interval is not None:
         low, high = number.interval
         text += f" [{100 * low:{style}}, {100 * high:{style}}]"
-    return text.replace("-", "\u2212")
+    text = text.replace("-", "\u2212")
+    return f"{text} {NOT_CONVERGED}" if isinstance(number, Change) and number.converged is False else text
 
 
 def _finite(value: object) -> TypeGuard[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from localign.report.tables.measures import (
+    NOT_CONVERGED_NOTE,
     BackbonePair,
     change,
     comparisons,
@@ -13,6 +14,7 @@ from localign.report.tables.measures import (
     main_head,
     main_source,
     percent_cell,
+    unconverged,
 )
 from localign.report.tables.published import TABLE5
 from localign.report.tables.rows import (
@@ -60,7 +62,12 @@ def recall_caption(results: ProbeResults) -> str:
         if published
         else ""
     )
-    return f"Macro recall in %, {main_source(results)} split{over}{brackets}.{protocol}"
+    return f"Macro recall in %, {main_source(results)} split{over}{brackets}.{protocol}{_still_learning(results)}"
+
+
+def _still_learning(results: ProbeResults) -> str:
+    names = unconverged(results)
+    return f" Heads that had not converged: {', '.join(names)}." if names else ""
 
 
 def comparison_table(results: ProbeResults) -> tuple[str, Grid]:
@@ -90,6 +97,8 @@ def comparison_table(results: ProbeResults) -> tuple[str, Grid]:
         f"Macro recall in %, {HEAD_NAMES.get(head, head)}, {source} split; differences in points, "
         f"{_intervals_sentence(results, pairs, keys)}."
     )
+    if unconverged(results):
+        caption += f" {NOT_CONVERGED_NOTE}"
     return caption, Grid(tuple(header), tuple(body))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from localign.results import Metrics, ProbeOutcome, ProbeResults
+from localign.results import Metrics, ProbeOutcome, ProbeResults, all_converged
 from localign.statistics.paired import PairedDifference, paired_difference
 
 TASK_NAMES = {
@@ -45,6 +45,8 @@ class RecallRow:
 
     key: MetricKey
     recall: PairedDifference
+    converged: bool | None = None
+    """Whether the heads of both backbones had converged, for all seeds; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,13 @@ def before_after(results: ProbeResults) -> list[RecallRow]:
     The interval is Student's, see :func:`~localign.statistics.paired.paired_difference`.
     """
     runs = {name: outcomes for name, outcomes in probe_runs(results).items() if name in BEFORE_AFTER}
+    every = [outcome for outcomes in runs.values() for outcome in outcomes]
     return [
-        RecallRow(key, paired_difference(*(macro_recalls(runs.get(name, []), key) for name in BEFORE_AFTER)))
+        RecallRow(
+            key,
+            paired_difference(*(macro_recalls(runs.get(name, []), key) for name in BEFORE_AFTER)),
+            all_converged(every, key.head, key.task),
+        )
         for key in measured(runs)
     ]
 
@@ -198,7 +205,18 @@ def _recall_cells(recall: PairedDifference, both: bool) -> list[str]:
 
 
 def interval_sentence(rows: Sequence[RecallRow]) -> str:
-    """One sentence on the numbers behind the plus-minus sign."""
+    """One sentence on the numbers behind the plus-minus sign, and one on heads that had not converged."""
+    return " ".join(filter(None, (_interval_sentence(rows), _unconverged_sentence(rows))))
+
+
+def _unconverged_sentence(rows: Sequence[RecallRow]) -> str:
+    names = dict.fromkeys(f"{row.key.head} ({row.key.task})" for row in rows if row.converged is False)
+    if not names:
+        return ""
+    return f"Heads that had not converged when their training of a fixed length ended: {', '.join(names)}."
+
+
+def _interval_sentence(rows: Sequence[RecallRow]) -> str:
     counts = {row.recall.seeds for row in rows if row.recall.difference is not None}
     if not counts:
         return "One model only: there is nothing to compare."
