@@ -4,7 +4,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.localign-installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-slow check format install clean
+.PHONY: demo test test-all test-slow test-real check format install clean
 
 install: $(STAMP)
 
@@ -17,7 +17,7 @@ demo: $(STAMP)
 
 # Tests of less than five seconds each.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not thorough"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not thorough and not real"
 
 # The slow tests too; CI runs this.
 test-all: $(STAMP)
@@ -26,6 +26,10 @@ test-all: $(STAMP)
 # More than fifty injected faults, thousands of random inputs, a run of 20,000 steps: about half an hour.
 test-slow: $(STAMP)
 	FUZZ_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz
+
+# Real weights, from two Python packages, and real photographs, from ../shared; skipped where they cannot be had.
+test-real: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real -rs tests/real
 
 check: $(STAMP)
 	$(BIN)/ruff check .
