@@ -107,10 +107,10 @@ class ProbeOutcome(TypedDict, total=False):
 
 def all_converged(outcomes: Sequence[ProbeOutcome], head: str, task: str) -> bool | None:
     """Whether a head has converged in every outcome: False if one has not, None if that is not known of one."""
-    found = [
-        outcome.get("train", {}).get("convergence", {}).get(head, {}).get(task, {}).get("converged")
-        for outcome in outcomes
-    ]
+    found = []
+    for outcome in outcomes:
+        verdict = outcome.get("train", {}).get("convergence", {}).get(head, {}).get(task)
+        found.append(None if verdict is None else verdict["converged"])
     if False in found:
         return False
     return True if found and None not in found else None

@@ -187,7 +187,7 @@ def test_a_length_is_fixed_where_the_user_fixes_it() -> None:
     assert ProbeCommandConfig().probe_config().until_converged
     assert ProbeCommandConfig(max_steps=7).probe_config().max_steps == 7
     for options in ({"epochs": 5.0}, {"steps": 100}, {"protocol": "published"}):
-        config = ProbeCommandConfig(**options)  # type: ignore[arg-type]
+        config = ProbeCommandConfig(**options)
         assert not config.probe_config().until_converged
         with pytest.raises(UserError, match="--max-steps has no effect with --"):
             dataclasses.replace(config, max_steps=9)
