@@ -10,7 +10,7 @@ from rich.console import Console
 
 from localign.report.probepage import headline
 from localign.report.tables.measures import NOT_CONVERGED, NOT_CONVERGED_NOTE, change, unconverged
-from localign.report.tables.probe import comparison_table, recall_caption
+from localign.report.tables.probe import comparison_table, convergence_grid, recall_caption
 from localign.report.tables.recalls import recall_table
 from localign.report.tables.rows import MetricKey, before_after, interval_sentence
 from localign.results import Results, all_converged
@@ -73,6 +73,9 @@ def test_the_backbone_with_the_unconverged_head_is_named() -> None:
     content = judged(True, True, False, True)
     assert unconverged(content) == ["aligned: linear (local)"]
     assert "Heads that had not converged: aligned: linear (local)." in recall_caption(content)
+    verdicts = [row[1:] for row in convergence_grid(content).rows]
+    assert verdicts.count(("linear head", "local", "no", "9")) == 1
+    assert verdicts.count(("linear head", "local", "yes", "9")) == 1
     lines = shown(content).splitlines()
     assert sum("converged: no" in line for line in lines) == 1
     assert sum("converged: yes" in line for line in lines) == 3
@@ -82,4 +85,5 @@ def test_old_results_show_as_before() -> None:
     content = judged()
     assert unconverged(content) == []
     assert "converged" not in shown(content)
+    assert convergence_grid(content).rows == ()
     assert all_converged([], "linear", "local") is None

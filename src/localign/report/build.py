@@ -22,6 +22,7 @@ from localign.report.picture_file import read_pictures
 from localign.report.probing import probe_report
 from localign.report.style import data_uri, png, svg
 from localign.report.tables import rows as tables
+from localign.report.tables.probe import convergence_grid
 from localign.results import PICTURES_FILE, LogEntry, Pictures, Results
 from localign.text.printing import printable
 
@@ -274,7 +275,12 @@ def _heads(run: Run) -> str:
     if figure is None:
         return ""
     uri = data_uri(svg(figure), "image/svg+xml")
-    return html.section("Did the heads converge?", html.figure(uri, *captions.HEADS))
+    outcomes = [outcome for seeds in runs.values() for outcome in seeds]
+    until = any(outcome.get("config", {}).get("until_converged") for outcome in outcomes)
+    verdicts = convergence_grid(run.results)
+    table = [tables.to_html(verdicts)] if verdicts.rows else []
+    words = captions.heads(until_converged=until)
+    return html.section("Did the heads converge?", *table, html.figure(uri, *words))
 
 
 def _classes(run: Run) -> str:

@@ -18,11 +18,20 @@ FEATURES: Words = (
     "per backbone, over all patches of these images: colours are comparable along a row, not between rows.",
 )
 
-HEADS: Words = (
-    "Training and validation loss of each probing head.",
-    "Loss of the probing heads while they train on frozen features. Lines are means over seeds, bands the range of the "
-    "validation loss over seeds. The curves choose nothing: heads are evaluated after their last step.",
-)
+
+def heads(until_converged: bool) -> Words:
+    """Texts of the heads' loss curves."""
+    use = "The curves choose nothing: heads are evaluated after their last step."
+    if until_converged:
+        use = (
+            "The validation loss is of training images that no head was trained on. It ends a head's training, and the "
+            "weights with the lowest loss are evaluated."
+        )
+    return (
+        "Training and validation loss of each probing head.",
+        "Loss of the probing heads while they train on frozen features. Lines are means over seeds, bands the range of "
+        f"the validation loss over seeds. {use}",
+    )
 
 
 def predictions(class_names: Sequence[str]) -> Words:

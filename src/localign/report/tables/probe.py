@@ -27,7 +27,7 @@ from localign.report.tables.rows import (
     percent,
     probe_runs,
 )
-from localign.results import ProbeResults
+from localign.results import ProbeResults, all_converged
 
 _PUBLISHED_CLASSES = 183
 """Classes of COCO-Stuff, the data set of the published numbers."""
@@ -68,6 +68,20 @@ def recall_caption(results: ProbeResults) -> str:
 def _still_learning(results: ProbeResults) -> str:
     names = unconverged(results)
     return f" Heads that had not converged: {', '.join(names)}." if names else ""
+
+
+def convergence_grid(results: ProbeResults) -> Grid:
+    """Whether each head has converged, and its optimizer steps; no rows where results do not say."""
+    names, body = display_names(results), []
+    for name, outcomes in probe_runs(results).items():
+        for key in (key for key in _main_keys(results) if key in measured({name: outcomes})):
+            verdict = all_converged(outcomes, key.head, key.task)
+            if verdict is None:
+                continue
+            steps = [o["train"]["convergence"][key.head][key.task]["steps"] for o in outcomes]
+            head = HEAD_NAMES.get(key.head, key.head)
+            body.append((names[name], head, key.task, "yes" if verdict else "no", f"{max(steps):,}"))
+    return Grid(("backbone", "head", "task", "converged", "steps"), tuple(body), texts=4)
 
 
 def comparison_table(results: ProbeResults) -> tuple[str, Grid]:
