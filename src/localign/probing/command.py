@@ -140,10 +140,13 @@ def _notes(config: ProbeCommandConfig, outcome: ProbeOutcome) -> list[str]:
         "published": f"Figures are of each head's best epoch within {steps} steps, chosen on the reported images as in "
         "the published benchmark. Such figures are optimistic.",
     }
+    judged = ""
+    if not config.until_converged and outcome["train"]["held_out"]:
+        judged = f" {outcome['train']['held_out']} of the test images say whether a head has converged."
     return [
         f"Heads are trained on {images['train']['images']} images of {config.data} and evaluated on "
         f"{images[TEST_SOURCE]['images']}, with frozen backbones in eval mode.",
-        chosen["converged" if config.until_converged else config.protocol],
+        chosen["converged" if config.until_converged else config.protocol] + judged,
         "Intervals are 95 % percentile intervals of 1000 bootstrap replicates over images. Differences are paired.",
         f"Seeds {config.seed} to {config.seed + config.seeds - 1} differ in the initial weights of the heads. The "
         "order of the samples is the same for all seeds."
