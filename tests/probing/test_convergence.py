@@ -94,8 +94,17 @@ def test_the_learning_rate_falls_once_the_head_has_converged() -> None:
 
 
 def test_a_head_trained_to_its_plateau_has_converged_and_one_given_too_few_steps_has_not() -> None:
-    plateau = trained(UNTIL).convergence["linear"]["local"]
+    steps: list[tuple[int, int]] = []
+    (one,) = train_heads(
+        in_memory(*toy(60, 0)), [LINEAR], GEOMETRY, UNTIL, ALONE,
+        progress=lambda stage, done, total: steps.append((done, total)),
+    )  # fmt: skip
+    plateau = one.convergence["linear"]["local"]
     assert plateau["converged"] is True
+    assert steps[0] == (1, 4000)
+    assert steps[-1] == (plateau["steps"], plateau["steps"]), (
+        "the bar knows the end once the head has converged"
+    )
     assert 200 <= plateau["reported_step"] <= plateau["steps"] < 4000
     short = trained(dataclasses.replace(UNTIL, max_steps=30)).convergence["linear"]["local"]
     assert (short["converged"], short["steps"]) == (False, 30)

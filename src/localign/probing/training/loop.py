@@ -230,8 +230,8 @@ class _Training:
         for step, (tokens, labels) in enumerate(self.features.batches(self._rank_batches()), start=1):
             rates = {key: self.schedules[key].learning_rate(step - 1) for key in active}
             self._step(tokens, labels, rates)
-            if progress is not None:
-                progress("heads", step, self.steps)
+            if progress is not None:  # the end comes nearer as heads converge
+                progress("heads until converged", step, max(s.end for s in self.schedules.values()))
             if step not in checks:
                 continue
             losses = self.held_out.losses(active)
