@@ -42,7 +42,8 @@ def load(
         decoder: Return the aligned student with its decoder. ``student.encoder.backbone`` is the backbone, and calling
             the student with normalised images and keep-masks reconstructs the teacher's tokens.
         attention: Implementation of soft-capped attention: eager, flex, or auto (flex on CUDA).
-        **kwargs: For names only: ``weights``, ``image_size``, ``model_kwargs``, ``seed``.
+        **kwargs: ``image_size``, a side or (height, width) in pixels to which positions are resampled; for names only:
+            ``weights``, ``model_kwargs``, ``seed``.
 
     Returns:
         The backbone or student in eval mode. ``backbone.tokens(backbone.normalise(images))`` are the features of uint8
@@ -52,9 +53,9 @@ def load(
         UserError: The name is unknown, or the folder is incomplete or damaged.
     """
     if decoder:
-        if kwargs:
-            raise UserError(f"decoder=True accepts export folders only, without {', '.join(kwargs)}")
-        return load_student(export_folder(path_or_name), attention=attention)
+        if other := kwargs.keys() - {"image_size"}:
+            raise UserError(f"decoder=True accepts export folders only, without {', '.join(sorted(other))}")
+        return load_student(export_folder(path_or_name), attention=attention, **kwargs)
     return create_backbone(path_or_name, attention=attention, **kwargs)
 
 

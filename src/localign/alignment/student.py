@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from localign.backbones import Backbone
+from localign.backbones.building import set_image_size
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
 
@@ -118,6 +121,19 @@ class Decoder(nn.Module):
         output: Tensor = self.head(self.norm(x))
         return output
 
+    def resample(self, old: tuple[int, int], new: tuple[int, int]) -> None:
+        """Resample the position embedding of the patches as timm does for encoders: bicubic, antialiased.
+
+        Args:
+            old: Rows and columns of patches now. Tokens beyond these are prefix tokens, whose positions stay.
+            new: Rows and columns of patches from now on.
+        """
+        prefix = self.config.num_tokens - old[0] * old[1]
+        with torch.no_grad():
+            positions = resample_abs_pos_embed(self.pos_embed, list(new), list(old), num_prefix_tokens=prefix)
+        self.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
+        self.config = replace(self.config, num_tokens=positions.shape[1])
+
 
 class DecoderNorm(nn.LayerNorm):
     """LayerNorm with the epsilon of alignment instead of the default of torch or timm."""
@@ -181,6 +197,19 @@ class Student(nn.Module):
         masked = embeddings[:, None] * keep[..., None].to(embeddings.dtype)
         output: Tensor = self.decoder(masked.flatten(0, 1))
         return output
+
+    def set_image_size(self, size: int | Sequence[int]) -> Student:
+        """Change the size of the input, in place: positions of encoder and decoder are resampled.
+
+        Raises:
+            UserError: As for :func:`~localign.backbones.building.set_image_size`.
+        """
+        backbone = self.encoder.backbone
+        before = backbone.grid
+        set_image_size(backbone, size)
+        if self.decoder is not None and backbone.grid != before:
+            self.decoder.resample(before, backbone.grid)
+        return self
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute the blocks' activations in the backward pass instead of storing them."""

@@ -228,7 +228,16 @@ def _check_divisible(embedding: Any, name: str) -> None:
     """Models that take images of any size take no image that ends within a patch; others cut the rest off."""
     if getattr(embedding, "strict_img_size", True) or getattr(embedding, "dynamic_img_pad", False):
         return
-    for pixels, patch in zip(embedding.img_size, embedding.patch_size, strict=True):
+    check_divisible(embedding.img_size, embedding.patch_size, name)
+
+
+def check_divisible(size: Sequence[int], patches: Sequence[int], name: str) -> None:
+    """Check that patches cover an image. Both sizes are height and width in pixels.
+
+    Raises:
+        UserError: A side of the image is not a multiple of the patch's; the line suggests the nearest multiples.
+    """
+    for pixels, patch in zip(size, patches, strict=True):
         if pixels % patch:
             below = pixels // patch * patch
             nearest = f"{below} or {below + patch}" if below else str(patch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from localign.backbones.backbone import FAMILIES
+from localign.backbones.backbone import FAMILIES, Backbone, check_divisible
 from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
 from localign.text.printing import printable
@@ -121,6 +121,54 @@ def build_vit(architecture: str, arguments: Mapping[str, Any], *, pretrained: bo
             if isinstance(module, nn.LayerNorm):
                 module.eps = float(norm_eps)
     return vit
+
+
+def image_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, pixels, of a size that may be the side of a square.
+
+    Raises:
+        UserError: The size is not one or two positive numbers, or absurd.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(0 < side <= MAX_NUMBER for side in sides):
+        raise UserError(
+            f"--image-size takes a side or HEIGHTxWIDTH, 1..{MAX_NUMBER:,} pixels, not {size!s:.60}"
+        )
+    return sides[0], sides[1]
+
+
+def set_image_size(backbone: Backbone, size: int | Sequence[int]) -> Backbone:
+    """Change the size of a backbone's input, in place.
+
+    Position embeddings are resampled as timm does it for all families: bicubic, antialiased, in float32; those of
+    prefix tokens stay. (transformers' ``interpolate_pos_encoding`` is bicubic or bilinear, depending on the family, and
+    mostly not antialiased, so its tokens differ slightly.) Rotary and relative positions follow the new grid. The
+    backbone's own size changes nothing.
+
+    Args:
+        backbone: Changed.
+        size: Side, or height and width, pixels.
+
+    Raises:
+        UserError: The size is not a multiple of the patch size, or more positions than fit in memory.
+    """
+    sides = image_sides(size)
+    if sides == backbone.image_size:
+        return backbone
+    check_divisible(sides, backbone.patch_size, backbone.name)
+    rows, columns = (pixels // patch for pixels, patch in zip(sides, backbone.patch_size, strict=True))
+    if 4 * rows * columns * backbone.width > machine_memory():
+        raise UserError(f"{rows} x {columns} patches of {backbone.name} do not fit in this machine's memory")
+    try:
+        with torch.no_grad():
+            backbone.vit.set_input_size(img_size=sides)
+    except RuntimeError as error:
+        reason = printable(str(error).strip().partition("\n")[0])
+        raise UserError(
+            f"{backbone.name} cannot take images of {sides[0]} x {sides[1]} pixels: {reason}"
+        ) from None
+    backbone.model_kwargs["img_size"] = sides[0] if sides[0] == sides[1] else sides
+    return backbone
 
 
 def build_described_vit(architecture: Any, arguments: Any, where: object) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 
 from localign import rng
 from localign.backbones.backbone import Backbone
-from localign.backbones.building import REMOTE, build_vit
+from localign.backbones.building import REMOTE, build_vit, image_sides, set_image_size
 from localign.backbones.export import CONFIG_FILE, load_backbone
 from localign.backbones.families.reading import is_of_transformers, load_transformers_backbone
 from localign.backbones.hub import model_folder
@@ -36,7 +36,7 @@ def create_backbone(
     name: str | Path,
     *,
     weights: str = "pretrained",
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | Sequence[int] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     attention: AttentionBackend = "auto",
     seed: int = 0,
@@ -48,7 +48,8 @@ def create_backbone(
             folder, or a folder or hub repository (``openai/clip-vit-base-patch16``) in transformers' or timm's format.
         weights: ``"pretrained"``, ``"none"`` (random weights that depend on ``seed``), or a safetensors or torch file
             with timm's parameter names or in an original format that timm converts.
-        image_size: Input side, or (height, width), pixels; the position embedding is resampled.
+        image_size: Input side, or (height, width), pixels; positions are resampled, see
+            :func:`~localign.backbones.building.set_image_size`.
         model_kwargs: Further arguments of timm's constructor, for example ``{"depth": 2}``.
         attention: Back-end of soft-capped attention, if the backbone has it.
         seed: Seed of random weights.
@@ -57,39 +58,39 @@ def create_backbone(
         The backbone in eval mode.
 
     Raises:
-        UserError: The name is unknown (the error suggests similar names), or the weights do not fit or cannot be
-            downloaded.
+        UserError: The name is unknown (the error suggests similar names), the weights do not fit or cannot be
+            downloaded, or the image size does not fit the patches.
     """
     name, kwargs = str(name), dict(model_kwargs or {})
+    sides = None if image_size is None else image_sides(image_size)
     folder = None if name.startswith(REMOTE) or name == EMBEDDED else model_folder(name)
     config = {} if folder is None else read_json_object(folder / CONFIG_FILE)
     if folder is not None and is_of_transformers(config):
         if weights not in ("pretrained", "none"):
             raise UserError(f"{name} has weights of its own; --weights FILE applies to timm names only")
         with rng.seeded_globals(seed, "backbone weights"):
-            return load_transformers_backbone(
+            backbone = load_transformers_backbone(
                 folder,
                 config,
                 name=name,
-                image_size=image_size,
                 model_kwargs=kwargs,
                 attention=attention,
                 weights=weights == "pretrained",
             )
+        return backbone if sides is None else set_image_size(backbone, sides)
     if folder is not None and "localign" not in config:  # timm reads its own folders
         name, folder = (f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}"), None
     if name == EMBEDDED or folder is not None:
-        if kwargs or image_size or weights != "pretrained":
-            raise UserError(
-                f"{name} is an exported backbone: its weights, image size and arguments are fixed"
-            )
-        return load_backbone(_embedded_path() if folder is None else folder, attention=attention)
+        if kwargs or weights != "pretrained":
+            raise UserError(f"{name} is an exported backbone: its weights and arguments are fixed")
+        backbone = load_backbone(_embedded_path() if folder is None else folder, attention=attention)
+        return backbone if sides is None else set_image_size(backbone, sides)
     entry = CATALOGUE.get(name)
     architecture = entry.timm_name if entry else name
-    if image_size is None and entry:
-        image_size = entry.image_size
-    if image_size is not None:
-        kwargs["img_size"] = image_size
+    if sides is not None:
+        kwargs["img_size"] = sides[0] if sides[0] == sides[1] else sides
+    elif entry:
+        kwargs["img_size"] = entry.image_size
     if not name.startswith(REMOTE):
         _check_timm_name(architecture)
     if entry and entry.loader == "moco-v3" and weights == "pretrained":

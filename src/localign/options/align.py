@@ -10,6 +10,7 @@ from localign.options.names import (
     BACKENDS,
     AttentionBackend,
     DecoderName,
+    ImageSize,
     LossName,
     MaskKind,
     ObjectiveName,
@@ -105,8 +106,8 @@ class AlignConfig(DataConfig, TrainConfig):
     (openai/clip-vit-base-patch16) of transformers or timm."""
     weights: str = "pretrained"
     """Starting weights: pretrained, none (random), or a weight file."""
-    image_size: int | None = None
-    """Side of the square input in pixels; default the backbone's own."""
+    image_size: ImageSize | None = None
+    """Side of the input in pixels, or HEIGHTxWIDTH; default the backbone's own. Positions are resampled."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra arguments for timm's constructor, for example depth=2."""
     soft_cap: float | str | None = "auto"

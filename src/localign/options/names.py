@@ -40,6 +40,9 @@ QuestionKind = Literal[
     "referring", "position", "count", "relation", "presence", "attribute", "choice", "caption"
 ]
 
+ImageSize = int | tuple[int, int]
+"""Side of a square input, or height and width, in pixels; the command line spells the latter 224x336."""
+
 ExportFormat = Literal["timm", "clip", "siglip", "siglip2", "dinov2", "dinov3", "vit"]
 
 REPRODUCTIONS = ("table1", "table4", "table5", "fig3", "fig4", "fig6", "fig7", "fig8", "fig9", "fig10")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from localign.errors import UserError, did_you_mean
-from localign.options.names import HEAD_NAMES, INTERVENTIONS, TASKS, Cache, Precision, Protocol
+from localign.options.names import HEAD_NAMES, INTERVENTIONS, TASKS, Cache, ImageSize, Precision, Protocol
 
 CacheDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -218,8 +218,9 @@ class ProbeCommandConfig:
     """Scenes to report on; default 4000."""
     weights: str = "pretrained"
     """Weights of backbones given by name: pretrained, none (random), or a weight file."""
-    image_size: int | None = None
-    """Input side of backbones given by name, pixels."""
+    image_size: ImageSize | None = None
+    """Side of the input of all backbones in pixels, or HEIGHTxWIDTH; default each one's own. Positions are
+    resampled."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm's constructor for backbones given by name."""
     workers: int = 0

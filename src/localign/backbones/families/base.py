@@ -34,6 +34,8 @@ class TransformersFamily(ABC):
     """A tensor that only this vision model has. The text before the anchor is the prefix of all its names."""
     mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    square: ClassVar[bool] = False
+    """Whether transformers' class takes square images only."""
     ignored: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tensors that compute no patch token: position numbers, mask tokens, poolers."""
 

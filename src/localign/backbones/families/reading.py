@@ -78,7 +78,6 @@ def load_transformers_backbone(
     content: Mapping[str, Any],
     *,
     name: str,
-    image_size: int | tuple[int, int] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     attention: AttentionBackend = "auto",
     weights: bool = True,
@@ -89,7 +88,6 @@ def load_transformers_backbone(
         folder: The folder.
         content: Its ``config.json``.
         name: The name in reports.
-        image_size: Input side, or (height, width), pixels; the position embedding is resampled. Default: the config's.
         model_kwargs: Further arguments of timm's constructor.
         attention: Back-end of soft-capped attention, if the backbone gets it.
         weights: False leaves the weights random.
@@ -106,7 +104,6 @@ def load_transformers_backbone(
     except UserError as error:
         raise UserError(f"{printable(folder)}: {error}") from None
     kwargs |= dict(model_kwargs or {})
-    own_size = kwargs["img_size"]
     vit = build_vit(architecture, kwargs, pretrained=False)
     if weights:
         shapes = {k: v.shape for k, v in vit.state_dict().items()}
@@ -116,9 +113,6 @@ def load_transformers_backbone(
                 state.setdefault(key, value)
         load_strict(vit, state, folder)
         check_finite(vit.state_dict(), folder)
-    if image_size is not None and image_size != own_size:
-        vit.set_input_size(img_size=image_size)
-        kwargs["img_size"] = image_size
     mean, std = _normalisation(folder, found.family)
     return Backbone(
         vit,

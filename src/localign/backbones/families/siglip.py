@@ -32,6 +32,7 @@ class SigLIP(TransformersFamily):
 
     model_types = ("siglip_vision_model",)
     wrappers = ("siglip",)
+    square = True
     anchor = "embeddings.patch_embedding.bias"
     ignored = ("embeddings.position_ids",)
 
@@ -131,8 +132,7 @@ class SigLIP2(SigLIP):
 
     def config_of(self, vit: Any) -> dict[str, Any]:
         config = super().config_of(vit)
-        if isinstance(config.pop("image_size"), list):
-            raise UserError("siglip2 has a square position embedding; this backbone's grid is not square")
+        config.pop("image_size")
         grid = math.prod(vit.patch_embed.grid_size)
         return {
             **config,

@@ -64,6 +64,9 @@ def transformers_content(backbone: Backbone, family: str) -> tuple[dict[str, Any
     try:
         if backbone.final_norm != "norm":
             raise UserError(f"its last norm is {backbone.final_norm}")
+        height, width = backbone.image_size
+        if chosen.square and height != width:
+            raise UserError(f"transformers' class takes square images only, not {height} x {width} pixels")
         config = chosen.config_of(backbone.vit)
         architecture, arguments = chosen.architecture(config)
         state = chosen.to_transformers(
