@@ -49,7 +49,7 @@ def export_transformers(backbone: Backbone, config: ExportConfig, provenance: di
     tolerance = config.tolerance if config.tolerance is not None else BAKED if config.bake else EXACT
     with refilling_folder(config.out, (DECODER_FILE,), CONFIG_FILE) as folder:
         save_transformers(backbone, folder, config.format, extra=facts)
-        difference = token_difference(backbone, folder, _images(config, backbone.image_size))
+        difference = token_difference(backbone, folder, _images(config, backbone))
         if not difference <= tolerance:
             raise UserError(
                 f"in the format {config.format} the tokens of {backbone.name} change by {difference:.2g} of their root "
@@ -58,9 +58,12 @@ def export_transformers(backbone: Backbone, config: ExportConfig, provenance: di
     return difference
 
 
-def _images(config: ExportConfig, size: tuple[int, int]) -> Tensor:
+def _images(config: ExportConfig, backbone: Backbone) -> Tensor:
     if config.images is None:
-        pixels = rng.generator(0, "export comparison").integers(0, 256, (IMAGES, 3, *size), dtype="uint8")
+        shape = (IMAGES, 3, *backbone.image_size)
+        pixels = rng.generator(0, "export comparison").integers(0, 256, shape, dtype="uint8")
         return torch.from_numpy(pixels)
-    source, transform = open_source(config.images, image_size=size), EvalTransform(size)
+    size = backbone.image_size
+    source = open_source(config.images, image_size=size)
+    transform = EvalTransform(size, preprocessing=backbone.preprocessing)
     return torch.stack([transform(source.load(index)) for index in range(min(IMAGES, len(source)))])

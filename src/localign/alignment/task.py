@@ -48,7 +48,7 @@ class AlignTask(Task):
         assert config.target is not None  # AlignConfig filled it in
         self.teacher = Teacher(backbone, config.target)
         self.objective = build_objective(config, self.teacher)
-        self.data = ImageData(config, backbone.image_size)
+        self.data = ImageData(config, backbone.image_size, backbone.preprocessing)
         self.student = fresh_student(config, backbone)
         self.teacher_hash = content_hash(backbone.vit.state_dict())
 

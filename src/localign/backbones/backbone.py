@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from localign.backbones.attention import apply_soft_cap
+from localign.backbones.preprocessing import UNSTATED, Preprocessing
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
 from localign.weights import pixel_statistics
@@ -36,6 +37,7 @@ class Backbone(nn.Module):
         attention: Back-end of soft-capped attention.
         final_norm: The norm that :meth:`tokens` applies to each token. The default is the ViT's ``norm``, which is an
             identity in models that normalise after pooling. Aligned models of that kind use ``"fc_norm"``.
+        preprocessing: How images are resized, as far as the model's folder states it.
 
     Raises:
         UserError: The model is of another family or has an unsupported structure, or the pixel statistics are no
@@ -57,6 +59,7 @@ class Backbone(nn.Module):
         soft_cap: float | None = None,
         attention: AttentionBackend = "auto",
         final_norm: FinalNorm = "norm",
+        preprocessing: Preprocessing = UNSTATED,
     ) -> None:
         super().__init__()
         if not isinstance(vit, FAMILIES):
@@ -71,6 +74,7 @@ class Backbone(nn.Module):
         self.soft_cap = soft_cap
         self.attention = attention
         self.final_norm = final_norm
+        self.preprocessing = preprocessing
         if soft_cap is not None:
             apply_soft_cap(vit, soft_cap, attention)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import load_model_config_from_hf
 from torch import nn
 
 from localign.backbones.backbone import FAMILIES, Backbone, check_divisible
@@ -191,6 +192,21 @@ def build_described_vit(architecture: Any, arguments: Any, where: object) -> Any
     check_arguments(arguments, where)
     lists = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
     return build_vit(architecture, lists, pretrained=False)
+
+
+def remote_config(architecture: str) -> Mapping[str, Any]:
+    """What a folder or repository in timm's format states about its input, without timm's defaults.
+
+    Args:
+        architecture: A name that timm has just resolved, so that its config lies on this machine.
+    """
+    kind, _, place = architecture.partition(":")
+    if f"{kind}:" == LOCAL:
+        config = read_json_object(Path(place) / "config.json")
+        details = config.get("pretrained_cfg", config)
+        return details if isinstance(details, dict) else {}
+    with quiet_hub():
+        return load_model_config_from_hf(place)[0]
 
 
 def _check_local_folder(folder: Path) -> None:

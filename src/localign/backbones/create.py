@@ -14,11 +14,12 @@ from torch import nn
 
 from localign import rng
 from localign.backbones.backbone import Backbone
-from localign.backbones.building import REMOTE, build_vit, image_sides, set_image_size
+from localign.backbones.building import REMOTE, build_vit, image_sides, remote_config, set_image_size
 from localign.backbones.export import CONFIG_FILE, load_backbone
 from localign.backbones.families.reading import is_of_transformers, load_transformers_backbone
 from localign.backbones.hub import model_folder
 from localign.backbones.moco import read_moco_v3
+from localign.backbones.preprocessing import Preprocessing
 from localign.backbones.weights import StateDict, common_prefixes, read_state_dict
 from localign.engine.log import say
 from localign.errors import UserError, did_you_mean
@@ -105,7 +106,12 @@ def create_backbone(
     if name.startswith(REMOTE):  # store everything that a rebuild needs, as the folder may move
         architecture = vit.pretrained_cfg["architecture"]
         kwargs = {**_saved_arguments(vit), **kwargs, "img_size": vit.patch_embed.img_size}
-    return backbone_of(vit, name=name, architecture=architecture, model_kwargs=kwargs, attention=attention)
+    backbone = backbone_of(
+        vit, name=name, architecture=architecture, model_kwargs=kwargs, attention=attention
+    )
+    if name.startswith(REMOTE):  # timm's own names keep the published evaluation, which is the same for all
+        backbone.preprocessing = Preprocessing.of_timm(remote_config(name), name)
+    return backbone
 
 
 def _saved_arguments(vit: Any) -> dict[str, Any]:

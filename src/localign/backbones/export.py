@@ -20,6 +20,7 @@ from torch import nn
 from localign._version import __version__
 from localign.backbones.backbone import Backbone, FinalNorm
 from localign.backbones.building import NORM_EPS_ARGUMENT, build_described_vit
+from localign.backbones.preprocessing import Preprocessing
 from localign.backbones.weights import StateDict, read_file
 from localign.errors import UserError
 from localign.files import replace_text, replacing
@@ -186,6 +187,7 @@ def _config(
             "std": list(backbone.std),
             "num_classes": 0,
             "fixed_input_size": True,
+            **backbone.preprocessing.stated(),  # type: ignore[typeddict-item]
         },
         "localign": {
             "format": FORMAT,
@@ -297,6 +299,7 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
         soft_cap=ours["soft_cap"],
         attention=attention,
         final_norm=ours["final_norm"],
+        preprocessing=Preprocessing.of_timm(cfg, folder / CONFIG_FILE),
     ).eval()
 
 

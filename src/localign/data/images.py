@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 
+from localign.backbones.preprocessing import UNSTATED, Preprocessing
 from localign.data.loader import BadImages, Batch, EvalLoader, TrainLoader
 from localign.data.mixing import Mixing
 from localign.data.sources import ImageSource, open_source
@@ -53,12 +54,15 @@ class ImageData:
     Args:
         config: See :class:`DataConfig`.
         image_size: Rows and columns of the backbone's input.
+        preprocessing: Of the backbone; validation photographs are resized and cropped in this way.
 
     Raises:
         UserError: A source does not exist or holds no images, or an option is out of range.
     """
 
-    def __init__(self, config: DataConfig, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self, config: DataConfig, image_size: tuple[int, int], preprocessing: Preprocessing = UNSTATED
+    ) -> None:
         self.config = config
         scenes = config.is_scenes
         crop: TrainCrop = config.crop or ("none" if scenes else "published")
@@ -86,7 +90,7 @@ class ImageData:
         val = config.val or ("scenes:val" if scenes else None)
         # Validation always decodes in full, so that results stay comparable with published ones.
         self.val_source = self._open_val(val, image_size) if val else None
-        self.val_transform = EvalTransform(image_size)
+        self.val_transform = EvalTransform(image_size, preprocessing=UNSTATED if scenes else preprocessing)
         mixes = config.mixup is not None or config.cutmix is not None
         self.mixing = Mixing(config.mixup, config.cutmix) if mixes else None
 

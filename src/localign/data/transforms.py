@@ -22,6 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from localign import rng
+from localign.backbones.preprocessing import UNSTATED, Preprocessing
 from localign.data.decoding import UndecodedJpeg
 from localign.errors import UserError, did_you_mean
 from localign.options.names import Decode, TrainCrop
@@ -124,23 +125,45 @@ class EvalTransform:
         mode: ``crop`` resizes until the image covers the size, keeping the aspect ratio, then crops the centre
             (bicubic). ``square`` crops the largest centred piece with the target's aspect ratio, then resizes it
             (bilinear; nearest neighbour for label maps), as the probing benchmark does.
+        preprocessing: What the model's folder states. ``crop`` follows it; ``square`` takes only its filter, as the
+            benchmark shows all models the same part of an image.
 
     Raises:
         UserError: The size or mode is unknown.
     """
 
-    def __init__(self, size: Size, mode: EvalMode = "crop") -> None:
+    def __init__(self, size: Size, mode: EvalMode = "crop", preprocessing: Preprocessing = UNSTATED) -> None:
         self.size = _rows_columns(size)
         _check_choice("eval transform", mode, get_args(EvalMode))
         self.mode = mode
-        self._resize = ResizeKeepRatio(self.size, interpolation="bicubic")  # type: ignore[no-untyped-call]
+        self.preprocessing = preprocessing
+        stated = preprocessing.interpolation
+        self._filter = InterpolationMode(stated or ("bicubic" if mode == "crop" else "bilinear"))
+        self._resize = ResizeKeepRatio(  # type: ignore[no-untyped-call]
+            preprocessing.scaled(self.size), interpolation=self._filter.value
+        )
         self._centre = CenterCropOrPad(list(self.size), padding_mode="reflect")
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB image -> uint8 ``(3, rows, columns)``."""
-        if self.mode == "crop":
+        if self.mode == "square":
+            return to_tensor(self._square(image, self._filter))
+        if self.preprocessing.crop_pct is None and self.preprocessing.crop_mode is None:
             return to_tensor(self._centre(self._resize(_trim_strip(image, self.size))))
-        return to_tensor(self._square(image, InterpolationMode.BILINEAR))
+        return to_tensor(self._cropped(image))
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
+        """Resize and crop as timm and transformers do. Of an odd rest, the larger half is right or below."""
+        rows, columns = self.size
+        scaled = self.preprocessing.scaled(self.size)
+        if self.preprocessing.crop_mode == "squash":
+            image = F.resize(image, list(scaled), self._filter)
+        elif scaled[0] == scaled[1]:
+            image = F.resize(_trim_strip(image, self.size), [scaled[0]], self._filter)
+        else:
+            image = self._resize(_trim_strip(image, self.size))
+        top, left = (image.height - rows) // 2, (image.width - columns) // 2
+        return image.crop((left, top, left + columns, top + rows))
 
     def labels(self, labels: NDArray[np.integer]) -> Tensor:
         """Transform the label map of an image in the same way.

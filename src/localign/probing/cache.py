@@ -58,9 +58,7 @@ SPARE_BYTES = 2**30
 """Disk space that is left free."""
 
 
-class CacheKey(TypedDict):
-    """Everything that decides the features of a source."""
-
+class _Key(TypedDict):
     backbone: str
     """SHA-256 of the weights."""
     data: str
@@ -79,6 +77,13 @@ class CacheKey(TypedDict):
     format: int
 
 
+class CacheKey(_Key, total=False):
+    """Everything that decides the features of a source."""
+
+    interpolation: str
+    """The resampling filter that the backbone's folder states; missing if it states none."""
+
+
 class _Header(TypedDict):
     key: CacheKey
     shard_images: int
@@ -94,7 +99,7 @@ class CacheHeader(_Header, total=False):
 def cache_key(extraction: Extraction) -> CacheKey:
     """The key of a source's features."""
     backbone, source = extraction.backbone, extraction.source
-    return {
+    key: CacheKey = {
         "backbone": extraction.sha256,
         "data": source.fingerprint(),
         "images": len(source),
@@ -110,6 +115,9 @@ def cache_key(extraction: Extraction) -> CacheKey:
         "autocast": extraction.autocast,
         "format": FORMAT,
     }
+    if (stated := backbone.preprocessing.interpolation) is not None:
+        key["interpolation"] = stated
+    return key
 
 
 class DiskFeatures:

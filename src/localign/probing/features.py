@@ -223,6 +223,7 @@ class Extraction:
             batch,
             self.workers,
             self.context.timeout,
+            self.backbone.preprocessing,
         ):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
                 tokens = self.backbone.tokens(self.backbone.normalise(images.to(device)))

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from localign.backbones.preprocessing import UNSTATED, Preprocessing
 from localign.data.decoding import UnreadableImage, opened, read_bytes, read_image, unreadable_on_failure
 from localign.data.sources import SUFFIXES
 from localign.data.transforms import EvalTransform
@@ -294,9 +295,11 @@ def _read_values(path: Path) -> NDArray[Any]:
 class _LabelledDataset(Dataset[tuple[Tensor, Tensor]]):
     """Images and label maps as the benchmark crops and resizes them."""
 
-    def __init__(self, source: LabelledSource, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self, source: LabelledSource, image_size: tuple[int, int], preprocessing: Preprocessing
+    ) -> None:
         self.source = source
-        self.view = EvalTransform(image_size, mode="square")
+        self.view = EvalTransform(image_size, mode="square", preprocessing=preprocessing)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -318,11 +321,12 @@ def labelled_batches(
     batch: int,
     workers: int = 0,
     timeout: float = TIMEOUT,
+    preprocessing: Preprocessing = UNSTATED,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of a source once, in order, as the benchmark crops and resizes them.
 
-    The largest centred crop with the aspect ratio of ``image_size`` is resized, bilinear for the image and nearest
-    for the label map. There is no augmentation.
+    The largest centred crop with the aspect ratio of ``image_size`` is resized, with the backbone's filter or bilinear
+    for the image and nearest for the label map. There is no augmentation.
 
     Args:
         source: Labelled images.
@@ -330,6 +334,7 @@ def labelled_batches(
         batch: Images per batch; the last batch may hold fewer.
         workers: Loader processes; 0 loads in the calling process.
         timeout: Seconds without a batch from the processes after which the pass fails.
+        preprocessing: Of the backbone, for its filter.
 
     Yields:
         Images, uint8 ``(B, 3, H, W)``, and codes ``(B, H, W)``: uint8 if the source's maps are uint8, else int64.
@@ -343,7 +348,7 @@ def labelled_batches(
         for first in range(0, len(source), batch):
             yield list(range(first, min(first + batch, len(source))))
 
-    reader = _LabelledBatches(_LabelledDataset(source, image_size))
+    reader = _LabelledBatches(_LabelledDataset(source, image_size, preprocessing))
     yield from served(data_loader(reader, batches, workers, False, None, timeout))
 
 

@@ -50,7 +50,6 @@ def test_the_image_tokens_start_from_transformers_hidden_states(data: Path, tmp_
 
 
 @pytest.mark.parametrize("size", ["48", "32x64"])
-@pytest.mark.slow
 def test_an_aligned_tower_and_its_decoder_take_another_size(data: Path, size: str, tmp_path: Path) -> None:
     model = {"depth": 2, "embed_dim": 48, "num_heads": 3}
     backbone = create_backbone("vit_tiny_patch16_224", weights="none", image_size=32, model_kwargs=model)

@@ -18,6 +18,7 @@ from localign.backbones.backbone import Backbone
 from localign.backbones.building import build_vit
 from localign.backbones.families import TRANSFORMERS_FAMILIES, TransformersFamily
 from localign.backbones.formats import check_format
+from localign.backbones.preprocessing import Preprocessing
 from localign.backbones.weights import StateDict, read_file
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
@@ -113,7 +114,7 @@ def load_transformers_backbone(
                 state.setdefault(key, value)
         load_strict(vit, state, folder)
         check_finite(vit.state_dict(), folder)
-    mean, std = _normalisation(folder, found.family)
+    mean, std, preprocessing = _preprocessing(folder, found.family)
     return Backbone(
         vit,
         name=name,
@@ -122,17 +123,21 @@ def load_transformers_backbone(
         mean=mean,
         std=std,
         attention=attention,
+        preprocessing=preprocessing,
     ).eval()
 
 
-def _normalisation(folder: Path, family: TransformersFamily) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel from ``preprocessor_config.json``, else the family's."""
+def _preprocessing(
+    folder: Path, family: TransformersFamily
+) -> tuple[tuple[float, ...], tuple[float, ...], Preprocessing]:
+    """Mean and standard deviation per channel from ``preprocessor_config.json``, else the family's, and resizing."""
     path = folder / PREPROCESSOR_FILE
     content = read_json_object(path) if path.is_file() else {}
     content = content.get("image_processor", content)
     mean, std = content.get("image_mean", family.mean), content.get("image_std", family.std)
     where = f"image_mean and image_std in {path}"
-    return pixel_statistics(mean, "mean", where), pixel_statistics(std, "std", where)
+    preprocessing = Preprocessing.of_transformers(content, path)
+    return pixel_statistics(mean, "mean", where), pixel_statistics(std, "std", where), preprocessing
 
 
 def read_tensors(folder: Path, anchor: str) -> StateDict:

@@ -13,6 +13,7 @@ from localign.backbones.backbone import Backbone
 from localign.backbones.building import build_vit
 from localign.backbones.families import TRANSFORMERS_FAMILIES
 from localign.backbones.families.reading import CONFIG_FILE, PREPROCESSOR_FILE
+from localign.backbones.preprocessing import CropMode
 from localign.errors import UserError
 from localign.weights import check_finite
 
@@ -24,7 +25,8 @@ _PROCESSORS = {
     "dinov3": "DINOv3ViTImageProcessorFast",
     "vit": "ViTImageProcessor",
 }
-_BICUBIC = 3
+_CROPPING = ("clip", "dinov2")
+"""Families whose processors keep the aspect ratio and crop the centre."""
 
 
 def save_transformers(
@@ -88,7 +90,6 @@ def transformers_content(backbone: Backbone, family: str) -> tuple[dict[str, Any
 
 
 def _preprocessor(backbone: Backbone, family: str) -> dict[str, Any]:
-    height, width = backbone.image_size
     common = {
         "image_processor_type": _PROCESSORS[family],
         "do_normalize": True,
@@ -96,17 +97,11 @@ def _preprocessor(backbone: Backbone, family: str) -> dict[str, Any]:
         "do_resize": True,
         "image_mean": list(backbone.mean),
         "image_std": list(backbone.std),
-        "resample": _BICUBIC,
         "rescale_factor": 1 / 255,
     }
+    default: CropMode = "center" if family in _CROPPING else "squash"
+    resizing = backbone.preprocessing.to_transformers(backbone.image_size, default)
     if family == "siglip2":
-        return {**common, "patch_size": backbone.patch_size[0], "max_num_patches": backbone.num_patches}
-    size = {"height": height, "width": width}
-    if family in ("clip", "dinov2"):
-        return {
-            **common,
-            "do_center_crop": True,
-            "crop_size": size,
-            "size": {"shortest_edge": min(height, width)},
-        }
-    return {**common, "size": size}
+        grid = {"patch_size": backbone.patch_size[0], "max_num_patches": backbone.num_patches}
+        return {**common, **grid, "resample": resizing["resample"]}
+    return {**common, **resizing}
