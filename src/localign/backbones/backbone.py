@@ -20,6 +20,7 @@ from localign.weights import pixel_statistics
 
 FAMILIES = (VisionTransformer, Eva, Beit)
 FinalNorm = Literal["norm", "fc_norm", "none"]
+PositionInterpolation = Literal["bicubic", "bilinear"]
 
 
 class Backbone(nn.Module):
@@ -38,6 +39,7 @@ class Backbone(nn.Module):
         final_norm: The norm that :meth:`tokens` applies to each token. The default is the ViT's ``norm``, which is an
             identity in models that normalise after pooling. Aligned models of that kind use ``"fc_norm"``.
         preprocessing: How images are resized, as far as the model's folder states it.
+        position_interpolation: How position embeddings are resampled to other grids, with antialiasing.
 
     Raises:
         UserError: The model is of another family or has an unsupported structure, or the pixel statistics are no
@@ -60,6 +62,7 @@ class Backbone(nn.Module):
         attention: AttentionBackend = "auto",
         final_norm: FinalNorm = "norm",
         preprocessing: Preprocessing = UNSTATED,
+        position_interpolation: PositionInterpolation = "bicubic",
     ) -> None:
         super().__init__()
         if not isinstance(vit, FAMILIES):
@@ -75,6 +78,7 @@ class Backbone(nn.Module):
         self.attention = attention
         self.final_norm = final_norm
         self.preprocessing = preprocessing
+        self.position_interpolation = position_interpolation
         if soft_cap is not None:
             apply_soft_cap(vit, soft_cap, attention)
 

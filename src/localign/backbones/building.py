@@ -6,12 +6,15 @@ import inspect
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import load_model_config_from_hf
+from timm.models.naflexvit import NaFlexVitCfg
 from torch import nn
 
 from localign.backbones.backbone import FAMILIES, Backbone, check_divisible
@@ -32,26 +35,30 @@ ARGUMENTS = frozenset(
     name for family in FAMILIES for name in inspect.signature(family.__init__).parameters
 ) - _PLACED | {NORM_EPS_ARGUMENT}  # fmt: skip
 """Arguments of the constructors. timm's factory has more, such as paths of pickles and addresses of weights."""
+NAFLEX_NAME = "naflexvit"
+_NAFLEX = {field.name for field in fields(NaFlexVitCfg)}
 MAX_NUMBER = 2**16
 """The largest side, width or count that an argument may have; a ViT of 22 billion parameters has 2**12 and 2**14."""
 MAX_DEPTH = 1024
 
 
-def check_arguments(arguments: Mapping[str, Any], where: object) -> None:
+def check_arguments(arguments: Mapping[str, Any], where: object, architecture: str = "") -> None:
     """Check the names and sizes of a timm constructor's arguments.
 
     Args:
         arguments: Name -> value.
         where: Named in errors.
+        architecture: timm's name; NaFlex models take arguments of their own.
 
     Raises:
         UserError: An argument is not one of :data:`ARGUMENTS`, or a number is absurd.
     """
+    known = ARGUMENTS | _NAFLEX if architecture.startswith(NAFLEX_NAME) else ARGUMENTS
     for name in arguments:
-        if name not in ARGUMENTS:
+        if name not in known:
             raise UserError(
                 f"{printable(where)}: the argument {printable(name)!r} is not one of a ViT's: "
-                f"{', '.join(sorted(ARGUMENTS))}"
+                f"{', '.join(sorted(known))}"
             )
     check_numbers(arguments, where)
 
@@ -89,7 +96,7 @@ def build_vit(architecture: str, arguments: Mapping[str, Any], *, pretrained: bo
         UserError: timm does not accept an argument, the weights need more memory than there is, or cannot be
             downloaded.
     """
-    check_arguments(arguments, architecture)
+    check_arguments(arguments, architecture, architecture)
     arguments = dict(arguments)
     norm_eps = arguments.pop(NORM_EPS_ARGUMENT, None)
     if architecture.startswith(LOCAL):
@@ -141,9 +148,10 @@ def image_sides(size: int | Sequence[int]) -> tuple[int, int]:
 def set_image_size(backbone: Backbone, size: int | Sequence[int]) -> Backbone:
     """Change the size of a backbone's input, in place.
 
-    Position embeddings are resampled as timm does it for all families: bicubic, antialiased, in float32; those of
-    prefix tokens stay. (transformers' ``interpolate_pos_encoding`` is bicubic or bilinear, depending on the family, and
-    mostly not antialiased, so its tokens differ slightly.) Rotary and relative positions follow the new grid. The
+    Position embeddings are resampled antialiased, in float32; those of prefix tokens stay. The interpolation is
+    bilinear in models of native resolution (SigLIP 2, timm's NaFlexVit) as in transformers and timm, and otherwise
+    bicubic, as timm does it. (transformers' ``interpolate_pos_encoding`` of CLIP, SigLIP, DINOv2 and ViT is bicubic
+    without antialiasing, so its tokens differ slightly.) Rotary and relative positions follow the new grid. The
     backbone's own size changes nothing.
 
     Args:
@@ -162,7 +170,7 @@ def set_image_size(backbone: Backbone, size: int | Sequence[int]) -> Backbone:
         raise UserError(f"{rows} x {columns} patches of {backbone.name} do not fit in this machine's memory")
     try:
         with torch.no_grad():
-            backbone.vit.set_input_size(img_size=sides)
+            _set_input_size(backbone, sides)
     except RuntimeError as error:
         reason = printable(str(error).strip().partition("\n")[0])
         raise UserError(
@@ -170,6 +178,19 @@ def set_image_size(backbone: Backbone, size: int | Sequence[int]) -> Backbone:
         ) from None
     backbone.model_kwargs["img_size"] = sides[0] if sides[0] == sides[1] else sides
     return backbone
+
+
+def _set_input_size(backbone: Backbone, sides: tuple[int, int]) -> None:
+    vit, grid, before = backbone.vit, backbone.grid, getattr(backbone.vit, "pos_embed", None)
+    vit.set_input_size(img_size=sides)
+    if (
+        backbone.position_interpolation != "bicubic" and before is not None
+    ):  # timm's method knows bicubic only
+        prefix = before.shape[1] - grid[0] * grid[1]
+        positions = resample_abs_pos_embed(
+            before, list(backbone.grid), list(grid), prefix, interpolation=backbone.position_interpolation
+        )
+        vit.pos_embed = nn.Parameter(positions, requires_grad=before.requires_grad)
 
 
 def build_described_vit(architecture: Any, arguments: Any, where: object) -> Any:
@@ -227,7 +248,7 @@ def _check_local_folder(folder: Path) -> None:
         if not isinstance(part, dict):
             raise UserError(f"{printable(path)}: {name} is no object")
     arguments = {name: v for name, v in (config.get("model_args") or {}).items() if name != "num_classes"}
-    check_arguments(arguments, path)
+    check_arguments(arguments, path, architecture)
     if named := [name for name in _SOURCES if details.get(name)]:
         raise UserError(f"{printable(path)}: weights from elsewhere ({', '.join(named)}) are not followed")
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import timm
 from timm.models import get_pretrained_cfg
+from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from localign import rng
-from localign.backbones.backbone import Backbone
+from localign.backbones.backbone import Backbone, PositionInterpolation
 from localign.backbones.building import REMOTE, build_vit, image_sides, remote_config, set_image_size
 from localign.backbones.export import CONFIG_FILE, load_backbone
+from localign.backbones.families.naflex import plain_vit
 from localign.backbones.families.reading import is_of_transformers, load_transformers_backbone
 from localign.backbones.hub import model_folder
 from localign.backbones.moco import read_moco_v3
@@ -103,12 +105,20 @@ def create_backbone(
     if weights not in ("pretrained", "none"):
         moco = entry is not None and entry.loader == "moco-v3"
         _load_weight_file(vit, Path(weights), moco=moco)
-    if name.startswith(REMOTE):  # store everything that a rebuild needs, as the folder may move
+    interpolation: PositionInterpolation = "bicubic"
+    naflex = isinstance(vit, NaFlexVit)
+    if naflex:
+        interpolation = vit.embeds.pos_embed_interp_mode
+        vit, architecture, kwargs = plain_vit(vit, name)
+    elif name.startswith(REMOTE):  # store everything that a rebuild needs, as the folder may move
         architecture = vit.pretrained_cfg["architecture"]
         kwargs = {**_saved_arguments(vit), **kwargs, "img_size": vit.patch_embed.img_size}
     backbone = backbone_of(
         vit, name=name, architecture=architecture, model_kwargs=kwargs, attention=attention
     )
+    backbone.position_interpolation = interpolation
+    if naflex and sides is not None:
+        set_image_size(backbone, sides)
     if name.startswith(REMOTE):  # timm's own names keep the published evaluation, which is the same for all
         backbone.preprocessing = Preprocessing.of_timm(remote_config(name), name)
     return backbone

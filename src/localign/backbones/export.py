@@ -77,6 +77,8 @@ class _Section(TypedDict):
 class ExportSection(_Section, total=False):
     """The section ``localign`` of an export's ``config.json``."""
 
+    position_interpolation: str
+    """Present if it is not bicubic."""
     block_norm_eps: float | None
     """Epsilon of all other norms, if it is not timm's default for the architecture."""
     decoder_sha256: str | None
@@ -205,6 +207,11 @@ def _config(
             "decoder": decoder,
             "provenance": provenance,
             "sha256": content_hash(state),
+            **(
+                {}
+                if backbone.position_interpolation == "bicubic"
+                else {"position_interpolation": backbone.position_interpolation}
+            ),
         },
     }
 
@@ -300,6 +307,7 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
         attention=attention,
         final_norm=ours["final_norm"],
         preprocessing=Preprocessing.of_timm(cfg, folder / CONFIG_FILE),
+        position_interpolation="bilinear" if ours.get("position_interpolation") == "bilinear" else "bicubic",
     ).eval()
 
 

@@ -124,6 +124,7 @@ def load_transformers_backbone(
         std=std,
         attention=attention,
         preprocessing=preprocessing,
+        position_interpolation=found.family.position_interpolation,
     ).eval()
 
 

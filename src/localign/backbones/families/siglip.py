@@ -109,6 +109,7 @@ class SigLIP2(SigLIP):
 
     model_types = ("siglip2_vision_model",)
     wrappers = ("siglip2",)
+    position_interpolation = "bilinear"
 
     def architecture(self, config: Config) -> tuple[str, dict[str, Any]]:
         patches, patch = number(config, "num_patches", 256), number(config, "patch_size", 16)
