@@ -11,10 +11,15 @@ import torch.nn.functional as F
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from localign.backbones import Backbone
 from localign.backbones.building import set_image_size
+from localign.backbones.native import (
+    NativeImages,
+    grid_positions,
+    native_tokens,
+    run_blocks,
+)
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
 
@@ -61,9 +66,11 @@ class Encoder(nn.Module):
         (nn.init.zeros_ if head == "zero" else nn.init.eye_)(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(batch, 3, height, width)`` to ``(batch, tokens, output width)``."""
-        output: Tensor = self.head(self.backbone.tokens(images))
+    def forward(self, images: Tensor | NativeImages) -> Tensor:
+        """Normalised images ``(batch, 3, height, width)``, or of several sizes, to ``(batch, tokens, output width)``."""
+        native = isinstance(images, NativeImages)
+        tokens = native_tokens(self.backbone, images) if native else self.backbone.tokens(images)
+        output: Tensor = self.head(tokens)
         return output
 
 
@@ -110,14 +117,16 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.head = nn.Linear(config.width, config.output_width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Masked embeddings ``(views, tokens, width)`` to reconstructions ``(views, tokens, output_width)``."""
-        x = tokens + self.pos_embed
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Masked embeddings ``(views, tokens, width)`` to reconstructions ``(views, tokens, output_width)``.
+
+        Args:
+            tokens: The embeddings.
+            positions: Position embeddings of each view, ``(views, tokens, width)``; default :attr:`pos_embed`.
+            mask: bool ``(views, 1, 1, tokens)``, True for tokens, False for padding; None without padding.
+        """
+        x = tokens + (self.pos_embed if positions is None else positions)
+        x = run_blocks(self.blocks, x, mask, self.grad_checkpointing)
         output: Tensor = self.head(self.norm(x))
         return output
 
@@ -168,12 +177,13 @@ class Student(nn.Module):
     def num_prefix_tokens(self) -> int:
         return self.encoder.backbone.num_prefix_tokens
 
-    def forward(self, images: Tensor, keep_mask: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor | NativeImages, keep_mask: Tensor | None = None) -> Tensor:
         """Reconstruct the teacher's tokens of every view from masked embeddings of the whole image.
 
         Args:
-            images: Normalised, ``(batch, 3, height, width)``.
-            keep_mask: bool ``(batch, masks, patches)``, True = visible. None skips the decoder.
+            images: Normalised, ``(batch, 3, height, width)`` or of several sizes.
+            keep_mask: bool ``(batch, masks, patches)``, True = visible; False behind the patches of images of several
+                sizes. None skips the decoder.
 
         Returns:
             ``(batch * masks, tokens, teacher width)``; the views of one image are adjacent. Without a keep-mask: the
@@ -183,10 +193,17 @@ class Student(nn.Module):
             ValueError: A keep-mask is given, but the student has no decoder.
         """
         embeddings = self.encoder(images)
-        return embeddings if keep_mask is None else self.decode(embeddings, keep_mask)
+        if keep_mask is None:
+            return embeddings  # type: ignore[no-any-return]
+        return self.decode(embeddings, keep_mask, images if isinstance(images, NativeImages) else None)
 
-    def decode(self, embeddings: Tensor, keep_mask: Tensor) -> Tensor:
+    def decode(self, embeddings: Tensor, keep_mask: Tensor, images: NativeImages | None = None) -> Tensor:
         """Mask embeddings ``(batch, tokens, width)`` and decode each view. Prefix tokens are always hidden.
+
+        Args:
+            embeddings: Of the whole images.
+            keep_mask: See :meth:`forward`.
+            images: The images, if they have several sizes.
 
         Raises:
             ValueError: The student has no decoder.
@@ -195,7 +212,14 @@ class Student(nn.Module):
             raise ValueError("this student has no decoder")
         keep = F.pad(keep_mask, (self.num_prefix_tokens, 0), value=False)
         masked = embeddings[:, None] * keep[..., None].to(embeddings.dtype)
-        output: Tensor = self.decoder(masked.flatten(0, 1))
+        positions, mask = None, None
+        if images is not None:
+            masks = keep_mask.shape[1]
+            positions = grid_positions(self.decoder.pos_embed, self.encoder.backbone.grid, images)
+            positions = positions.repeat_interleave(masks, dim=0)
+            mask = images.attention_mask(self.num_prefix_tokens)
+            mask = None if mask is None else mask.repeat_interleave(masks, dim=0)
+        output: Tensor = self.decoder(masked.flatten(0, 1), positions, mask)
         return output
 
     def set_image_size(self, size: int | Sequence[int]) -> Student:
