@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from localign.alignment import AlignConfig, AlignTask, load_student
+from localign.alignment import AlignConfig, load_student
+from localign.alignment.native import align_task
 from localign.alignment.setup import resolve_align
 from localign.alignment.student import Student
 from localign.backbones import Backbone, create_backbone, export_folder
@@ -82,4 +83,4 @@ def align(backbone: str | Backbone = "scenes-vit", data: str = "scenes", **optio
     except TypeError as error:
         raise UserError(f"align: {error}") from error
     config = resolve_align(config)
-    return train(AlignTask(config, ready), config, "align")
+    return train(align_task(config, ready), config, "align")

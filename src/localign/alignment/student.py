@@ -67,7 +67,7 @@ class Encoder(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor | NativeImages) -> Tensor:
-        """Normalised images ``(batch, 3, height, width)``, or of several sizes, to ``(batch, tokens, output width)``."""
+        """Normalised images, ``(batch, 3, height, width)`` or of several sizes, to ``(batch, tokens, width)``."""
         native = isinstance(images, NativeImages)
         tokens = native_tokens(self.backbone, images) if native else self.backbone.tokens(images)
         output: Tensor = self.head(tokens)

@@ -71,6 +71,24 @@ class NativeImages:
         return tuple(grid for grid in self.grids for _ in range(times))
 
 
+def native_grid(height: int, width: int, patch: tuple[int, int], most: int) -> Grid:
+    """The largest grid of at most ``most`` patches that an image of this shape fills, whole patches rounded up.
+
+    The image is scaled by one factor until one more patch would be too many, as SigLIP 2 and NaFlex do.
+
+    Args:
+        height, width: Of the image, pixels.
+        patch: Patch height and width, pixels.
+        most: Largest number of patches.
+    """
+    down, right = height * patch[1], width * patch[0]  # columns per row of patches: right / down
+    by_rows = ((rows, -(-rows * right // down)) for rows in range(1, most + 1))
+    by_columns = ((-(-columns * down // right), columns) for columns in range(1, most + 1))
+    fitting = [grid for grid in (*by_rows, *by_columns) if grid[0] * grid[1] <= most]
+    # A strip of more than ``most`` patches is squeezed.
+    return max(fitting, default=(1, most) if width > height else (most, 1), key=sum)
+
+
 def patchify(image: Tensor, patch: tuple[int, int]) -> Tensor:
     """``(3, height, width)`` as patches in row order, ``(patches, 3 * patch height * patch width)``."""
     height, width = patch

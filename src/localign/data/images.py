@@ -11,7 +11,7 @@ from localign.data.loader import BadImages, Batch, EvalLoader, TrainLoader
 from localign.data.mixing import Mixing
 from localign.data.sources import ImageSource, open_source
 from localign.data.sources.opening import takes_field
-from localign.data.transforms import EvalTransform, TrainTransform
+from localign.data.transforms import EvalTransform, NativeTransform, NativeView, TrainTransform
 from localign.engine.distributed import DistributedContext
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
@@ -55,13 +55,18 @@ class ImageData:
         config: See :class:`DataConfig`.
         image_size: Rows and columns of the backbone's input.
         preprocessing: Of the backbone; validation photographs are resized and cropped in this way.
+        native: The sizes of images that keep their aspect ratio; default: all have ``image_size``.
 
     Raises:
         UserError: A source does not exist or holds no images, or an option is out of range.
     """
 
     def __init__(
-        self, config: DataConfig, image_size: tuple[int, int], preprocessing: Preprocessing = UNSTATED
+        self,
+        config: DataConfig,
+        image_size: tuple[int, int],
+        preprocessing: Preprocessing = UNSTATED,
+        native: NativeView | None = None,
     ) -> None:
         self.config = config
         scenes = config.is_scenes
@@ -69,9 +74,13 @@ class ImageData:
         hflip = config.hflip if config.hflip is not None else (0.0 if scenes else 0.5)
         if scenes and config.decode is not None:
             raise UserError("--decode has no effect on scenes, which are drawn, not decoded")
-        self.transform = TrainTransform(
-            image_size, crop, config.auto_augment, hflip, decode=config.decode or "scaled"
-        )
+        if native is None:
+            self.transform = TrainTransform(
+                image_size, crop, config.auto_augment, hflip, decode=config.decode or "scaled"
+            )
+        else:
+            self.transform = NativeTransform(native, config.auto_augment, hflip)
+        self.native = native
         scaled = self.transform.scaled_decode
         self.source: ImageSource = open_source(
             config.data,
@@ -132,7 +141,7 @@ class ImageData:
         return iter(
             EvalLoader(
                 self.val_source,
-                self.val_transform,
+                self.native or self.val_transform,
                 batch=batch,
                 limit=self.config.val_images,
                 rank=context.rank,

@@ -6,6 +6,7 @@ random scale and aspect, then a centre crop that pads by reflection.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from localign import rng
+from localign.backbones.native import native_grid
 from localign.backbones.preprocessing import UNSTATED, Preprocessing
 from localign.data.decoding import UndecodedJpeg
 from localign.errors import UserError, did_you_mean
@@ -74,6 +76,9 @@ class TrainTransform:
         self._crop = _train_crop(crop, self.size)
         self._augment = _rand_augment(auto_augment, self.size, fill)
 
+    patch: tuple[int, int] | None = None
+    """Patch height and width, pixels, if images have several sizes."""
+
     @property
     def scaled_decode(self) -> bool:
         """Whether the source may decode whole images at reduced size; not if the crop magnifies a part."""
@@ -115,6 +120,47 @@ class TrainTransform:
                 return self._crop.crop_undecoded(image)
             image = image.decode()
         return self._crop(_trim_strip(image, self.size))
+
+
+class NativeView:
+    """The whole image at its own aspect ratio, resized to whole patches.
+
+    Args:
+        patch: Patch height and width, pixels.
+        max_patches: Largest number of patches.
+        interpolation: Resampling filter; default bicubic.
+    """
+
+    def __init__(self, patch: tuple[int, int], max_patches: int, interpolation: str | None = None) -> None:
+        self.patch, self.max_patches = patch, max_patches
+        self._filter = InterpolationMode(interpolation or "bicubic")
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB image -> uint8 ``(3, rows * patch height, columns * patch width)``."""
+        return to_tensor(self.resized(image))
+
+    def resized(self, image: Image.Image) -> Image.Image:
+        """The resized image."""
+        rows, columns = native_grid(image.height, image.width, self.patch, self.max_patches)
+        resized: Image.Image = F.resize(image, [rows * self.patch[0], columns * self.patch[1]], self._filter)
+        return resized
+
+
+class NativeTransform(TrainTransform):
+    """Flip and augment the whole image at its own aspect ratio; images have several sizes.
+
+    Args:
+        view: The size of each image.
+        auto_augment, hflip: As for :class:`TrainTransform`.
+    """
+
+    def __init__(self, view: NativeView, auto_augment: str | None = None, hflip: float = 0.5) -> None:
+        side = math.isqrt(view.max_patches)
+        super().__init__(
+            (side * view.patch[0], side * view.patch[1]), "none", auto_augment, hflip, decode="full"
+        )
+        self.patch = view.patch
+        self._crop = view.resized
 
 
 class EvalTransform:
