@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
+import timm.data
 import torch
 import transformers
 from foreign_folders import PATCH, SIZE, folder_of, timm_folder
@@ -22,6 +23,7 @@ from localign.data.transforms import EvalTransform
 from localign.errors import UserError
 from localign.vlm.data.images import ImageTransform
 
+_TIMM: Any = timm.data  # without types
 SIDES = {"height": SIZE, "width": SIZE}
 CROPPED = {"do_center_crop": True, "crop_size": SIDES, "size": {"shortest_edge": 36}}
 PROCESSORS: dict[str, tuple[str, str, dict[str, Any], Preprocessing]] = {
@@ -60,7 +62,7 @@ def folder_with(case: str, folder: Path) -> Path:
 def seen(folder: Path, image: Image.Image) -> Tensor:
     """The pixels, 0..255, that transformers' own processor gives the model."""
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    pixels = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    pixels: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
     mean, std = (torch.tensor(getattr(processor, n)).view(3, 1, 1) for n in ("image_mean", "image_std"))
     return (pixels * std + mean) * 255
 
@@ -109,7 +111,7 @@ def test_exports_keep_what_was_stated(tmp_path: Path) -> None:
     backbone = create_backbone(folder_with("clip, bilinear", tmp_path / "in"))
     folder = save_backbone(backbone, tmp_path / "out")
     assert load_backbone(folder).preprocessing == backbone.preprocessing
-    config = timm.data.resolve_data_config(model=timm.create_model(f"local-dir:{folder}"))
+    config = _TIMM.resolve_data_config(model=timm.create_model(f"local-dir:{folder}"))
     assert (config["interpolation"], config["crop_pct"], config["crop_mode"]) == (
         "bilinear",
         SIZE / 36,
@@ -135,11 +137,11 @@ def test_a_folder_of_timm(crop_mode: str, prefix: str, tmp_path: Path) -> None:
     folder = timm_folder(tmp_path, num_classes=0)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    stated = {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": crop_mode}
+    stated: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": crop_mode}
     path.write_text(json.dumps({**config, "pretrained_cfg": {**config["pretrained_cfg"], **stated}}))
     backbone = create_backbone(f"{prefix}{folder}")
     assert backbone.preprocessing == Preprocessing(**stated)
-    theirs: Any = timm.data.create_transform(32, interpolation="bilinear", crop_pct=0.875, crop_mode=crop_mode,
+    theirs: Any = _TIMM.create_transform(32, interpolation="bilinear", crop_pct=0.875, crop_mode=crop_mode,
                                              mean=(0, 0, 0), std=(1, 1, 1))  # fmt: skip
     image = photograph(89, 61)  # the rest is even; timm crops half an odd one differently from transformers
     difference = (view(backbone)(image) - 255 * theirs(image)).abs()
@@ -171,6 +173,7 @@ def test_another_size_keeps_the_share_of_the_crop(tmp_path: Path) -> None:
         {}, {"size": 224}, {"size": {"shortest_edge": 32}}, {"size": {"longest_edge": 32}},
         {"do_center_crop": True, "size": {"shortest_edge": 20}, "crop_size": 32},
         {"do_center_crop": True, "size": {"shortest_edge": "x"}, "crop_size": [1]},
+        {"do_center_crop": True, "size": {"shortest_edge": 0}, "crop_size": 0},
         {"do_resize": False, "size": SIDES}, {"do_center_crop": True, "size": SIDES},
     ],
 )  # fmt: skip

@@ -68,8 +68,10 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor | NativeImages) -> Tensor:
         """Normalised images, ``(batch, 3, height, width)`` or of several sizes, to ``(batch, tokens, width)``."""
-        native = isinstance(images, NativeImages)
-        tokens = native_tokens(self.backbone, images) if native else self.backbone.tokens(images)
+        if isinstance(images, NativeImages):
+            tokens = native_tokens(self.backbone, images)
+        else:
+            tokens = self.backbone.tokens(images)
         output: Tensor = self.head(tokens)
         return output
 

@@ -227,7 +227,7 @@ def remote_config(architecture: str) -> Mapping[str, Any]:
         details = config.get("pretrained_cfg", config)
         return details if isinstance(details, dict) else {}
     with quiet_hub():
-        return load_model_config_from_hf(place)[0]
+        return dict(load_model_config_from_hf(place)[0])
 
 
 def _check_local_folder(folder: Path) -> None:

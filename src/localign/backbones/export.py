@@ -153,6 +153,8 @@ def save_backbone(
     elif EXPORT in kinds_of(folder):
         (folder / DECODER_FILE).unlink(missing_ok=True)  # left by an earlier export
     config = _config(backbone, state, decoder_config, provenance or {})
+    if backbone.position_interpolation != "bicubic":
+        config["localign"]["position_interpolation"] = backbone.position_interpolation
     config["localign"]["decoder_sha256"] = content_hash(decoder) if decoder is not None else None
     replace_text(folder / CONFIG_FILE, json.dumps(config, indent=1) + "\n")
     return folder
@@ -207,11 +209,6 @@ def _config(
             "decoder": decoder,
             "provenance": provenance,
             "sha256": content_hash(state),
-            **(
-                {}
-                if backbone.position_interpolation == "bicubic"
-                else {"position_interpolation": backbone.position_interpolation}
-            ),
         },
     }
 

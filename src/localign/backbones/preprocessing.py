@@ -93,10 +93,7 @@ class Preprocessing:
             return cls(filter_, None, "squash") if {"height", "width"} <= size.keys() else cls(filter_)
         mode: CropMode = "center" if "shortest_edge" in size else "squash"
         side = size.get("shortest_edge", size.get("height"))
-        if (
-            not all(isinstance(number, int) and number > 0 for number in (side, crop))
-            or not 0.1 <= crop / side <= 1
-        ):
+        if not isinstance(side, int) or not isinstance(crop, int) or not 0 < 0.1 * side <= crop <= side:
             return cls(filter_)
         return cls(filter_, crop / side, mode)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from timm.layers import AttentionPoolLatent, LayerScale
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
@@ -93,12 +92,12 @@ def _arguments(vit: Any) -> dict[str, Any]:
         "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "proj_bias": block.attn.proj.bias is not None,
-        "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
+        "init_values": None if isinstance(block.ls1, nn.Identity) else 1e-5,
         "class_token": embeds.cls_token is not None,
         "reg_tokens": vit.num_reg_tokens,
         "no_embed_class": True,
         "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
-        "global_pool": "map" if isinstance(vit.attn_pool, AttentionPoolLatent) else vit.global_pool,
+        "global_pool": vit.global_pool,
         "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
         "final_norm": not (isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.Identity)),
         "act_layer": timm_activation(block.mlp.act),
