@@ -18,7 +18,7 @@ from localign.alignment.masks import MaskSampler
 from localign.alignment.objectives.base import MaskedObjective
 from localign.alignment.task import AlignTask
 from localign.backbones import Backbone
-from localign.backbones.native import Grid, NativeImages, check_native
+from localign.backbones.native import Grid, NativeImages, check_native, normalised
 from localign.data.images import ImageData
 from localign.data.loader import Batch
 from localign.data.transforms import NativeView
@@ -92,23 +92,6 @@ class NativeAlignTask(AlignTask):
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
         super().export(module, folder, {"max_patches": self.config.max_patches, **provenance})
-
-
-def normalised(backbone: Backbone, patches: Tensor, grids: tuple[Grid, ...]) -> NativeImages:
-    """uint8 patches ``(images, longest, pixels)`` as normalised images; padding stays 0.
-
-    Args:
-        backbone: Its mean and standard deviation are used.
-        patches: See :class:`~localign.data.loader.Batch`.
-        grids: The grid of each image.
-    """
-    pixels = patches.shape[2] // 3
-    mean, std = (
-        torch.tensor(values, device=patches.device).repeat_interleave(pixels)
-        for values in (backbone.mean, backbone.std)
-    )
-    images = NativeImages((patches.float() / 255 - mean) / std, grids)
-    return NativeImages(images.patches * images.valid()[..., None], grids)
 
 
 def padded_masks(

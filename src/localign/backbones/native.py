@@ -96,6 +96,35 @@ def patchify(image: Tensor, patch: tuple[int, int]) -> Tensor:
     return cut.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1)
 
 
+def normalised(backbone: Backbone, patches: Tensor, grids: tuple[Grid, ...]) -> NativeImages:
+    """Pixels as images for a backbone.
+
+    Args:
+        backbone: Its mean and standard deviation are used.
+        patches: uint8 ``(images, longest, 3 * patch height * patch width)``, in the order of :func:`patchify`.
+        grids: The grid of each image.
+
+    Returns:
+        float32 images, with 0 behind the patches of each.
+    """
+    pixels = patches.shape[2] // 3
+    mean, std = (
+        torch.tensor(values, device=patches.device).repeat_interleave(pixels)
+        for values in (backbone.mean, backbone.std)
+    )
+    images = NativeImages((patches.float() / 255 - mean) / std, grids)
+    return NativeImages(images.patches * images.valid()[..., None], grids)
+
+
+def native_batch(backbone: Backbone, images: Sequence[Tensor], longest: int) -> NativeImages:
+    """Images of several sizes, uint8 ``(3, height, width)`` in whole patches, padded to ``longest`` patches."""
+    height, width = backbone.patch_size
+    patches = [patchify(image, (height, width)) for image in images]
+    padded = torch.stack([F.pad(p, (0, 0, 0, longest - len(p))) for p in patches])
+    grids = tuple((image.shape[1] // height, image.shape[2] // width) for image in images)
+    return normalised(backbone, padded, grids)
+
+
 def check_native(backbone: Backbone) -> None:
     """Check that a backbone's tokens can be computed on any grid.
 

@@ -141,8 +141,16 @@ class NativeView:
 
     def resized(self, image: Image.Image) -> Image.Image:
         """The resized image."""
+        return self._resized(image, self._filter)
+
+    def labels(self, labels: NDArray[np.integer]) -> Tensor:
+        """The label map of an image, integers ``(H, W)``, in the same way: int64, nearest neighbour."""
+        picture = Image.fromarray(np.ascontiguousarray(labels, dtype=np.int32))
+        return torch.from_numpy(np.array(self._resized(picture, InterpolationMode.NEAREST), dtype=np.int64))
+
+    def _resized(self, image: Image.Image, interpolation: InterpolationMode) -> Image.Image:
         rows, columns = native_grid(image.height, image.width, self.patch, self.max_patches)
-        resized: Image.Image = F.resize(image, [rows * self.patch[0], columns * self.patch[1]], self._filter)
+        resized: Image.Image = F.resize(image, [rows * self.patch[0], columns * self.patch[1]], interpolation)
         return resized
 
 

@@ -61,8 +61,7 @@ SPARE_BYTES = 2**30
 class _Key(TypedDict):
     backbone: str
     """SHA-256 of the weights."""
-    data: str
-    """Fingerprint of the source."""
+    data: str  # fingerprint of the source
     images: int
     classes: int
     image_size: list[int]
@@ -80,8 +79,8 @@ class _Key(TypedDict):
 class CacheKey(_Key, total=False):
     """Everything that decides the features of a source."""
 
-    interpolation: str
-    """The resampling filter that the backbone's folder states; missing if it states none."""
+    interpolation: str  # missing if the backbone's folder states none
+    max_patches: int  # missing if all images have one size
 
 
 class _Header(TypedDict):
@@ -115,8 +114,10 @@ def cache_key(extraction: Extraction) -> CacheKey:
         "autocast": extraction.autocast,
         "format": FORMAT,
     }
-    if (stated := backbone.preprocessing.interpolation) is not None:
-        key["interpolation"] = stated
+    if backbone.preprocessing.interpolation is not None:
+        key["interpolation"] = backbone.preprocessing.interpolation
+    if extraction.native is not None:
+        key["max_patches"] = extraction.native.max_patches
     return key
 
 
@@ -358,7 +359,7 @@ def _read_shard(path: Path, extraction: Extraction, count: int) -> tuple[dict[st
             digest = (file.metadata() or {}).get(DIGEST)
     except (OSError, ValueError, SafetensorError) as error:
         raise _damaged(path, str(error)) from None
-    (tokens, width), patches = extraction.token_shape, extraction.backbone.num_patches
+    (tokens, width), patches = extraction.token_shape, extraction.num_patches
     packed = -(-extraction.classes // 8)
     wanted = {
         "features": (extraction.dtype, (count, tokens, width)),

@@ -95,6 +95,7 @@ def _probe_all(config: ProbeCommandConfig, context: DistributedContext) -> Resul
                 cache_folder=cache / file_name(name),
                 replace_cache=config.cache_dir is None,
                 progress=progress,
+                max_patches=config.max_patches,
             )
         backbone.cpu()
         timings[name] = clock.elapsed - before
