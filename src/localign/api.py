@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from localign.alignment import AlignConfig, AlignTask, load_student
+from localign.alignment import AlignConfig, load_student
+from localign.alignment.native import align_task
 from localign.alignment.setup import resolve_align
 from localign.alignment.student import Student
 from localign.backbones import Backbone, create_backbone, export_folder
@@ -42,7 +43,8 @@ def load(
         decoder: Return the aligned student with its decoder. ``student.encoder.backbone`` is the backbone, and calling
             the student with normalised images and keep-masks reconstructs the teacher's tokens.
         attention: Implementation of soft-capped attention: eager, flex, or auto (flex on CUDA).
-        **kwargs: For names only: ``weights``, ``image_size``, ``model_kwargs``, ``seed``.
+        **kwargs: ``image_size``, a side or (height, width) in pixels to which positions are resampled; for names only:
+            ``weights``, ``model_kwargs``, ``seed``.
 
     Returns:
         The backbone or student in eval mode. ``backbone.tokens(backbone.normalise(images))`` are the features of uint8
@@ -52,9 +54,9 @@ def load(
         UserError: The name is unknown, or the folder is incomplete or damaged.
     """
     if decoder:
-        if kwargs:
-            raise UserError(f"decoder=True accepts export folders only, without {', '.join(kwargs)}")
-        return load_student(export_folder(path_or_name), attention=attention)
+        if other := kwargs.keys() - {"image_size"}:
+            raise UserError(f"decoder=True accepts export folders only, without {', '.join(sorted(other))}")
+        return load_student(export_folder(path_or_name), attention=attention, **kwargs)
     return create_backbone(path_or_name, attention=attention, **kwargs)
 
 
@@ -81,4 +83,4 @@ def align(backbone: str | Backbone = "scenes-vit", data: str = "scenes", **optio
     except TypeError as error:
         raise UserError(f"align: {error}") from error
     config = resolve_align(config)
-    return train(AlignTask(config, ready), config, "align")
+    return train(align_task(config, ready), config, "align")

@@ -114,7 +114,9 @@ def save_predictions(
     table = attribute_table(source)
     images, truth, majority = {}, {}, {}
     for name, (backbone, _) in models.items():
-        images[name], maps = next(labelled_batches(source, backbone.image_size, PICTURES))
+        images[name], maps = next(
+            labelled_batches(source, backbone.image_size, PICTURES, preprocessing=backbone.preprocessing)
+        )
         labels = reduce_labels(
             maps, backbone.patch_size, len(source.classes), table, ignores=ignores_pixels(source)
         )

@@ -106,7 +106,8 @@ def test_the_image_processor_needs_no_code(tmp_path: Path) -> None:
     backbone = backbone_of("clip, soft-capped")
     save_backbone(backbone, tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
-    assert (processor.size["height"], processor.size["width"]) == backbone.image_size
+    assert (processor.crop_size["height"], processor.crop_size["width"]) == backbone.image_size
+    assert processor.size["shortest_edge"] == min(backbone.image_size)
     assert tuple(processor.image_mean) == backbone.mean
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "localign_vit"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from localign.cli import main, parse
+from localign.cli.options import options_of
+from localign.cli.values import converted
 from localign.errors import UserError
+from localign.options.align import AlignConfig
 
 
 @pytest.mark.parametrize(
@@ -92,3 +96,24 @@ def test_the_options_are_printed_as_a_file_for_config(
     with pytest.raises(SystemExit):
         parse("align", ["--print-config", "skip_unset"])
     assert None not in yaml.safe_load(capsys.readouterr().out).values()
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [("224", 224), ("224x336", (224, 336)), ("[224, 336]", (224, 336)), ([224, 336], (224, 336)), (224, 224)],
+)
+def test_a_size_is_one_side_or_two(given: Any, size: Any) -> None:
+    assert converted(options_of(AlignConfig)["image_size"], given) == size
+
+
+@pytest.mark.parametrize(
+    "given", ["224x", "x224", "224x224x3", "a x b", "224*224", "[224]", "[1, 2, 3]", 1.5]
+)
+def test_what_is_no_size_is_one_line(given: Any) -> None:
+    with pytest.raises(UserError, match="--image-size takes int, two as in 224x336, null, not"):
+        converted(options_of(AlignConfig)["image_size"], given)
+
+
+def test_each_side_has_the_limit_of_the_option() -> None:
+    with pytest.raises(UserError, match="--image-size takes at most 65,536"):
+        converted(options_of(AlignConfig)["image_size"], "224x1000000")

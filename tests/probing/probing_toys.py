@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from localign import rng
+from localign.backbones.preprocessing import UNSTATED
 from localign.engine.distributed import DistributedContext
 from localign.probing import (
     Geometry,
@@ -37,6 +38,7 @@ class FakeBackbone(nn.Module):
     image_size, patch_size, grid, depth = (8, 8), (4, 4), (2, 2), 1
     num_patches, num_prefix_tokens, width, num_heads = 4, 1, 16, 2
     final_norm, soft_cap, mean, std = "norm", None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    preprocessing = UNSTATED
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()

@@ -13,9 +13,10 @@ import torch
 from probing_toys import ALONE, Colours, fake_backbone, toy
 from safetensors.torch import load_file
 
+from localign.backbones.preprocessing import Preprocessing
 from localign.errors import UserError
 from localign.probing import PackedLabels, PatchLabels, cache
-from localign.probing.cache import DiskFeatures, extract_to_disk
+from localign.probing.cache import DiskFeatures, cache_key, extract_to_disk
 from localign.probing.features import Extraction, LiveFeatures
 
 
@@ -155,6 +156,10 @@ def test_the_key_names_what_decides_the_features(tmp_path: Path) -> None:
     made(tmp_path, extraction())
     key = json.loads((tmp_path / "cache.json").read_text())["key"]
     assert {"backbone", "data", "image_size", "patch_size", "layer", "dtype"} <= set(key)
+    assert "interpolation" not in key  # caches of models that state no filter stay valid
+    stated = extraction()
+    stated.backbone.preprocessing = Preprocessing("lanczos")
+    assert cache_key(stated) == {**key, "interpolation": "lanczos"}
 
 
 def test_targets_survive_packing() -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from localign.backbones import create_backbone, save_backbone
 from localign.cli import main
+from localign.errors import UserError
 from localign.options.probe import ProbeCommandConfig
 from localign.probing.command import load_backbones
 
@@ -244,3 +245,15 @@ def test_options_apply_to_folders_of_transformers(tmp_path: Path) -> None:
         for weights in ("pretrained", "none")
     )
     assert not torch.equal(kept, drawn)
+
+
+def test_an_image_size_applies_to_exports_and_names(tmp_path: Path) -> None:
+    small = create_backbone("vit_tiny_patch16_224", weights="none", image_size=32, model_kwargs={"depth": 1})
+    save_backbone(small, tmp_path / "export")
+    _, folder = folder_of("dinov2", tmp_path / "tower")
+    names = f"a={tmp_path / 'export'},b={folder}"
+    for size, grids in ((48, [(3, 3), (6, 6)]), ((32, 64), [(2, 4), (4, 8)])):
+        loaded = load_backbones(ProbeCommandConfig(backbone=names, image_size=size)).values()
+        assert [backbone.grid for backbone in loaded] == grids
+    with pytest.raises(UserError, match="--model-kwargs applies to names only"):
+        load_backbones(ProbeCommandConfig(backbone=str(tmp_path / "export"), model_kwargs={"depth": 2}))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from localign.alignment.native import align_task
 from localign.alignment.setup import resolve_align
-from localign.alignment.task import AlignTask
 from localign.engine import train
 from localign.engine.log import print_results
 from localign.options.align import AlignConfig
@@ -20,7 +20,7 @@ def run_align(config: AlignConfig) -> None:
         RunFailure: The run cannot continue.
     """
     config = resolve_align(config)
-    task = AlignTask(config)
+    task = align_task(config)
     outcome = train(task, config, "align")
     if outcome.is_main:
         save_pictures(outcome.folder, task, example_images(task))

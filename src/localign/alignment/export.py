@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from localign.alignment.formats import export_transformers
-from localign.alignment.graphs import FILES as GRAPHS
-from localign.alignment.graphs import export_graph
+from localign.alignment.formats.graphs import FILES as GRAPHS
+from localign.alignment.formats.graphs import export_graph
+from localign.alignment.formats.transformers import export_transformers
 from localign.alignment.published import read_published
 from localign.alignment.setup import resolve_soft_cap, student_of_run
 from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student
@@ -56,14 +57,26 @@ def export_student(
     )
 
 
-def load_student(folder: str | Path, *, attention: AttentionBackend = "auto") -> Student:
+def load_student(
+    folder: str | Path,
+    *,
+    image_size: int | Sequence[int] | None = None,
+    attention: AttentionBackend = "auto",
+) -> Student:
     """Read a student from an export folder with a decoder; the inverse of :func:`export_student`.
+
+    Args:
+        folder: The export folder.
+        image_size: Input side, or (height, width), pixels; default that of the export. Positions of encoder and decoder
+            are resampled.
+        attention: Back-end of soft-capped attention.
 
     Returns:
         The student in eval mode.
 
     Raises:
-        UserError: The folder has no decoder, is damaged, or its parts do not fit together.
+        UserError: The folder has no decoder, is damaged, its parts do not fit together, or the image size does not fit
+            the patches.
     """
     backbone = load_backbone(folder, attention=attention)
     config = read_config(folder)["localign"]["decoder"]
@@ -78,7 +91,8 @@ def load_student(folder: str | Path, *, attention: AttentionBackend = "auto") ->
     encoder, decoder = Encoder(backbone, DecoderConfig(**config).width), Decoder(DecoderConfig(**config))
     load_strict(encoder.head, parts[_PROJECTION], f"{folder} {_PROJECTION.rstrip('.')}")
     load_strict(decoder, parts[_DECODER], f"{folder} {_DECODER.rstrip('.')}")
-    return Student(encoder, decoder).eval()
+    student = Student(encoder, decoder).eval()
+    return student if image_size is None else student.set_image_size(image_size)
 
 
 def _without_prefix(state: StateDict, prefix: str) -> StateDict:
@@ -104,12 +118,15 @@ def run_export(config: ExportConfig) -> None:
     source = Path(config.source)
     facts: dict[str, Any]
     if (source / "checkpoints").is_dir():
-        if config.model_kwargs or config.image_size or config.weights != "pretrained":
+        if config.model_kwargs or config.weights != "pretrained":
             raise UserError(
-                f"{source} is a run; --weights, --image-size and --model-kwargs apply to backbones by name only"
+                f"{source} is a run; --weights and --model-kwargs apply to backbones by name only"
             )
         student, run = student_of_run(source, config.checkpoint)
         backbone, facts = student.encoder.backbone, {**run, **provenance()}
+        if config.image_size is not None:
+            facts["resampled_from"] = list(backbone.image_size)
+            student.set_image_size(config.image_size)
         if config.format == "timm":
             folder = export_student(student, config.out, decoder=config.decoder, provenance=facts)
             print(f"export     {printable(folder)}")

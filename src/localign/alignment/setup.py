@@ -15,7 +15,6 @@ from localign.alignment.published import PUBLISHED_SOFT_CAP
 from localign.alignment.student import Student, build_student
 from localign.alignment.teacher import Teacher
 from localign.backbones import CATALOGUE, Backbone, create_backbone
-from localign.backbones.export import CONFIG_FILE
 from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.distributed import choose_device
 from localign.engine.run_folder import read_config as read_run_config
@@ -129,7 +128,7 @@ def student_of_run(folder: str | Path, checkpoint: str = "last") -> tuple[Studen
     step = _checkpoint_step(checkpoints, checkpoint, folder)
     loaded = checkpoints.load(step)
     # Only the architecture is needed, so a backbone given by name downloads no weights.
-    local = config.backbone == EMBEDDED or (Path(config.backbone) / CONFIG_FILE).is_file()
+    local = config.backbone == EMBEDDED or Path(config.backbone).is_dir()
     student = fresh_student(config, starting_backbone(config, weights=None if local else "none"))
     load_strict(student, loaded.ema or loaded.model, checkpoints.path(step))
     facts = {"run": saved["config"], "steps": step, **loaded.state["task"]}

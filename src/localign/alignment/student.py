@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from localign.backbones import Backbone
+from localign.backbones.building import set_image_size
+from localign.backbones.native import (
+    NativeImages,
+    grid_positions,
+    native_tokens,
+    run_blocks,
+)
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
 
@@ -58,9 +66,13 @@ class Encoder(nn.Module):
         (nn.init.zeros_ if head == "zero" else nn.init.eye_)(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(batch, 3, height, width)`` to ``(batch, tokens, output width)``."""
-        output: Tensor = self.head(self.backbone.tokens(images))
+    def forward(self, images: Tensor | NativeImages) -> Tensor:
+        """Normalised images, ``(batch, 3, height, width)`` or of several sizes, to ``(batch, tokens, width)``."""
+        if isinstance(images, NativeImages):
+            tokens = native_tokens(self.backbone, images)
+        else:
+            tokens = self.backbone.tokens(images)
+        output: Tensor = self.head(tokens)
         return output
 
 
@@ -107,16 +119,31 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.head = nn.Linear(config.width, config.output_width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Masked embeddings ``(views, tokens, width)`` to reconstructions ``(views, tokens, output_width)``."""
-        x = tokens + self.pos_embed
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Masked embeddings ``(views, tokens, width)`` to reconstructions ``(views, tokens, output_width)``.
+
+        Args:
+            tokens: The embeddings.
+            positions: Position embeddings of each view, ``(views, tokens, width)``; default :attr:`pos_embed`.
+            mask: bool ``(views, 1, 1, tokens)``, True for tokens, False for padding; None without padding.
+        """
+        x = tokens + (self.pos_embed if positions is None else positions)
+        x = run_blocks(self.blocks, x, mask, self.grad_checkpointing)
         output: Tensor = self.head(self.norm(x))
         return output
+
+    def resample(self, old: tuple[int, int], new: tuple[int, int]) -> None:
+        """Resample the position embedding of the patches as timm does for encoders: bicubic, antialiased.
+
+        Args:
+            old: Rows and columns of patches now. Tokens beyond these are prefix tokens, whose positions stay.
+            new: Rows and columns of patches from now on.
+        """
+        prefix = self.config.num_tokens - old[0] * old[1]
+        with torch.no_grad():
+            positions = resample_abs_pos_embed(self.pos_embed, list(new), list(old), num_prefix_tokens=prefix)
+        self.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
+        self.config = replace(self.config, num_tokens=positions.shape[1])
 
 
 class DecoderNorm(nn.LayerNorm):
@@ -152,12 +179,13 @@ class Student(nn.Module):
     def num_prefix_tokens(self) -> int:
         return self.encoder.backbone.num_prefix_tokens
 
-    def forward(self, images: Tensor, keep_mask: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor | NativeImages, keep_mask: Tensor | None = None) -> Tensor:
         """Reconstruct the teacher's tokens of every view from masked embeddings of the whole image.
 
         Args:
-            images: Normalised, ``(batch, 3, height, width)``.
-            keep_mask: bool ``(batch, masks, patches)``, True = visible. None skips the decoder.
+            images: Normalised, ``(batch, 3, height, width)`` or of several sizes.
+            keep_mask: bool ``(batch, masks, patches)``, True = visible; False behind the patches of images of several
+                sizes. None skips the decoder.
 
         Returns:
             ``(batch * masks, tokens, teacher width)``; the views of one image are adjacent. Without a keep-mask: the
@@ -167,10 +195,17 @@ class Student(nn.Module):
             ValueError: A keep-mask is given, but the student has no decoder.
         """
         embeddings = self.encoder(images)
-        return embeddings if keep_mask is None else self.decode(embeddings, keep_mask)
+        if keep_mask is None:
+            return embeddings  # type: ignore[no-any-return]
+        return self.decode(embeddings, keep_mask, images if isinstance(images, NativeImages) else None)
 
-    def decode(self, embeddings: Tensor, keep_mask: Tensor) -> Tensor:
+    def decode(self, embeddings: Tensor, keep_mask: Tensor, images: NativeImages | None = None) -> Tensor:
         """Mask embeddings ``(batch, tokens, width)`` and decode each view. Prefix tokens are always hidden.
+
+        Args:
+            embeddings: Of the whole images.
+            keep_mask: See :meth:`forward`.
+            images: The images, if they have several sizes.
 
         Raises:
             ValueError: The student has no decoder.
@@ -179,8 +214,28 @@ class Student(nn.Module):
             raise ValueError("this student has no decoder")
         keep = F.pad(keep_mask, (self.num_prefix_tokens, 0), value=False)
         masked = embeddings[:, None] * keep[..., None].to(embeddings.dtype)
-        output: Tensor = self.decoder(masked.flatten(0, 1))
+        positions, mask = None, None
+        if images is not None:
+            masks = keep_mask.shape[1]
+            positions = grid_positions(self.decoder.pos_embed, self.encoder.backbone.grid, images)
+            positions = positions.repeat_interleave(masks, dim=0)
+            mask = images.attention_mask(self.num_prefix_tokens)
+            mask = None if mask is None else mask.repeat_interleave(masks, dim=0)
+        output: Tensor = self.decoder(masked.flatten(0, 1), positions, mask)
         return output
+
+    def set_image_size(self, size: int | Sequence[int]) -> Student:
+        """Change the size of the input, in place: positions of encoder and decoder are resampled.
+
+        Raises:
+            UserError: As for :func:`~localign.backbones.building.set_image_size`.
+        """
+        backbone = self.encoder.backbone
+        before = backbone.grid
+        set_image_size(backbone, size)
+        if self.decoder is not None and backbone.grid != before:
+            self.decoder.resample(before, backbone.grid)
+        return self
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute the blocks' activations in the backward pass instead of storing them."""

@@ -48,9 +48,12 @@ class AlignTask(Task):
         assert config.target is not None  # AlignConfig filled it in
         self.teacher = Teacher(backbone, config.target)
         self.objective = build_objective(config, self.teacher)
-        self.data = ImageData(config, backbone.image_size)
+        self.data = self._open(backbone)
         self.student = fresh_student(config, backbone)
         self.teacher_hash = content_hash(backbone.vit.state_dict())
+
+    def _open(self, backbone: Backbone) -> ImageData:
+        return ImageData(self.config, backbone.image_size, backbone.preprocessing)
 
     @property
     def module(self) -> Student:
@@ -98,7 +101,7 @@ class AlignTask(Task):
         for number, batch in enumerate(self.data.train_batches(alone)):
             images, views = self.views(batch)
             left = count - number * _SCALE_CHUNK
-            target = self.objective.target(images[:left], views[:left]).double()
+            target = self._counted_target(images[:left], views[:left]).double()
             sums += torch.stack(
                 [target.sum(), target.square().sum(), target.new_tensor(target.numel())]
             ).cpu()
@@ -106,7 +109,11 @@ class AlignTask(Task):
         std = (sums[1] / sums[2] - mean.square()).clamp(min=0).sqrt()
         self.teacher.scale.fill_(float(std) if std > 0 else 1.0)
 
-    def views(self, batch: Batch, purpose_seed: int | None = None) -> tuple[Tensor, Tensor]:
+    def _counted_target(self, images: Any, views: Tensor) -> Tensor:
+        """The target, without tokens of padding."""
+        return self.objective.target(images, views)
+
+    def views(self, batch: Batch, purpose_seed: int | None = None) -> tuple[Any, Tensor]:
         """The normalised images of a batch and the objective's views, on the device.
 
         Args:
@@ -123,7 +130,7 @@ class AlignTask(Task):
     def step(self, model: nn.Module, batch: Batch) -> StepResult:
         return StepResult(*self._loss(model, *self.views(batch)))
 
-    def _loss(self, model: nn.Module, images: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, model: nn.Module, images: Any, views: Tensor) -> tuple[Tensor, Tensor]:
         target = self.objective.target(images, views)
         return self.objective.loss(self.objective.predict(model, images, views), target, views)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from localign.backbones import Backbone
 from localign.backbones.attention import fuse_attention
+from localign.backbones.native import NativeImages, native_tokens
 from localign.errors import UserError
 from localign.options.names import TargetName
 
@@ -92,27 +93,33 @@ class Teacher(nn.Module):
             fuse_attention(self._computing, device)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, keep_mask: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor | NativeImages, keep_mask: Tensor | None = None) -> Tensor:
         """Targets of every masked view, divided by the target scale.
 
         Args:
-            images: Normalised, ``(batch, 3, height, width)``.
+            images: Normalised, ``(batch, 3, height, width)`` or of several sizes.
             keep_mask: bool ``(batch, masks, patches)``, True = visible. None: the images themselves are the views.
 
         Returns:
             ``(batch * masks, tokens, width)``, or ``(batch * masks, width)`` for ``cls`` and ``pooled``.
         """
-        if keep_mask is not None:
+        if isinstance(images, NativeImages):
+            images = images if keep_mask is None else images.masked(keep_mask)
+        elif keep_mask is not None:
             images = mask_images(images, keep_mask, self.backbone.grid, self.backbone.patch_size)
         return self.of_views(images) / self.scale
 
-    def of_views(self, views: Tensor) -> Tensor:
+    def of_views(self, views: Tensor | NativeImages) -> Tensor:
         """Unscaled targets of images ``(views, 3, height, width)`` that are already masked or cropped."""
-        if views.device.type == "cpu" and len(views) > _CPU_VIEWS and not torch.compiler.is_compiling():
-            return torch.cat([self._of_views(some) for some in views.split(_CPU_VIEWS)])
+        on_cpu = self.scale.device.type == "cpu"
+        if on_cpu and len(views) > _CPU_VIEWS and not torch.compiler.is_compiling():
+            parts = (views[first : first + _CPU_VIEWS] for first in range(0, len(views), _CPU_VIEWS))
+            return torch.cat([self._of_views(some) for some in parts])
         return self._of_views(views)
 
-    def _of_views(self, views: Tensor) -> Tensor:
+    def _of_views(self, views: Tensor | NativeImages) -> Tensor:
+        if isinstance(views, NativeImages):
+            return native_tokens(self._computing, views, layer=self.layer)
         if self.target in ("cls", "pooled"):
             return self._computing.pooled(views)
         return self._computing.tokens(views, layer=self.layer)

@@ -31,12 +31,15 @@ def soft_cap(logits: Tensor, cap: float | Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap)
 
 
-def attention_eager(query: Tensor, key: Tensor, value: Tensor, cap: float) -> Tensor:
+def attention_eager(
+    query: Tensor, key: Tensor, value: Tensor, cap: float, mask: Tensor | None = None
+) -> Tensor:
     """Soft-capped attention with plain operations.
 
     Args:
         query, key, value: ``(batch, heads, tokens, head_dim)``.
         cap: Bound of the logits, > 0.
+        mask: bool ``(batch, 1, 1, tokens)``, True for keys that may be attended to; None for all.
 
     Returns:
         ``(batch, heads, tokens, head_dim)``, dtype of ``value``.
@@ -44,6 +47,8 @@ def attention_eager(query: Tensor, key: Tensor, value: Tensor, cap: float) -> Te
     # Dividing the queries by the cap is cheaper than dividing the logits, which have more elements.
     scaled = (query * (query.shape[-1] ** -0.5 / cap)) @ key.transpose(-2, -1)
     logits = cap * torch.tanh(scaled)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
     if logits.device.type == "cpu" and logits.dtype == value.dtype == torch.bfloat16:
         # Autocast would copy the logits and the softmax to float32, and round the softmax back for the product.
         with torch.autocast("cpu", enabled=False):
@@ -56,7 +61,9 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def attention_flex(query: Tensor, key: Tensor, value: Tensor, cap: float) -> Tensor:
+def attention_flex(
+    query: Tensor, key: Tensor, value: Tensor, cap: float, mask: Tensor | None = None
+) -> Tensor:
     """Soft-capped attention through FlexAttention; shapes as in :func:`attention_eager`.
 
     Zero columns are appended up to :func:`padded_head_dim`. They change neither the logits nor the first ``head_dim``
@@ -78,7 +85,8 @@ def attention_flex(query: Tensor, key: Tensor, value: Tensor, cap: float) -> Ten
     bound = cap if query.is_cuda else query.new_tensor(cap)
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
-        return soft_cap(score, bound)
+        capped = soft_cap(score, bound)
+        return capped if mask is None else torch.where(mask[batch, 0, 0, k_idx], capped, -torch.inf)
 
     kernel: Any = _compiled_flex() if fused else flex_attention
     out: Tensor = kernel(query, key, value, score_mod=score_mod, scale=head_dim**-0.5)
@@ -123,15 +131,18 @@ class SoftCapAttention(nn.Module):
         self.proj_drop = attention.proj_drop
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attention over tokens ``(batch, tokens, width)``, without an attention mask."""
-        if attn_mask is not None or is_causal:
-            raise NotImplementedError("soft-capped attention has no attention mask")
+        """Attention over tokens ``(batch, tokens, width)``.
+
+        ``attn_mask`` is bool ``(batch, 1, 1, tokens)``, True for keys that may be attended to.
+        """
+        if is_causal:
+            raise NotImplementedError("soft-capped attention is not causal")
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         query, key = self.q_norm(query), self.k_norm(key)
         flex = self.backend == "flex" or (self.backend == "auto" and x.is_cuda)
-        out = (attention_flex if flex else attention_eager)(query, key, value, self.cap)
+        out = (attention_flex if flex else attention_eager)(query, key, value, self.cap, attn_mask)
         out = self.norm(out.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()

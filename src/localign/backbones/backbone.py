@@ -13,12 +13,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from localign.backbones.attention import apply_soft_cap
+from localign.backbones.preprocessing import UNSTATED, Preprocessing
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
 from localign.weights import pixel_statistics
 
 FAMILIES = (VisionTransformer, Eva, Beit)
 FinalNorm = Literal["norm", "fc_norm", "none"]
+PositionInterpolation = Literal["bicubic", "bilinear"]
 
 
 class Backbone(nn.Module):
@@ -36,6 +38,8 @@ class Backbone(nn.Module):
         attention: Back-end of soft-capped attention.
         final_norm: The norm that :meth:`tokens` applies to each token. The default is the ViT's ``norm``, which is an
             identity in models that normalise after pooling. Aligned models of that kind use ``"fc_norm"``.
+        preprocessing: How images are resized, as far as the model's folder states it.
+        position_interpolation: How position embeddings are resampled to other grids, with antialiasing.
 
     Raises:
         UserError: The model is of another family or has an unsupported structure, or the pixel statistics are no
@@ -57,6 +61,8 @@ class Backbone(nn.Module):
         soft_cap: float | None = None,
         attention: AttentionBackend = "auto",
         final_norm: FinalNorm = "norm",
+        preprocessing: Preprocessing = UNSTATED,
+        position_interpolation: PositionInterpolation = "bicubic",
     ) -> None:
         super().__init__()
         if not isinstance(vit, FAMILIES):
@@ -71,6 +77,8 @@ class Backbone(nn.Module):
         self.soft_cap = soft_cap
         self.attention = attention
         self.final_norm = final_norm
+        self.preprocessing = preprocessing
+        self.position_interpolation = position_interpolation
         if soft_cap is not None:
             apply_soft_cap(vit, soft_cap, attention)
 
@@ -228,7 +236,16 @@ def _check_divisible(embedding: Any, name: str) -> None:
     """Models that take images of any size take no image that ends within a patch; others cut the rest off."""
     if getattr(embedding, "strict_img_size", True) or getattr(embedding, "dynamic_img_pad", False):
         return
-    for pixels, patch in zip(embedding.img_size, embedding.patch_size, strict=True):
+    check_divisible(embedding.img_size, embedding.patch_size, name)
+
+
+def check_divisible(size: Sequence[int], patches: Sequence[int], name: str) -> None:
+    """Check that patches cover an image. Both sizes are height and width in pixels.
+
+    Raises:
+        UserError: A side of the image is not a multiple of the patch's; the line suggests the nearest multiples.
+    """
+    for pixels, patch in zip(size, patches, strict=True):
         if pixels % patch:
             below = pixels // patch * patch
             nearest = f"{below} or {below + patch}" if below else str(patch)

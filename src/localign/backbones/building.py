@@ -5,15 +5,19 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import load_model_config_from_hf
+from timm.models.naflexvit import NaFlexVitCfg
 from torch import nn
 
-from localign.backbones.backbone import FAMILIES
+from localign.backbones.backbone import FAMILIES, Backbone, check_divisible
 from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
 from localign.text.printing import printable
@@ -31,26 +35,30 @@ ARGUMENTS = frozenset(
     name for family in FAMILIES for name in inspect.signature(family.__init__).parameters
 ) - _PLACED | {NORM_EPS_ARGUMENT}  # fmt: skip
 """Arguments of the constructors. timm's factory has more, such as paths of pickles and addresses of weights."""
+NAFLEX_NAME = "naflexvit"
+_NAFLEX = {field.name for field in fields(NaFlexVitCfg)}
 MAX_NUMBER = 2**16
 """The largest side, width or count that an argument may have; a ViT of 22 billion parameters has 2**12 and 2**14."""
 MAX_DEPTH = 1024
 
 
-def check_arguments(arguments: Mapping[str, Any], where: object) -> None:
+def check_arguments(arguments: Mapping[str, Any], where: object, architecture: str = "") -> None:
     """Check the names and sizes of a timm constructor's arguments.
 
     Args:
         arguments: Name -> value.
         where: Named in errors.
+        architecture: timm's name; NaFlex models take arguments of their own.
 
     Raises:
         UserError: An argument is not one of :data:`ARGUMENTS`, or a number is absurd.
     """
+    known = ARGUMENTS | _NAFLEX if architecture.startswith(NAFLEX_NAME) else ARGUMENTS
     for name in arguments:
-        if name not in ARGUMENTS:
+        if name not in known:
             raise UserError(
                 f"{printable(where)}: the argument {printable(name)!r} is not one of a ViT's: "
-                f"{', '.join(sorted(ARGUMENTS))}"
+                f"{', '.join(sorted(known))}"
             )
     check_numbers(arguments, where)
 
@@ -88,7 +96,7 @@ def build_vit(architecture: str, arguments: Mapping[str, Any], *, pretrained: bo
         UserError: timm does not accept an argument, the weights need more memory than there is, or cannot be
             downloaded.
     """
-    check_arguments(arguments, architecture)
+    check_arguments(arguments, architecture, architecture)
     arguments = dict(arguments)
     norm_eps = arguments.pop(NORM_EPS_ARGUMENT, None)
     if architecture.startswith(LOCAL):
@@ -123,6 +131,68 @@ def build_vit(architecture: str, arguments: Mapping[str, Any], *, pretrained: bo
     return vit
 
 
+def image_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, pixels, of a size that may be the side of a square.
+
+    Raises:
+        UserError: The size is not one or two positive numbers, or absurd.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(0 < side <= MAX_NUMBER for side in sides):
+        raise UserError(
+            f"--image-size takes a side or HEIGHTxWIDTH, 1..{MAX_NUMBER:,} pixels, not {size!s:.60}"
+        )
+    return sides[0], sides[1]
+
+
+def set_image_size(backbone: Backbone, size: int | Sequence[int]) -> Backbone:
+    """Change the size of a backbone's input, in place.
+
+    Position embeddings are resampled antialiased, in float32; those of prefix tokens stay. The interpolation is
+    bilinear in models of native resolution (SigLIP 2, timm's NaFlexVit) as in transformers and timm, and otherwise
+    bicubic, as timm does it. (transformers' ``interpolate_pos_encoding`` of CLIP, SigLIP, DINOv2 and ViT is bicubic
+    without antialiasing, so its tokens differ slightly.) Rotary and relative positions follow the new grid. The
+    backbone's own size changes nothing.
+
+    Args:
+        backbone: Changed.
+        size: Side, or height and width, pixels.
+
+    Raises:
+        UserError: The size is not a multiple of the patch size, or more positions than fit in memory.
+    """
+    sides = image_sides(size)
+    if sides == backbone.image_size:
+        return backbone
+    check_divisible(sides, backbone.patch_size, backbone.name)
+    rows, columns = (pixels // patch for pixels, patch in zip(sides, backbone.patch_size, strict=True))
+    if 4 * rows * columns * backbone.width > machine_memory():
+        raise UserError(f"{rows} x {columns} patches of {backbone.name} do not fit in this machine's memory")
+    try:
+        with torch.no_grad():
+            _set_input_size(backbone, sides)
+    except RuntimeError as error:
+        reason = printable(str(error).strip().partition("\n")[0])
+        raise UserError(
+            f"{backbone.name} cannot take images of {sides[0]} x {sides[1]} pixels: {reason}"
+        ) from None
+    backbone.model_kwargs["img_size"] = sides[0] if sides[0] == sides[1] else sides
+    return backbone
+
+
+def _set_input_size(backbone: Backbone, sides: tuple[int, int]) -> None:
+    vit, grid, before = backbone.vit, backbone.grid, getattr(backbone.vit, "pos_embed", None)
+    vit.set_input_size(img_size=sides)
+    if (
+        backbone.position_interpolation != "bicubic" and before is not None
+    ):  # timm's method knows bicubic only
+        prefix = before.shape[1] - grid[0] * grid[1]
+        positions = resample_abs_pos_embed(
+            before, list(backbone.grid), list(grid), prefix, interpolation=backbone.position_interpolation
+        )
+        vit.pos_embed = nn.Parameter(positions, requires_grad=before.requires_grad)
+
+
 def build_described_vit(architecture: Any, arguments: Any, where: object) -> Any:
     """Build a timm model that a file describes, with random weights. Nothing is downloaded and no other file is read.
 
@@ -145,6 +215,21 @@ def build_described_vit(architecture: Any, arguments: Any, where: object) -> Any
     return build_vit(architecture, lists, pretrained=False)
 
 
+def remote_config(architecture: str) -> Mapping[str, Any]:
+    """What a folder or repository in timm's format states about its input, without timm's defaults.
+
+    Args:
+        architecture: A name that timm has just resolved, so that its config lies on this machine.
+    """
+    kind, _, place = architecture.partition(":")
+    if f"{kind}:" == LOCAL:
+        config = read_json_object(Path(place) / "config.json")
+        details = config.get("pretrained_cfg", config)
+        return details if isinstance(details, dict) else {}
+    with quiet_hub():
+        return dict(load_model_config_from_hf(place)[0])
+
+
 def _check_local_folder(folder: Path) -> None:
     """Check what a folder in timm's format says before timm reads it.
 
@@ -163,7 +248,7 @@ def _check_local_folder(folder: Path) -> None:
         if not isinstance(part, dict):
             raise UserError(f"{printable(path)}: {name} is no object")
     arguments = {name: v for name, v in (config.get("model_args") or {}).items() if name != "num_classes"}
-    check_arguments(arguments, path)
+    check_arguments(arguments, path, architecture)
     if named := [name for name in _SOURCES if details.get(name)]:
         raise UserError(f"{printable(path)}: weights from elsewhere ({', '.join(named)}) are not followed")
 

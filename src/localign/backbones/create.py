@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import timm
 from timm.models import get_pretrained_cfg
+from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from localign import rng
-from localign.backbones.backbone import Backbone
-from localign.backbones.building import REMOTE, build_vit
+from localign.backbones.backbone import Backbone, PositionInterpolation
+from localign.backbones.building import REMOTE, build_vit, image_sides, remote_config, set_image_size
 from localign.backbones.export import CONFIG_FILE, load_backbone
+from localign.backbones.families.naflex import plain_vit
 from localign.backbones.families.reading import is_of_transformers, load_transformers_backbone
 from localign.backbones.hub import model_folder
 from localign.backbones.moco import read_moco_v3
+from localign.backbones.preprocessing import Preprocessing
 from localign.backbones.weights import StateDict, common_prefixes, read_state_dict
 from localign.engine.log import say
 from localign.errors import UserError, did_you_mean
@@ -36,7 +39,7 @@ def create_backbone(
     name: str | Path,
     *,
     weights: str = "pretrained",
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | Sequence[int] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     attention: AttentionBackend = "auto",
     seed: int = 0,
@@ -48,7 +51,8 @@ def create_backbone(
             folder, or a folder or hub repository (``openai/clip-vit-base-patch16``) in transformers' or timm's format.
         weights: ``"pretrained"``, ``"none"`` (random weights that depend on ``seed``), or a safetensors or torch file
             with timm's parameter names or in an original format that timm converts.
-        image_size: Input side, or (height, width), pixels; the position embedding is resampled.
+        image_size: Input side, or (height, width), pixels; positions are resampled, see
+            :func:`~localign.backbones.building.set_image_size`.
         model_kwargs: Further arguments of timm's constructor, for example ``{"depth": 2}``.
         attention: Back-end of soft-capped attention, if the backbone has it.
         seed: Seed of random weights.
@@ -57,39 +61,39 @@ def create_backbone(
         The backbone in eval mode.
 
     Raises:
-        UserError: The name is unknown (the error suggests similar names), or the weights do not fit or cannot be
-            downloaded.
+        UserError: The name is unknown (the error suggests similar names), the weights do not fit or cannot be
+            downloaded, or the image size does not fit the patches.
     """
     name, kwargs = str(name), dict(model_kwargs or {})
+    sides = None if image_size is None else image_sides(image_size)
     folder = None if name.startswith(REMOTE) or name == EMBEDDED else model_folder(name)
     config = {} if folder is None else read_json_object(folder / CONFIG_FILE)
     if folder is not None and is_of_transformers(config):
         if weights not in ("pretrained", "none"):
             raise UserError(f"{name} has weights of its own; --weights FILE applies to timm names only")
         with rng.seeded_globals(seed, "backbone weights"):
-            return load_transformers_backbone(
+            backbone = load_transformers_backbone(
                 folder,
                 config,
                 name=name,
-                image_size=image_size,
                 model_kwargs=kwargs,
                 attention=attention,
                 weights=weights == "pretrained",
             )
+        return backbone if sides is None else set_image_size(backbone, sides)
     if folder is not None and "localign" not in config:  # timm reads its own folders
         name, folder = (f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}"), None
     if name == EMBEDDED or folder is not None:
-        if kwargs or image_size or weights != "pretrained":
-            raise UserError(
-                f"{name} is an exported backbone: its weights, image size and arguments are fixed"
-            )
-        return load_backbone(_embedded_path() if folder is None else folder, attention=attention)
+        if kwargs or weights != "pretrained":
+            raise UserError(f"{name} is an exported backbone: its weights and arguments are fixed")
+        backbone = load_backbone(_embedded_path() if folder is None else folder, attention=attention)
+        return backbone if sides is None else set_image_size(backbone, sides)
     entry = CATALOGUE.get(name)
     architecture = entry.timm_name if entry else name
-    if image_size is None and entry:
-        image_size = entry.image_size
-    if image_size is not None:
-        kwargs["img_size"] = image_size
+    if sides is not None:
+        kwargs["img_size"] = sides[0] if sides[0] == sides[1] else sides
+    elif entry:
+        kwargs["img_size"] = entry.image_size
     if not name.startswith(REMOTE):
         _check_timm_name(architecture)
     if entry and entry.loader == "moco-v3" and weights == "pretrained":
@@ -101,10 +105,23 @@ def create_backbone(
     if weights not in ("pretrained", "none"):
         moco = entry is not None and entry.loader == "moco-v3"
         _load_weight_file(vit, Path(weights), moco=moco)
-    if name.startswith(REMOTE):  # store everything that a rebuild needs, as the folder may move
+    interpolation: PositionInterpolation = "bicubic"
+    naflex = isinstance(vit, NaFlexVit)
+    if naflex:
+        interpolation = vit.embeds.pos_embed_interp_mode
+        vit, architecture, kwargs = plain_vit(vit, name)
+    elif name.startswith(REMOTE):  # store everything that a rebuild needs, as the folder may move
         architecture = vit.pretrained_cfg["architecture"]
         kwargs = {**_saved_arguments(vit), **kwargs, "img_size": vit.patch_embed.img_size}
-    return backbone_of(vit, name=name, architecture=architecture, model_kwargs=kwargs, attention=attention)
+    backbone = backbone_of(
+        vit, name=name, architecture=architecture, model_kwargs=kwargs, attention=attention
+    )
+    backbone.position_interpolation = interpolation
+    if naflex and sides is not None:
+        set_image_size(backbone, sides)
+    if name.startswith(REMOTE):  # timm's own names keep the published evaluation, which is the same for all
+        backbone.preprocessing = Preprocessing.of_timm(remote_config(name), name)
+    return backbone
 
 
 def _saved_arguments(vit: Any) -> dict[str, Any]:

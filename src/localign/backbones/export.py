@@ -21,6 +21,8 @@ from torch import nn
 from localign._version import __version__
 from localign.backbones.backbone import Backbone, FinalNorm
 from localign.backbones.building import NORM_EPS_ARGUMENT, build_described_vit
+from localign.backbones.families.writing import preprocessor_config
+from localign.backbones.preprocessing import Preprocessing
 from localign.backbones.weights import StateDict, read_file
 from localign.errors import UserError
 from localign.files import replace_text, replacing
@@ -37,7 +39,7 @@ DECODER_FILE = "decoder.safetensors"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 OTHER_FILES = (DECODER_FILE, "model.onnx*", "model.pt2")
 """Files of exports that not every format writes."""
-IMAGE_PROCESSOR = "ViTImageProcessor"
+IMAGE_PROCESSOR = "CLIPImageProcessor"
 """transformers' class; it takes a folder with timm's keys for one of timm's unless config.json names it, too."""
 NO_OTHER_CLASS = "unknown: load this folder with AutoModel.from_pretrained(FOLDER, trust_remote_code=True)"
 """Stands where other classes of transformers expect a number. They would load the folder with random weights, and now
@@ -86,6 +88,8 @@ class _Section(TypedDict):
 class ExportSection(_Section, total=False):
     """The section ``localign`` of an export's ``config.json``."""
 
+    position_interpolation: str
+    """Present if it is not bicubic."""
     block_norm_eps: float | None
     """Epsilon of all other norms, if it is not timm's default for the architecture."""
     decoder_sha256: str | None
@@ -166,25 +170,17 @@ def save_backbone(
                 file.unlink(missing_ok=True)
     if decoder is not None:
         _save_tensors(decoder, folder / DECODER_FILE)
-    replace_text(folder / PREPROCESSOR_FILE, json.dumps(_preprocessor(backbone), indent=1) + "\n")
+    replace_text(
+        folder / PREPROCESSOR_FILE, json.dumps(preprocessor_config(backbone, "clip"), indent=1) + "\n"
+    )
     for name in VIT:
         replace_text(folder / f"{name}.py", module_text(name))
     config = _config(backbone, state, decoder_config, provenance or {})
+    if backbone.position_interpolation != "bicubic":
+        config["localign"]["position_interpolation"] = backbone.position_interpolation
     config["localign"]["decoder_sha256"] = content_hash(decoder) if decoder is not None else None
     replace_text(folder / CONFIG_FILE, json.dumps(config, indent=1) + "\n")
     return folder
-
-
-def _preprocessor(backbone: Backbone) -> dict[str, Any]:
-    """How transformers' image processor prepares images."""
-    height, width = backbone.image_size
-    return {
-        "image_processor_type": IMAGE_PROCESSOR,
-        "image_mean": list(backbone.mean),
-        "image_std": list(backbone.std),
-        "size": {"height": height, "width": width},
-        "resample": 3,  # bicubic
-    }
 
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -224,6 +220,7 @@ def _config(
             "std": list(backbone.std),
             "num_classes": 0,
             "fixed_input_size": True,
+            **backbone.preprocessing.stated(),  # type: ignore[typeddict-item]
         },
         "localign": {
             "format": FORMAT,
@@ -335,6 +332,8 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
         soft_cap=ours["soft_cap"],
         attention=attention,
         final_norm=ours["final_norm"],
+        preprocessing=Preprocessing.of_timm(cfg, folder / CONFIG_FILE),
+        position_interpolation="bilinear" if ours.get("position_interpolation") == "bilinear" else "bicubic",
     ).eval()
 
 

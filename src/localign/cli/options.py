@@ -52,6 +52,11 @@ class Option:
         return get_origin(self.type) is tuple and get_args(self.type)[1:] == (...,)
 
     @property
+    def takes_pair(self) -> bool:
+        """Whether the option takes two whole numbers, as in ``--image-size 224x336``."""
+        return tuple[int, int] in self.members
+
+    @property
     def is_mapping(self) -> bool:
         """Whether the option takes ``name=value`` pairs, as in ``--model-kwargs depth=2``."""
         return get_origin(self.type) is dict
@@ -156,6 +161,8 @@ def _text(statement: ast.stmt) -> str | None:
 def _accepted(member: Any) -> str:
     if member is type(None):
         return "null"
+    if member == tuple[int, int]:
+        return "two as in 224x336"
     if get_origin(member) is Literal:
         return f"one of [{', '.join(map(str, get_args(member)))}]"
     if get_origin(member) is tuple:
@@ -167,6 +174,8 @@ def _accepted(member: Any) -> str:
 def _metavar(member: Any) -> str:
     if get_origin(member) is Literal:
         return "|".join(map(str, get_args(member)))
+    if member == tuple[int, int]:
+        return "INTxINT"
     if get_origin(member) is tuple:
         kinds = [_metavar(kind) for kind in get_args(member) if kind is not ...]
         return kinds[0] if ... in get_args(member) else f"[{','.join(kinds)}]"

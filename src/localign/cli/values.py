@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentError
 from typing import Any
 
 from localign.cli.options import Option
 from localign.errors import UserError
 from localign.options.names import check_limit
+
+_PAIR = re.compile(r"(-?\d{1,18})x(-?\d{1,18})")
 
 
 def converted(option: Option, given: Any) -> Any:
@@ -23,6 +26,8 @@ def converted(option: Option, given: Any) -> Any:
     # Here, because help and errors about names need no types.
     from jsonargparse import ArgumentParser
 
+    if option.takes_pair and isinstance(given, str) and (pair := _PAIR.fullmatch(given.strip())):
+        given = [int(number) for number in pair.groups()]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=option.type)
     try:

@@ -6,11 +6,12 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 
+from localign.backbones.preprocessing import UNSTATED, Preprocessing
 from localign.data.loader import BadImages, Batch, EvalLoader, TrainLoader
 from localign.data.mixing import Mixing
 from localign.data.sources import ImageSource, open_source
 from localign.data.sources.opening import takes_field
-from localign.data.transforms import EvalTransform, TrainTransform
+from localign.data.transforms import EvalTransform, NativeTransform, NativeView, TrainTransform
 from localign.engine.distributed import DistributedContext
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
@@ -53,21 +54,33 @@ class ImageData:
     Args:
         config: See :class:`DataConfig`.
         image_size: Rows and columns of the backbone's input.
+        preprocessing: Of the backbone; validation photographs are resized and cropped in this way.
+        native: The sizes of images that keep their aspect ratio; default: all have ``image_size``.
 
     Raises:
         UserError: A source does not exist or holds no images, or an option is out of range.
     """
 
-    def __init__(self, config: DataConfig, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        image_size: tuple[int, int],
+        preprocessing: Preprocessing = UNSTATED,
+        native: NativeView | None = None,
+    ) -> None:
         self.config = config
         scenes = config.is_scenes
         crop: TrainCrop = config.crop or ("none" if scenes else "published")
         hflip = config.hflip if config.hflip is not None else (0.0 if scenes else 0.5)
         if scenes and config.decode is not None:
             raise UserError("--decode has no effect on scenes, which are drawn, not decoded")
-        self.transform = TrainTransform(
-            image_size, crop, config.auto_augment, hflip, decode=config.decode or "scaled"
-        )
+        if native is None:
+            self.transform = TrainTransform(
+                image_size, crop, config.auto_augment, hflip, decode=config.decode or "scaled"
+            )
+        else:
+            self.transform = NativeTransform(native, config.auto_augment, hflip)
+        self.native = native
         scaled = self.transform.scaled_decode
         self.source: ImageSource = open_source(
             config.data,
@@ -86,7 +99,7 @@ class ImageData:
         val = config.val or ("scenes:val" if scenes else None)
         # Validation always decodes in full, so that results stay comparable with published ones.
         self.val_source = self._open_val(val, image_size) if val else None
-        self.val_transform = EvalTransform(image_size)
+        self.val_transform = EvalTransform(image_size, preprocessing=UNSTATED if scenes else preprocessing)
         mixes = config.mixup is not None or config.cutmix is not None
         self.mixing = Mixing(config.mixup, config.cutmix) if mixes else None
 
@@ -128,7 +141,7 @@ class ImageData:
         return iter(
             EvalLoader(
                 self.val_source,
-                self.val_transform,
+                self.native or self.val_transform,
                 batch=batch,
                 limit=self.config.val_images,
                 rank=context.rank,

@@ -7,18 +7,20 @@ ranks or loader workers, nor on where a run was resumed, so the step is the load
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from localign import rng
+from localign.backbones.native import patchify
 from localign.data.decoding import UnreadableImage
 from localign.data.sources import ImageSource
 from localign.data.stream import SampleStream, sample_stream
-from localign.data.transforms import TrainTransform
+from localign.data.transforms import NativeView, TrainTransform
 from localign.data.untrusted.faults import machine_faults
 from localign.data.workers import data_loader, served
 from localign.engine.distributed import TIMEOUT
@@ -39,6 +41,20 @@ class Batch(NamedTuple):
     """int64 ``(batch,)``, the images' indices in the source, replacements included."""
     bad: tuple[tuple[str, str], ...]
     """(name, reason) of unreadable images that were replaced."""
+    grids: Sequence[Sequence[int]] = ()
+    """Rows and columns of patches of each image, if images have several sizes. ``images`` are then uint8 patches
+    ``(batch, longest, 3 * patch height * patch width)``; the padding is 0."""
+
+
+def collated(
+    samples: list[Tensor], positions: Tensor, indices: Tensor, patch: tuple[int, int] | None
+) -> Batch:
+    """Images of one size as a stack; with ``patch``, images of several sizes as padded patches."""
+    if patch is None:
+        return Batch(torch.stack(samples), positions, indices, ())
+    grids = tuple((sample.shape[1] // patch[0], sample.shape[2] // patch[1]) for sample in samples)
+    patches = pad_sequence([patchify(sample, patch) for sample in samples], batch_first=True)
+    return Batch(patches, positions, indices, (), grids)
 
 
 class BadImages:
@@ -161,7 +177,7 @@ class _ImageReader(StreamReader):
         return self.transform(load(index), self.seed, position)
 
     def collate(self, samples: list[Tensor], positions: Tensor, indices: Tensor) -> Batch:
-        return Batch(torch.stack(samples), positions, indices, ())
+        return collated(samples, positions, indices, self.transform.patch)
 
 
 class _OrderedReader(Dataset[_Fetched]):
@@ -177,7 +193,8 @@ class _OrderedReader(Dataset[_Fetched]):
             return _Fetched(None, list(bad.items()), None)
         read = torch.tensor(list(images), dtype=torch.int64)
         with machine_faults(f"the batch at image {samples[0]}"):
-            batch = Batch(torch.stack(list(images.values())), read, read.clone(), ())
+            patch = self.transform.patch if isinstance(self.transform, NativeView) else None
+            batch = collated(list(images.values()), read, read.clone(), patch)
         return _Fetched(batch, list(bad.items()), None)
 
     def _read(self, index: int, bad: dict[str, str]) -> Tensor | None:
@@ -284,7 +301,7 @@ class EvalLoader:
 
     Args:
         source: The images.
-        transform: image -> uint8 ``(3, H, W)``.
+        transform: image -> uint8 ``(3, H, W)``; a :class:`~localign.data.transforms.NativeView` gives several sizes.
         batch: Most samples per yielded batch.
         limit: Use only the first ``limit`` images; None for all.
         rank, world_size, workers, pin_memory, max_bad_share, timeout: As for ``TrainLoader``.

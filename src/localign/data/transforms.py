@@ -6,6 +6,7 @@ random scale and aspect, then a centre crop that pads by reflection.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from localign import rng
+from localign.backbones.native import native_grid
+from localign.backbones.preprocessing import UNSTATED, Preprocessing
 from localign.data.decoding import UndecodedJpeg
 from localign.errors import UserError, did_you_mean
 from localign.options.names import Decode, TrainCrop
@@ -73,6 +76,9 @@ class TrainTransform:
         self._crop = _train_crop(crop, self.size)
         self._augment = _rand_augment(auto_augment, self.size, fill)
 
+    patch: tuple[int, int] | None = None
+    """Patch height and width, pixels, if images have several sizes."""
+
     @property
     def scaled_decode(self) -> bool:
         """Whether the source may decode whole images at reduced size; not if the crop magnifies a part."""
@@ -116,6 +122,55 @@ class TrainTransform:
         return self._crop(_trim_strip(image, self.size))
 
 
+class NativeView:
+    """The whole image at its own aspect ratio, resized to whole patches.
+
+    Args:
+        patch: Patch height and width, pixels.
+        max_patches: Largest number of patches.
+        interpolation: Resampling filter; default bicubic.
+    """
+
+    def __init__(self, patch: tuple[int, int], max_patches: int, interpolation: str | None = None) -> None:
+        self.patch, self.max_patches = patch, max_patches
+        self._filter = InterpolationMode(interpolation or "bicubic")
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB image -> uint8 ``(3, rows * patch height, columns * patch width)``."""
+        return to_tensor(self.resized(image))
+
+    def resized(self, image: Image.Image) -> Image.Image:
+        """The resized image."""
+        return self._resized(image, self._filter)
+
+    def labels(self, labels: NDArray[np.integer]) -> Tensor:
+        """The label map of an image, integers ``(H, W)``, in the same way: int64, nearest neighbour."""
+        picture = Image.fromarray(np.ascontiguousarray(labels, dtype=np.int32))
+        return torch.from_numpy(np.array(self._resized(picture, InterpolationMode.NEAREST), dtype=np.int64))
+
+    def _resized(self, image: Image.Image, interpolation: InterpolationMode) -> Image.Image:
+        rows, columns = native_grid(image.height, image.width, self.patch, self.max_patches)
+        resized: Image.Image = F.resize(image, [rows * self.patch[0], columns * self.patch[1]], interpolation)
+        return resized
+
+
+class NativeTransform(TrainTransform):
+    """Flip and augment the whole image at its own aspect ratio; images have several sizes.
+
+    Args:
+        view: The size of each image.
+        auto_augment, hflip: As for :class:`TrainTransform`.
+    """
+
+    def __init__(self, view: NativeView, auto_augment: str | None = None, hflip: float = 0.5) -> None:
+        side = math.isqrt(view.max_patches)
+        super().__init__(
+            (side * view.patch[0], side * view.patch[1]), "none", auto_augment, hflip, decode="full"
+        )
+        self.patch = view.patch
+        self._crop = view.resized
+
+
 class EvalTransform:
     """The deterministic transform for evaluation.
 
@@ -124,23 +179,45 @@ class EvalTransform:
         mode: ``crop`` resizes until the image covers the size, keeping the aspect ratio, then crops the centre
             (bicubic). ``square`` crops the largest centred piece with the target's aspect ratio, then resizes it
             (bilinear; nearest neighbour for label maps), as the probing benchmark does.
+        preprocessing: What the model's folder states. ``crop`` follows it; ``square`` takes only its filter, as the
+            benchmark shows all models the same part of an image.
 
     Raises:
         UserError: The size or mode is unknown.
     """
 
-    def __init__(self, size: Size, mode: EvalMode = "crop") -> None:
+    def __init__(self, size: Size, mode: EvalMode = "crop", preprocessing: Preprocessing = UNSTATED) -> None:
         self.size = _rows_columns(size)
         _check_choice("eval transform", mode, get_args(EvalMode))
         self.mode = mode
-        self._resize = ResizeKeepRatio(self.size, interpolation="bicubic")  # type: ignore[no-untyped-call]
+        self.preprocessing = preprocessing
+        stated = preprocessing.interpolation
+        self._filter = InterpolationMode(stated or ("bicubic" if mode == "crop" else "bilinear"))
+        self._resize = ResizeKeepRatio(  # type: ignore[no-untyped-call]
+            preprocessing.scaled(self.size), interpolation=self._filter.value
+        )
         self._centre = CenterCropOrPad(list(self.size), padding_mode="reflect")
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB image -> uint8 ``(3, rows, columns)``."""
-        if self.mode == "crop":
+        if self.mode == "square":
+            return to_tensor(self._square(image, self._filter))
+        if self.preprocessing.crop_pct is None and self.preprocessing.crop_mode is None:
             return to_tensor(self._centre(self._resize(_trim_strip(image, self.size))))
-        return to_tensor(self._square(image, InterpolationMode.BILINEAR))
+        return to_tensor(self._cropped(image))
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
+        """Resize and crop as timm and transformers do. Of an odd rest, the larger half is right or below."""
+        rows, columns = self.size
+        scaled = self.preprocessing.scaled(self.size)
+        if self.preprocessing.crop_mode == "squash":
+            image = F.resize(image, list(scaled), self._filter)
+        elif scaled[0] == scaled[1]:
+            image = F.resize(_trim_strip(image, self.size), [scaled[0]], self._filter)
+        else:
+            image = self._resize(_trim_strip(image, self.size))
+        top, left = (image.height - rows) // 2, (image.width - columns) // 2
+        return image.crop((left, top, left + columns, top + rows))
 
     def labels(self, labels: NDArray[np.integer]) -> Tensor:
         """Transform the label map of an image in the same way.

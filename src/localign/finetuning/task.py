@@ -93,7 +93,7 @@ class FinetuneTask(Task):
         self.device = torch.device("cpu")
         choose_device(config.device)  # a misspelt device fails before the weights are read
         backbone = backbone.copy(attention=config.attention) if backbone else _starting_backbone(config)
-        self.data = ImageData(config, backbone.image_size)
+        self.data = ImageData(config, backbone.image_size, backbone.preprocessing)
         self.labels = labels_of(self.data.source, config.data)
         self.val_labels, self.val_indices = self._open_val()
         self.smoothing = self._smoothing()

@@ -10,6 +10,7 @@ from localign.options.names import (
     BACKENDS,
     AttentionBackend,
     DecoderName,
+    ImageSize,
     LossName,
     MaskKind,
     ObjectiveName,
@@ -89,8 +90,8 @@ class AlignConfig(DataConfig, TrainConfig):
     """Train a backbone with locality alignment: with MaskEmbed, or with another objective for comparison."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
-        "Model": "backbone weights image_size model_kwargs decoder decoder_depth decoder_layer_scale soft_cap "
-        "attention train_blocks",
+        "Model": "backbone weights image_size max_patches model_kwargs decoder decoder_depth decoder_layer_scale "
+        "soft_cap attention train_blocks",
         **DataConfig.GROUPS,
         "Objective": "objective target loss loss_tokens mask keep_ratio block_min_patches complement all_visible "
         "scale_images",
@@ -105,8 +106,11 @@ class AlignConfig(DataConfig, TrainConfig):
     (openai/clip-vit-base-patch16) of transformers or timm."""
     weights: str = "pretrained"
     """Starting weights: pretrained, none (random), or a weight file."""
-    image_size: int | None = None
-    """Side of the square input in pixels; default the backbone's own."""
+    image_size: ImageSize | None = None
+    """Side of the input in pixels, or HEIGHTxWIDTH; default the backbone's own. Positions are resampled."""
+    max_patches: int | None = None
+    """Native resolution: each image keeps its aspect ratio and is resized to at most this many patches, so that a
+    batch holds images of several sizes; default one size for all."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra arguments for timm's constructor, for example depth=2."""
     soft_cap: float | str | None = "auto"
@@ -158,6 +162,8 @@ class AlignConfig(DataConfig, TrainConfig):
             raise UserError(
                 f"--decoder-layer-scale must be above 0, or null for none, not {self.decoder_layer_scale}"
             )
+        if self.max_patches is not None:
+            self._check_native(self.max_patches)
         if isinstance(self.soft_cap, str) and self.soft_cap not in ("auto", "none"):
             raise UserError(f"--soft-cap takes a number, auto or none, not {self.soft_cap!r}")
 
@@ -215,6 +221,22 @@ class AlignConfig(DataConfig, TrainConfig):
             raise UserError(
                 "--objective additive with --mask shapley needs --all-visible true: "
                 "Shapley values sum to the output for the whole image"
+            )
+
+    def _check_native(self, max_patches: int) -> None:
+        if max_patches < 4:
+            raise UserError(f"--max-patches must be at least 4, not {max_patches}")
+        if self.objective != "maskembed" or self.target not in ("penultimate", "last"):
+            raise UserError(
+                "--max-patches needs --objective maskembed and --target penultimate or last, whose targets are tokens"
+            )
+        if self.mask == "block":
+            raise UserError(
+                "--max-patches makes grids too narrow for blocks; use --mask uniform or bernoulli"
+            )
+        if given := self._changed("crop", "decode", "mixup", "cutmix", "compile"):
+            raise UserError(
+                f"{given} does not apply to images of several sizes; leave out --max-patches or it"
             )
 
     def _changed(self, *names: str) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from localign.errors import UserError
-from localign.options.names import ExportFormat
+from localign.options.names import ExportFormat, ImageSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,9 @@ class ExportConfig:
     """Also write the decoder of a run (format timm)."""
     weights: str = "pretrained"
     """Weights of a backbone given by name: pretrained, none (random), or a weight file."""
-    image_size: int | None = None
-    """Side of the square input in pixels, for a backbone given by name; default the backbone's own."""
+    image_size: ImageSize | None = None
+    """Side of the input in pixels, or HEIGHTxWIDTH; default the backbone's own. Positions of the backbone and of the
+    decoder are resampled."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra arguments for timm's constructor, for a backbone given by name; for example depth=2."""
 
@@ -64,8 +65,8 @@ class ImportConfig:
     soft_cap: float | str | None = "auto"
     """Bound of the attention logits that the checkpoint was trained with: a number, none, or auto (30 for backbone
     families that support it, else none)."""
-    image_size: int | None = None
-    """Side of the square input in pixels; default the backbone's own."""
+    image_size: ImageSize | None = None
+    """Side of the input in pixels, or HEIGHTxWIDTH; default the backbone's own."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra arguments for timm's constructor, for example depth=2."""
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from localign.errors import UserError
 from localign.options.data import DataConfig
-from localign.options.names import BACKENDS, AttentionBackend, TrainCrop
+from localign.options.names import BACKENDS, AttentionBackend, ImageSize, TrainCrop
 from localign.options.train import TrainConfig
 
 LABEL_SMOOTHING = 0.1
@@ -31,8 +31,8 @@ class FinetuneConfig(DataConfig, TrainConfig):
     transformers or timm."""
     weights: str = "pretrained"
     """Weights of a backbone given by name: pretrained, none (random), or a weight file."""
-    image_size: int | None = None
-    """Input side of a backbone given by name, pixels; default the backbone's own."""
+    image_size: ImageSize | None = None
+    """Side of the input in pixels, or HEIGHTxWIDTH; default the backbone's own. Positions are resampled."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm's constructor for a backbone given by name, such as depth=2."""
     attention: AttentionBackend = "auto"

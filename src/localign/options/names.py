@@ -40,6 +40,9 @@ QuestionKind = Literal[
     "referring", "position", "count", "relation", "presence", "attribute", "choice", "caption"
 ]
 
+ImageSize = int | tuple[int, int]
+"""Side of a square input, or height and width, in pixels; the command line spells the latter 224x336."""
+
 ExportFormat = Literal["timm", "clip", "siglip", "siglip2", "dinov2", "dinov3", "vit", "onnx", "torch-export"]
 
 REPRODUCTIONS = ("table1", "table4", "table5", "fig3", "fig4", "fig6", "fig7", "fig8", "fig9", "fig10")
@@ -48,7 +51,8 @@ REPRODUCTIONS = ("table1", "table4", "table5", "fig3", "fig4", "fig6", "fig7", "
 _MOST = {
     2**10: "depth decoder_depth train_blocks seeds",
     2**12: "workers",
-    2**16: "ignore image_size scale_images resize width num_heads patch_size block_min_patches lora_rank "
+    2
+    ** 16: "ignore image_size max_patches scale_images resize width num_heads patch_size block_min_patches lora_rank "
     "image_tokens gpus plan_ranks",
     2**20: "batch_size micro_batch probe_batch max_new_tokens questions",
     2**24: "epochs warmup_epochs max_length keep_checkpoints repeats at_once",

@@ -38,6 +38,10 @@ class PlanConfig(AlignConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_patches is not None:
+            raise UserError(
+                "plans count images of one size; instead of --max-patches give an --image-size of as many patches"
+            )
         gpu(self.gpu)
         for name in ("dataset_size", "gpus", "decode_rate"):
             value = getattr(self, name)

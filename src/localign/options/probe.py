@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from localign.errors import UserError, did_you_mean
-from localign.options.names import HEAD_NAMES, INTERVENTIONS, TASKS, Cache, Precision, Protocol
+from localign.options.names import HEAD_NAMES, INTERVENTIONS, TASKS, Cache, ImageSize, Precision, Protocol
 
 MAX_STEPS = 20_000
 """The published length on COCO-Stuff is 18,482 steps."""
@@ -177,7 +177,7 @@ class ProbeCommandConfig:
     """Train small heads on frozen features and measure patch-level and image-level recall (section 4)."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
-        "Model": "backbone weights image_size model_kwargs",
+        "Model": "backbone weights image_size max_patches model_kwargs",
         "Data": "data train_scenes test_scenes things_only ignore",
         "Heads": "heads tasks protocol seeds",
         "Optimisation": "epochs steps max_steps batch_size lr",
@@ -236,8 +236,12 @@ class ProbeCommandConfig:
     """Scenes to report on; default 4000."""
     weights: str = "pretrained"
     """Weights of backbones given by name: pretrained, none (random), or a weight file."""
-    image_size: int | None = None
-    """Input side of backbones given by name, pixels."""
+    image_size: ImageSize | None = None
+    """Side of the input of all backbones in pixels, or HEIGHTxWIDTH; default each one's own. Positions are
+    resampled."""
+    max_patches: int | None = None
+    """Native resolution: each image keeps its aspect ratio and is resized to at most this many patches; for the heads
+    mlp and linear. Default one size for all images."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm's constructor for backbones given by name."""
     workers: int = 0
@@ -257,6 +261,8 @@ class ProbeCommandConfig:
             raise UserError("--train-scenes and --test-scenes apply to --data scenes only")
         if self.ignore is not None and self.data == "scenes":
             raise UserError("--ignore applies to folders of label maps only, not to --data scenes")
+        if self.max_patches is not None and self.max_patches < 4:
+            raise UserError(f"--max-patches must be at least 4, not {self.max_patches}")
         self.named_backbones()
         self.probe_config()
 

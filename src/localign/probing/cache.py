@@ -58,13 +58,10 @@ SPARE_BYTES = 2**30
 """Disk space that is left free."""
 
 
-class CacheKey(TypedDict):
-    """Everything that decides the features of a source."""
-
+class _Key(TypedDict):
     backbone: str
     """SHA-256 of the weights."""
-    data: str
-    """Fingerprint of the source."""
+    data: str  # fingerprint of the source
     images: int
     classes: int
     image_size: list[int]
@@ -77,6 +74,13 @@ class CacheKey(TypedDict):
     dtype: str
     autocast: bool
     format: int
+
+
+class CacheKey(_Key, total=False):
+    """Everything that decides the features of a source."""
+
+    interpolation: str  # missing if the backbone's folder states none
+    max_patches: int  # missing if all images have one size
 
 
 class _Header(TypedDict):
@@ -94,7 +98,7 @@ class CacheHeader(_Header, total=False):
 def cache_key(extraction: Extraction) -> CacheKey:
     """The key of a source's features."""
     backbone, source = extraction.backbone, extraction.source
-    return {
+    key: CacheKey = {
         "backbone": extraction.sha256,
         "data": source.fingerprint(),
         "images": len(source),
@@ -110,6 +114,11 @@ def cache_key(extraction: Extraction) -> CacheKey:
         "autocast": extraction.autocast,
         "format": FORMAT,
     }
+    if backbone.preprocessing.interpolation is not None:
+        key["interpolation"] = backbone.preprocessing.interpolation
+    if extraction.native is not None:
+        key["max_patches"] = extraction.native.max_patches
+    return key
 
 
 class DiskFeatures:
@@ -350,7 +359,7 @@ def _read_shard(path: Path, extraction: Extraction, count: int) -> tuple[dict[st
             digest = (file.metadata() or {}).get(DIGEST)
     except (OSError, ValueError, SafetensorError) as error:
         raise _damaged(path, str(error)) from None
-    (tokens, width), patches = extraction.token_shape, extraction.backbone.num_patches
+    (tokens, width), patches = extraction.token_shape, extraction.num_patches
     packed = -(-extraction.classes // 8)
     wanted = {
         "features": (extraction.dtype, (count, tokens, width)),

@@ -28,7 +28,7 @@ TRAIN_SCENES, TEST_SCENES = 6000, 4000
 
 
 def load_backbones(config: ProbeCommandConfig) -> dict[str, Backbone]:
-    """Load the backbones of a command line. Options such as ``--weights`` apply to names, not to exported folders.
+    """Load the backbones of a command line. ``--weights`` and ``--model-kwargs`` apply to names, not to exports.
 
     Raises:
         UserError: Such an option is given, and all backbones are exported folders.
@@ -37,7 +37,6 @@ def load_backbones(config: ProbeCommandConfig) -> dict[str, Backbone]:
         k: v
         for k, v in (
             ("weights", config.weights if config.weights != "pretrained" else None),
-            ("image_size", config.image_size),
             ("model_kwargs", config.model_kwargs or None),
         )
         if v is not None
@@ -49,7 +48,10 @@ def load_backbones(config: ProbeCommandConfig) -> dict[str, Backbone]:
         raise UserError(
             f"{next(iter(named.values()))} is an exported backbone; --{option} applies to names only"
         )
-    return {n: create_backbone(source, **({} if n in exported else options)) for n, source in named.items()}
+    return {
+        name: create_backbone(source, image_size=config.image_size, **({} if name in exported else options))
+        for name, source in named.items()
+    }
 
 
 def run_probe(config: ProbeCommandConfig) -> None:
@@ -94,6 +96,7 @@ def _probe_all(config: ProbeCommandConfig, context: DistributedContext) -> Resul
                 cache_folder=cache / file_name(name),
                 replace_cache=config.cache_dir is None,
                 progress=progress,
+                max_patches=config.max_patches,
             )
         backbone.cpu()
         timings[name] = clock.elapsed - before

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -23,11 +24,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from localign.backbones.native import native_batch, native_tokens
+from localign.data.transforms import NativeView
 from localign.engine.distributed import DistributedContext
 from localign.errors import RunFailure, UserError
-from localign.probing.heads import Geometry
 from localign.probing.labels import PatchLabels, reduce_labels
-from localign.probing.segmentation import LabelledSource, attribute_table, ignores_pixels, labelled_batches
+from localign.probing.segmentation import (
+    LabelledSource,
+    attribute_table,
+    ignores_pixels,
+    labelled_batches,
+    native_labelled_batches,
+)
 
 if TYPE_CHECKING:
     from localign.backbones.backbone import Backbone
@@ -171,6 +179,8 @@ class Extraction:
     workers: int
     """Loader processes."""
     context: DistributedContext
+    native: NativeView | None = None
+    """Sizes of images that keep their aspect ratio. Tokens of the padding are 0, and its targets count nowhere."""
 
     @property
     def classes(self) -> int:
@@ -184,8 +194,8 @@ class Extraction:
 
     @property
     def ignores(self) -> bool:
-        """Whether label maps may hold pixels to ignore."""
-        return ignores_pixels(self.source)
+        """Whether some patches may count nowhere."""
+        return ignores_pixels(self.source) or self.native is not None
 
     @property
     def codes(self) -> int:
@@ -195,14 +205,18 @@ class Extraction:
     @property
     def token_shape(self) -> tuple[int, int]:
         """Tokens of an image and their channels, (P + n, d)."""
-        geometry = Geometry.of(self.backbone)
-        return geometry.num_prefix_tokens + geometry.num_patches, geometry.width
+        return self.backbone.num_prefix_tokens + self.num_patches, self.backbone.width
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image, those of padding included."""
+        return self.backbone.num_patches if self.native is None else self.native.max_patches
 
     @property
     def bytes_per_image(self) -> int:
         """Bytes of an image's stored features and targets."""
         tokens, width = self.token_shape
-        patches = self.backbone.num_patches
+        patches = self.num_patches
         return tokens * width * self.dtype.itemsize + (patches + 1) * -(-self.classes // 8) + 2 * patches
 
     @torch.no_grad()
@@ -217,17 +231,33 @@ class Extraction:
             UserError: An image or label map is bad.
         """
         device, table = self.context.device, self.table
+        if self.native is not None:
+            yield from self._run_native(self.native, rows, batch)
+            return
         for images, maps in labelled_batches(
             SubsetSource(self.source, rows),
             self.backbone.image_size,
             batch,
             self.workers,
             self.context.timeout,
+            self.backbone.preprocessing,
         ):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
                 tokens = self.backbone.tokens(self.backbone.normalise(images.to(device)))
             labels = reduce_labels(maps, self.backbone.patch_size, self.classes, table, ignores=self.ignores)
             yield tokens, labels
+
+    def _run_native(self, view: NativeView, rows: Rows, batch: int) -> Iterator[Batch]:
+        backbone, most = self.backbone, view.max_patches
+        source, ignores = SubsetSource(self.source, rows), ignores_pixels(self.source)
+        for pairs in native_labelled_batches(source, view, batch, self.workers, self.context.timeout):
+            images = native_batch(backbone, [i.to(self.context.device) for i, _ in pairs], most)
+            with torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.autocast):
+                tokens = native_tokens(backbone, images)
+            tokens = tokens * images.valid(backbone.num_prefix_tokens)[..., None]
+            reduce = partial(reduce_labels, attributes=self.table, ignores=ignores)
+            targets = [reduce(maps[None], view.patch, self.classes).padded(most) for _, maps in pairs]
+            yield tokens, PatchLabels.cat(targets)
 
     def stored(self, rows: Rows, batch: int | None = None) -> Iterator[tuple[Tensor, PackedLabels]]:
         """Tokens in :attr:`dtype` on the context's device, and packed targets on the CPU, to be stored.

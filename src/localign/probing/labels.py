@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,17 @@ class PatchLabels:
     def __getitem__(self, rows: slice | Tensor) -> PatchLabels:
         """The targets of some images, given by a slice or int64 indices."""
         return self._each(lambda t: t[rows])
+
+    def padded(self, patches: int) -> PatchLabels:
+        """The targets with patches behind an image's own that count nowhere, ``patches`` in all."""
+        behind = patches - self.majority.shape[1]
+        return PatchLabels(
+            F.pad(self.patch, (0, 0, 0, behind)),
+            self.image,
+            F.pad(self.majority, (0, behind), value=-1),
+            self.codes,
+            partial=True,
+        )
 
     def to(self, device: torch.device | str) -> PatchLabels:
         """The targets on another device."""

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from localign.backbones.preprocessing import UNSTATED, Preprocessing
 from localign.data.decoding import UnreadableImage, opened, read_bytes, read_image, unreadable_on_failure
 from localign.data.sources import SUFFIXES
-from localign.data.transforms import EvalTransform
+from localign.data.transforms import EvalTransform, NativeView
 from localign.data.untrusted.faults import machine_faults
 from localign.data.untrusted.walking import FILE, FOLDER, kind_of, skipped_line
 from localign.data.workers import data_loader, served
@@ -294,9 +296,8 @@ def _read_values(path: Path) -> NDArray[Any]:
 class _LabelledDataset(Dataset[tuple[Tensor, Tensor]]):
     """Images and label maps as the benchmark crops and resizes them."""
 
-    def __init__(self, source: LabelledSource, image_size: tuple[int, int]) -> None:
-        self.source = source
-        self.view = EvalTransform(image_size, mode="square")
+    def __init__(self, source: LabelledSource, view: EvalTransform | NativeView) -> None:
+        self.source, self.view = source, view
 
     def __len__(self) -> int:
         return len(self.source)
@@ -312,17 +313,23 @@ class _LabelledDataset(Dataset[tuple[Tensor, Tensor]]):
             return self.view(image), maps.to(torch.uint8) if labels.dtype == np.uint8 else maps
 
 
+def _rows(count: int, batch: int) -> Iterator[list[int]]:
+    for first in range(0, count, batch):
+        yield list(range(first, min(first + batch, count)))
+
+
 def labelled_batches(
     source: LabelledSource,
     image_size: tuple[int, int],
     batch: int,
     workers: int = 0,
     timeout: float = TIMEOUT,
+    preprocessing: Preprocessing = UNSTATED,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of a source once, in order, as the benchmark crops and resizes them.
 
-    The largest centred crop with the aspect ratio of ``image_size`` is resized, bilinear for the image and nearest
-    for the label map. There is no augmentation.
+    The largest centred crop with the aspect ratio of ``image_size`` is resized, with the backbone's filter or bilinear
+    for the image and nearest for the label map. There is no augmentation.
 
     Args:
         source: Labelled images.
@@ -330,6 +337,7 @@ def labelled_batches(
         batch: Images per batch; the last batch may hold fewer.
         workers: Loader processes; 0 loads in the calling process.
         timeout: Seconds without a batch from the processes after which the pass fails.
+        preprocessing: Of the backbone, for its filter.
 
     Yields:
         Images, uint8 ``(B, 3, H, W)``, and codes ``(B, H, W)``: uint8 if the source's maps are uint8, else int64.
@@ -338,13 +346,30 @@ def labelled_batches(
         UserError: An image or label map is bad.
         RunFailure: A loader process dies or hangs, or the machine is at fault: no memory, or a disk that fails.
     """
+    view = EvalTransform(image_size, mode="square", preprocessing=preprocessing)
+    reader = _LabelledBatches(_LabelledDataset(source, view))
+    yield from served(data_loader(reader, partial(_rows, len(source), batch), workers, False, None, timeout))
 
-    def batches() -> Iterator[list[int]]:
-        for first in range(0, len(source), batch):
-            yield list(range(first, min(first + batch, len(source))))
 
-    reader = _LabelledBatches(_LabelledDataset(source, image_size))
-    yield from served(data_loader(reader, batches, workers, False, None, timeout))
+def native_labelled_batches(
+    source: LabelledSource, view: NativeView, batch: int, workers: int = 0, timeout: float = TIMEOUT
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Like :func:`labelled_batches`, with whole images that keep their aspect ratio: a list of images and codes.
+
+    Args:
+        source, batch, workers, timeout: As for :func:`labelled_batches`.
+        view: The sizes of images and label maps.
+    """
+    reader = _NativeBatches(_LabelledDataset(source, view))
+    yield from served(data_loader(reader, partial(_rows, len(source), batch), workers, False, None, timeout))
+
+
+class _NativeBatches(Dataset[list[tuple[Tensor, Tensor]]]):
+    def __init__(self, images: _LabelledDataset) -> None:
+        self.images = images
+
+    def __getitem__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        return [self.images[index] for index in indices]
 
 
 class _LabelledBatches(Dataset[tuple[Tensor, Tensor]]):

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from localign.backbones.export import content_hash
+from localign.backbones.native import check_native
+from localign.data.transforms import NativeView
 from localign.engine.distributed import DistributedContext
 from localign.engine.log import say
 from localign.engine.progress import ProgressCallback
@@ -88,6 +90,7 @@ def probe_heads(
     cache_folder: Path | None = None,
     replace_cache: bool = True,
     progress: ProgressCallback | None = None,
+    max_patches: int | None = None,
 ) -> list[Probed]:
     """Train heads on one labelled source and evaluate them on others, all seeds in one pass.
 
@@ -102,6 +105,8 @@ def probe_heads(
         cache_folder: Folder of the disk cache, with a subfolder for each source.
         replace_cache: If the folder holds other features, delete them instead of raising an error.
         progress: Called after each batch and step.
+        max_patches: Each image keeps its aspect ratio and is resized to at most this many patches; linear and MLP heads
+            only. Default: one size for all images.
 
     Returns:
         For each seed the heads and an outcome: ``config``, ``seed``, ``protocol``, ``backbone``, ``backbone_sha256``,
@@ -119,10 +124,13 @@ def probe_heads(
     val_sources = dict(val_sources) if isinstance(val_sources, Mapping) else {"val": val_sources}
     sources = {"train": train_source, **val_sources}
     _check(backbone, sources, config, context)
+    native = None if max_patches is None else _native_view(backbone, config, max_patches)
     sha256 = content_hash(backbone.vit.state_dict())
     clock = [time.monotonic()]
     with eval_mode(backbone):
-        extractions = {name: _extraction(backbone, sha256, s, config, context) for name, s in sources.items()}
+        extractions = {
+            name: _extraction(backbone, sha256, s, config, context, native) for name, s in sources.items()
+        }
         mode, storage = _cache_mode(list(extractions.values()), config, cache_folder)
         features = _features(extractions, mode, storage, cache_folder, replace_cache, progress)
         training = features.pop("train")
@@ -237,8 +245,28 @@ def _probed(
     return Probed(outcome, trained, recalls)
 
 
+def _native_view(backbone: Backbone, config: ProbeConfig, max_patches: int) -> NativeView:
+    """Raises UserError if the backbone or a head takes images of one size only."""
+    check_native(backbone)
+    if any(spec.head == "transformer" for spec in config.specs()):
+        raise UserError(
+            "transformer heads have positions of one grid; with --max-patches give --heads mlp linear"
+        )
+    if "global" in config.tasks and not backbone.num_prefix_tokens:
+        raise UserError(
+            f"{backbone.name} has no class token, and the mean token would count padding; with --max-patches give "
+            "--tasks local majority"
+        )
+    return NativeView(backbone.patch_size, max_patches, backbone.preprocessing.interpolation or "bilinear")
+
+
 def _extraction(
-    backbone: Backbone, sha256: str, source: LabelledSource, config: ProbeConfig, context: DistributedContext
+    backbone: Backbone,
+    sha256: str,
+    source: LabelledSource,
+    config: ProbeConfig,
+    context: DistributedContext,
+    native: NativeView | None,
 ) -> Extraction:
     return Extraction(
         backbone=backbone,
@@ -249,6 +277,7 @@ def _extraction(
         batch=config.extract_batch,
         workers=config.workers,
         context=context,
+        native=native,
     )
 
 

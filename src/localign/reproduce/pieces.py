@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from localign.alignment import AlignConfig, AlignTask
+from localign.alignment import AlignConfig
+from localign.alignment.native import align_task
 from localign.backbones import Backbone, create_backbone, load_backbone
 from localign.backbones.export import content_hash
 from localign.deprecated import with_old_names
@@ -33,7 +34,7 @@ from localign.results import PICTURES_FILE, ProbeOutcome
 from localign.text.reading import read_json_object
 
 _NO_DEFAULT = object()
-_ADDED_LATER = {"field": None, "until_converged": False, "max_steps": MAX_STEPS}
+_ADDED_LATER = {"field": None, "until_converged": False, "max_steps": MAX_STEPS, "max_patches": None}
 """Options that the first runs did not have -> the default. At their default they leave the key of a run as it was."""
 _SAME_RESULT = ("workers", "cache", "extract_batch")
 """Options of heads that do not change the result, except for rounding."""
@@ -111,7 +112,7 @@ class Alignment:
 
     def run(self) -> None:
         """Align, from the beginning or from the last checkpoint."""
-        train(AlignTask(self.config), self.config, "align")
+        train(align_task(self.config), self.config, "align")
 
 
 @dataclass(frozen=True)

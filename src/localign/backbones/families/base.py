@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from localign.backbones.backbone import PositionInterpolation
 from localign.backbones.families.names import NameMap
 from localign.backbones.weights import StateDict
 from localign.errors import UserError
@@ -34,6 +35,10 @@ class TransformersFamily(ABC):
     """A tensor that only this vision model has. The text before the anchor is the prefix of all its names."""
     mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    position_interpolation: ClassVar[PositionInterpolation] = "bicubic"
+    """How positions are resampled to another grid, with antialiasing."""
+    square: ClassVar[bool] = False
+    """Whether transformers' class takes square images only."""
     ignored: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tensors that compute no patch token: position numbers, mask tokens, poolers."""
 
@@ -154,6 +159,15 @@ def activation_name(module: Any) -> str:
     if name is None:
         raise UserError(f"transformers has no activation {type(module).__name__}")
     return name
+
+
+def timm_activation(module: Any) -> str:
+    """timm's name of an activation module.
+
+    Raises:
+        UserError: It is none of those that transformers and timm share.
+    """
+    return _ACTIVATIONS[activation_name(module)]
 
 
 def common_config(vit: Any, model_type: str, architecture: str) -> dict[str, Any]:

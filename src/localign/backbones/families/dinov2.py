@@ -26,6 +26,7 @@ from localign.errors import UserError
 class DINOv2(TransformersFamily):
     """DINOv2."""
 
+    square = True
     model_types = ("dinov2", "dinov2_with_registers")
     anchor = "embeddings.cls_token"
     mean = (0.485, 0.456, 0.406)

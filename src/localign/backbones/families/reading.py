@@ -18,6 +18,7 @@ from localign.backbones.backbone import Backbone
 from localign.backbones.building import build_vit
 from localign.backbones.families import TRANSFORMERS_FAMILIES, TransformersFamily
 from localign.backbones.formats import check_format
+from localign.backbones.preprocessing import Preprocessing
 from localign.backbones.weights import StateDict, read_file
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
@@ -78,7 +79,6 @@ def load_transformers_backbone(
     content: Mapping[str, Any],
     *,
     name: str,
-    image_size: int | tuple[int, int] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     attention: AttentionBackend = "auto",
     weights: bool = True,
@@ -89,7 +89,6 @@ def load_transformers_backbone(
         folder: The folder.
         content: Its ``config.json``.
         name: The name in reports.
-        image_size: Input side, or (height, width), pixels; the position embedding is resampled. Default: the config's.
         model_kwargs: Further arguments of timm's constructor.
         attention: Back-end of soft-capped attention, if the backbone gets it.
         weights: False leaves the weights random.
@@ -106,7 +105,6 @@ def load_transformers_backbone(
     except UserError as error:
         raise UserError(f"{printable(folder)}: {error}") from None
     kwargs |= dict(model_kwargs or {})
-    own_size = kwargs["img_size"]
     vit = build_vit(architecture, kwargs, pretrained=False)
     if weights:
         shapes = {k: v.shape for k, v in vit.state_dict().items()}
@@ -116,10 +114,7 @@ def load_transformers_backbone(
                 state.setdefault(key, value)
         load_strict(vit, state, folder)
         check_finite(vit.state_dict(), folder)
-    if image_size is not None and image_size != own_size:
-        vit.set_input_size(img_size=image_size)
-        kwargs["img_size"] = image_size
-    mean, std = _normalisation(folder, found.family)
+    mean, std, preprocessing = _preprocessing(folder, found.family)
     return Backbone(
         vit,
         name=name,
@@ -128,17 +123,22 @@ def load_transformers_backbone(
         mean=mean,
         std=std,
         attention=attention,
+        preprocessing=preprocessing,
+        position_interpolation=found.family.position_interpolation,
     ).eval()
 
 
-def _normalisation(folder: Path, family: TransformersFamily) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel from ``preprocessor_config.json``, else the family's."""
+def _preprocessing(
+    folder: Path, family: TransformersFamily
+) -> tuple[tuple[float, ...], tuple[float, ...], Preprocessing]:
+    """Mean and standard deviation per channel from ``preprocessor_config.json``, else the family's, and resizing."""
     path = folder / PREPROCESSOR_FILE
     content = read_json_object(path) if path.is_file() else {}
     content = content.get("image_processor", content)
     mean, std = content.get("image_mean", family.mean), content.get("image_std", family.std)
     where = f"image_mean and image_std in {path}"
-    return pixel_statistics(mean, "mean", where), pixel_statistics(std, "std", where)
+    preprocessing = Preprocessing.of_transformers(content, path)
+    return pixel_statistics(mean, "mean", where), pixel_statistics(std, "std", where), preprocessing
 
 
 def read_tensors(folder: Path, anchor: str) -> StateDict:

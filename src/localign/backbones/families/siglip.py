@@ -32,6 +32,7 @@ class SigLIP(TransformersFamily):
 
     model_types = ("siglip_vision_model",)
     wrappers = ("siglip",)
+    square = True
     anchor = "embeddings.patch_embedding.bias"
     ignored = ("embeddings.position_ids",)
 
@@ -108,6 +109,7 @@ class SigLIP2(SigLIP):
 
     model_types = ("siglip2_vision_model",)
     wrappers = ("siglip2",)
+    position_interpolation = "bilinear"
 
     def architecture(self, config: Config) -> tuple[str, dict[str, Any]]:
         patches, patch = number(config, "num_patches", 256), number(config, "patch_size", 16)
@@ -131,8 +133,7 @@ class SigLIP2(SigLIP):
 
     def config_of(self, vit: Any) -> dict[str, Any]:
         config = super().config_of(vit)
-        if isinstance(config.pop("image_size"), list):
-            raise UserError("siglip2 has a square position embedding; this backbone's grid is not square")
+        config.pop("image_size")
         grid = math.prod(vit.patch_embed.grid_size)
         return {
             **config,

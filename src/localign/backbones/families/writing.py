@@ -13,6 +13,7 @@ from localign.backbones.backbone import Backbone
 from localign.backbones.building import build_vit
 from localign.backbones.families import TRANSFORMERS_FAMILIES
 from localign.backbones.families.reading import CONFIG_FILE, PREPROCESSOR_FILE
+from localign.backbones.preprocessing import CropMode
 from localign.errors import UserError
 from localign.weights import check_finite
 
@@ -24,7 +25,8 @@ _PROCESSORS = {
     "dinov3": "DINOv3ViTImageProcessorFast",
     "vit": "ViTImageProcessor",
 }
-_BICUBIC = 3
+_CROPPING = ("clip", "dinov2")
+"""Families whose processors keep the aspect ratio and crop the centre."""
 
 
 def save_transformers(
@@ -48,7 +50,10 @@ def save_transformers(
     config, state = transformers_content(backbone, family)
     check_finite(state, f"the backbone {backbone.name} is not exported")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    contents = {PREPROCESSOR_FILE: _preprocessor(backbone, family), CONFIG_FILE: {**config, **(extra or {})}}
+    contents = {
+        PREPROCESSOR_FILE: preprocessor_config(backbone, family),
+        CONFIG_FILE: {**config, **(extra or {})},
+    }
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return folder
@@ -64,6 +69,9 @@ def transformers_content(backbone: Backbone, family: str) -> tuple[dict[str, Any
     try:
         if backbone.final_norm != "norm":
             raise UserError(f"its last norm is {backbone.final_norm}")
+        height, width = backbone.image_size
+        if chosen.square and height != width:
+            raise UserError(f"transformers' class takes square images only, not {height} x {width} pixels")
         config = chosen.config_of(backbone.vit)
         architecture, arguments = chosen.architecture(config)
         state = chosen.to_transformers(
@@ -84,8 +92,8 @@ def transformers_content(backbone: Backbone, family: str) -> tuple[dict[str, Any
     return config, state
 
 
-def _preprocessor(backbone: Backbone, family: str) -> dict[str, Any]:
-    height, width = backbone.image_size
+def preprocessor_config(backbone: Backbone, family: str) -> dict[str, Any]:
+    """The content of ``preprocessor_config.json`` for the image processor of a family."""
     common = {
         "image_processor_type": _PROCESSORS[family],
         "do_normalize": True,
@@ -93,17 +101,11 @@ def _preprocessor(backbone: Backbone, family: str) -> dict[str, Any]:
         "do_resize": True,
         "image_mean": list(backbone.mean),
         "image_std": list(backbone.std),
-        "resample": _BICUBIC,
         "rescale_factor": 1 / 255,
     }
+    default: CropMode = "center" if family in _CROPPING else "squash"
+    resizing = backbone.preprocessing.to_transformers(backbone.image_size, default)
     if family == "siglip2":
-        return {**common, "patch_size": backbone.patch_size[0], "max_num_patches": backbone.num_patches}
-    size = {"height": height, "width": width}
-    if family in ("clip", "dinov2"):
-        return {
-            **common,
-            "do_center_crop": True,
-            "crop_size": size,
-            "size": {"shortest_edge": min(height, width)},
-        }
-    return {**common, "size": size}
+        grid = {"patch_size": backbone.patch_size[0], "max_num_patches": backbone.num_patches}
+        return {**common, **grid, "resample": resizing["resample"]}
+    return {**common, **resizing}

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from localign.errors import UserError
-from localign.options.names import BACKENDS, AdapterName, AttentionBackend, CrossEntropy, PromptName
+from localign.options.names import (
+    BACKENDS,
+    AdapterName,
+    AttentionBackend,
+    CrossEntropy,
+    ImageSize,
+    PromptName,
+)
 from localign.options.train import TrainConfig
 
 Stage = Literal["align", "finetune", "full-finetune", "lora"]
@@ -57,8 +64,8 @@ class VLMConfig(TrainConfig):
     `localign list backbones`, timm names, or folders or Hub repositories of transformers or timm."""
     weights: str = "pretrained"
     """Weights of a backbone given by name: pretrained, none (random), or a weight file."""
-    image_size: int | None = None
-    """Side of the square input in pixels, for a backbone given by name; default the backbone's own."""
+    image_size: ImageSize | None = None
+    """Side of the input in pixels, or HEIGHTxWIDTH; default the backbone's own. Positions are resampled."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra arguments for timm's constructor, for a backbone given by name; for example depth=2."""
     features: Features = "auto"

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from localign.backbones.preprocessing import Preprocessing
 from localign.data.decoding import MAX_BYTES, UnreadableImage, decode_image, read_image, upright_rgb
 from localign.data.transforms import EvalTransform, to_tensor
 from localign.errors import UserError, did_you_mean
@@ -31,14 +32,21 @@ class ImageTransform:
     Args:
         image_size: Rows and columns, pixels.
         resize: ``naive`` stretches (the paper's), ``letterbox`` pads the shorter side at both ends and then resizes,
-            ``crop`` resizes until the image covers the target and then crops the centre. All are bicubic.
+            ``crop`` resizes until the image covers the target and then crops the centre.
         mean: RGB fill colour of letterbox padding, 0..1.
+        interpolation: Resampling filter.
 
     Raises:
         UserError: ``resize`` is unknown.
     """
 
-    def __init__(self, image_size: Sequence[int], resize: str, mean: Sequence[float]) -> None:
+    def __init__(
+        self,
+        image_size: Sequence[int],
+        resize: str,
+        mean: Sequence[float],
+        interpolation: str = "bicubic",
+    ) -> None:
         if resize not in get_args(Resize):
             known = get_args(Resize)
             raise UserError(
@@ -49,7 +57,9 @@ class ImageTransform:
         self.resize = resize
         red, green, blue = (int(255 * m) for m in mean)
         self.fill = (red, green, blue)
-        self._crop = EvalTransform(self.image_size, "crop")
+        stated = Preprocessing(interpolation)
+        self._filter = InterpolationMode(interpolation)
+        self._crop = EvalTransform(self.image_size, "crop", stated)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB image -> uint8 ``(3, rows, columns)``."""
@@ -57,7 +67,7 @@ class ImageTransform:
             return self._crop(image)
         if self.resize == "letterbox":
             image = self._pad(image)
-        return to_tensor(F.resize(image, list(self.image_size), InterpolationMode.BICUBIC))
+        return to_tensor(F.resize(image, list(self.image_size), self._filter))
 
     def _pad(self, image: Image.Image) -> Image.Image:
         rows, columns = self.image_size

@@ -170,9 +170,10 @@ def _source(name: str, config: VLMConfig | SwapConfig) -> VisionSource:
         else config.features == "aligned"
     )
     if aligned and config.adapter in ("decoder", "fused-decoder"):
-        student = load_student(folder, attention=config.attention)
+        student = load_student(folder, image_size=config.image_size, attention=config.attention)
         return VisionSource(student.encoder.backbone, True, student)
-    return VisionSource(create_backbone(str(folder), attention=config.attention), aligned)
+    backbone = create_backbone(str(folder), image_size=config.image_size, attention=config.attention)
+    return VisionSource(backbone, aligned)
 
 
 def export_folder(name: str) -> Path | None:

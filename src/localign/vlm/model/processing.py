@@ -90,6 +90,7 @@ class LocalignVLMProcessor(ProcessorMixin):
         resize: ``naive``, ``letterbox`` or ``crop``.
         mean: RGB fill colour of letterbox padding, 0..1.
         chat_template: Ignored; the prompt format may use the tokenizer's.
+        interpolation: Resampling filter of images.
 
     Raises:
         UserError: The tokenizer lacks a token, or the prompt format or the way to resize is unknown.
@@ -104,6 +105,7 @@ class LocalignVLMProcessor(ProcessorMixin):
         resize: str = "naive",
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         chat_template: str | None = None,
+        interpolation: str = "bicubic",
     ) -> None:
         cast(Any, super()).__init__(tokenizer, chat_template=chat_template)  # untyped in transformers
         if IMAGE_MARK not in tokenizer.get_vocab() or tokenizer.pad_token_id is None:
@@ -113,6 +115,7 @@ class LocalignVLMProcessor(ProcessorMixin):
         self.prompt_format = prompt_format
         self.resize = resize
         self.mean = [float(m) for m in mean]
+        self.interpolation = interpolation
         self.image_token_id = image_token_id(tokenizer)
         self._format()
         self.image_transform()
@@ -127,6 +130,7 @@ class LocalignVLMProcessor(ProcessorMixin):
             prompt_format=model.config.prompt_format,
             resize=model.config.resize,
             mean=model.vision.configs[0].mean,
+            interpolation=model.vision.configs[0].interpolation or "bicubic",
         )
 
     @property
@@ -145,7 +149,7 @@ class LocalignVLMProcessor(ProcessorMixin):
 
     def image_transform(self) -> ImageTransform:
         """The transform from an image to an entry of ``pixel_values``."""
-        return ImageTransform(self.image_size, self.resize, self.mean)
+        return ImageTransform(self.image_size, self.resize, self.mean, self.interpolation)
 
     def __call__(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from localign.backbones import Backbone
 from localign.backbones.backbone import FinalNorm
 from localign.backbones.building import build_described_vit
+from localign.backbones.preprocessing import Preprocessing
 from localign.errors import UserError
 
 
@@ -47,6 +48,8 @@ class TowerConfig:
     """Class name of the final norm; ``"LayerNorm"`` if alignment replaced a norm of another class."""
     norm_eps: float | None = None
     """eps of the final norm in training, which may differ from timm's value."""
+    interpolation: str | None = None
+    """Resampling filter of images that the backbone's folder states, or None."""
 
     def __post_init__(self) -> None:
         kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in self.model_kwargs.items()}
@@ -75,6 +78,7 @@ class TowerConfig:
             final_norm=backbone.final_norm,
             norm_class=type(final).__name__ if final is not None else None,
             norm_eps=getattr(final, "eps", None),
+            interpolation=backbone.preprocessing.interpolation,
         )
 
     def build(self) -> Backbone:
@@ -100,6 +104,7 @@ class TowerConfig:
             std=self.std,
             soft_cap=self.soft_cap,
             final_norm=self.final_norm,
+            preprocessing=Preprocessing(self.interpolation),
         )
         return self.cut(backbone)
 

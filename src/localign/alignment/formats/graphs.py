@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localign.alignment.formats import EXACT, comparison_images
+from localign.alignment.formats.transformers import EXACT, comparison_images
 from localign.backbones import Backbone
 from localign.backbones.attention import fuse_attention
 from localign.backbones.export import CONFIG_FILE, OTHER_FILES, PREPROCESSOR_FILE, WEIGHTS_FILE

@@ -60,9 +60,11 @@ def export_transformers(backbone: Backbone, config: ExportConfig, provenance: di
 
 def comparison_images(config: ExportConfig, backbone: Backbone) -> Tensor:
     """The first images of ``--images``, else random pixels: uint8 ``(images, 3, height, width)``."""
-    size = backbone.image_size
     if config.images is None:
-        pixels = rng.generator(0, "export comparison").integers(0, 256, (IMAGES, 3, *size), dtype="uint8")
+        shape = (IMAGES, 3, *backbone.image_size)
+        pixels = rng.generator(0, "export comparison").integers(0, 256, shape, dtype="uint8")
         return torch.from_numpy(pixels)
-    source, transform = open_source(config.images, image_size=size), EvalTransform(size)
+    size = backbone.image_size
+    source = open_source(config.images, image_size=size)
+    transform = EvalTransform(size, preprocessing=backbone.preprocessing)
     return torch.stack([transform(source.load(index)) for index in range(min(IMAGES, len(source)))])
