@@ -52,16 +52,25 @@ class LocalignImageProcessor(ImageProcessingMixin):
         image_size: Rows and columns, pixels.
         resize: ``naive`` stretches, ``letterbox`` pads to the target's aspect ratio, ``crop`` crops the centre.
         mean: RGB fill colour of letterbox padding, 0..1.
+        interpolation: Resampling filter, by Pillow's name.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
 
-    def __init__(self, image_size: Sequence[int], resize: str, mean: Sequence[float], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        image_size: Sequence[int],
+        resize: str,
+        mean: Sequence[float],
+        interpolation: str = "bicubic",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         rows, columns = image_size
         self.size = {"height": int(rows), "width": int(columns)}
         self.resize = resize
         self.fill = tuple(int(255 * m) for m in mean)
+        self.interpolation = interpolation
 
     def __call__(self, images: Any, **_: Any) -> BatchFeature:
         """Images to ``pixel_values``, uint8 ``(images, 3, rows, columns)``."""
@@ -79,7 +88,7 @@ class LocalignImageProcessor(ImageProcessingMixin):
     def _resized(self, image: Image.Image) -> Image.Image:
         rows, columns = self.size["height"], self.size["width"]
         if self.resize == "crop":
-            covering = ResizeKeepRatio((rows, columns), interpolation="bicubic")  # type: ignore[no-untyped-call]
+            covering = ResizeKeepRatio((rows, columns), interpolation=self.interpolation)  # type: ignore[no-untyped-call]
             cropped: Image.Image = CenterCropOrPad([rows, columns], padding_mode="reflect")(covering(image))
             return cropped
         if self.resize == "letterbox":
@@ -88,7 +97,7 @@ class LocalignImageProcessor(ImageProcessingMixin):
             padded = Image.new("RGB", (width, height), self.fill)
             padded.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
             image = padded
-        return image.resize((columns, rows), Image.Resampling.BICUBIC)
+        return image.resize((columns, rows), Image.Resampling[self.interpolation.upper()])
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -113,6 +122,7 @@ class LocalignProcessor(ProcessorMixin):
         resize: ``naive``, ``letterbox`` or ``crop``.
         mean: RGB fill colour of letterbox padding, 0..1.
         chat_template: Ignored; it is the tokenizer's own, without images.
+        interpolation: Resampling filter of images, by Pillow's name.
     """
 
     def __init__(
@@ -124,15 +134,17 @@ class LocalignProcessor(ProcessorMixin):
         resize: str = "naive",
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         chat_template: str | None = None,
+        interpolation: str = "bicubic",
     ) -> None:
         super().__init__(tokenizer, chat_template=prompt_template(prompt_format, tokenizer))  # type: ignore[no-untyped-call]
         self.image_size, self.num_image_tokens = list(image_size), num_image_tokens
         self.prompt_format, self.resize, self.mean = prompt_format, resize, list(mean)
+        self.interpolation = interpolation
 
     @property
     def image_processor(self) -> LocalignImageProcessor:
         """Brings images to the vision tower's input size."""
-        return LocalignImageProcessor(self.image_size, self.resize, self.mean)
+        return LocalignImageProcessor(self.image_size, self.resize, self.mean, self.interpolation)
 
     @property
     def image_token(self) -> str:

@@ -247,10 +247,11 @@ def test_chats_become_the_tokens_of_training(case: str, prompt_format: str, bos:
     assert ("pixel_values" in found) == ("pixel_values" in expected) == (case != "no image")
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("resize", ["naive", "letterbox", "crop"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "upside down", "tiny"])
-def test_images_become_the_pixels_of_training(resize: str, mode: str) -> None:
-    ours, theirs = processors(resize=resize, mean=(0.2, 0.4, 0.6))
+def test_images_become_the_pixels_of_training(resize: str, mode: str, interpolation: str) -> None:
+    ours, theirs = processors(resize=resize, mean=(0.2, 0.4, 0.6), interpolation=interpolation)
     image = picture(4, (3, 2) if mode == "tiny" else (60, 31))
     if mode == "upside down":
         image.getexif()[0x0112] = 3

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -227,6 +228,7 @@ def _llava_processor(model: LocalignVLM, processor: LocalignVLMProcessor) -> Lla
     rows, columns = model.vision.image_size
     backbone = model.vision.backbones[0]
     statistics: dict[str, Any] = {"image_mean": list(backbone.mean), "image_std": list(backbone.std)}
+    statistics["resample"] = Image.Resampling[processor.interpolation.upper()]
     size = {"height": rows, "width": columns}
     if processor.resize == "letterbox":
         images: Any = LlavaImageProcessor(do_pad=True, size=size, do_center_crop=False, **statistics)
