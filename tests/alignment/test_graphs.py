@@ -11,14 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign_folders import folder_of
+from foreign_folders import folder_of, naflex_folder
 
 from localign.alignment.student import prepare_backbone
 from localign.backbones import Backbone, create_backbone, save_backbone
 from localign.cli import main
 
 EVA: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-FAMILIES = ["clip", "siglip", "siglip2", "dinov2", "dinov2-registers", "dinov3", "vit", "eva", "beit"]
+FAMILIES = [
+    "clip",
+    "siglip",
+    "siglip2",
+    "dinov2",
+    "dinov2-registers",
+    "dinov3",
+    "vit",
+    "naflex",
+    "eva",
+    "beit",
+]
 CAPPED = {"clip", "siglip", "dinov2-registers", "vit"}
 
 ELSEWHERE = """
@@ -46,7 +57,8 @@ def exported(family: str, folder: Path) -> Path:
         name = {"eva": "eva02_tiny_patch14_224", "beit": "beit_base_patch16_224"}[family]
         backbone = create_backbone(name, weights="none", image_size=32, model_kwargs=EVA)
     else:
-        backbone = create_backbone(folder_of(family, folder / "in")[1])
+        make = naflex_folder if family == "naflex" else folder_of
+        backbone = create_backbone(make("siglip" if family == "naflex" else family, folder / "in")[1])
     aligned = prepare_backbone(backbone.copy(soft_cap=2.0 if family in CAPPED else None))
     return save_backbone(aligned, folder / "export")
 

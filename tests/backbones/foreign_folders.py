@@ -122,3 +122,30 @@ def timm_folder(path: Path, **arguments: Any) -> Path:
     saved = {**arguments, "in_chans": 3, "global_pool": arguments.get("global_pool", "token")}
     save_for_hf(model, str(path), model_args=saved, safe_serialization=True)
     return path
+
+
+NAFLEX_ARGUMENTS: dict[str, Any] = {
+    "patch_size": PATCH, "embed_dim": WIDTH, "depth": 2, "num_heads": 4, "mlp_ratio": 2.25,
+    "pos_embed_grid_size": (4, 4),
+}  # fmt: skip
+NAFLEX: dict[str, tuple[str, dict[str, Any]]] = {
+    "siglip": ("naflexvit_base_patch16_siglip", {}),
+    "registers": ("naflexvit_base_patch16_gap", {}),
+    "map": ("naflexvit_base_patch16_map", {"qkv_bias": False, "qk_norm": True}),
+    "class token": ("naflexvit_base_patch16_map", {"class_token": True, "reg_tokens": 0, "pre_norm": True}),
+    "channels first": ("naflexvit_base_patch16_siglip", {"patchify_channels_last": False}),
+    "convolution": ("naflexvit_base_patch16_siglip", {"embed_proj_type": "conv"}),
+}
+
+
+def naflex_folder(kind: str, folder: Path) -> tuple[Any, Path]:
+    """A model with random weights that matter, and the folder that timm writes of it."""
+    name, more = NAFLEX[kind]
+    arguments = {**NAFLEX_ARGUMENTS, **more}
+    torch.manual_seed(3)
+    model: Any = timm.create_model(name, num_classes=0, **arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    save_for_hf(model, str(folder), model_args={"num_classes": 0, **arguments}, safe_serialization=True)
+    return model.eval(), folder

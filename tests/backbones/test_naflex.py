@@ -4,44 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import timm
 import torch
-from foreign_folders import PATCH, folder_of, vision_model
-from timm.models import save_for_hf
-from torch import nn
+from foreign_folders import NAFLEX, NAFLEX_ARGUMENTS, PATCH, folder_of, naflex_folder, vision_model
 
 from localign.alignment.student import prepare_backbone
 from localign.backbones import create_backbone, load_backbone, save_backbone
 from localign.errors import UserError
-
-ARGUMENTS: dict[str, Any] = {
-    "patch_size": PATCH, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.25,
-    "pos_embed_grid_size": (4, 4),
-}  # fmt: skip
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "siglip": ("naflexvit_base_patch16_siglip", {}),
-    "registers": ("naflexvit_base_patch16_gap", {}),
-    "map": ("naflexvit_base_patch16_map", {"qkv_bias": False, "qk_norm": True}),
-    "class token": ("naflexvit_base_patch16_map", {"class_token": True, "reg_tokens": 0, "pre_norm": True}),
-    "channels first": ("naflexvit_base_patch16_siglip", {"patchify_channels_last": False}),
-    "convolution": ("naflexvit_base_patch16_siglip", {"embed_proj_type": "conv"}),
-}
-
-
-def naflex_folder(kind: str, folder: Path) -> tuple[Any, Path]:
-    """A model with random weights that matter, and the folder that timm writes of it."""
-    name, more = KINDS[kind]
-    arguments = {**ARGUMENTS, **more}
-    torch.manual_seed(3)
-    model: Any = timm.create_model(name, num_classes=0, **arguments)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.2)
-    save_for_hf(model, str(folder), model_args={"num_classes": 0, **arguments}, safe_serialization=True)
-    return model.eval(), folder
 
 
 def images(rows: int, columns: int) -> torch.Tensor:
@@ -49,7 +19,7 @@ def images(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(2, 3, rows * PATCH, columns * PATCH, generator=generator)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAFLEX)
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])
 @torch.no_grad()
 def test_tokens_of_every_block_equal_timms(kind: str, prefix: str, tmp_path: Path) -> None:
@@ -101,7 +71,7 @@ def test_tokens_of_siglip_2_on_any_grid_equal_transformers(grid: tuple[int, int]
 
 @torch.no_grad()
 def test_a_model_by_name_is_prepared_and_stored(tmp_path: Path) -> None:
-    arguments = {**ARGUMENTS, "pos_embed_grid_size": [4, 4]}
+    arguments = {**NAFLEX_ARGUMENTS, "pos_embed_grid_size": [4, 4]}
     backbone = create_backbone("naflexvit_base_patch16_siglip", weights="none", model_kwargs=arguments)
     prepared = prepare_backbone(backbone.copy(soft_cap=30.0))
     again = load_backbone(save_backbone(prepared, tmp_path))

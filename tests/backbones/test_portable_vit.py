@@ -111,3 +111,12 @@ def test_the_image_processor_needs_no_code(tmp_path: Path) -> None:
     assert tuple(processor.image_mean) == backbone.mean
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "localign_vit"
+
+
+def test_a_config_follows_no_name_to_the_hub(tmp_path: Path) -> None:
+    save_backbone(backbone_of("eva"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architecture": "hf-hub:someone/model"}))
+    load: Any = LocalignViT.from_pretrained
+    with pytest.raises(ValueError, match="timm has no model 'hf-hub:someone/model'"):
+        load(tmp_path)

@@ -98,6 +98,8 @@ def build_vit(tower: Mapping[str, Any]) -> Any:
         for name, value in tower["model_kwargs"].items()
     }
     norm_eps = arguments.pop("norm_eps", None)
+    if not timm.is_model(tower["architecture"]):  # timm would follow other names to the Hub
+        raise ValueError(f"timm has no model {tower['architecture']!r:.80}")
     vit: Any = timm.create_model(tower["architecture"], pretrained=False, num_classes=0, **arguments)
     if norm_eps is not None:
         for module in vit.modules():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_folders import FORMATS, folder_of, timm_folder
+from foreign_folders import FORMATS, folder_of, naflex_folder, timm_folder
 from tiny_vlm import tiny_backbone, tiny_tokenizer
 from torch import Tensor
 from transformers import (
@@ -203,7 +203,7 @@ def test_it_comes_back_as_a_llava_model(
 
 REGISTERS = {"dinov2-registers", "dinov3", "dinov3-gated", "dinov3-unbiased"}
 """Towers with more prefix tokens than a stock LLaVA model drops."""
-IN = [*FORMATS, "clip-gelu", "llava-clip", "timm"]
+IN = [*FORMATS, "clip-gelu", "llava-clip", "timm", "naflex"]
 
 
 @pytest.mark.parametrize("name", IN)
@@ -212,9 +212,12 @@ def test_towers_of_every_family_go_in_and_out(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = llava_folder(tmp_path / "llava")
-    tower = (
-        timm_folder(tmp_path / "t", num_classes=0) if name == "timm" else folder_of(name, tmp_path / "t")[1]
-    )
+    if name == "timm":
+        tower = timm_folder(tmp_path / "t", num_classes=0)
+    else:
+        tower = (
+            naflex_folder("siglip", tmp_path / "t") if name == "naflex" else folder_of(name, tmp_path / "t")
+        )[1]
     assert swap(folder, "--backbone", tower, "--adapter", "mlp", "--out", tmp_path / "ours") == 0
     ours, _ = load_vlm(tmp_path / "ours")
     twin: Any = LocalignVLMForConditionalGeneration.from_pretrained(tmp_path / "ours")

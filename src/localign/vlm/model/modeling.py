@@ -168,7 +168,9 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
-        config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path)
+        config = kwargs.get("config") or cls.config_class.from_pretrained(
+            pretrained_model_name_or_path, trust_remote_code=False
+        )
         kwargs["key_mapping"] = {f"^{re.escape(file)}": own for own, file in _names(config).items()}
         try:
             with _without_load_report():
