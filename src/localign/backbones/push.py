@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from localign._version import __version__
@@ -47,10 +50,12 @@ def push(folder: Path, repository: str, files: Sequence[str], *, private: bool =
     Raises:
         UserError: There is no token, the Hub cannot be reached, or it refuses. The folder stays as it is.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
+    advice = ""
     try:
-        with quiet_hub():
+        with quiet_hub(), _bars_on_terminals_only():
             api = HfApi(library_name="localign", library_version=__version__)
             url = str(api.create_repo(repository, private=private or None, exist_ok=True))
             if private and not api.model_info(repository).private:
@@ -58,16 +63,43 @@ def push(folder: Path, repository: str, files: Sequence[str], *, private: bool =
             keeps_card = api.file_exists(repository, CARD_FILE) and not is_own_card(
                 Path(api.hf_hub_download(repository, CARD_FILE))
             )
-            api.upload_folder(
-                repo_id=repository,
-                folder_path=folder,
+            names = _names(folder, [*files, *([] if keeps_card else [CARD_FILE])])
+            # One commit, so that a repository never holds the card or config of other weights.
+            api.create_commit(
+                repository,
+                [CommitOperationAdd(name, folder / name) for name in names],
                 commit_message=f"localign {__version__}",
-                allow_patterns=[*files, *([] if keeps_card else [CARD_FILE])],
             )
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        login = "; log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
+        failure, advice = f"the Hub answers {status}", login if status in (401, 403) else ""
+        if message := error.server_message:
+            failure += f", {message.splitlines()[0]}"
     except Exception as error:  # network, permission and validation errors of several libraries
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{printable(repository)} was not pushed: {printable(reason)}; the export in {printable(folder)} is "
-            "complete"
-        ) from None
-    return url
+        failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    else:
+        return url
+    raise UserError(
+        f"{repository} was not pushed: {printable(failure)}{advice}; the export in {printable(folder)} is complete"
+    )
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hides = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hides:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hides:
+            enable_progress_bars()
+
+
+def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
+    return sorted(
+        f.name for f in folder.iterdir() if f.is_file() and any(fnmatch(f.name, p) for p in patterns)
+    )
