@@ -87,7 +87,11 @@ def push(folder: Path, repository: str, files: Sequence[str], *, private: bool =
 
 @contextmanager
 def _bars_on_terminals_only() -> Iterator[None]:
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     hides = not sys.stderr.isatty() and not are_progress_bars_disabled()
     if hides:
