@@ -79,6 +79,7 @@ def backbone_card(
     height, width = backbone.image_size
     rows, columns = backbone.grid
     prefix = backbone.num_prefix_tokens
+    plural = "" if prefix == 1 else "s"
     capped = backbone.soft_cap is not None and format in ("timm", "onnx", "torch-export")
     cap = f" Its attention logits are soft-capped at {backbone.soft_cap:g}." if capped else ""
     if backbone.soft_cap is not None and not capped:
@@ -86,7 +87,7 @@ def backbone_card(
     return Card(
         title=folder.absolute().name,
         what=f"A vision transformer ({_plain(backbone.name)}) of {backbone.depth} blocks and width "
-        f"{backbone.width}, for images of {height} x {width} pixels: {prefix} prefix tokens, then "
+        f"{backbone.width}, for images of {height} x {width} pixels: {prefix} prefix token{plural}, then "
         f"{rows} x {columns} patches.{cap}",
         format=format,
         provenance=provenance,
