@@ -18,10 +18,13 @@ from localign.alignment.setup import resolve_soft_cap, student_of_run
 from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student
 from localign.backbones import Backbone, create_backbone, load_backbone, save_backbone
 from localign.backbones.building import check_numbers
-from localign.backbones.export import load_decoder_state, read_config
+from localign.backbones.cards import backbone_card, measured
+from localign.backbones.export import content_hash, load_decoder_state, read_config
+from localign.backbones.push import publish
 from localign.backbones.weights import StateDict
-from localign.engine.run_folder import provenance
+from localign.engine.run_folder import provenance, read_results
 from localign.errors import UserError
+from localign.files.output import EXPORT_FILES
 from localign.options.export import ExportConfig, ImportConfig
 from localign.options.names import AttentionBackend
 from localign.text.printing import printable
@@ -113,39 +116,56 @@ def run_export(config: ExportConfig) -> None:
     """Write an export folder from a run, or from a backbone by name.
 
     Raises:
-        UserError: The run, checkpoint or backbone does not exist, or an option is already fixed by the run.
+        UserError: The run, checkpoint or backbone does not exist, an option is already fixed by the run, the results
+            are of other weights, or the Hub refuses the export.
     """
+    student, backbone, facts = _opened(config)
+    section = ""
+    if config.results is not None:
+        digest = content_hash(backbone.vit.state_dict())
+        section = measured(read_results(config.results), digest, config.results)
+    folder = Path(config.out)
+    if config.format != "timm":
+        export = export_graph if config.format in GRAPHS else export_transformers
+        difference = export(backbone.eval(), config, facts)
+        kept = f"tokens within {difference:.1e} of their root mean square"
+        print(f"export     {printable(folder)}: format {config.format}, {kept}")
+    else:
+        if student is not None:
+            export_student(student, folder, decoder=config.decoder, provenance=facts)
+        else:
+            save_backbone(backbone, folder, provenance=facts)
+        print(f"export     {printable(folder)}")
+    publish(
+        folder,
+        backbone_card(backbone, folder, config.format, facts, measured=section, repository=config.push_to),
+        EXPORT_FILES,
+        private=config.private,
+    )
+
+
+def _opened(config: ExportConfig) -> tuple[Student | None, Backbone, dict[str, Any]]:
+    """The student of a run, if the source is one, the backbone, and their provenance."""
     source = Path(config.source)
-    facts: dict[str, Any]
     if (source / "checkpoints").is_dir():
         if config.model_kwargs or config.weights != "pretrained":
             raise UserError(
                 f"{source} is a run; --weights and --model-kwargs apply to backbones by name only"
             )
         student, run = student_of_run(source, config.checkpoint)
-        backbone, facts = student.encoder.backbone, {**run, **provenance()}
+        facts: dict[str, Any] = {**run, **provenance()}
         if config.image_size is not None:
-            facts["resampled_from"] = list(backbone.image_size)
+            facts["resampled_from"] = list(student.encoder.backbone.image_size)
             student.set_image_size(config.image_size)
-        if config.format == "timm":
-            folder = export_student(student, config.out, decoder=config.decoder, provenance=facts)
-            print(f"export     {printable(folder)}")
-            return
-    else:
-        backbone = create_backbone(
-            config.source,
-            weights=config.weights,
-            image_size=config.image_size,
-            model_kwargs=config.model_kwargs,
-        )
-        facts = {"source": config.source, **provenance()}
-        if config.format == "timm":
-            print(f"export     {printable(save_backbone(backbone, config.out, provenance=facts))}")
-            return
-    export = export_graph if config.format in GRAPHS else export_transformers
-    difference = export(backbone.eval(), config, facts)
-    kept = f"tokens within {difference:.1e} of their root mean square"
-    print(f"export     {printable(config.out)}: format {config.format}, {kept}")
+        return student, student.encoder.backbone, facts
+    backbone = create_backbone(
+        config.source,
+        weights=config.weights,
+        image_size=config.image_size,
+        model_kwargs=config.model_kwargs,
+    )
+    weights = {} if config.weights == "pretrained" else {"weights": config.weights}
+    return None, backbone, {"source": config.source, **weights, **provenance()}
 
 
 def run_import(config: ImportConfig) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 from localign._version import __version__
 from localign.backbones.backbone import Backbone, FinalNorm
 from localign.backbones.building import NORM_EPS_ARGUMENT, build_described_vit
+from localign.backbones.cards import backbone_card, write_card
 from localign.backbones.families.writing import preprocessor_config
 from localign.backbones.preprocessing import Preprocessing
 from localign.backbones.weights import StateDict, read_file
@@ -175,6 +176,7 @@ def save_backbone(
     )
     for name in VIT:
         replace_text(folder / f"{name}.py", module_text(name))
+    write_card(folder, backbone_card(backbone, folder, "timm", provenance or {}))
     config = _config(backbone, state, decoder_config, provenance or {})
     if backbone.position_interpolation != "bicubic":
         config["localign"]["position_interpolation"] = backbone.position_interpolation

@@ -13,8 +13,10 @@ from localign.errors import UserError
 from localign.files.output import (
     EVAL_FILES,
     EXPORT,
+    EXPORT_FILES,
     RUN_FILES,
     VLM_EXPORT,
+    VLM_EXPORT_FILES,
     check_ours,
     kinds_of,
     locked_beside,
@@ -37,15 +39,6 @@ from localign.options.vlm.tools import CheckConfig, ConvertConfig, SwapConfig, V
 
 _Output = AbstractContextManager[object]
 _ELSEWHERE = "give another folder"
-_EXPORT_FILES = (
-    "config.json", "model.safetensors", "decoder.safetensors", "preprocessor_config.json", "*_localign_v*.py",
-    "model.onnx*", "model.pt2",
-)  # fmt: skip
-_VLM_EXPORT_FILES = (
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
-    "processor_config.json", "preprocessor_config.json", "chat_template.*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "*_localign_v*.py",
-)  # fmt: skip
 _SHARD_FILES = ("about.json", "shards.jsonl", "left-out.jsonl", "*.tar")
 _PROBE_FILES = (
     "config.yaml", "results.json", "pictures.npz", "report.html", "recalls.csv", "classes.csv", "sizes.csv",
@@ -115,11 +108,11 @@ def _reproduce(command: str, config: ReproduceConfig) -> Iterator[_Output]:
 
 
 def _export(command: str, config: ExportConfig | ImportConfig) -> Iterator[_Output]:
-    yield output_folder(config.out, EXPORT, _EXPORT_FILES)
+    yield output_folder(config.out, EXPORT, EXPORT_FILES)
 
 
 def _vlm_export(command: str, config: VLMExportConfig | SwapConfig) -> Iterator[_Output]:
-    yield output_folder(config.out, VLM_EXPORT, _VLM_EXPORT_FILES)
+    yield output_folder(config.out, VLM_EXPORT, VLM_EXPORT_FILES)
 
 
 def _report(command: str, config: ReportConfig) -> Iterator[_Output]:

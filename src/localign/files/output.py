@@ -26,6 +26,16 @@ EXPORT, VLM_EXPORT = "export", "vlm export"
 """Kinds of folders that describe themselves in ``config.json``."""
 PROVENANCE_KEY = "localign_provenance"
 """Marks the ``config.json`` of an export in transformers' format."""
+EXPORT_FILES = (
+    "config.json", "model.safetensors", "decoder.safetensors", "preprocessor_config.json", "*_localign_v*.py",
+    "model.onnx*", "model.pt2",
+)  # fmt: skip
+"""What exports of backbones hold, beside a README.md, which is ours only as long as nobody has edited it."""
+VLM_EXPORT_FILES = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
+    "processor_config.json", "preprocessor_config.json", "chat_template.*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "*_localign_v*.py",
+)  # fmt: skip
 RUN_FILES = (
     "config.yaml", "results.json", "log.jsonl", "checkpoints", "export", "tensorboard", "wandb", "nonfinite",
     "report.html", "pictures.npz", "data.npz",

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from localign.errors import UserError
-from localign.options.names import ExportFormat, ImageSize
+from localign.options.names import ExportFormat, ImageSize, check_repository
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,13 @@ class ExportConfig:
     0.05."""
     decoder: bool = True
     """Also write the decoder of a run (format timm)."""
+    results: str | None = None
+    """Folder of a `localign probe` of this backbone and the one before alignment; the figures go into README.md."""
+    push_to: str | None = None
+    """Upload the export to this repository of the Hugging Face Hub, ORGANISATION/NAME; it is created if it does not
+    exist. Needs a token: `hf auth login`, or HF_TOKEN."""
+    private: bool = False
+    """Keep the repository of --push-to private."""
     weights: str = "pretrained"
     """Weights of a backbone given by name: pretrained, none (random), or a weight file."""
     image_size: ImageSize | None = None
@@ -42,6 +49,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise UserError("export needs a run folder or the name of a backbone")
+        check_repository(self.push_to, self.private)
         if self.bake and self.images is None:
             raise UserError("--bake needs --images DIR, on which the change of the tokens is measured")
         if self.format == "timm" and (self.bake or self.images or self.tolerance is not None):

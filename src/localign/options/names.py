@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, Literal, get_args
 
 from localign.errors import UserError
@@ -83,3 +84,15 @@ def check_limit(name: str, value: Any) -> None:
         raise UserError(f"{option} takes a number, not nan")
     elif isinstance(value, int | float) and name in LIMITS and value > LIMITS[name]:
         raise UserError(f"{option} takes at most {LIMITS[name]:,}, not {float(min(value, 2**1000)):g}")
+
+
+def check_repository(name: str | None, private: bool) -> None:
+    """Check the repository of ``--push-to``.
+
+    Raises:
+        UserError: It is not ``ORGANISATION/NAME``, or ``--private`` is given without it.
+    """
+    if private and name is None:
+        raise UserError("--private needs --push-to ORGANISATION/NAME")
+    if name is not None and (len(name) > 96 or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)):
+        raise UserError(f"--push-to takes ORGANISATION/NAME, not {name!r}")

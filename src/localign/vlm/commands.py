@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
+from localign.backbones.push import publish
 from localign.engine import train
 from localign.engine.distributed import is_main_process
 from localign.engine.log import print_results
+from localign.files.output import VLM_EXPORT_FILES
 from localign.options.vlm.evaluation import EvalConfig
 from localign.options.vlm.tools import CheckConfig, ConvertConfig, SwapConfig, VLMExportConfig
 from localign.options.vlm.train import VLMConfig
@@ -20,7 +22,7 @@ from localign.vlm.data.examples import ConversationTokenizer
 from localign.vlm.data.prompts import prompt_format
 from localign.vlm.data.vocabulary import add_special_tokens
 from localign.vlm.evaluation.run import run_eval as run_own_eval
-from localign.vlm.model.build import load_tokenizer, load_vlm, save_vlm, swap
+from localign.vlm.model.build import load_tokenizer, load_vlm, save_vlm, swap, vlm_card
 from localign.vlm.model.llava import save_llava
 from localign.vlm.model.processing import LocalignVLMProcessor
 from localign.vlm.task import VLMTask
@@ -127,7 +129,8 @@ def run_vlm_export(config: VLMExportConfig) -> None:
     """Write a trained model as a transformers folder.
 
     Raises:
-        UserError: The folder holds no model, the model is damaged, or does not fit the format.
+        UserError: The folder holds no model, the model is damaged or does not fit the format, or the Hub refuses the
+            export.
     """
     model, tokenizer = load_vlm(config.model)
     model.eval().to(dtype=getattr(torch, config.dtype))  # type: ignore[no-untyped-call]
@@ -135,8 +138,10 @@ def run_vlm_export(config: VLMExportConfig) -> None:
     if config.format == "llava":
         difference = save_llava(model, processor, Path(config.out))
         print(f"export     {printable(config.out)}: a LLaVA model, logits within {difference:.1e}")
-        return
-    print(f"export     {printable(save_vlm(model, processor, Path(config.out)))}")
+    else:
+        print(f"export     {printable(save_vlm(model, processor, Path(config.out)))}")
+    card = vlm_card(model, Path(config.out), config.format, config.push_to)
+    publish(Path(config.out), card, VLM_EXPORT_FILES, private=config.private)
 
 
 def run_swap(config: SwapConfig) -> None:

@@ -178,6 +178,7 @@ def test_it_comes_back_as_a_llava_model(
     )
     assert "logits within" in capsys.readouterr().out
     assert json.loads((back / "config.json").read_text())["model_type"] == "llava"
+    assert 'pipeline("image-text-to-text", model="back")' in (back / "README.md").read_text()
     theirs = AutoModelForImageTextToText.from_pretrained(back).eval()
     ours, tokenizer = load_vlm(tmp_path / "ours")
     chat = [

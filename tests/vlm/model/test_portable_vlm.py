@@ -170,6 +170,24 @@ def test_a_process_without_localign_gives_the_same_answers(tmp_path: Path) -> No
     assert [json.loads(line) for line in result.stdout.splitlines()] == expected
 
 
+def test_the_code_of_its_card_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = tiny_vlm("llama", "transformer")
+    processor = tiny_processor(model, tokenizer)
+    save_vlm(model, processor, tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card
+    monkeypatch.chdir(tmp_path)
+    image = picture(3)
+    exec(card.partition("```python\n")[2].partition("```")[0], {"image": image, "question": "What is it?"})
+    batch = processor(text="What is it?", images=image)
+    ids = model.generate(**batch, max_new_tokens=64, do_sample=False)
+    new = ids[0, batch["input_ids"].shape[1] :]
+    said = processor.decode(new, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+    assert capsys.readouterr().out == said + "\n"
+
+
 def test_without_trust_nothing_of_the_folder_runs(tmp_path: Path) -> None:
     model, tokenizer = tiny_vlm()
     folder = save_vlm(model, tiny_processor(model, tokenizer), tmp_path / "export")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from localign.errors import UserError
-from localign.options.names import AdapterName, AttentionBackend, PromptName
+from localign.options.names import AdapterName, AttentionBackend, PromptName, check_repository
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Conversion = Literal["lvis", "lrv", "strip-text-only", "ocr-vqa"]
@@ -86,10 +86,16 @@ class VLMExportConfig:
     both are compared."""
     dtype: Dtype = "bfloat16"
     """Data type of the stored weights."""
+    push_to: str | None = None
+    """Upload the export to this repository of the Hugging Face Hub, ORGANISATION/NAME; it is created if it does not
+    exist. Needs a token: `hf auth login`, or HF_TOKEN."""
+    private: bool = False
+    """Keep the repository of --push-to private."""
 
     def __post_init__(self) -> None:
         if not self.model:
             raise UserError("export needs a run folder of `localign vlm train`")
+        check_repository(self.push_to, self.private)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from localign import rng
 from localign.alignment import load_student
 from localign.backbones import create_backbone, find_export
+from localign.backbones.cards import Card, write_card
 from localign.backbones.export import CONFIG_FILE, read_config
 from localign.engine.distributed import is_main_process
 from localign.errors import UserError
@@ -132,7 +133,24 @@ def save_vlm(model: LocalignVLM, processor: LocalignVLMProcessor, folder: Path) 
     ) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
+    write_card(folder, vlm_card(model, folder))
     return folder
+
+
+def vlm_card(
+    model: LocalignVLM, folder: Path, format: str = "localign", repository: str | None = None
+) -> Card:
+    """The model card of an exported vision-language model; see :class:`~localign.backbones.cards.Card`."""
+    llm = type(model.language_model).__name__
+    return Card(
+        title=folder.absolute().name,
+        what=f"A vision-language model: the vision tower {printable(model.vision.name)}, an adapter of kind "
+        f"{model.adapter.config.kind}, and a language model of class {llm}; "
+        f"{model.vision.num_tokens} tokens per image.",
+        format=format,
+        provenance=getattr(model.config, "localign", None) or {},
+        repository=repository,
+    )
 
 
 def vision_sources(config: VLMConfig | SwapConfig) -> list[VisionSource]:
