@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from localign.backbones import create_backbone, save_backbone
-from localign.backbones.cards import base_of, is_own_card, measured
 from localign.backbones.export import content_hash
+from localign.backbones.publishing.cards import base_of, is_own_card, measured
 from localign.cli import main
 from localign.errors import UserError
 

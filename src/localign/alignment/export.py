@@ -18,9 +18,9 @@ from localign.alignment.setup import resolve_soft_cap, student_of_run
 from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student
 from localign.backbones import Backbone, create_backbone, load_backbone, save_backbone
 from localign.backbones.building import check_numbers
-from localign.backbones.cards import backbone_card, measured
 from localign.backbones.export import content_hash, load_decoder_state, read_config
-from localign.backbones.push import publish
+from localign.backbones.publishing.cards import backbone_card, measured
+from localign.backbones.publishing.push import publish
 from localign.backbones.weights import StateDict
 from localign.engine.run_folder import provenance, read_results
 from localign.errors import UserError

@@ -21,9 +21,9 @@ from torch import nn
 from localign._version import __version__
 from localign.backbones.backbone import Backbone, FinalNorm
 from localign.backbones.building import NORM_EPS_ARGUMENT, build_described_vit
-from localign.backbones.cards import backbone_card, write_card
 from localign.backbones.families.writing import preprocessor_config
 from localign.backbones.preprocessing import Preprocessing
+from localign.backbones.publishing.cards import backbone_card, write_card
 from localign.backbones.weights import StateDict, read_file
 from localign.errors import UserError
 from localign.files import replace_text, replacing

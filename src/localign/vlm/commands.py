@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from localign.backbones.push import publish
+from localign.backbones.publishing.push import publish
 from localign.engine import train
 from localign.engine.distributed import is_main_process
 from localign.engine.log import print_results

@@ -22,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 from localign import rng
 from localign.alignment import load_student
 from localign.backbones import create_backbone, find_export
-from localign.backbones.cards import Card, write_card
 from localign.backbones.export import CONFIG_FILE, read_config
+from localign.backbones.publishing.cards import Card, write_card
 from localign.engine.distributed import is_main_process
 from localign.errors import UserError
 from localign.files import refilling_folder
@@ -140,7 +140,7 @@ def save_vlm(model: LocalignVLM, processor: LocalignVLMProcessor, folder: Path) 
 def vlm_card(
     model: LocalignVLM, folder: Path, format: str = "localign", repository: str | None = None
 ) -> Card:
-    """The model card of an exported vision-language model; see :class:`~localign.backbones.cards.Card`."""
+    """The model card of an exported vision-language model; see :class:`~localign.backbones.publishing.cards.Card`."""
     llm = type(model.language_model).__name__
     return Card(
         title=folder.absolute().name,

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from localign._version import __version__
-from localign.backbones.cards import CARD_FILE, Card, is_own_card, write_card
+from localign.backbones.publishing.cards import CARD_FILE, Card, is_own_card, write_card
 from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
 from localign.text.printing import printable

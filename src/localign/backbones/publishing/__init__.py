@@ -1,0 +1,1 @@
+"""Model cards of exports, and their upload to the Hugging Face Hub."""
