@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from foreign_folders import PATCH, SIZE, WIDTH, folder_of, timm_folder
+from foreign_folders import PATCH, SIZE, folder_of, timm_folder
 
 from localign.backbones import create_backbone, load_backbone, save_backbone
 from localign.backbones.building import image_sides, set_image_size
@@ -105,33 +105,24 @@ def test_timm_resamples_a_weight_file_to_the_same_tokens(size: Any, tmp_path: Pa
     assert torch.equal(ours(images(ours.image_size)), theirs(images(ours.image_size)))
 
 
-def even_positions(side: int, width: int) -> torch.Tensor:
-    """Positions that grow evenly along rows and columns of a square grid, ``(patches, width)``."""
-    down, right = torch.linspace(-1, 1, width), torch.linspace(1, 3, width)
-    steps = torch.arange(side)[:, None, None]
-    return (steps * down + steps.transpose(0, 1) * right).flatten(0, 1)
-
-
+@pytest.mark.parametrize("size", [(48, 48), (24, 24), (64, 40)])
 @pytest.mark.parametrize("name", ["clip", "siglip", "dinov2", "dinov2-registers", "vit"])
 @torch.no_grad()
-def test_patches_have_the_order_of_transformers(name: str, tmp_path: Path) -> None:
-    """transformers interpolates without antialiasing, so positions are near each other, and not equal."""
+def test_tokens_at_other_sizes_are_those_of_transformers(
+    name: str, size: tuple[int, int], tmp_path: Path
+) -> None:
     model, folder = folder_of(name, tmp_path / "first")
-    embeddings = getattr(model, "vision_model", model).embeddings
-    theirs = getattr(embeddings, "position_embeddings", None)
-    theirs = embeddings.position_embedding.weight if theirs is None else theirs[0]
-    prefix = len(theirs) - 16
-    theirs[prefix:] = even_positions(4, WIDTH)
-    model.save_pretrained(folder)
-    rows, columns = 8, 12
-    size = (rows * PATCH, columns * PATCH)
-    expected = embeddings.interpolate_pos_encoding(torch.zeros(1, prefix + rows * columns, WIDTH), *size)
-    found = create_backbone(folder, image_size=size).vit.pos_embed
-    patches = [positions[0, -rows * columns :] for positions in (found, expected)]
-    inside = torch.zeros(rows, columns, dtype=torch.bool)
-    inside[2:-2, 3:-3] = True  # the border is extrapolated
-    nearest = torch.cdist(*patches).argmin(dim=1)
-    assert torch.equal(nearest[inside.flatten()], torch.arange(rows * columns)[inside.flatten()])
+    pixels = images(size)
+    always = {"interpolate_pos_encoding": True} if name in ("clip", "siglip", "vit") else {}
+    states = model(pixel_values=pixels, output_hidden_states=True, **always).hidden_states
+    backbone = create_backbone(folder, image_size=size)
+    for block in range(backbone.depth):
+        found = backbone.tokens(pixels, layer=block, norm=False)
+        torch.testing.assert_close(found, states[block + 1], atol=1e-5, rtol=1e-5)
+    again = load_backbone(
+        save_backbone(create_backbone(folder), tmp_path / "second")
+    )  # an export resamples so, too
+    assert torch.equal(set_image_size(again, size).tokens(pixels), backbone.tokens(pixels))
 
 
 @pytest.mark.parametrize(("size", "nearest"), [(40, "32 or 48"), ((32, 40), "32 or 48"), ((8, 32), "16")])

@@ -12,12 +12,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import load_model_config_from_hf
 from timm.models.naflexvit import NaFlexVitCfg
 from torch import nn
 
-from localign.backbones.backbone import FAMILIES, Backbone, check_divisible
+from localign.backbones.backbone import FAMILIES, Backbone, check_divisible, resample_positions
 from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
 from localign.text.printing import printable
@@ -148,11 +147,9 @@ def image_sides(size: int | Sequence[int]) -> tuple[int, int]:
 def set_image_size(backbone: Backbone, size: int | Sequence[int]) -> Backbone:
     """Change the size of a backbone's input, in place.
 
-    Position embeddings are resampled antialiased, in float32; those of prefix tokens stay. The interpolation is
-    bilinear in models of native resolution (SigLIP 2, timm's NaFlexVit) as in transformers and timm, and otherwise
-    bicubic, as timm does it. (transformers' ``interpolate_pos_encoding`` of CLIP, SigLIP, DINOv2 and ViT is bicubic
-    without antialiasing, so its tokens differ slightly.) Rotary and relative positions follow the new grid. The
-    backbone's own size changes nothing.
+    Position embeddings are resampled as the library of the weights does it, see
+    :data:`~localign.backbones.backbone.PositionInterpolation`; those of prefix tokens stay. Rotary and relative
+    positions follow the new grid. The backbone's own size changes nothing.
 
     Args:
         backbone: Changed.
@@ -186,10 +183,7 @@ def _set_input_size(backbone: Backbone, sides: tuple[int, int]) -> None:
     if (
         backbone.position_interpolation != "bicubic" and before is not None
     ):  # timm's method knows bicubic only
-        prefix = before.shape[1] - grid[0] * grid[1]
-        positions = resample_abs_pos_embed(
-            before, list(backbone.grid), list(grid), prefix, interpolation=backbone.position_interpolation
-        )
+        positions = resample_positions(before, backbone.grid, grid, backbone.position_interpolation)
         vit.pos_embed = nn.Parameter(positions, requires_grad=before.requires_grad)
 
 

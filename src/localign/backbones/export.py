@@ -12,14 +12,14 @@ import hashlib
 import json
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict, cast, get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from localign._version import __version__
-from localign.backbones.backbone import Backbone, FinalNorm
+from localign.backbones.backbone import Backbone, FinalNorm, PositionInterpolation
 from localign.backbones.building import NORM_EPS_ARGUMENT, build_described_vit
 from localign.backbones.families.writing import preprocessor_config
 from localign.backbones.preprocessing import Preprocessing
@@ -335,8 +335,15 @@ def load_backbone(folder: str | Path, *, attention: AttentionBackend = "auto") -
         attention=attention,
         final_norm=ours["final_norm"],
         preprocessing=Preprocessing.of_timm(cfg, folder / CONFIG_FILE),
-        position_interpolation="bilinear" if ours.get("position_interpolation") == "bilinear" else "bicubic",
+        position_interpolation=_interpolation(ours.get("position_interpolation", "bicubic"), folder),
     ).eval()
+
+
+def _interpolation(found: str, folder: Path) -> PositionInterpolation:
+    for known in get_args(PositionInterpolation):
+        if found == known:
+            return cast(PositionInterpolation, known)
+    raise UserError(f"{printable(folder)} resamples positions by {printable(found)!r:.40}, which is unknown")
 
 
 def _arguments(config: ExportDescription) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from localign.backbones.backbone import Backbone, PositionInterpolation
+from localign.backbones.backbone import Backbone, PositionInterpolation, resample_positions
 from localign.errors import UserError
 
 Grid = tuple[int, int]
@@ -189,23 +188,21 @@ def run_blocks(
 def grid_positions(
     positions: Tensor, grid: Grid, images: NativeImages, interpolation: PositionInterpolation = "bicubic"
 ) -> Tensor:
-    """A position embedding resampled, antialiased, to the grid of each image. Prefix tokens keep theirs.
+    """A position embedding resampled to the grid of each image. Prefix tokens keep theirs.
 
     Args:
         positions: ``(1, prefix tokens + rows * columns, width)``.
         grid: Rows and columns of ``positions``.
         images: The images.
-        interpolation: ``bicubic`` or ``bilinear``.
+        interpolation: How.
 
     Returns:
         ``(images, prefix tokens + longest, width)``; 0 behind an image's patches.
     """
-    prefix, longest = positions.shape[1] - grid[0] * grid[1], images.patches.shape[1]
+    longest = images.patches.shape[1]
 
     def padded(new: Grid) -> Tensor:
-        resampled = resample_abs_pos_embed(
-            positions, list(new), list(grid), num_prefix_tokens=prefix, interpolation=interpolation
-        )
+        resampled = resample_positions(positions, new, grid, interpolation)
         return F.pad(resampled, (0, 0, 0, longest - new[0] * new[1]))
 
     found = {new: padded(new) for new in dict.fromkeys(images.grids)}

@@ -36,7 +36,7 @@ class TransformersFamily(ABC):
     mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     position_interpolation: ClassVar[PositionInterpolation] = "bicubic"
-    """How positions are resampled to another grid, with antialiasing."""
+    """How transformers resamples positions to another grid."""
     square: ClassVar[bool] = False
     """Whether transformers' class takes square images only."""
     ignored: ClassVar[tuple[str, ...]] = ()
@@ -61,6 +61,10 @@ class TransformersFamily(ABC):
         Raises:
             UserError: The model has a part that the family lacks; the line names it.
         """
+
+    def interpolation(self, config: Config) -> PositionInterpolation:
+        """How transformers resamples the positions of a model with this config."""
+        return self.position_interpolation
 
     def to_timm(self, state: StateDict, config: Config, shapes: Mapping[str, torch.Size]) -> StateDict:
         """Tensors with timm's names; the parts without a role in patch tokens are dropped."""

@@ -40,6 +40,7 @@ class CLIP(TransformersFamily):
     model_types = ("clip_vision_model",)
     wrappers = ("clip",)
     square = True
+    position_interpolation = "bicubic-aliased"
     anchor = "embeddings.class_embedding"
     mean = (0.48145466, 0.4578275, 0.40821073)
     std = (0.26862954, 0.26130258, 0.27577711)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from localign.backbones.backbone import PositionInterpolation
 from localign.backbones.families.base import (
     Config,
     TransformersFamily,
@@ -59,6 +60,9 @@ class DINOv2(TransformersFamily):
 
     def _registers(self, config: Config) -> int:
         return number(config, "num_register_tokens", 4) if config["model_type"].endswith("registers") else 0
+
+    def interpolation(self, config: Config) -> PositionInterpolation:
+        return "bicubic" if self._registers(config) else "bicubic-aliased"
 
     def names(self, config: Config) -> NameMap:
         block = "encoder.layer.{}"

@@ -124,7 +124,7 @@ def load_transformers_backbone(
         std=std,
         attention=attention,
         preprocessing=preprocessing,
-        position_interpolation=found.family.position_interpolation,
+        position_interpolation=found.family.interpolation(found.config),
     ).eval()
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from localign.backbones.backbone import PositionInterpolation
 from localign.backbones.families.base import (
     Config,
     TransformersFamily,
@@ -33,6 +34,7 @@ class SigLIP(TransformersFamily):
     model_types = ("siglip_vision_model",)
     wrappers = ("siglip",)
     square = True
+    position_interpolation: ClassVar[PositionInterpolation] = "bicubic-aliased"
     anchor = "embeddings.patch_embedding.bias"
     ignored = ("embeddings.position_ids",)
 

@@ -21,6 +21,7 @@ class ViT(TransformersFamily):
     """ViT."""
 
     model_types = ("vit",)
+    position_interpolation = "bicubic-aliased"
     anchor = "embeddings.cls_token"
     ignored = ("embeddings.mask_token", "pooler.", "classifier.")
 
