@@ -183,7 +183,7 @@ def test_features_that_are_no_numbers_of_the_type_are_one_line(
         (["--batch-size", "0"], "--batch-size must be above 0, not 0"),
         (["--workers", "-1"], "--workers must not be negative, not -1"),
         (["--dtype", "float32"], "--dtype has no effect without --patches"),
-        (["--image-size", "4"], "4"),
+        (["--image-size", "4"], "has patches of 8 pixels, more than an image size of 4"),
         (["--device", "tpu"], "device"),
         (["--field", "jpg"], "--field applies to tar shards and parquet files"),
     ],

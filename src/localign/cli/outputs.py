@@ -26,8 +26,7 @@ from localign.files.output import (
 from localign.options.bench import MeasurementConfig
 from localign.options.datatools import DataVerifyConfig, In21kConfig, ShardConfig, StatsConfig
 from localign.options.demo import DemoConfig
-from localign.options.embed import EmbedConfig
-from localign.options.export import ExportConfig, ImportConfig, ReportConfig
+from localign.options.export import EmbedConfig, ExportConfig, ImportConfig, ReportConfig
 from localign.options.plan import PlanConfig
 from localign.options.probe import ProbeCommandConfig
 from localign.options.reproduce import ReproduceConfig

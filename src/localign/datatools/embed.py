@@ -27,7 +27,7 @@ from localign.errors import UserError
 from localign.files import replacing
 from localign.files.output import EMBEDDING_KEY
 from localign.options.data import row_group_bytes
-from localign.options.embed import EmbedConfig
+from localign.options.export import EmbedConfig
 from localign.text.printing import printable
 
 if TYPE_CHECKING:
