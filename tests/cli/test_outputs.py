@@ -45,6 +45,7 @@ FILES: dict[str, str] = {
     "vlm plan": "vlm plan --data x --llm x --out {out}",
     "vlm check": "vlm check x --missing-list {out}",
     "vlm convert": "vlm convert strip-text-only --base x --out {out}",
+    "embed": "embed x --backbone y --out {out}",
     "data verify": "data verify x --out {out}",
     "data stats": "data stats x --out {out}",
     "bench align": "bench align --out {out}",

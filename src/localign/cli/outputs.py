@@ -11,6 +11,7 @@ from typing import Any
 
 from localign.errors import UserError
 from localign.files.output import (
+    EMBEDDING_KEY,
     EVAL_FILES,
     EXPORT,
     EXPORT_FILES,
@@ -27,7 +28,7 @@ from localign.files.output import (
 from localign.options.bench import MeasurementConfig
 from localign.options.datatools import DataVerifyConfig, In21kConfig, ShardConfig, StatsConfig
 from localign.options.demo import DemoConfig
-from localign.options.export import ExportConfig, ImportConfig, ReportConfig
+from localign.options.export import EmbedConfig, ExportConfig, ImportConfig, ReportConfig
 from localign.options.plan import PlanConfig
 from localign.options.probe import ProbeCommandConfig
 from localign.options.reproduce import ReproduceConfig
@@ -49,6 +50,8 @@ _VLM_DEMO_FILES = ("config.yaml", "results.json", "train", "test", "llm", "align
 _COMPARISON_FILES = ("comparison.*", "bars*", "radar*")
 _LOOKED_AT = 1 << 16
 """Bytes of a list that are looked at."""
+_PARQUET_END, _FOOTER = 8, 1 << 26
+"""Bytes of the length and magic at the end of a parquet file, and of the longest footer that is looked at."""
 
 
 @contextmanager
@@ -172,6 +175,10 @@ def _packed_by(folder: Path) -> set[str]:
     return {"data in21k-p" if "min_images" in facts else "data shard"}
 
 
+def _embed(command: str, config: EmbedConfig) -> Iterator[_Output]:
+    yield output_file(config.out, command, _is_features)
+
+
 def _verify(command: str, config: DataVerifyConfig) -> Iterator[_Output]:
     yield output_file(config.out, command, _is_list_of_bad_images)
 
@@ -204,6 +211,7 @@ OUTPUTS: Mapping[type, Callable[[str, Any], Iterator[_Output]]] = {
     ConvertConfig: _convert,
     ShardConfig: _shards,
     In21kConfig: _shards,
+    EmbedConfig: _embed,
     DataVerifyConfig: _verify,
     StatsConfig: _stats,
 }
@@ -245,4 +253,19 @@ def _is_list_of_bad_images(path: Path) -> bool:
     try:
         return lines is not None and all(json.loads(line).keys() >= {"path", "reason"} for line in lines)
     except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _is_features(path: Path) -> bool:
+    """Whether the metadata at the end of a parquet file says that we wrote it."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _PARQUET_END))
+            size, magic = file.read(4), file.read(4)
+            length = int.from_bytes(size, "little")
+            if magic != b"PAR1" or not 0 < length <= min(_FOOTER, path.stat().st_size):
+                return False
+            file.seek(-length - _PARQUET_END, os.SEEK_END)
+            return EMBEDDING_KEY.encode() in file.read(length)
+    except OSError:
         return False

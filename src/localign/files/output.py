@@ -26,6 +26,8 @@ EXPORT, VLM_EXPORT = "export", "vlm export"
 """Kinds of folders that describe themselves in ``config.json``."""
 PROVENANCE_KEY = "localign_provenance"
 """Marks the ``config.json`` of an export in transformers' format."""
+EMBEDDING_KEY = "localign_embed"
+"""Key of the metadata of a parquet file of features."""
 EXPORT_FILES = (
     "config.json", "model.safetensors", "decoder.safetensors", "preprocessor_config.json", "*_localign_v*.py",
     "model.onnx*", "model.pt2",
