@@ -227,7 +227,10 @@ def _check_structure(vit: Any, name: str) -> None:
         raise UserError(f"{name} has no fixed patch grid; give it an image size")
     for pixels, patch, count in zip(vit.patch_embed.img_size, vit.patch_embed.patch_size, grid, strict=True):
         if pixels < patch:
-            raise UserError(f"{name} has patches of {patch} pixels, more than an image size of {pixels}")
+            raise UserError(
+                f"{name} has patches of {patch} pixels, more than an image size of {pixels}; give --image-size {patch} "
+                "or more"
+            )
         if pixels // patch != count:  # a convolutional stem: its patches overlap
             raise UserError(
                 f"{name} does not cut the image into {patch}-pixel patches; hybrids are not supported"
