@@ -206,3 +206,32 @@ def test_a_damaged_export_is_one_line(key: str, value: Any, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"config\.json: .*(filter|crop_pct|crop_mode)") as raised:
         load_backbone(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+SIZES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    "a crop": (
+        {"do_center_crop": True, "crop_size": {"height": 16, "width": 24}, "size": {"shortest_edge": 48}},
+        (16, 24),
+    ),
+    "a crop of one side": ({"do_center_crop": True, "crop_size": 16, "size": 48}, (16, 16)),
+    "a size": ({"size": {"height": 48, "width": 40}}, (48, 40)),
+    "inside a processor": ({"image_processor": {"size": {"height": 16, "width": 16}}}, (16, 16)),
+    "not of whole patches": ({"size": {"height": 20, "width": 20}}, (32, 32)),
+    "the shorter side alone": ({"size": {"shortest_edge": 48}}, (32, 32)),
+    "nothing": ({}, (32, 32)),
+    "nonsense": ({"size": {"height": "tall", "width": -8}}, (32, 32)),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+@torch.no_grad()
+def test_the_image_processor_says_the_size(case: str, tmp_path: Path) -> None:
+    content, expected = SIZES[case]
+    model, folder = folder_of("dinov2", tmp_path)
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    backbone = create_backbone(folder)
+    assert backbone.image_size == expected
+    pixels = torch.randn(1, 3, *expected, generator=torch.Generator().manual_seed(1))
+    theirs = model(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(backbone.tokens(pixels), theirs, atol=1e-5, rtol=1e-5)
+    assert create_backbone(folder, image_size=40).image_size == (40, 40)

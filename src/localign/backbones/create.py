@@ -18,7 +18,7 @@ from localign.backbones.backbone import Backbone, PositionInterpolation
 from localign.backbones.building import REMOTE, build_vit, image_sides, remote_config, set_image_size
 from localign.backbones.export import CONFIG_FILE, load_backbone
 from localign.backbones.families.naflex import plain_vit
-from localign.backbones.families.reading import is_of_transformers, load_transformers_backbone
+from localign.backbones.families.reading import is_of_transformers, load_transformers_backbone, stated_size
 from localign.backbones.hub import model_folder
 from localign.backbones.moco import read_moco_v3
 from localign.backbones.preprocessing import Preprocessing
@@ -52,7 +52,8 @@ def create_backbone(
         weights: ``"pretrained"``, ``"none"`` (random weights that depend on ``seed``), or a safetensors or torch file
             with timm's parameter names or in an original format that timm converts.
         image_size: Input side, or (height, width), pixels; positions are resampled, see
-            :func:`~localign.backbones.building.set_image_size`.
+            :func:`~localign.backbones.building.set_image_size`. Default: that of the weights, or in a folder of
+            transformers what its image processor gives (224 for DINOv2, whose positions are for 518).
         model_kwargs: Further arguments of timm's constructor, for example ``{"depth": 2}``.
         attention: Back-end of soft-capped attention, if the backbone has it.
         seed: Seed of random weights.
@@ -80,6 +81,8 @@ def create_backbone(
                 attention=attention,
                 weights=weights == "pretrained",
             )
+        if sides is None and "img_size" not in kwargs:
+            sides = _fitting(stated_size(folder), backbone)
         return backbone if sides is None else set_image_size(backbone, sides)
     if folder is not None and "localign" not in config:  # timm reads its own folders
         name, folder = (f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}"), None
@@ -242,3 +245,9 @@ def _converted(vit: nn.Module, state: StateDict, path: Path) -> StateDict:
             raise UserError(f"{path} does not fit {type(vit).__name__}: {printable(repr(error))}") from error
     check_fit(vit, without_ignored(vit, state, _CLASSIFIER), path)
     return state
+
+
+def _fitting(size: tuple[int, int] | None, backbone: Backbone) -> tuple[int, int] | None:
+    """A size that whole patches cover, or None."""
+    fits = size is not None and not any(s % p for s, p in zip(size, backbone.patch_size, strict=True))
+    return size if fits else None

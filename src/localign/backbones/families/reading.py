@@ -128,6 +128,22 @@ def load_transformers_backbone(
     ).eval()
 
 
+def stated_size(folder: Path) -> tuple[int, int] | None:
+    """Height and width, pixels, of the images that the folder's image processor gives; None where it does not say.
+
+    They may differ from the size of the position embedding: DINOv2's has 518 pixels, its processor gives 224.
+    """
+    path = folder / PREPROCESSOR_FILE
+    content = read_json_object(path) if path.is_file() else {}
+    content = content.get("image_processor", content)
+    if not isinstance(content, dict):
+        return None
+    size = content.get("crop_size" if content.get("do_center_crop") else "size")
+    sides = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
+    height, width = (s if isinstance(s, int) and not isinstance(s, bool) and s > 0 else None for s in sides)
+    return None if height is None or width is None else (height, width)
+
+
 def _preprocessing(
     folder: Path, family: TransformersFamily
 ) -> tuple[tuple[float, ...], tuple[float, ...], Preprocessing]:
