@@ -13,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from localign.backbones import Backbone, create_backbone
+from localign.alignment.student import prepare_backbone
+from localign.backbones import Backbone, create_backbone, save_backbone
 from localign.cli import main
 from localign.data.sources import open_source
 from localign.data.transforms import EvalTransform
 from localign.datatools import embed as embedding
 from localign.datatools.embed import embed
+from localign.files.output import EMBEDDING_KEY
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
@@ -212,3 +214,32 @@ def test_what_is_missing_is_one_line(
     assert main(command) == 2
     assert "pip install 'localign[parquet]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("vit_tiny_patch16_224", "class token"), ("vit_base_patch16_siglip_224", "mean of patches")],
+)
+@torch.no_grad()
+def test_an_aligned_model_has_no_pooling_of_its_own(
+    name: str, kind: str, pictures: Path, tmp_path: Path
+) -> None:
+    kwargs = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+    plain = create_backbone(name, weights="none", image_size=32, model_kwargs=kwargs)
+    export = save_backbone(prepare_backbone(plain.copy()), tmp_path / "export")
+    out = tmp_path / "aligned.parquet"
+    command = ["embed", str(pictures), "--backbone", str(export), "--out", str(out)]
+    assert main([*command, "--patches", "--dtype", "float32"]) == 0
+    table = pq.read_table(out)
+    facts = json.loads(table.schema.metadata[EMBEDDING_KEY.encode()])
+    assert facts["pooling"] == kind
+    pooled = np.stack(table["pooled"].to_pylist())
+    assert pooled.shape == (len(table), 48)
+    if kind == "mean of patches":
+        patches = np.stack(table["patches"].to_pylist()).reshape(len(table), -1, 48)
+        assert np.allclose(pooled, patches.mean(axis=1), atol=1e-5)
+    else:
+        source, transform = open_source(str(pictures), image_size=(32, 32)), EvalTransform((32, 32))
+        backbone = create_backbone(export)
+        tokens = backbone.tokens(backbone.normalise(transform(source.load(0))[None]))
+        assert np.allclose(pooled[0], tokens[0, 0].numpy(), atol=1e-5)

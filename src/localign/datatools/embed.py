@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _GROUP_BYTES = 2**26
 """Features in a row group, which is also about what is kept in memory."""
 _GROUP_ROWS = 4096
+OWN_POOLING, CLASS_TOKEN, MEAN_OF_PATCHES = "the model's own", "class token", "mean of patches"
 _NAMED = 100
 """Unreadable images that the file names; it counts all of them."""
 
@@ -125,15 +126,32 @@ def embed(backbone: Backbone, images: Tensor, patches: bool = True) -> dict[str,
         patches: Return the patch tokens, too.
 
     Returns:
-        ``pooled``, float32 ``(batch, width)``, which equals ``backbone.pooled``; and ``patches``, float32
+        ``pooled``, float32 ``(batch, width)``, see :func:`pooling`; and ``patches``, float32
         ``(batch, num_patches, width)``, which equals ``backbone.tokens`` without the prefix tokens.
     """
+    prefix = backbone.num_prefix_tokens
     with torch.inference_mode():
         tokens = backbone.tokens(backbone.normalise(images), norm=False)
-        found = {"pooled": backbone.vit.forward_head(backbone.vit.norm(tokens), pre_logits=True).float()}
+        normed = backbone.normalise_tokens(tokens)
+        if (kind := pooling(backbone)) == OWN_POOLING:
+            pooled = backbone.vit.forward_head(backbone.vit.norm(tokens), pre_logits=True)
+        else:
+            pooled = normed[:, 0] if kind == CLASS_TOKEN else normed[:, prefix:].mean(dim=1)
+        found = {"pooled": pooled.float()}
         if patches:
-            found["patches"] = backbone.normalise_tokens(tokens)[:, backbone.num_prefix_tokens :].float()
+            found["patches"] = normed[:, prefix:].float()
     return found
+
+
+def pooling(backbone: Backbone) -> str:
+    """What ``pooled`` is: the model's own pooled output, which equals ``backbone.pooled``.
+
+    Alignment removes pooling; the feature of an aligned model is its class token after the final norm, or the mean of
+    its patches if it has no class token.
+    """
+    if backbone.vit.global_pool:
+        return OWN_POOLING
+    return MEAN_OF_PATCHES if getattr(backbone.vit, "cls_token", None) is None else CLASS_TOKEN
 
 
 def _tables(
@@ -195,7 +213,7 @@ def _schema(backbone: Backbone, source: ImageSource, config: EmbedConfig) -> pa.
         "width": backbone.width,
         "soft_cap": backbone.soft_cap,
         "final_norm": backbone.final_norm,
-        "pooling": getattr(backbone.vit, "global_pool", None),
+        "pooling": pooling(backbone),
         "mean": backbone.mean,
         "std": backbone.std,
         "images": _text(config.images),
