@@ -185,6 +185,16 @@ def test_a_backbone_probed_alone_has_no_difference() -> None:
     assert "| test | local | linear | - | 50.0 [49.0, 51.0] | - |" in text
 
 
+def test_heads_that_have_not_converged_are_marked_and_folders_are_private() -> None:
+    results = results_of("x")
+    results["differences"][0] |= {"converged": False, "interval": None}
+    results["notes"] = ["Trained on 288 images of /home/somebody/data/coco-things and 2/3 of them."]
+    text = measured(results, "x", "here")
+    assert "| 25.0 | 50.0 | +25.0 (heads not converged) |" in text
+    assert "- Trained on 288 images of coco-things and 2/3 of them." in text
+    assert "not converged" not in measured(results_of("x"), "x", "here")
+
+
 @pytest.mark.parametrize(
     "change",
     [{"command": "align"}, {"probe": 3}, {"probe": {"a": []}}, {"differences": None}, {"differences": [{}]}],

@@ -28,6 +28,8 @@ _MARK = "<!-- Written by localign; no longer replaced after an edit. "
 """Stands before the digest of everything above it: a card that somebody has edited does not match."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _IDENTIFIER = re.compile(r"[\w.+-]{1,60}")
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/]+/)*(?=[^\s/])")
+"""The folders of an absolute path, which say where a machine keeps its data."""
 _CARD_BYTES = 2**20
 _SETTINGS = (
     "objective", "target", "loss", "mask", "keep_ratio", "decoder", "soft_cap", "stage", "adapter", "llm", "prompt",
@@ -350,7 +352,7 @@ def measured(results: Mapping[str, Any], sha256: str, where: object) -> str:
             )
         rows = [_difference_row(entry, probe) for entry in results["differences"] if entry["name"] in ours]
         rows = rows or _rows_alone(probe[ours[0]])
-        notes = [str(note) for note in results.get("notes", ())]
+        notes = [_FOLDERS.sub("", str(note)) for note in results.get("notes", ())]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise UserError(
             f"{printable(where)} holds a damaged results.json: {printable(repr(error))}"
@@ -370,8 +372,12 @@ def _difference_row(entry: Mapping[str, Any], probe: Mapping[str, Any]) -> str:
         fmean(outcome["results"][source][head][task]["macro_recall"] for outcome in probe[name])
         for name in (entry["against"], entry["name"])
     )
-    low, high = entry["interval"] or (float("nan"), float("nan"))
-    gain = f"{100 * entry['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    gain = f"{100 * entry['difference']:+.1f}"
+    if entry["interval"] is not None:
+        low, high = entry["interval"]
+        gain += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    if entry.get("converged") is False:
+        gain += " (heads not converged)"
     cells = (_plain(source), _plain(task), _plain(head), f"{100 * before:.1f}", f"{100 * after:.1f}", gain)
     return f"| {' | '.join(cells)} |"
 
@@ -382,7 +388,8 @@ def _rows_alone(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
         for head, tasks in heads.items():
             for task in tasks:
                 recall = fmean(o["results"][source][head][task]["macro_recall"] for o in outcomes)
-                low, high = tasks[task].get("macro_recall_interval") or (float("nan"), float("nan"))
-                after = f"{100 * recall:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+                after = f"{100 * recall:.1f}"
+                if (interval := tasks[task].get("macro_recall_interval")) is not None:
+                    after += f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
                 rows.append(f"| {_plain(source)} | {_plain(task)} | {_plain(head)} | - | {after} | - |")
     return rows
