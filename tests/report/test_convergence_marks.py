@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from matplotlib.text import Text
 from probe_results import results
 from rich.console import Console
 
+from localign.report.figures.bars import tasks_drawing
 from localign.report.probepage import headline
 from localign.report.tables.measures import NOT_CONVERGED, NOT_CONVERGED_NOTE, change, unconverged
 from localign.report.tables.probe import comparison_table, convergence_grid, recall_caption
@@ -87,3 +89,12 @@ def test_old_results_show_as_before() -> None:
     assert "converged" not in shown(content)
     assert convergence_grid(content).rows == ()
     assert all_converged([], "linear", "local") is None
+
+
+@pytest.mark.parametrize("converged", [True, False])
+def test_the_figure_marks_the_difference(converged: bool) -> None:
+    drawing = tasks_drawing(judged(True, True, True, converged), "linear")
+    assert drawing is not None
+    texts = [text.get_text() for text in drawing.figure.findobj(Text)]
+    assert sum(text.endswith("*") and text[0] in "+−" for text in texts) == int(not converged)
+    assert ("*: heads not converged" in texts) is not converged

@@ -202,8 +202,9 @@ def _set_limits(ax: Axes, column: Sequence[BarGroup]) -> None:
 def _write_change(ax: Axes, y: float, difference: Change | None) -> None:
     if difference is None:
         return
+    mark = "*" if difference.converged is False else ""
     ax.text(
-        0.995, y, points(difference.value), transform=ax.get_yaxis_transform(), ha="right", va="center",
+        0.995, y, f"{points(difference.value)}{mark}", transform=ax.get_yaxis_transform(), ha="right", va="center",
         fontsize=8.5, fontweight="bold" if difference.significant else "normal",
     )  # fmt: skip
 
@@ -232,6 +233,8 @@ def _handles(
         handles.append(Patch(facecolor="none", edgecolor="none", label=label))
     if any(group.change and group.change.significant for group in groups):
         handles.append(Patch(facecolor="none", edgecolor="none", label="bold: 95 % interval excludes 0"))
+    if any(group.change and group.change.converged is False for group in groups):
+        handles.append(Patch(facecolor="none", edgecolor="none", label="*: heads not converged"))
     return handles
 
 
