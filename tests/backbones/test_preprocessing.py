@@ -235,3 +235,10 @@ def test_the_image_processor_says_the_size(case: str, tmp_path: Path) -> None:
     theirs = model(pixel_values=pixels).last_hidden_state
     torch.testing.assert_close(backbone.tokens(pixels), theirs, atol=1e-5, rtol=1e-5)
     assert create_backbone(folder, image_size=40).image_size == (40, 40)
+
+
+def test_an_image_processor_that_is_no_object_is_one_line(tmp_path: Path) -> None:
+    _, folder = folder_of("dinov2", tmp_path)
+    (folder / "preprocessor_config.json").write_text('{"image_processor": 3}')
+    with pytest.raises(UserError, match=r"image_processor is no object$"):
+        create_backbone(folder)

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from localign.backbones import Backbone
+from localign.backbones.backbone import resample_positions
 from localign.backbones.building import set_image_size
 from localign.backbones.native import (
     NativeImages,
@@ -139,9 +139,8 @@ class Decoder(nn.Module):
             old: Rows and columns of patches now. Tokens beyond these are prefix tokens, whose positions stay.
             new: Rows and columns of patches from now on.
         """
-        prefix = self.config.num_tokens - old[0] * old[1]
         with torch.no_grad():
-            positions = resample_abs_pos_embed(self.pos_embed, list(new), list(old), num_prefix_tokens=prefix)
+            positions = resample_positions(self.pos_embed, new, old, "bicubic")
         self.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
         self.config = replace(self.config, num_tokens=positions.shape[1])
 

@@ -19,7 +19,7 @@ from torch import nn
 from localign.backbones.backbone import FAMILIES, Backbone, check_divisible, resample_positions
 from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
-from localign.text.printing import printable
+from localign.text.printing import first_line, printable
 from localign.text.reading import read_json_object
 
 LOCAL = "local-dir:"
@@ -112,7 +112,7 @@ def build_vit(architecture: str, arguments: Mapping[str, Any], *, pretrained: bo
     except AssertionError as error:
         raise UserError(f"{architecture} with {dict(arguments)}: {error}") from error
     except Exception as error:
-        reason = printable(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        reason = first_line(error)
         if architecture.startswith(REMOTE):
             raise UserError(f"{architecture} cannot be downloaded or built: {reason}") from error
         if not pretrained and arguments:
@@ -169,9 +169,8 @@ def set_image_size(backbone: Backbone, size: int | Sequence[int]) -> Backbone:
         with torch.no_grad():
             _set_input_size(backbone, sides)
     except RuntimeError as error:
-        reason = printable(str(error).strip().partition("\n")[0])
         raise UserError(
-            f"{backbone.name} cannot take images of {sides[0]} x {sides[1]} pixels: {reason}"
+            f"{backbone.name} cannot take images of {sides[0]} x {sides[1]} pixels: {first_line(error)}"
         ) from None
     backbone.model_kwargs["img_size"] = sides[0] if sides[0] == sides[1] else sides
     return backbone

@@ -165,12 +165,12 @@ def save_backbone(
         check_finite(decoder, "the decoder is not exported")
     folder.mkdir(parents=True, exist_ok=True)
     _save_tensors(state, folder / WEIGHTS_FILE)
-    if EXPORT in kinds_of(folder):
-        for pattern in OTHER_FILES:  # left by an earlier export
-            for file in folder.glob(pattern):
-                file.unlink(missing_ok=True)
     if decoder is not None:
         _save_tensors(decoder, folder / DECODER_FILE)
+    if EXPORT in kinds_of(folder):
+        for file in [file for pattern in OTHER_FILES for file in folder.glob(pattern)]:
+            if decoder is None or file.name != DECODER_FILE:
+                file.unlink(missing_ok=True)  # left by an earlier export
     replace_text(
         folder / PREPROCESSOR_FILE, json.dumps(preprocessor_config(backbone, "clip"), indent=1) + "\n"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from localign.backbones.export import CONFIG_FILE, export_folder
 from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
-from localign.text.printing import printable
+from localign.text.printing import first_line, printable
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _CONFIGS = ["config.json", "preprocessor_config.json", "*.index.json"]
@@ -50,9 +50,8 @@ def download(repository: str) -> Path:
             if not any(folder.glob(_SAFETENSORS)):
                 folder = Path(snapshot_download(repository, allow_patterns=[*_CONFIGS, _TORCH]))
     except Exception as error:  # network, permission and cache errors of several libraries
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{repository} cannot be downloaded from the model hub: {printable(reason)}; give a folder that holds it"
+            f"{repository} cannot be downloaded from the model hub: {first_line(error)}; give a folder that holds it"
         ) from None
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{repository} holds no model: it has no {CONFIG_FILE}")

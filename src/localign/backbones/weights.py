@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from localign.backbones.formats import check_format
 from localign.errors import UserError
-from localign.text.printing import printable
+from localign.text.printing import first_line, printable
 
 StateDict = dict[str, Tensor]
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -53,8 +53,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{printable(path)} was refused: {_unpickling_cause(error)}") from error
     except Exception as error:  # readers raise errors of all kinds on damaged files
-        cause = printable((str(error).splitlines() or [type(error).__name__])[0])
-        raise UserError(f"{printable(path)} is not a readable checkpoint: {cause}") from error
+        raise UserError(f"{printable(path)} is not a readable checkpoint: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{printable(path)} holds a {type(content).__name__}, not a dictionary of tensors")
     return content

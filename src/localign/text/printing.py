@@ -57,6 +57,12 @@ def console(width: int | None = None, *, stderr: bool = False) -> Console:
     return PlainConsole(width=None if is_terminal else width, stderr=stderr, markup=False, emoji=False)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, :func:`printable`, or the error's class if it has none."""
+    lines = str(error).strip().splitlines()
+    return printable(lines[0]) if lines else type(error).__name__
+
+
 def csv_cell(value: object) -> str:
     """A cell of a CSV file. Text that a spreadsheet would run as a formula gets a leading apostrophe."""
     text = printable(value)

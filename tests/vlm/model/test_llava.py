@@ -87,6 +87,11 @@ def swap(*options: object) -> int:
     return main(["vlm", "swap", *map(str, options)])
 
 
+def as_llava(folder: Path, out: Path) -> int:
+    """Export a model as a LLaVA model; returns the exit code."""
+    return main(["vlm", "export", str(folder), "--format", "llava", "--dtype", "float32", "--out", str(out)])
+
+
 def batch() -> tuple[Tensor, Tensor]:
     """Ids with the tokens of an image, and its pixels."""
     pixels = torch.randint(0, 256, (1, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(7))
@@ -160,22 +165,7 @@ def test_it_comes_back_as_a_llava_model(
         == 0
     )
     back = tmp_path / "back"
-    assert (
-        main(
-            [
-                "vlm",
-                "export",
-                str(tmp_path / "ours"),
-                "--format",
-                "llava",
-                "--dtype",
-                "float32",
-                "--out",
-                str(back),
-            ]
-        )
-        == 0
-    )
+    assert as_llava(tmp_path / "ours", back) == 0
     assert "logits within" in capsys.readouterr().out
     assert json.loads((back / "config.json").read_text())["model_type"] == "llava"
     assert 'pipeline("image-text-to-text", model="back")' in (back / "README.md").read_text()
@@ -227,19 +217,8 @@ def test_towers_of_every_family_go_in_and_out(
     expected = ours(input_ids=ids, pixel_values=pixels).logits
     assert torch.equal(twin.eval()(ids, pixels).logits, expected)
     back = tmp_path / "back"
-    command = [
-        "vlm",
-        "export",
-        str(tmp_path / "ours"),
-        "--format",
-        "llava",
-        "--dtype",
-        "float32",
-        "--out",
-        str(back),
-    ]
     capsys.readouterr()
-    assert main(command) == (2 if name in REGISTERS else 0)
+    assert as_llava(tmp_path / "ours", back) == (2 if name in REGISTERS else 0)
     if name not in REGISTERS:
         theirs = LlavaForConditionalGeneration.from_pretrained(back).eval()
         images = ours.vision.backbones[0].normalise(pixels)

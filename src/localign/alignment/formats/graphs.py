@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localign.alignment.formats.transformers import EXACT, comparison_images
+from localign.alignment.formats.transformers import EXACT, check_difference, comparison_images
 from localign.backbones import Backbone
 from localign.backbones.attention import fuse_attention
 from localign.backbones.export import CONFIG_FILE, OTHER_FILES, PREPROCESSOR_FILE, WEIGHTS_FILE
+from localign.backbones.families.parity import relative_difference
 from localign.errors import UserError
 from localign.files import refilling_folder
 from localign.files.output import PROVENANCE_KEY
 from localign.options.export import ExportConfig
+from localign.text.printing import first_line
 
 INPUT, OUTPUT = "pixel_values", "last_hidden_state"
 FILES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
@@ -62,14 +63,10 @@ def export_graph(backbone: Backbone, config: ExportConfig, provenance: dict[str,
             except UserError:
                 raise
             except Exception as error:  # the exporters raise errors of many kinds, with pages of text
-                line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise UserError(f"{backbone.name} cannot be exported as {config.format}: {line}") from error
+                reason = first_line(error)
+                raise UserError(f"{backbone.name} cannot be exported as {config.format}: {reason}") from error
             difference = _difference(backbone, read(file), comparison_images(config, backbone))
-        if not difference <= tolerance:
-            raise UserError(
-                f"in the format {config.format} the tokens of {backbone.name} change by {difference:.2g} of their root "
-                f"mean square, more than the tolerance of {tolerance:g}"
-            )
+        check_difference(difference, tolerance, backbone, config)
         facts = {
             "format": config.format,
             "file": file.name,
@@ -146,13 +143,8 @@ def _require_onnx() -> None:
 @torch.no_grad()
 def _difference(backbone: Backbone, run: Run, images: Tensor) -> float:
     """Compare batches of eight images and, for the open batch size, of one."""
-    largest, squares = 0.0, list[float]()
-    for part in (*images.split(8), images[:1]):
-        pixels = backbone.normalise(part)
-        ours = backbone.tokens(pixels)
-        largest = max(largest, float((ours - run(pixels)).abs().max()))
-        squares.append(float(ours.square().mean()))
-    return largest / max(math.sqrt(sum(squares) / len(squares)), 1e-12)
+    pixels = (backbone.normalise(some) for some in (*images.split(8), images[:1]))
+    return relative_difference((backbone.tokens(some), run(some)) for some in pixels)
 
 
 @contextmanager

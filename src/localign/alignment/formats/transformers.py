@@ -50,12 +50,17 @@ def export_transformers(backbone: Backbone, config: ExportConfig, provenance: di
     with refilling_folder(config.out, OTHER_FILES, CONFIG_FILE) as folder:
         save_transformers(backbone, folder, config.format, extra=facts)
         difference = token_difference(backbone, folder, comparison_images(config, backbone))
-        if not difference <= tolerance:
-            raise UserError(
-                f"in the format {config.format} the tokens of {backbone.name} change by {difference:.2g} of their root "
-                f"mean square, more than the tolerance of {tolerance:g}"
-            )
+        check_difference(difference, tolerance, backbone, config)
     return difference
+
+
+def check_difference(difference: float, tolerance: float, backbone: Backbone, config: ExportConfig) -> None:
+    """Raise a UserError unless the tokens' difference is within the tolerance."""
+    if not difference <= tolerance:
+        raise UserError(
+            f"in the format {config.format} the tokens of {backbone.name} change by {difference:.2g} of their root "
+            f"mean square, more than the tolerance of {tolerance:g}"
+        )
 
 
 def comparison_images(config: ExportConfig, backbone: Backbone) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from localign.backbones.backbone import Backbone
 from localign.errors import UserError
+from localign.text.printing import first_line
 
 
 @torch.no_grad()
@@ -38,19 +40,31 @@ def token_difference(backbone: Backbone, folder: Path, images: Tensor) -> float:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model: Any = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
     except Exception as error:  # transformers raises errors of many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"transformers cannot load {folder}: {reason}") from error
+        raise UserError(f"transformers cannot load {folder}: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
-    largest = squares = 0.0
-    for image in images.split(8):
-        pixels = backbone.normalise(image)
-        ours = backbone.tokens(pixels, norm=False)
-        theirs = _hidden_states(model, config.model_type, pixels, backbone.patch_size[0])[-1]
+    pixels = (backbone.normalise(some) for some in images.split(8))
+    return relative_difference(
+        (
+            backbone.tokens(some, norm=False),
+            _hidden_states(model, config.model_type, some, backbone.patch_size[0])[-1],
+        )
+        for some in pixels
+    )
+
+
+def relative_difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The largest difference between two models' values, divided by the root mean square of the first model's.
+
+    Args:
+        pairs: Values of both models, of one shape.
+    """
+    largest, squares, count = 0.0, 0.0, 0
+    for ours, theirs in pairs:
         largest = max(largest, float((ours - theirs).abs().max()))
-        squares += float(ours.double().pow(2).mean()) * len(image)
-    scale = math.sqrt(squares / len(images))
-    return largest / max(scale, 1e-12)
+        squares += float(ours.double().pow(2).sum())
+        count += ours.numel()
+    return largest / max(math.sqrt(squares / count), 1e-12)
 
 
 def _hidden_states(model: Any, model_type: str, pixels: Tensor, patch: int) -> tuple[Tensor, ...]:

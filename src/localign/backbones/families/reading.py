@@ -133,11 +133,7 @@ def stated_size(folder: Path) -> tuple[int, int] | None:
 
     They may differ from the size of the position embedding: DINOv2's has 518 pixels, its processor gives 224.
     """
-    path = folder / PREPROCESSOR_FILE
-    content = read_json_object(path) if path.is_file() else {}
-    content = content.get("image_processor", content)
-    if not isinstance(content, dict):
-        return None
+    content = _image_processor(folder)
     size = content.get("crop_size" if content.get("do_center_crop") else "size")
     sides = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
     height, width = (s if isinstance(s, int) and not isinstance(s, bool) and s > 0 else None for s in sides)
@@ -148,13 +144,21 @@ def _preprocessing(
     folder: Path, family: TransformersFamily
 ) -> tuple[tuple[float, ...], tuple[float, ...], Preprocessing]:
     """Mean and standard deviation per channel from ``preprocessor_config.json``, else the family's, and resizing."""
-    path = folder / PREPROCESSOR_FILE
-    content = read_json_object(path) if path.is_file() else {}
-    content = content.get("image_processor", content)
+    path, content = folder / PREPROCESSOR_FILE, _image_processor(folder)
     mean, std = content.get("image_mean", family.mean), content.get("image_std", family.std)
     where = f"image_mean and image_std in {path}"
     preprocessing = Preprocessing.of_transformers(content, path)
     return pixel_statistics(mean, "mean", where), pixel_statistics(std, "std", where), preprocessing
+
+
+def _image_processor(folder: Path) -> Mapping[str, Any]:
+    """The content of ``preprocessor_config.json``; {} where there is none."""
+    path = folder / PREPROCESSOR_FILE
+    content = read_json_object(path) if path.is_file() else {}
+    inner = content.get("image_processor", content)
+    if not isinstance(inner, dict):
+        raise UserError(f"{printable(path)}: image_processor is no object")
+    return inner
 
 
 def read_tensors(folder: Path, anchor: str) -> StateDict:

@@ -12,7 +12,7 @@ from localign._version import __version__
 from localign.backbones.publishing.cards import CARD_FILE, Card, is_own_card, write_card
 from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
-from localign.text.printing import printable
+from localign.text.printing import first_line, printable
 
 
 def publish(folder: Path, card: Card, files: Sequence[str], *, private: bool = False) -> None:
@@ -77,7 +77,7 @@ def push(folder: Path, repository: str, files: Sequence[str], *, private: bool =
         if message := error.server_message:
             failure += f", {message.splitlines()[0]}"
     except Exception as error:  # network, permission and validation errors of several libraries
-        failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        failure = first_line(error)
     else:
         return url
     raise UserError(

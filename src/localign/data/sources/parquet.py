@@ -19,7 +19,7 @@ from localign.data.sources.base import EncodedSource, is_remote
 from localign.data.sources.layouts.identity import known_content, read_head, short_names
 from localign.data.sources.layouts.parquet_pages import page_sizes
 from localign.errors import RunFailure, UserError
-from localign.text.printing import printable
+from localign.text.printing import first_line, printable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -282,11 +282,6 @@ def open_parquet(file: str, dictionary: Sequence[str] = ()) -> pq.ParquetFile:
     except Exception as error:  # a damaged footer raises errors of several kinds
         reason = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
         raise UserError(f"cannot read {shown} as parquet: {reason}") from None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, safe to print."""
-    return printable((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _check_content(file: str) -> None:

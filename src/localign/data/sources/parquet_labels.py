@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localign.data.sources.lists import label_text
-from localign.data.sources.parquet import first_line, open_parquet, shortened_files
+from localign.data.sources.parquet import open_parquet, shortened_files
 from localign.errors import UserError
-from localign.text.printing import printable
+from localign.text.printing import first_line, printable
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -37,6 +37,7 @@ from localign.data.sources.tar_index import (
     shards_digest,
 )
 from localign.errors import RunFailure, UserError
+from localign.text.printing import first_line
 
 T = TypeVar("T")
 
@@ -126,13 +127,9 @@ def with_retries(action: Callable[[], T], target: str) -> T:
             return action()
         except Exception as error:  # each fsspec file system raises its own errors
             if delay is None:
-                raise RunFailure(f"cannot read {target}: {_first_line(error)}") from None
+                raise RunFailure(f"cannot read {target}: {first_line(error)}") from None
             time.sleep(delay)
     raise AssertionError("unreachable")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class StreamedTarSource(TarSource):
@@ -214,7 +211,7 @@ def _as_user_error(target: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"there is no {target}") from None
     except Exception as error:  # each fsspec file system raises its own errors
-        raise UserError(f"cannot reach {target}: {_first_line(error)}") from None
+        raise UserError(f"cannot reach {target}: {first_line(error)}") from None
 
 
 def open_remote(url: str) -> Any:

@@ -25,6 +25,7 @@ from localign.engine.optim.build import state_names
 from localign.errors import UserError
 from localign.files import replace_text, replacing_folder
 from localign.results import BestCheckpoint
+from localign.text.printing import first_line
 from localign.weights import load_strict
 
 MODEL_FILE = "model.safetensors"
@@ -223,7 +224,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {_first_line(error)}") from error
+        raise UserError(f"checkpoint {path} is damaged: {first_line(error)}") from error
 
 
 @contextmanager
@@ -231,11 +232,7 @@ def _naming(file: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file}: {first_line(error)}") from error
 
 
 def _cpu_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

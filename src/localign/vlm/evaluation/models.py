@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from localign.backbones.export import CONFIG_FILE
 from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
-from localign.text.printing import printable
+from localign.text.printing import first_line, printable
 from localign.text.reading import read_json_object
 from localign.vlm.evaluation.localign_model import LocalignModel
 from localign.vlm.evaluation.model_base import LazyModel
@@ -21,7 +21,6 @@ from localign.vlm.evaluation.transformers_model import TransformersModel
 from localign.vlm.model.build import export_folder
 from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.digests import WEIGHTS_LIST
-from localign.vlm.model.loading import first_line
 from localign.vlm.scoring.boxes import BoxFrame
 
 _BLOCK_BYTES = 2**24

@@ -29,10 +29,10 @@ from localign.errors import UserError
 from localign.files import refilling_folder
 from localign.options.vlm.tools import SwapConfig
 from localign.options.vlm.train import VLMConfig
-from localign.text.printing import printable
+from localign.text.printing import first_line, printable
 from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.llava import read_llava
-from localign.vlm.model.loading import first_line, load_pretrained
+from localign.vlm.model.loading import load_pretrained
 from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.model.presets import VisionSource, build_vision
 from localign.vlm.model.processing import LocalignVLMProcessor

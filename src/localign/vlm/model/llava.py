@@ -30,6 +30,7 @@ from transformers import (
 
 from localign import rng
 from localign.backbones import Backbone
+from localign.backbones.families.parity import relative_difference
 from localign.backbones.families.writing import save_transformers
 from localign.errors import UserError
 from localign.files import refilling_folder
@@ -221,7 +222,7 @@ def _difference(model: LocalignVLM, twin: Any) -> float:
     images = model.vision.backbones[0].normalise(pixels).to(twin.dtype)
     ours = model(input_ids=ids, pixel_values=pixels).logits.float()
     theirs = twin(input_ids=ids, pixel_values=images).logits.float()
-    return float((ours - theirs).abs().max() / ours.square().mean().sqrt().clamp(min=1e-12))
+    return relative_difference([(ours, theirs)])
 
 
 def _llava_processor(model: LocalignVLM, processor: LocalignVLMProcessor) -> LlavaProcessor:

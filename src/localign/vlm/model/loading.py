@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
-from localign.text.printing import printable
+from localign.text.printing import first_line, printable
 from localign.text.reading import read_json_object
 
 T = TypeVar("T")
@@ -40,12 +40,6 @@ def load_pretrained(
         raise
     except Exception as error:  # transformers and tokenizers raise nearly anything on damaged files
         raise UserError(f"{failure} {printable(source)}: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's class if it has none."""
-    lines = str(error).strip().splitlines()
-    return printable(lines[0]) if lines else type(error).__name__
 
 
 def check_local_config(folder: Path) -> None:
