@@ -1,4 +1,4 @@
-"""Old names of options. They work for one release, on the command line and in files."""
+"""Old names of options, which work for one release on the command line and in files, and old meanings of options."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from localign.errors import UserError
+
+REVISION = 2
+"""Saved with every run. It counts the changes in what the same options mean; the first runs saved none.
+
+2: ``crop: published`` draws from the ranges of the published runs; before, from those of ``rkrc``. ``mask: block``
+uncovers rectangles; before, it hid them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,29 @@ def with_new_names(
         if warn_of is not None:
             warn(f"{warn_of}: {old}", new)
     return renamed
+
+
+def with_meanings_of_now(values: Mapping[str, Any], command: str | None, revision: int) -> dict[str, Any]:
+    """Saved options as they have to be written now, where that is possible.
+
+    Args:
+        values: Option -> value, under the names of now.
+        command: Whose options they are.
+        revision: The :data:`REVISION` that they were saved with.
+    """
+    changed = dict(values)
+    photographs = not str(values.get("data")).startswith("scenes")
+    published = values.get("crop") == "published" or (command == "align" and values.get("crop") is None)
+    if revision < 2 and command in ("align", "finetune") and photographs and published:
+        changed["crop"] = "rkrc"
+    return changed
+
+
+def lost_meaning(values: Mapping[str, Any], command: str | None, revision: int) -> str | None:
+    """What the saved options mean that no option means now, so that the run cannot go on; None if there is no such."""
+    if revision < 2 and command == "align" and values.get("mask") == "block":
+        return "its block masks hide rectangles; block masks now uncover them, as published"
+    return None
 
 
 def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:

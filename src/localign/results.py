@@ -237,7 +237,12 @@ class Results(TrainingResults, TaskSummary, ProbeResults, total=False):
     """``results.json`` of any command that trains or probes."""
 
 
-class SavedConfig(TypedDict):
+class _Revised(TypedDict, total=False):
+    revision: int
+    """:data:`localign.deprecated.REVISION`; 1 if missing."""
+
+
+class SavedConfig(_Revised):
     """The content of ``config.yaml``."""
 
     command: str

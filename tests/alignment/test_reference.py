@@ -32,6 +32,18 @@ def test_every_quantity_of_the_published_code_is_reproduced() -> None:
             assert result.max_absolute <= TOLERANCE, result
 
 
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the reference numbers are not at {GOLDEN}")
+def test_masks_and_crop_are_compared_too() -> None:
+    rows = {(r.variant, r.quantity): r for r in verify_reference(GOLDEN.parent)}
+    assert rows["training crop", "crop.pixels"].max_absolute == 0
+    rates = [r for (variant, _), r in rows.items() if variant.startswith("block ratio")]
+    assert len(rates) == 6
+    for row in rates:
+        assert row.tolerance is not None
+        assert 0 < row.max_error <= row.tolerance, row
+    assert ("cls", "student.reconstruction") in rows  # the variants in the folder maskembed
+
+
 def test_errors_are_relative_to_the_size_of_the_whole_tensor() -> None:
     reference = torch.tensor([3.0, -4.0, 0.0, 0.0]) * 4
     error, absolute = _errors(reference + torch.tensor([0, 0, 0.5, 0]), reference)

@@ -99,7 +99,7 @@ def test_a_config_file_and_overrides_make_one_config(tmp_path: Path) -> None:
         ("align --backbne x", "unknown option --backbne; did you mean '--backbone'"),
         ("align --steps x", "--steps takes int, null, not 'x'"),
         ("align --steps", "--steps needs a value"),
-        ("align --crop foo", "--crop takes one of [published, rrc, none], null, not 'foo'"),
+        ("align --crop foo", "--crop takes one of [published, rkrc, rrc, none], null, not 'foo'"),
         ("align --steps 3 --epochs 2", "--steps and --epochs contradict each other"),
         ("align --model-kwargs depth", "--model-kwargs takes name=value pairs"),
         ("align stray", "unexpected argument 'stray'"),

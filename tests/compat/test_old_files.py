@@ -152,7 +152,8 @@ def test_a_stopped_run_ends_as_it_would_have(case: str) -> None:
     name, command = STOPPED[case]
     expected, whole = EXPECTED["runs"][name], f"{name.removesuffix('-sharded')}-finished"
     assert 0 < expected["stopped_at"] < 14
-    run(f"{command} --out {name}-stopped --resume")
+    crop = " --crop rkrc" if name in ("align", "clipself") else ""
+    run(f"{command} --out {name}-stopped --resume{crop}")
     results = content(f"{name}-stopped/results.json")
     assert results["samples_digest"] == expected["digest"]
     assert list(results["skipped_images"]["images"]) == expected["skipped_images"]
@@ -176,6 +177,30 @@ def test_data_may_have_moved(old: Path) -> None:
     assert_same_export("finetune-stopped/export", "finetune-finished/export")
 
 
+@pytest.mark.parametrize("name", ["align", "clipself"])
+def test_a_run_with_the_narrow_crop_says_how_it_goes_on(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(f"{name}-stopped")
+    run(f"{STOPPED[name][1]} --out {name}-stopped --resume", code=2)
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "crop: 'rkrc' before" in line
+    assert "add --crop rkrc" in line
+    assert files(f"{name}-stopped") == before
+
+
+def test_a_run_with_blocks_that_hide_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of half-visible blocks with complements, finished runs still count: see the reproduced figure below."""
+    saved = Path("align-stopped/config.yaml")
+    text = saved.read_text().replace("mask: uniform", "mask: block")
+    saved.write_text(text.replace("block_min_patches: 16", "block_min_patches: 2"))
+    blocks = "--mask block --block-min-patches 2"
+    run(f"align --config align.yaml {blocks} --crop rkrc --out align-stopped --resume", code=2)
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "block masks hide rectangles" in line
+    assert "in another folder" in line
+
+
 def test_another_config_is_still_refused(capsys: pytest.CaptureFixture[str]) -> None:
     run("align --config align.yaml --out align-stopped --resume --ema 0.8", code=2)
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
@@ -185,7 +210,7 @@ def test_another_config_is_still_refused(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_finished_run_has_nothing_left_to_do() -> None:
     before, log = content("align-finished/results.json"), Path("align-finished/log.jsonl").read_text()
-    run("align --config align.yaml --out align-finished --resume")
+    run("align --config align.yaml --crop rkrc --out align-finished --resume")
     after = content("align-finished/results.json")
     assert Path("align-finished/log.jsonl").read_text() == log
     for field in ("steps", "samples_digest", "final", "best", "target_scale", "teacher_sha256"):

@@ -23,6 +23,7 @@ from localign.finetuning import FinetuneConfig
 from localign.finetuning.task import resolve_finetune
 from localign.options.align import AlignConfig
 from localign.options.data import DataConfig
+from localign.options.names import TrainCrop
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-sample" / "train"
 SIZE = 32
@@ -42,9 +43,11 @@ def jpeg(image: Image.Image, **options: object) -> bytes:
     return file.getvalue()
 
 
-def both(data: bytes, position: int, size: int = SIZE) -> tuple[torch.Tensor, torch.Tensor]:
+def both(
+    data: bytes, position: int, crop: TrainCrop = "rrc", size: int = SIZE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The sample at a position, from a file decoded for its crop, and from the file decoded in full."""
-    transform = TrainTransform(size, "rrc")
+    transform = TrainTransform(size, crop)
     scaled = transform(open_image(data, "x"), 3, position)
     return scaled.int(), transform(decode_image(data, "x"), 3, position).int()
 
@@ -63,14 +66,15 @@ def fractions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return met
 
 
-def test_samples_stay_within_three_levels_of_a_full_decode(fractions: list[int]) -> None:
+@pytest.mark.parametrize("crop", ["rrc", "published"])
+def test_samples_stay_within_three_levels_of_a_full_decode(crop: TrainCrop, fractions: list[int]) -> None:
     data = jpeg(waves(601, 803))
     for position in range(40):
-        scaled, full = both(data, position)
+        scaled, full = both(data, position, crop)
         assert scaled.shape == full.shape == (3, SIZE, SIZE)
         assert float((scaled - full).abs().float().mean()) < 3, position
         assert abs(float((scaled - full).float().mean())) < 0.3, position  # neither brighter nor shifted
-    assert {4, 8} == set(fractions)
+    assert set(fractions) == ({4, 8} if crop == "rrc" else {2, 4, 8})
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -116,6 +120,26 @@ def test_small_files_are_decoded_in_full_to_the_same_pixels(
     for position in range(20):
         scaled = transform(open_image(data, "x"), 3, position)
         assert torch.equal(scaled, transform(decode_image(data, "x"), 3, position))
+    assert set(fractions) == {1}
+
+
+@pytest.mark.parametrize("size", [SIZE, (24, 40)])
+@pytest.mark.parametrize("shape", [(58, 71), (90, 40), (200, 203)])
+def test_a_published_crop_of_a_file_is_the_crop_of_its_pixels(
+    size: int | tuple[int, int], shape: tuple[int, int], fractions: list[int]
+) -> None:
+    """Only the part that the crop shows is resized. Zoomed, stretched and padded samples agree to a rounding."""
+    data = jpeg(waves(*shape))
+    transform = TrainTransform(size, "published")
+    for position in range(60):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoding, "CROP_MARGIN", 100.0)  # decode in full
+            ours = transform(open_image(data, "x"), 3, position).int()
+        difference = ours - transform(decode_image(data, "x"), 3, position).int()
+        assert difference.abs().max() <= 2, position
+        assert abs(float(difference.float().mean())) < 0.1, (
+            position
+        )  # roundings alone, neither brighter nor shifted
     assert set(fractions) == {1}
 
 
@@ -271,7 +295,8 @@ def test_the_option_decides_for_both_crops_and_never_for_validation(
     assert opened(data=folder, crop="rrc", decode="scaled").transform.takes_undecoded
     whole = {(520, 400), (520, 408)}
     assert sizes_loaded(opened(data=folder, decode="full")) == whole
-    assert sizes_loaded(opened(data=folder)) == {(65, 50), (65, 51)}
+    assert opened(data=folder).transform.takes_undecoded
+    assert sizes_loaded(opened(data=folder, crop="rkrc")) == {(65, 50), (65, 51)}
     data = opened(data=folder, val=folder)
     assert data.val_source is not None
     assert {data.val_source.load(i).size for i in (0, 1)} == whole

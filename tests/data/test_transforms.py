@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data.transforms_factory import transforms_imagenet_train
+from timm.data.transforms_factory import create_transform
 
 from localign import rng
 from localign.data.transforms import EvalTransform, TrainTransform, to_tensor
@@ -22,7 +23,7 @@ def picture(height: int = 90, width: int = 140) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8))
 
 
-@pytest.mark.parametrize("crop", ["published", "rrc", "none"])
+@pytest.mark.parametrize("crop", ["published", "rkrc", "rrc", "none"])
 @pytest.mark.parametrize("auto_augment", [None, "rand-m9-mstd0.5-inc1"])
 @pytest.mark.parametrize("size", [32, (24, 40)])
 def test_a_sample_is_a_function_of_seed_and_position(
@@ -45,33 +46,69 @@ def test_a_sample_is_a_function_of_seed_and_position(
     assert not all(torch.equal(a, transform(image, 4, p)) for p, a in enumerate(samples))
 
 
+RRC_RANGES = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
+"""timm's defaults for a random resized crop, which the published runs pass to the mode rkrc."""
+
+
 @pytest.mark.parametrize(
-    ("crop", "mode", "auto_augment"),
-    [("published", "rkrc", None), ("published", "rkrc", "rand-m9-mstd0.5-inc1"), ("rrc", "rrc", None)],
+    ("crop", "mode", "auto_augment", "ranges"),
+    [
+        ("published", "rkrc", None, RRC_RANGES),
+        ("published", "rkrc", "rand-m9-mstd0.5-inc1", RRC_RANGES),
+        ("rkrc", "rkrc", None, {}),
+        ("rrc", "rrc", None, {}),
+    ],
 )
-def test_samples_equal_those_of_timm(crop: TrainCrop, mode: str, auto_augment: str | None) -> None:
-    reference = transforms_imagenet_train(
+def test_samples_equal_those_of_timm(
+    crop: TrainCrop, mode: str, auto_augment: str | None, ranges: dict[str, Any]
+) -> None:
+    reference = create_transform(
         32,
+        is_training=True,
         train_crop_mode=mode,
         interpolation="random",
-        color_jitter=None,  # type: ignore[arg-type]
+        color_jitter=0.0,
         auto_augment=auto_augment,
         use_prefetcher=True,
+        **ranges,
     )
-    for position in range(30):
+    for position in range(60):
         with rng.seeded_globals(5, "transform", position):
-            expected = reference(picture())
-        expected = expected if isinstance(expected, torch.Tensor) else torch.from_numpy(expected)
+            expected = torch.as_tensor(reference(picture()))
         assert torch.equal(TrainTransform(32, crop, auto_augment)(picture(), 5, position), expected)
 
 
-def test_the_published_crop_never_magnifies_beyond_the_decoding_headroom() -> None:
-    from localign.data.sources import DECODE_HEADROOM
-    from localign.data.transforms import PUBLISHED_ASPECT, PUBLISHED_SCALE
+def test_the_published_crop_zooms_and_stretches_half_of_the_images() -> None:
+    """Read off from pictures whose levels are their coordinates: which part of the image a crop shows."""
+    rows, columns = np.mgrid[0:256, 0:256]
+    image = Image.fromarray(np.stack([rows, columns, rows], -1).astype(np.uint8))
+    crop, heights, aspects = TrainTransform(64, "published", hflip=0.0), [], []
+    for position in range(1500):
+        sample = crop(image, 1, position).double()
+        down, right = sample[0, 44, 32] - sample[0, 20, 32], sample[1, 32, 44] - sample[1, 32, 20]
+        heights.append(float(down * right / 24**2) / 16)  # share of the area, from the slopes
+        aspects.append(float(down / right))
+    areas, ratios = np.array(heights), np.array(aspects)
+    stretched = np.abs(np.log(ratios)) > np.log(1.05)
+    expected = 0.5 * (1 - np.log(1.05) / np.log(4 / 3))
+    assert abs(stretched.mean() - expected) < 0.05
+    assert 0.7 < ratios.min() < 0.8
+    assert 1.25 < ratios.max() < 1.42
+    assert (areas < 0.9).mean() == pytest.approx(0.5 * (0.9 - 0.08) / 0.92, abs=0.05)
+    assert (areas < 0.5).mean() == pytest.approx(0.5 * (0.5 - 0.08) / 0.92, abs=0.05)
+    assert 0.06 < areas.min() < 0.12
 
-    assert (PUBLISHED_SCALE[0] * PUBLISHED_ASPECT[0]) ** -0.5 <= DECODE_HEADROOM
-    assert TrainTransform(8).scaled_decode
-    assert not TrainTransform(8, "rrc").scaled_decode
+
+def test_only_crops_that_never_magnify_take_images_decoded_at_reduced_size() -> None:
+    from localign.data.sources import DECODE_HEADROOM
+    from localign.data.transforms import CROP_RANGES
+
+    scale, aspect = CROP_RANGES["rkrc"]
+    assert (scale[0] * aspect[0]) ** -0.5 <= DECODE_HEADROOM
+    assert TrainTransform(8, "rkrc").scaled_decode
+    for crop in ("published", "rrc"):
+        assert not TrainTransform(8, crop).scaled_decode
+        assert TrainTransform(8, crop).takes_undecoded
 
 
 def test_flips_happen_as_often_as_asked() -> None:
@@ -85,7 +122,7 @@ def test_flips_happen_as_often_as_asked() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 2), (5, 7)])
-@pytest.mark.parametrize("crop", ["published", "rrc", "none"])
+@pytest.mark.parametrize("crop", ["published", "rkrc", "rrc", "none"])
 def test_odd_shapes_do_not_fail_or_fill_the_memory(shape: tuple[int, int], crop: TrainCrop) -> None:
     image = Image.fromarray(np.full((*shape, 3), 77, np.uint8))
     for position in range(4):

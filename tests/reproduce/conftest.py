@@ -13,7 +13,7 @@ from PIL import Image
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
     """A labelled folder that also has images to align on."""
-    for part in ("images/train", "images/val", "masks/train", "masks/val", "imagenet-1k", "plain"):
+    for part in ("images/train", "images/val", "masks/train", "masks/val", "imagenet-1k/train", "plain"):
         folder = tmp_path / part
         folder.mkdir(parents=True)
         mode = "L" if part.startswith("masks") else "RGB"

@@ -99,7 +99,7 @@ def test_rows_of_table_4_on_scenes() -> None:
     assert targets == ["cls", "last", "penultimate"], "what a row states it keeps"
     default = configs["in1k-25"]
     assert configs["augment-crop"] == configs["target-last"] == default
-    one_block = replace(default, complement=False, all_visible=False)
+    one_block = replace(default, keep_ratio=0.4, complement=False, all_visible=False)
     for name, expected in (
         ("masks-block", one_block),
         ("masks-uniform-complement-visible", replace(default, mask="uniform")),
@@ -134,7 +134,7 @@ def test_the_published_runs_are_the_recipes(photographs: Path) -> None:
     large = configs["clip-vit-l"]
     assert (large.lr, large.batch_size, large.epochs, large.target) == (2e-4, 1024, 5, "penultimate")
     assert large.data == str(photographs), "there is no folder imagenet-21k in it"
-    assert configs["mae-vit-b"].data == str(photographs / "imagenet-1k")
+    assert configs["mae-vit-b"].data == str(photographs / "imagenet-1k" / "train")
     assert configs["mae-vit-b"].warmup_epochs == 1
     assert all(len(p) == 1 for p in plan.probings.values())
 

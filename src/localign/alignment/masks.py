@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from localign.errors import UserError
 from localign.options.align import MaskOptions
 
 _BLOCK_ASPECT = 0.3
-_BLOCK_ATTEMPTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -31,24 +30,22 @@ class MaskSampler(MaskOptions):
         """Refuse a grid on which the masks do not fit.
 
         Raises:
-            UserError: The smallest block is larger than the area to hide or does not fit into the grid, or shapley
-                masks get fewer than two patches.
+            UserError: The smallest block is as large as the grid, or shapley masks get fewer than two patches.
         """
         if self.kind == "shapley" and grid[0] * grid[1] < 2:
             raise UserError(
                 "shapley masks show some patches and hide others; they need a grid of two or more patches"
             )
-        if self.kind == "block":
-            hidden = round((1 - self.keep_ratio) * grid[0] * grid[1])
-            if self.block_min_patches > hidden:
-                raise UserError(
-                    f"blocks of at least {self.block_min_patches} patches do not fit: on a {grid[0]}x{grid[1]} "
-                    f"grid, keep ratio {self.keep_ratio} hides {hidden}"
-                )
-            if not _smallest_block_fits(self.block_min_patches, grid):
-                raise UserError(
-                    f"blocks of {self.block_min_patches} patches do not fit: a {grid[0]}x{grid[1]} grid is too narrow"
-                )
+        if self.kind == "block" and self.block_min_patches >= grid[0] * grid[1]:
+            raise UserError(
+                f"blocks of at least {self.block_min_patches} patches do not fit: they uncover a whole "
+                f"{grid[0]}x{grid[1]} grid; set a smaller --block-min-patches"
+            )
+
+    def visible_share(self, grid: tuple[int, int], samples: int = 1000) -> float:
+        """The mean share of visible patches of the drawn masks, without complements and all-visible masks."""
+        alone = replace(self, complement=False, all_visible=False)
+        return float(alone(0, torch.arange(samples), grid).float().mean())
 
     def __call__(self, seed: int, positions: Tensor, grid: tuple[int, int]) -> Tensor:
         """Draw masks.
@@ -102,33 +99,25 @@ def _block(sampler: MaskSampler, seed: int, positions: Tensor, grid: tuple[int, 
 
 def _one_block_mask(sampler: MaskSampler, draw: np.random.Generator, grid: tuple[int, int]) -> np.ndarray:
     rows, columns = grid
-    keep = np.ones(grid, dtype=bool)
-    target = round((1 - sampler.keep_ratio) * rows * columns)
-    log_aspect = abs(math.log(_BLOCK_ASPECT))
-    for _ in range(_BLOCK_ATTEMPTS):
-        left = target - int((~keep).sum())
-        if left <= 0:
-            return keep
-        area = draw.uniform(sampler.block_min_patches, max(left, sampler.block_min_patches))
-        height, width = _block_sides(area, math.exp(draw.uniform(-log_aspect, log_aspect)), grid)
-        if height * width < sampler.block_min_patches:
-            continue
-        top, side = draw.integers(0, rows - height + 1), draw.integers(0, columns - width + 1)
-        keep[top : top + height, side : side + width] = False
-    raise UserError(
-        f"cannot hide {target} patches of a {rows}x{columns} grid with blocks; use a larger keep ratio"
-    )
+    keep = np.zeros(grid, dtype=bool)
+    target = sampler.keep_ratio * rows * columns
+    while keep.sum() < target:
+        height, width = _block_sides(sampler, draw, grid)
+        top, left = draw.integers(0, rows - height + 1), draw.integers(0, columns - width + 1)
+        keep[top : top + height, left : left + width] = True
+    return keep
 
 
-def _block_sides(area: float, aspect: float, grid: tuple[int, int]) -> tuple[int, int]:
-    height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-    return min(grid[0], max(1, height)), min(grid[1], max(1, width))
+def _block_sides(sampler: MaskSampler, draw: np.random.Generator, grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of one rectangle. The roundings are those that give the published rates of visibility."""
+    area = int(draw.integers(sampler.block_min_patches, _largest_block(sampler, grid) + 1))
+    height = math.ceil(math.sqrt(area * draw.uniform(_BLOCK_ASPECT, 1 / _BLOCK_ASPECT)))
+    return min(grid[0], height), min(grid[1], max(1, area // height))
 
 
-def _smallest_block_fits(patches: int, grid: tuple[int, int]) -> bool:
-    """Whether some aspect ratio gives a block of ``patches``. Otherwise the last gap could never be covered."""
-    aspects = np.geomspace(_BLOCK_ASPECT, 1 / _BLOCK_ASPECT, 101)
-    return any(math.prod(_block_sides(patches, float(aspect), grid)) >= patches for aspect in aspects)
+def _largest_block(sampler: MaskSampler, grid: tuple[int, int]) -> int:
+    """The largest area of a block, in patches, before its sides are rounded: the share to uncover."""
+    return max(sampler.block_min_patches, int(sampler.keep_ratio * grid[0] * grid[1]))
 
 
 _SAMPLERS = {"uniform": _uniform, "bernoulli": _bernoulli, "block": _block, "shapley": _shapley}

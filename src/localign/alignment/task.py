@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from localign import rng
 from localign.alignment.export import export_student
+from localign.alignment.masks import MaskSampler
 from localign.alignment.setup import build_objective, fresh_student, starting_backbone
 from localign.alignment.student import Student
 from localign.alignment.teacher import Teacher
@@ -21,6 +22,7 @@ from localign.backbones.monitor import attention_logit_stats
 from localign.data.images import ImageData
 from localign.data.loader import Batch
 from localign.engine.distributed import DistributedContext, choose_device
+from localign.engine.log import say
 from localign.engine.task import BatchPlan, StepResult, Task
 from localign.options.align import AlignConfig
 
@@ -91,6 +93,13 @@ class AlignTask(Task):
     @torch.no_grad()
     def on_train_start(self, context: DistributedContext, plan: BatchPlan) -> None:
         """Estimate the target scale on the first training images. Every rank gets the same value."""
+        if self.config.mask == "block" and context.is_main:
+            grid = self.objective.grid
+            share = MaskSampler.of(self.config.masks()).visible_share(grid)
+            say(
+                f"block masks show {share:.0%} of the {grid[0]}x{grid[1]} patches on average; --keep-ratio "
+                f"{self.config.keep_ratio} is the least that each shows"
+            )
         if self.config.loss == "cosine":
             return  # the cosine does not depend on the scale
         count = self.config.scale_images

@@ -196,7 +196,11 @@ class UndecodedJpeg:
                 return _turned(_decode(image, self.name, min_size, upright=False), self._orientation)
 
     def resized_crop(
-        self, box: tuple[int, int, int, int], size: tuple[int, int], resample: Image.Resampling
+        self,
+        box: tuple[float, float, float, float],
+        size: tuple[int, int],
+        resample: Image.Resampling,
+        context: bool = False,
     ) -> Image.Image:
         """Crop a part and resize it, from an image decoded at the smallest size that CROP_MARGIN allows.
 
@@ -204,6 +208,8 @@ class UndecodedJpeg:
             box: Left, top, width and height, in pixels of the full upright image.
             size: Rows and columns of the result.
             resample: The resampling filter.
+            context: Whether the filter also reads pixels around the part, as if the whole image were resized and then
+                cropped.
 
         Raises:
             UnreadableImage: As :func:`read_image` does.
@@ -217,7 +223,9 @@ class UndecodedJpeg:
         x_offset = image.width - self.size[0] / fraction if self._orientation in _STARTS_AT_END_X else 0.0
         y_offset = image.height - self.size[1] / fraction if self._orientation in _STARTS_AT_END_Y else 0.0
         x, y = x_offset + left / fraction, y_offset + top / fraction
-        right, bottom = x + width / fraction, y + height / fraction
+        right, bottom = min(x + width / fraction, image.width), min(y + height / fraction, image.height)
+        if context:
+            return image.resize((columns, rows), resample, box=(x, y, right, bottom))
         part = image.crop((math.floor(x), math.floor(y), math.ceil(right), math.ceil(bottom)))
         inside = x - math.floor(x), y - math.floor(y), right - math.floor(x), bottom - math.floor(y)
         return part.resize((columns, rows), resample, box=inside)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,8 +33,12 @@ from localign.options.names import Decode, TrainCrop
 EvalMode = Literal["crop", "square"]
 Size = int | tuple[int, int]
 
-PUBLISHED_SCALE = (0.8, 1.0)
-PUBLISHED_ASPECT = (0.9, 1 / 0.9)
+CROP_RANGES: Mapping[TrainCrop, tuple[tuple[float, float], tuple[float, float]]] = {
+    "published": ((0.08, 1.0), (3 / 4, 4 / 3)),
+    "rkrc": ((0.8, 1.0), (0.9, 1 / 0.9)),
+}
+"""Shares of the area and factors of the aspect ratio that a crop draws from. The published runs give timm's mode rkrc
+the ranges of a random resized crop instead of the mode's own."""
 _RAND_AUGMENT = re.compile(r"rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]|tweights|t3aw?))*")
 # A strip a few pixels high would fill the memory when it is resized to cover the target, and the crop shows only its
 # middle. Photographs have far smaller aspect ratios.
@@ -45,14 +50,15 @@ class TrainTransform:
 
     Args:
         size: Side in pixels, or (rows, columns).
-        crop: ``published`` (area 0.8..1 and aspect 0.9..1/0.9, each with probability 0.5, random interpolation,
-            centre crop with reflection), ``rrc`` (random resized crop, area 0.08..1) or ``none`` (a resize that
-            ignores the aspect ratio, or nothing if the image already has the size).
+        crop: ``published`` (area 0.08..1 and aspect 3/4..4/3, each with probability 0.5, random interpolation, centre
+            crop with reflection), ``rkrc`` (the same with area 0.8..1 and aspect 0.9..1/0.9), ``rrc`` (random resized
+            crop, area 0.08..1) or ``none`` (a resize that ignores the aspect ratio, or nothing if the image already
+            has the size).
         auto_augment: A RandAugment string such as ``rand-m9-mstd0.5-inc1``, or None.
         hflip: Probability of a horizontal flip.
         fill: RGB of the areas that RandAugment's geometric operations leave empty.
-        decode: ``scaled`` decodes JPEGs at reduced size if the image (``published``) or its crop (``rrc``) is much
-            larger than the target; ``full`` decodes every JPEG in full.
+        decode: ``scaled`` decodes JPEGs at reduced size if the image (``rkrc``) or its crop (``published``, ``rrc``)
+            is much larger than the target; ``full`` decodes every JPEG in full.
 
     Raises:
         UserError: An option is unknown or out of range.
@@ -82,12 +88,12 @@ class TrainTransform:
     @property
     def scaled_decode(self) -> bool:
         """Whether the source may decode whole images at reduced size; not if the crop magnifies a part."""
-        return self.decode == "scaled" and self.crop != "rrc"
+        return self.decode == "scaled" and not isinstance(self._crop, _CropsUndecoded)
 
     @property
     def takes_undecoded(self) -> bool:
         """Whether the transform takes undecoded JPEGs, because the crop determines at which size to decode."""
-        return self.decode == "scaled" and self.crop == "rrc"
+        return self.decode == "scaled" and isinstance(self._crop, _CropsUndecoded)
 
     def __call__(self, image: Image.Image | UndecodedJpeg, seed: int, position: int) -> Tensor:
         """The sample at one global position.
@@ -113,10 +119,7 @@ class TrainTransform:
 
     def _cropped(self, image: Image.Image | UndecodedJpeg) -> Image.Image:
         if isinstance(image, UndecodedJpeg):
-            if (
-                isinstance(self._crop, _RandomResizedCrop)
-                and _trimmed_size(image.size, self.size) == image.size
-            ):
+            if isinstance(self._crop, _CropsUndecoded) and _trimmed_size(image.size, self.size) == image.size:
                 return self._crop.crop_undecoded(image)
             image = image.decode()
         return self._crop(_trim_strip(image, self.size))
@@ -269,38 +272,67 @@ def _train_crop(crop: TrainCrop, size: tuple[int, int]) -> Callable[[Image.Image
         return _RandomResizedCrop(size, interpolation="random")  # type: ignore[no-untyped-call]
     if crop == "none":
         return _Fit(size)
-    resize = ResizeKeepRatio(  # type: ignore[no-untyped-call]
-        size,
-        interpolation="random",
-        random_scale_prob=0.5,
-        random_scale_range=PUBLISHED_SCALE,
-        random_scale_area=True,
-        random_aspect_prob=0.5,
-        random_aspect_range=PUBLISHED_ASPECT,
-    )
-    return _Chain(resize, CenterCropOrPad(list(size), padding_mode="reflect"))
+    if crop == "published":
+        return _PublishedCrop(size, *CROP_RANGES[crop])
+    return _KeepRatioCrop(size, *CROP_RANGES[crop])
 
 
-class _RandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's random resized crop, which can also crop a JPEG that is not decoded yet."""
+class _KeepRatioCrop:
+    """timm's ``rkrc``: resize until the image covers the target, with random scale and aspect, then crop the centre."""
 
+    def __init__(
+        self, size: tuple[int, int], scale: tuple[float, float], aspect: tuple[float, float]
+    ) -> None:
+        self.size = size
+        self.ranges = (
+            0.5,
+            scale,
+            True,
+            0.5,
+            aspect,
+        )  # probability, range, "a range of areas"; probability, range
+        names = "scale_prob", "scale_range", "scale_area", "aspect_prob", "aspect_range"
+        random_options = {f"random_{name}": value for name, value in zip(names, self.ranges, strict=True)}
+        self.resize = ResizeKeepRatio(size, interpolation="random", **random_options)  # type: ignore
+        self.centre = CenterCropOrPad(list(size), padding_mode="reflect")
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        cropped: Image.Image = self.centre(self.resize(image))
+        return cropped
+
+
+class _CropsUndecoded(ABC):
+    """A crop that can also crop a JPEG that is not decoded yet."""
+
+    @abstractmethod
+    def __call__(self, image: Image.Image) -> Image.Image: ...
+
+    @abstractmethod
     def crop_undecoded(self, image: UndecodedJpeg) -> Image.Image:
         """Crop with the same random draws as for a decoded image of the same size."""
+
+
+class _PublishedCrop(_KeepRatioCrop, _CropsUndecoded):
+    def crop_undecoded(self, image: UndecodedJpeg) -> Image.Image:
+        placeholder = Image.new("1", image.size, None)  # timm reads only the size
+        drawn = self.resize.get_params(placeholder, self.size, 0.0, *self.ranges)  # type: ignore[no-untyped-call]
+        interpolation = Image.Resampling[random.choice(self.resize.interpolation).name]
+        # The part of the resized image that the crop shows, in pixels of the whole.
+        shown = min(self.size[0], drawn[0]), min(self.size[1], drawn[1])
+        top, left = (round((side - part) / 2) for side, part in zip(drawn, shown, strict=True))
+        y_zoom, x_zoom = image.size[1] / drawn[0], image.size[0] / drawn[1]
+        box = left * x_zoom, top * y_zoom, shown[1] * x_zoom, shown[0] * y_zoom
+        padded: Image.Image = self.centre(image.resized_crop(box, shown, interpolation, context=True))
+        return padded
+
+
+class _RandomResizedCrop(RandomResizedCropAndInterpolation, _CropsUndecoded):
+    def crop_undecoded(self, image: UndecodedJpeg) -> Image.Image:
         placeholder = Image.new("1", image.size, None)  # timm reads only the size
         box = self.get_params(placeholder, self.scale, self.ratio)  # type: ignore[no-untyped-call]
         top, left, height, width = box
         interpolation = random.choice(self.interpolation)
         return image.resized_crop((left, top, width, height), self.size, Image.Resampling[interpolation.name])
-
-
-class _Chain:
-    def __init__(self, *parts: Callable[[Image.Image], Image.Image]) -> None:
-        self.parts = parts
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        for part in self.parts:
-            image = part(image)
-        return image
 
 
 class _Fit:

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from localign._version import __version__
-from localign.deprecated import with_new_names
+from localign.deprecated import REVISION, lost_meaning, with_meanings_of_now, with_new_names
 from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.log import JsonLines, Log, Sink, TensorBoard, WandB, check_sinks, read_log, say
 from localign.engine.progress import Bar
@@ -91,12 +91,17 @@ def _git_commit() -> str | None:
 
 def save_config(folder: Path, command: str, config: Any) -> None:
     """Write ``config.yaml``."""
-    content: SavedConfig = {"command": command, "config": to_dict(config), "versions": provenance()}
+    content: SavedConfig = {
+        "command": command,
+        "config": to_dict(config),
+        "versions": provenance(),
+        "revision": REVISION,
+    }
     replace_text(folder / CONFIG_FILE, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
 
 
 def read_config(folder: Path) -> SavedConfig:
-    """Read ``config.yaml`` of a run folder, with the options under the names they have now.
+    """Read ``config.yaml`` of a run folder, with the options under the names, and with the meanings, they have now.
 
     Raises:
         UserError: The file is missing, or was not written by localign.
@@ -107,7 +112,10 @@ def read_config(folder: Path) -> SavedConfig:
     content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise UserError(f"{path} was not written by localign")
-    content["config"] = with_new_names(content["config"], content.get("command"))
+    command, revision = content.get("command"), content.setdefault("revision", 1)
+    if not isinstance(revision, int):
+        raise UserError(f"{path} was not written by localign: its revision is not a number")
+    content["config"] = with_meanings_of_now(with_new_names(content["config"], command), command, revision)
     return cast(SavedConfig, content)
 
 
@@ -124,12 +132,19 @@ def check_same_config(folder: Path, command: str, config: Any) -> None:
         raise UserError(
             f"{folder} is a run of `localign {saved.get('command')}`, not of `localign {command}`"
         )
+    if lost := lost_meaning(saved["config"], command, saved["revision"]):
+        raise UserError(f"cannot resume {folder}: {lost}. Start the run anew in another folder")
     old, new = {**_defaults(config), **saved["config"]}, to_dict(config)
     changed = [f for f in sorted({*old, *new}) if f not in RESUMABLE and old.get(f) != new.get(f)]
     changed = [f for f in changed if f not in PATH_FIELDS or not _moved(old.get(f), new.get(f))]
     if changed:
         listed = "; ".join(f"{f}: {old.get(f)!r} before, {new.get(f)!r} now" for f in changed)
-        raise UserError(f"cannot resume {folder} with a different config: {listed}")
+        hint = ""
+        if saved["revision"] < 2 and "crop" in changed and old["crop"] == "rkrc":
+            hint = (
+                "; the run's crop is called rkrc since the published ranges were corrected: add --crop rkrc"
+            )
+        raise UserError(f"cannot resume {folder} with a different config: {listed}{hint}")
 
 
 def _defaults(config: Any) -> dict[str, Any]:

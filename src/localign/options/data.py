@@ -32,7 +32,9 @@ class DataConfig:
     val_images: int | None = 2048
     """Maximum number of images per validation; null for all."""
     crop: TrainCrop | None = None
-    """published, rrc (random resized crop) or none; default published (for scenes: none)."""
+    """published (keeps the aspect ratio, then zooms in up to 3.5 times and stretches, each with probability 1/2), rkrc
+    (the same within narrow ranges: timm's defaults for this mode), rrc (random resized crop) or none; default published
+    (for scenes: none)."""
     decode: Decode | None = None
     """scaled: decode large JPEGs at the reduced size that the crop needs; full: decode all JPEGs in full, as
     validation does. Default scaled."""

@@ -91,7 +91,7 @@ class VerifyConfig:
     """Recompute every quantity in a folder of reference numbers and show the largest error of each."""
 
     folder: str = ""
-    """Folder with meta.json, <variant>.safetensors and <variant>.pth.tar."""
+    """Folder with meta.json, <variant>.safetensors and <variant>.pth.tar, or with samplers.json, or with both."""
     tol: float = 1e-5
     """Tolerance; the exit code is 1 if an error is larger. An error is the largest absolute difference, divided by the
     root mean square of the reference where that exceeds 1."""

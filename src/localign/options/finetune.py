@@ -50,7 +50,7 @@ class FinetuneConfig(DataConfig, TrainConfig):
     val_images: int | None = None
     """Largest number of images per validation, at even distances; default all (for scenes 2048)."""
     crop: TrainCrop | None = None
-    """published, rrc (random resized crop) or none; default rrc (for scenes none)."""
+    """published, rkrc, rrc (random resized crop) or none, as for align; default rrc (for scenes none)."""
     mixup: float | None = None
     """Alpha of mixup, which mixes images and labels; default off."""
     cutmix: float | None = None

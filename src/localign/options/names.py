@@ -21,7 +21,7 @@ TokenSelection = Literal["all", "hidden", "visible"]
 DecoderName = Literal["transformer", "none"]
 MaskKind = Literal["uniform", "bernoulli", "block", "shapley"]
 
-TrainCrop = Literal["published", "rrc", "none"]
+TrainCrop = Literal["published", "rkrc", "rrc", "none"]
 Decode = Literal["scaled", "full"]
 
 Precision = Literal["auto", "fp32", "bf16"]

@@ -57,7 +57,7 @@ class PlanConfig(AlignConfig):
         Raises:
             UserError: The number is unknown.
         """
-        found = self.dataset_size or IMAGES.get(self.data)
+        found = self.dataset_size or IMAGES.get(self.data.removesuffix("/train"))
         if found is None:
             raise UserError(f"the number of images in {self.data} is unknown; give --dataset-size")
         return found

@@ -27,7 +27,8 @@ class ReproduceConfig:
     data: str | None = None
     """For coco and ade20k: labelled images to train and evaluate heads on, as for `localign probe`."""
     train_data: str | None = None
-    """For coco and ade20k: folder of images to align on, or of the folders imagenet-1k and imagenet-21k."""
+    """For coco and ade20k: folder of images to align on, or of the folders imagenet-1k/train and
+    imagenet-21k."""
     weights: str | None = None
     """For coco and ade20k: folder of weight files named after backbones, such as clip-vit-b.safetensors; they are used
     instead of downloads."""

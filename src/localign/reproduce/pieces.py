@@ -18,7 +18,7 @@ from localign.alignment import AlignConfig
 from localign.alignment.native import align_task
 from localign.backbones import Backbone, create_backbone, load_backbone
 from localign.backbones.export import content_hash
-from localign.deprecated import with_old_names
+from localign.deprecated import REVISION, with_old_names
 from localign.engine import run_folder, train
 from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.distributed import DistributedContext
@@ -81,7 +81,8 @@ class Alignment:
         """
         options = {k: v for k, v in run_folder.to_dict(config).items() if k not in RESUMABLE}
         options = {k: v for k, v in options.items() if v != _ADDED_LATER.get(k, _NO_DEFAULT)}
-        key = digest({"config": with_old_names(options), "data": data, "backbone": backbone})
+        content = {"config": with_old_names(options), "data": data, "backbone": backbone}
+        key = digest({**content, "revision": REVISION} if _means_something_else(config) else content)
         out = folder / f"{config.backbone}-{config.objective}-seed{config.seed}-{key}"
         return Alignment(label, replace(config, out=str(out), resume="auto"), steps, key)
 
@@ -113,6 +114,16 @@ class Alignment:
     def run(self) -> None:
         """Align, from the beginning or from the last checkpoint."""
         train(align_task(self.config), self.config, "align")
+
+
+def _means_something_else(config: AlignConfig) -> bool:
+    """Whether runs of these options before the last :data:`REVISION` have other results than runs of now.
+
+    Half-visible blocks with their complements are the same masks, whether blocks are hidden or uncovered.
+    """
+    if not config.is_scenes and config.crop in (None, "published"):
+        return True
+    return config.mask == "block" and not (config.complement and config.keep_ratio == 0.5)
 
 
 @dataclass(frozen=True)

@@ -152,5 +152,6 @@ class Planner:
             return name
         if self.config.train_data is None:
             raise UserError(f"{self.config.target} needs --train-data DIR, images to align on")
-        own = Path(self.config.train_data) / name
-        return str(own if own.is_dir() else self.config.train_data)
+        root = Path(self.config.train_data)
+        own = root / name, root / name.removesuffix("/train")
+        return str(next((folder for folder in own if folder.is_dir()), root))
