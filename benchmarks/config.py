@@ -133,3 +133,34 @@ class VLMBenchConfig(MeasurementConfig):
             )
         if self.steps is not None and self.steps % 16:
             raise UserError(f"--steps must be a multiple of 16, not {self.steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectivesConfig(MeasurementConfig):
+    """Align with several objectives on drawn scenes, and compare what heads read from the features."""
+
+    benchmark = "objectives"
+
+    out: str = "runs/bench-objectives"
+    """Folder of the runs; finished ones are not repeated."""
+    objectives: tuple[str, ...] = ("maskembed", "plus")
+    """Names of the table in benchmarks/objectives.py."""
+    seeds: int = 1
+    """Number of seeds, each for alignment and heads."""
+    steps: int = 400
+    """Alignment steps."""
+    batch_size: int = 64
+    """Scenes per alignment step."""
+    split: Literal["val", "test"] = "val"
+    """Scenes to report on. Choose on val; test is for the final table."""
+    train_scenes: int = 3000
+    """Scenes to train heads on."""
+    test_scenes: int = 2000
+    """Scenes to report on."""
+    probe_steps: int = 1000
+    """Steps of the heads' training."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+    def __post_init__(self) -> None:
+        self.check_positive("seeds", "steps", "batch_size", "train_scenes", "test_scenes", "probe_steps")

@@ -21,6 +21,11 @@ BENCHMARKS = {
         ("labels", "LabelsConfig", "reduce label maps, against loops over patches"),
         ("probe", "ProbingConfig", "train all heads in one pass, against one run per head"),
         ("vlm", "VLMBenchConfig", "train on packed batches, against padded batches"),
+        (
+            "objectives",
+            "ObjectivesConfig",
+            "objectives of alignment on drawn scenes, by probing and pooled output",
+        ),
         ("answers", "AnswersConfig", "read and score VQAv2, against a plain script"),
         ("scaling", "ScalingConfig", "alignment steps with more ranks, images and tokens"),
     )
@@ -31,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; returns an exit code with the meaning of ``localign``'s exit codes."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__, *(f"  {b.name:<10}{b.help}" for b in BENCHMARKS.values()), sep="\n")
+        print(__doc__, *(f"  {b.name:<11}{b.help}" for b in BENCHMARKS.values()), sep="\n")
         return 0 if arguments else 2
     return exit_code(lambda: _run(arguments))
 

@@ -71,7 +71,7 @@ def test_valid_combinations_are_accepted(options: dict[str, Any]) -> None:
         ({"decoder_depth": 0}, "at least 1"),
         ({"decoder_layer_scale": 0.0}, "--decoder-layer-scale"),
         ({"steps": 3, "epochs": 1.0}, "contradict"),
-        ({"objective": "maskedembed"}, "--objective takes maskembed, averaging"),
+        ({"objective": "maskedembed"}, "--objective takes maskembed, maskembed\\+, averaging"),
         ({"decoder": "mlp"}, "--decoder takes transformer, none"),
         ({"target": "pooled"}, "maskembed needs --target penultimate or last or cls, not pooled"),
         ({"decoder": "none"}, "maskembed needs --decoder transformer"),

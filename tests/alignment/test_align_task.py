@@ -180,7 +180,10 @@ def test_the_soft_cap_follows_the_backbone_family_by_default(folder: Path) -> No
     [
         ({"mask": "block"}, "do not fit"),
         ({"train_blocks": 3}, "--train-blocks 3"),
-        ({"train_blocks": 0}, "--train-blocks 0"),
+        ({"train_blocks": -1}, "--train-blocks -1"),
+        ({"reinit_blocks": 3}, "--reinit-blocks 3"),
+        ({"decoder_width": 50}, "not a multiple of"),
+        ({"decoder_mlp": "gated"}, "not SwiGLU"),
         ({"soft_cap": -1.0}, "above 0"),
         ({"data": "/no/such/folder"}, "no folder"),
         ({"device": "gpu"}, "gpu"),

@@ -81,7 +81,6 @@ def test_a_norm_after_pooling_becomes_the_norm_of_every_token() -> None:
         ("vit_tiny_patch16_224", 32, "GELU", True),
         ("vit_base_patch16_clip_quickgelu_224", 32, "QuickGELU", True),
         ("vit_so400m_patch14_siglip_384", 28, "GELU", True),
-        ("eva02_base_patch16_clip_224", 32, "SiLU", True),
     ],
 )
 def test_the_decoder_is_built_as_published(name: str, size: int, activation: str, qkv_bias: bool) -> None:
@@ -99,6 +98,40 @@ def test_the_decoder_is_built_as_published(name: str, size: int, activation: str
         assert block.ls2.gamma.unique().tolist() == pytest.approx([1e-6])
     assert {m.eps for m in decoder.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
     assert decoder.head.out_features == 48
+
+
+def test_the_decoder_of_eva02_has_the_mlps_of_its_encoder() -> None:
+    backbone = backbone_of("eva02_base_patch16_clip_224")
+    decoder = decoder_of(student_of(backbone, soft_cap=None))
+    own = backbone.vit.blocks[0].mlp
+    for block in cast(Any, decoder.blocks):
+        assert {k: v.shape for k, v in block.mlp.state_dict().items()} == {
+            k: v.shape for k, v in own.state_dict().items()
+        }
+        assert type(block.mlp) is type(own)
+        assert block.attn.qkv.bias is not None
+    assert {m.eps for m in decoder.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
+    plain = decoder_of(build_student(backbone, soft_cap=None, decoder_mlp="plain"))
+    assert cast(Any, plain.blocks)[0].mlp.fc1.out_features == 4 * 48
+
+
+@pytest.mark.parametrize("width", [32, 96])
+def test_a_decoder_may_be_narrower_or_wider(width: int) -> None:
+    backbone = backbone_of()
+    student = build_student(backbone, soft_cap=None, decoder_width=width)
+    images, keep = sample(backbone)
+    assert student(images, keep).shape[-1] == backbone.width
+    assert student.encoder.head.out_features == decoder_of(student).pos_embed.shape[-1] == width
+    assert decoder_of(student).config.num_heads == width // 16
+
+
+def test_the_last_blocks_may_start_anew() -> None:
+    backbone = backbone_of()
+    student = build_student(backbone, soft_cap=None, reinit_blocks=1)
+    old, new = backbone.vit.blocks, student.encoder.backbone.vit.blocks
+    assert all(torch.equal(a, b) for a, b in zip(old[1].parameters(), new[1].parameters(), strict=True))
+    assert not torch.equal(old[2].mlp.fc1.weight, new[2].mlp.fc1.weight)
+    assert new[2].mlp.fc1.weight.std().item() == pytest.approx(0.0176, rel=0.1)  # truncated at two deviations
 
 
 def test_position_embeddings_are_drawn_with_standard_deviation_002() -> None:
@@ -178,7 +211,10 @@ def test_training_the_last_blocks_freezes_everything_before_them() -> None:
     got = set(gradients(student, images, keep))
     prefixes = ("encoder.backbone.vit.blocks.2.", "encoder.backbone.vit.norm.", "encoder.head.", "decoder.")
     assert got == {k for k, _ in student.named_parameters() if k.startswith(prefixes)}
-    for count in (0, 4):
+    student.train_last_blocks(0)
+    got = set(gradients(student, images, keep))
+    assert got == {k for k, _ in student.named_parameters() if k.startswith(prefixes[1:])}
+    for count in (-1, 4):
         with pytest.raises(UserError, match=f"--train-blocks {count}"):
             student.train_last_blocks(count)
 

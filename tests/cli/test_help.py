@@ -37,7 +37,7 @@ def test_the_help_names_groups_positionals_values_and_defaults() -> None:
     text = " ".join(build_parser("align").format_help().split())
     assert text.index("Model:") < text.index("--backbone") < text.index("Data:") < text.index("--data")
     assert "--steps INT|null Optimizer steps" in text
-    assert "--crop {published,rrc,none,null}" in text
+    assert "--crop {published,rkrc,rrc,none,null}" in text
     assert "--model-kwargs [NAME=VALUE ...]" in text
     assert "--betas [FLOAT,FLOAT]" in text
     assert "(default: [0.9, 0.95])" in text

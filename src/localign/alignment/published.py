@@ -89,6 +89,10 @@ def _decoder_config(decoder: StateDict, backbone: Backbone, heads: int, path: st
         qkv_bias="blocks.0.attn.qkv.bias" in decoder,
         layer_scale=1e-6 if "blocks.0.ls1.gamma" in decoder else None,
         activation=backbone.activation.__name__,
+        gated_width=len(decoder["blocks.0.mlp.fc1_g.weight"])
+        if "blocks.0.mlp.fc1_g.weight" in decoder
+        else None,
+        gated_norm="blocks.0.mlp.norm.weight" in decoder,
     )
 
 

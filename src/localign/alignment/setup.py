@@ -10,7 +10,8 @@ from timm.layers.attention import Attention
 
 from localign import rng
 from localign.alignment.masks import MaskSampler
-from localign.alignment.objectives import OBJECTIVES, Objective, ObjectiveOptions
+from localign.alignment.objectives import OBJECTIVES, Objective, ObjectiveOptions, PlusWeights
+from localign.alignment.plus import PlusStudent, build_plus_student
 from localign.alignment.published import PUBLISHED_SOFT_CAP
 from localign.alignment.student import Student, build_student
 from localign.alignment.teacher import Teacher
@@ -42,6 +43,53 @@ def starting_backbone(config: AlignConfig, weights: str | None = None) -> Backbo
         image_size=config.image_size,
         model_kwargs=config.model_kwargs,
         seed=config.seed,
+    )
+
+
+def build_teacher(config: AlignConfig, backbone: Backbone) -> Teacher:
+    """The frozen teacher: the starting weights, or the model that ``--teacher`` names.
+
+    Args:
+        config: Options of the alignment.
+        backbone: The starting weights.
+
+    Raises:
+        UserError: The teacher does not exist, has no such output, or its tokens are not those of the backbone.
+    """
+    assert config.target is not None  # AlignConfig filled it in
+    pooled = config.objective == "maskembed+"
+    if config.teacher is None:
+        return Teacher(backbone, config.target, pooled=pooled)
+    if Path(config.teacher).is_file():
+        name, weights = config.backbone, config.teacher
+    else:
+        name, weights = config.teacher, "pretrained"
+    other = create_backbone(
+        name,
+        weights=weights,
+        image_size=backbone.image_size,
+        model_kwargs=config.model_kwargs if name == config.backbone else None,
+        seed=config.seed,
+    )
+    mine, its = ((b.grid, b.patch_size, b.num_prefix_tokens) for b in (backbone, other))
+    if mine != its:
+        raise UserError(
+            f"--teacher {config.teacher} does not fit: it has {_described(other)}, {backbone.name} has "
+            f"{_described(backbone)}"
+        )
+    if pooled and config.preserve_weight and other.width != backbone.width:
+        raise UserError(
+            f"--preserve-weight needs a teacher of the student's width: {other.name} has {other.width} channels, "
+            f"{backbone.name} {backbone.width}; set --preserve-weight 0"
+        )
+    return Teacher(other, config.target, pooled=pooled, statistics=(backbone.mean, backbone.std))
+
+
+def _described(backbone: Backbone) -> str:
+    rows, columns = backbone.grid
+    height, width = backbone.patch_size
+    return (
+        f"{rows}x{columns} patches of {height}x{width} pixels and {backbone.num_prefix_tokens} prefix tokens"
     )
 
 
@@ -83,15 +131,22 @@ def build_objective(config: AlignConfig, teacher: Teacher) -> Objective:
     assert config.loss is not None  # AlignConfig filled in both
     assert config.decoder is not None
     masks = None if config.mask is None else MaskSampler.of(config.masks())
-    options = ObjectiveOptions(config.loss, config.decoder, config.loss_tokens, masks)
+    weights = PlusWeights(config.readout, config.readout_weight, config.pooled_weight, config.preserve_weight)
+    options = ObjectiveOptions(config.loss, config.decoder, config.loss_tokens, masks, weights)
     return OBJECTIVES[config.objective](options, teacher)
 
 
-def fresh_student(config: AlignConfig, backbone: Backbone) -> Student:
-    """The student at step 0, a function of the config's seed."""
+def fresh_student(config: AlignConfig, backbone: Backbone, teacher_width: int | None = None) -> Student:
+    """The student at step 0, a function of the config's seed.
+
+    Args:
+        config: Options of the alignment.
+        backbone: The starting weights.
+        teacher_width: Channels of the teacher; default the backbone's.
+    """
     decodes = config.decoder == "transformer"
     with rng.seeded_globals(config.seed, "student"):
-        student = build_student(
+        student = (build_plus_student if config.objective == "maskembed+" else build_student)(
             backbone,
             soft_cap=resolve_soft_cap(config.soft_cap, backbone),
             attention=config.attention,
@@ -100,7 +155,15 @@ def fresh_student(config: AlignConfig, backbone: Backbone) -> Student:
             layer_scale=config.decoder_layer_scale,
             # A zero head outputs zero vectors, for which the gradient of the cosine loss is not usable.
             head="identity" if config.loss == "cosine" and not decodes else "zero",
+            teacher_width=teacher_width,
+            decoder_width=config.decoder_width,
+            decoder_mlp=config.decoder_mlp,
+            reinit_blocks=config.reinit_blocks,
         )
+    if isinstance(student, PlusStudent):
+        # Ranks would wait for gradients of layers that no term of the loss uses.
+        student.readout.requires_grad_(config.readout_weight > 0)
+        student.pooled_head.requires_grad_(config.pooled_weight > 0)
     if config.train_blocks is not None:
         student.train_last_blocks(config.train_blocks)
     return student
@@ -129,8 +192,13 @@ def student_of_run(folder: str | Path, checkpoint: str = "last") -> tuple[Studen
     loaded = checkpoints.load(step)
     # Only the architecture is needed, so a backbone given by name downloads no weights.
     local = config.backbone == EMBEDDED or Path(config.backbone).is_dir()
-    student = fresh_student(config, starting_backbone(config, weights=None if local else "none"))
-    load_strict(student, loaded.ema or loaded.model, checkpoints.path(step))
+    weights = loaded.ema or loaded.model
+    target_width = len(
+        weights["decoder.head.weight" if config.decoder == "transformer" else "encoder.head.weight"]
+    )
+    backbone = starting_backbone(config, weights=None if local else "none")
+    student = fresh_student(config, backbone, target_width)
+    load_strict(student, weights, checkpoints.path(step))
     facts = {"run": saved["config"], "steps": step, **loaded.state["task"]}
     return student.eval(), facts
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers.mlp import SwiGLU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -48,6 +49,10 @@ class DecoderConfig:
     """Initial LayerScale of both residual branches; None: no LayerScale."""
     activation: str = "GELU"
     """Class name of the MLPs' activation."""
+    gated_width: int | None = None
+    """Hidden channels of gated MLPs (SwiGLU); None: plain MLPs, four times as wide as the decoder."""
+    gated_norm: bool = False
+    """Whether gated MLPs have a norm before their last layer."""
 
 
 class Encoder(nn.Module):
@@ -112,6 +117,7 @@ class Decoder(nn.Module):
                     init_values=config.layer_scale,
                     norm_layer=DecoderNorm,
                     act_layer=activation_class(config.activation),
+                    **gated_mlp(config.width, config.gated_width, config.gated_norm),
                 )
                 for _ in range(config.depth)
             )
@@ -127,10 +133,14 @@ class Decoder(nn.Module):
             positions: Position embeddings of each view, ``(views, tokens, width)``; default :attr:`pos_embed`.
             mask: bool ``(views, 1, 1, tokens)``, True for tokens, False for padding; None without padding.
         """
-        x = tokens + (self.pos_embed if positions is None else positions)
-        x = run_blocks(self.blocks, x, mask, self.grad_checkpointing)
-        output: Tensor = self.head(self.norm(x))
+        output: Tensor = self.head(self.features(tokens, positions, mask))
         return output
+
+    def features(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """As :meth:`forward`, before the last linear layer: ``(views, tokens, width)``."""
+        x = tokens + (self.pos_embed if positions is None else positions)
+        features: Tensor = self.norm(run_blocks(self.blocks, x, mask, self.grad_checkpointing))
+        return features
 
     def resample(self, old: tuple[int, int], new: tuple[int, int]) -> None:
         """Resample the position embedding of the patches as timm does for encoders: bicubic, antialiased.
@@ -150,6 +160,13 @@ class DecoderNorm(nn.LayerNorm):
 
     def __init__(self, width: int, **kwargs: Any) -> None:
         super().__init__(width, eps=NORM_EPS, **kwargs)
+
+
+def gated_mlp(width: int, gated_width: int | None, norm: bool) -> dict[str, Any]:
+    """Arguments of timm's block for gated MLPs of ``gated_width`` hidden channels; none for plain MLPs."""
+    if gated_width is None:
+        return {}
+    return {"mlp_layer": SwiGLU, "mlp_ratio": gated_width / width, "scale_mlp_norm": norm}
 
 
 def activation_class(name: str) -> type[nn.Module]:
@@ -246,15 +263,12 @@ class Student(nn.Module):
         """Freeze the encoder except its last ``count`` blocks, final norm and head.
 
         Raises:
-            UserError: ``count`` is below 1, or the backbone has fewer blocks.
+            UserError: ``count`` is negative, or the backbone has fewer blocks.
         """
         backbone = self.encoder.backbone
-        if not 0 < count <= backbone.depth:
-            raise UserError(
-                f"--train-blocks {count} does not fit: {backbone.name} has {backbone.depth} blocks"
-            )
+        _check_blocks("--train-blocks", count, backbone)
         backbone.requires_grad_(False)
-        for block in backbone.vit.blocks[-count:]:
+        for block in backbone.vit.blocks[backbone.depth - count :]:
             block.requires_grad_(True)
         getattr(backbone.vit, backbone.final_norm).requires_grad_(True)
 
@@ -269,6 +283,9 @@ def build_student(
     layer_scale: float | None = 1e-6,
     head: HeadStart = "zero",
     teacher_width: int | None = None,
+    decoder_width: int | None = None,
+    decoder_mlp: Literal["auto", "plain", "gated"] = "auto",
+    reinit_blocks: int = 0,
 ) -> Student:
     """Build a student from a pre-trained backbone.
 
@@ -281,25 +298,74 @@ def build_student(
         layer_scale: Initial LayerScale of the decoder, or None.
         head: Initial weight of the encoder's linear head.
         teacher_width: Channels of the target; default the backbone's width.
+        decoder_width: Channels of the decoder, a multiple of a head's channels; default the backbone's width.
+        decoder_mlp: Plain MLPs in the decoder, or gated ones as in the encoder; auto: gated for EVA02.
+        reinit_blocks: Last blocks of the encoder that start from random weights.
 
     Raises:
-        UserError: The backbone is soft-capped but ``soft_cap`` is None, or its attention cannot be soft-capped.
+        UserError: The backbone is soft-capped but ``soft_cap`` is None, its attention cannot be soft-capped, the
+            backbone has fewer blocks, its MLPs are not gated, or its heads do not fit the decoder's width.
     """
     if soft_cap is None and backbone.soft_cap is not None:
         raise UserError(
             f"{backbone.name} has soft-capped attention ({backbone.soft_cap:g}), which --soft-cap none cannot undo"
         )
+    width = decoder_width or backbone.width
+    head_width = backbone.width // backbone.num_heads
+    if width % head_width:
+        raise UserError(
+            f"--decoder-width {width} is not a multiple of {head_width}, the channels of {backbone.name}'s heads"
+        )
+    gated_width, gated_norm = _gated_shape(backbone, width, decoder_mlp)
     config = DecoderConfig(
-        width=backbone.width,
+        width=width,
         output_width=teacher_width or backbone.width,
-        num_heads=backbone.num_heads,
+        num_heads=width // head_width,
         num_tokens=backbone.num_prefix_tokens + backbone.num_patches,
         depth=decoder_depth,
         qkv_bias=backbone.qkv_bias,
         layer_scale=layer_scale,
         activation=backbone.activation.__name__,
+        gated_width=gated_width,
+        gated_norm=gated_norm,
     )
     copy = prepare_backbone(backbone.copy(soft_cap=soft_cap, attention=attention)).requires_grad_(True)
+    _check_blocks("--reinit-blocks", reinit_blocks, copy)
+    for block in copy.vit.blocks[copy.depth - reinit_blocks :]:
+        reinitialise(block)
     if not decoder:
         return Student(Encoder(copy, config.output_width, head), None)
     return Student(Encoder(copy, config.width, head), Decoder(config))
+
+
+def _check_blocks(option: str, count: int, backbone: Backbone) -> None:
+    if not 0 <= count <= backbone.depth:
+        raise UserError(f"{option} {count} does not fit: {backbone.name} has {backbone.depth} blocks")
+
+
+def _gated_shape(
+    backbone: Backbone, width: int, mlp: Literal["auto", "plain", "gated"]
+) -> tuple[int | None, bool]:
+    """Hidden channels of the decoder's gated MLPs, in proportion to the encoder's, and whether they have a norm."""
+    found = backbone.vit.blocks[0].mlp
+    if mlp == "plain" or (mlp == "auto" and not isinstance(found, SwiGLU)):
+        return None, False
+    if not isinstance(found, SwiGLU):
+        raise UserError(
+            f"--decoder-mlp gated: the MLPs of {backbone.name} are not SwiGLU, so they have no shape to copy"
+        )
+    return found.fc2.in_features * width // backbone.width, _has_weight(found.norm)
+
+
+def reinitialise(block: nn.Module) -> None:
+    """Give a block new weights: matrices N(0, 0.02^2), truncated at two standard deviations, biases 0, norms 1.
+
+    LayerScale keeps its values, which are part of the pre-trained model's scales.
+    """
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from localign import rng
 from localign.alignment.export import export_student
 from localign.alignment.masks import MaskSampler
-from localign.alignment.setup import build_objective, fresh_student, starting_backbone
+from localign.alignment.setup import build_objective, build_teacher, fresh_student, starting_backbone
 from localign.alignment.student import Student
-from localign.alignment.teacher import Teacher
 from localign.backbones import Backbone
 from localign.backbones.attention import fuse_attention
 from localign.backbones.export import content_hash
@@ -47,12 +46,14 @@ class AlignTask(Task):
         self.device = torch.device("cpu")
         choose_device(config.device)  # refuse a misspelt device before reading weights
         backbone = backbone or starting_backbone(config)
-        assert config.target is not None  # AlignConfig filled it in
-        self.teacher = Teacher(backbone, config.target)
+        self.teacher = build_teacher(config, backbone)
         self.objective = build_objective(config, self.teacher)
         self.data = self._open(backbone)
-        self.student = fresh_student(config, backbone)
-        self.teacher_hash = content_hash(backbone.vit.state_dict())
+        self.normalise = backbone.normalise
+        self.student = fresh_student(config, backbone, self.teacher.backbone.width)
+        self.start_hash = content_hash(backbone.vit.state_dict())
+        same = self.teacher.backbone is backbone
+        self.teacher_hash = self.start_hash if same else content_hash(self.teacher.backbone.vit.state_dict())
 
     def _open(self, backbone: Backbone) -> ImageData:
         return ImageData(self.config, backbone.image_size, backbone.preprocessing)
@@ -65,7 +66,8 @@ class AlignTask(Task):
         return len(self.data.source)
 
     def fingerprint(self) -> dict[str, str]:
-        return {"data": self.data.source.fingerprint(), "starting weights": self.teacher_hash[:16]}
+        facts = {"data": self.data.source.fingerprint(), "starting weights": self.start_hash[:16]}
+        return facts if self.config.teacher is None else {**facts, "teacher": self.teacher_hash[:16]}
 
     def to(self, device: torch.device) -> None:
         super().to(device)
@@ -106,17 +108,17 @@ class AlignTask(Task):
         steps = -(-count // _SCALE_CHUNK)
         alone = BatchPlan(self.seed, _SCALE_CHUNK, _SCALE_CHUNK, 0, 1, 0, 0, steps, False)
         self.teacher.scale.fill_(1.0)
-        sums = torch.zeros(3, dtype=torch.float64)
+        all_tokens, pooled = _Moments(), _Moments()
         for number, batch in enumerate(self.data.train_batches(alone)):
             images, views = self.views(batch)
             left = count - number * _SCALE_CHUNK
-            target = self._counted_target(images[:left], views[:left]).double()
-            sums += torch.stack(
-                [target.sum(), target.square().sum(), target.new_tensor(target.numel())]
-            ).cpu()
-        mean = sums[0] / sums[2]
-        std = (sums[1] / sums[2] - mean.square()).clamp(min=0).sqrt()
-        self.teacher.scale.fill_(float(std) if std > 0 else 1.0)
+            target = self._counted_target(images[:left], views[:left])
+            all_tokens.add(self.objective.scaled(target).reshape(-1, 1))
+            if self.teacher.with_pooled:
+                pooled.add(target[:, 0])
+        self.teacher.scale.fill_(all_tokens.spread())
+        if self.teacher.with_pooled:
+            self.teacher.pooled_scale.fill_(pooled.spread() / float(self.teacher.scale))
 
     def _counted_target(self, images: Any, views: Tensor) -> Tensor:
         """The target, without tokens of padding."""
@@ -134,7 +136,7 @@ class AlignTask(Task):
         if self.data.mixing is not None and purpose_seed is None:
             images = self.data.mixing(images, batch.positions, self.seed)
         views = self.objective.draw(seed, batch.positions)
-        return self.teacher.backbone.normalise(images), views.to(self.device)
+        return self.normalise(images), views.to(self.device)
 
     def step(self, model: nn.Module, batch: Batch) -> StepResult:
         return StepResult(*self._loss(model, *self.views(batch)))
@@ -161,14 +163,18 @@ class AlignTask(Task):
         self.data.check_skipped(images)
 
     def monitor(self, batch: Batch) -> dict[str, float]:
-        images = self.teacher.backbone.normalise(batch.images[:MONITOR_IMAGES].to(self.device))
+        images = self.normalise(batch.images[:MONITOR_IMAGES].to(self.device))
         return attention_logit_stats(self.student.encoder.backbone, images)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"target_scale": float(self.teacher.scale)}
+        state = {"target_scale": float(self.teacher.scale)}
+        return (
+            {**state, "pooled_scale": float(self.teacher.pooled_scale)} if self.teacher.with_pooled else state
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.teacher.scale.fill_(state["target_scale"])
+        self.teacher.pooled_scale.fill_(state.get("pooled_scale", 1.0))
 
     def summary(self) -> dict[str, Any]:
         backbone = self.student.encoder.backbone
@@ -190,3 +196,21 @@ class AlignTask(Task):
             "teacher_sha256": self.teacher_hash,
         }
         export_student(module, folder, provenance={**facts, **provenance})
+
+
+class _Moments:
+    """Sums of numbers ``(count, channels)`` in float64, by channel."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.squares = 0, torch.zeros(1), torch.zeros(1)
+
+    def add(self, numbers: Tensor) -> None:
+        numbers = numbers.double()
+        self.count += len(numbers)
+        self.total = self.total + numbers.sum(0).cpu()
+        self.squares = self.squares + numbers.square().sum(0).cpu()
+
+    def spread(self) -> float:
+        """The standard deviation; of several channels the root of the mean variance. 1 for equal numbers."""
+        variance = (self.squares / self.count - (self.total / self.count).square()).clamp(min=0).mean()
+        return float(variance.sqrt()) or 1.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -49,6 +51,8 @@ class Teacher(nn.Module):
         target: ``penultimate``: tokens after the second-to-last block and the final norm. ``last``: tokens after the
             last block and the final norm. ``cls``: the pooled output of a backbone whose only prefix token is the class
             token. ``pooled``: the pooled output of any pooling (class token, average, attention).
+        pooled: Whether to give the pooled output too, as a token in front of the target's.
+        statistics: Mean and standard deviation that images arrive normalised with; default the backbone's own.
 
     Raises:
         UserError: The target is unknown; ``cls`` is given for a backbone without exactly one prefix token; ``cls`` or
@@ -56,8 +60,17 @@ class Teacher(nn.Module):
     """
 
     scale: Tensor
+    pooled_scale: Tensor
+    """The spread of pooled outputs, in units of :attr:`scale`."""
 
-    def __init__(self, backbone: Backbone, target: TargetName = "penultimate") -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        target: TargetName = "penultimate",
+        *,
+        pooled: bool = False,
+        statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> None:
         super().__init__()
         if target not in get_args(TargetName):
             raise UserError(f"unknown target {target!r}; known: {', '.join(get_args(TargetName))}")
@@ -66,7 +79,8 @@ class Teacher(nn.Module):
                 f"target cls needs a backbone with exactly one prefix token; {backbone.name} has "
                 f"{backbone.num_prefix_tokens} (see target pooled)"
             )
-        if target in ("cls", "pooled") and not backbone.vit.global_pool:
+        if (pooled or target in ("cls", "pooled")) and not backbone.vit.global_pool:
+            target = "pooled" if pooled else target
             raise UserError(
                 f"target {target} needs a pooled output; {backbone.name} has no pooling (alignment removes it)"
             )
@@ -77,8 +91,12 @@ class Teacher(nn.Module):
         self.backbone = backbone.eval().requires_grad_(False)
         self._computing = self.backbone
         self.target = target
+        self.with_pooled = pooled
+        own = (backbone.mean, backbone.std)
+        self.statistics = None if statistics is None or _close(statistics, own) else statistics
         self.layer = -2 if target == "penultimate" else -1
         self.register_buffer("scale", torch.ones((), device=next(backbone.parameters()).device))
+        self.register_buffer("pooled_scale", torch.ones_like(self.scale))
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode, regardless of ``mode``."""
@@ -101,13 +119,27 @@ class Teacher(nn.Module):
             keep_mask: bool ``(batch, masks, patches)``, True = visible. None: the images themselves are the views.
 
         Returns:
-            ``(batch * masks, tokens, width)``, or ``(batch * masks, width)`` for ``cls`` and ``pooled``.
+            ``(batch * masks, tokens, width)``, or ``(batch * masks, width)`` for ``cls`` and ``pooled``. A pooled
+            output besides the tokens is the first token.
         """
+        if self.statistics is not None:
+            images = self._renormalised(images)
         if isinstance(images, NativeImages):
             images = images if keep_mask is None else images.masked(keep_mask)
         elif keep_mask is not None:
             images = mask_images(images, keep_mask, self.backbone.grid, self.backbone.patch_size)
         return self.of_views(images) / self.scale
+
+    def _renormalised(self, images: Tensor | NativeImages) -> Tensor | NativeImages:
+        """Images in the backbone's own normalisation."""
+        if isinstance(images, NativeImages):
+            raise UserError("--max-patches does not take a --teacher that normalises pixels differently")
+        assert self.statistics is not None
+        mean, std, own_mean, own_std = (
+            torch.tensor(values, device=images.device, dtype=images.dtype).view(1, -1, 1, 1)
+            for values in (*self.statistics, self.backbone.mean, self.backbone.std)
+        )
+        return images * (std / own_std) + (mean - own_mean) / own_std
 
     def of_views(self, views: Tensor | NativeImages) -> Tensor:
         """Unscaled targets of images ``(views, 3, height, width)`` that are already masked or cropped."""
@@ -120,6 +152,17 @@ class Teacher(nn.Module):
     def _of_views(self, views: Tensor | NativeImages) -> Tensor:
         if isinstance(views, NativeImages):
             return native_tokens(self._computing, views, layer=self.layer)
+        if self.with_pooled:
+            tokens, pooled = self._computing.tokens_and_pooled(views, layer=self.layer)
+            return torch.cat([pooled[:, None], tokens], dim=1)
         if self.target in ("cls", "pooled"):
             return self._computing.pooled(views)
         return self._computing.tokens(views, layer=self.layer)
+
+
+def _close(a: tuple[Sequence[float], Sequence[float]], b: tuple[Sequence[float], Sequence[float]]) -> bool:
+    return all(
+        math.isclose(x, y, abs_tol=1e-6)
+        for left, right in zip(a, b, strict=True)
+        for x, y in zip(left, right, strict=True)
+    )

@@ -190,6 +190,24 @@ class Backbone(nn.Module):
         tokens = torch.cat([features[1], features[0]], dim=1) if prefix else features
         return self.normalise_tokens(tokens) if norm else tokens
 
+    def tokens_and_pooled(self, images: Tensor, layer: int = -1) -> tuple[Tensor, Tensor]:
+        """:meth:`tokens` after one block, with the final norm, and :meth:`pooled`, from one pass."""
+        prefix = self.num_prefix_tokens
+        last, found = self.vit.forward_intermediates(
+            images,
+            indices=[self.block_index(layer)],
+            return_prefix_tokens=prefix > 0,
+            norm=False,
+            output_fmt="NLC",
+        )
+        tokens = torch.cat([found[0][1], found[0][0]], dim=1) if prefix else found[0]
+        return self.normalise_tokens(tokens), self.vit.forward_head(last, pre_logits=True)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The pooled output ``(batch, width)`` of the last block's tokens without norm, ``(batch, tokens, width)``."""
+        output: Tensor = self.vit.forward_head(self.vit.norm(tokens), pre_logits=True)
+        return output
+
     def normalise_tokens(self, tokens: Tensor) -> Tensor:
         """Apply the final norm to every token ``(..., width)``."""
         if self.final_norm == "none":

@@ -41,7 +41,7 @@ RESUMABLE: frozenset[str] = frozenset(
 )  # fmt: skip
 """Config fields that may change on resume: they change neither the samples nor the mathematics."""
 
-PATH_FIELDS: frozenset[str] = frozenset({"data", "images", "val", "weights"})
+PATH_FIELDS: frozenset[str] = frozenset({"data", "images", "val", "weights", "teacher"})
 """Config fields with paths. Files and folders may have moved on resume, as long as their last name is the same. The
 task's fingerprint detects other data and other weights."""
 

@@ -1,8 +1,9 @@
 """Options of `localign align`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from localign.errors import UserError
 from localign.options.data import DataConfig, written_decode
@@ -14,6 +15,7 @@ from localign.options.names import (
     LossName,
     MaskKind,
     ObjectiveName,
+    Readout,
     TargetName,
     TokenSelection,
 )
@@ -34,6 +36,7 @@ class ObjectiveChoices:
 
 OBJECTIVE_CHOICES: Mapping[ObjectiveName, ObjectiveChoices] = {
     "maskembed": ObjectiveChoices(("penultimate", "last", "cls"), decoders=("transformer",)),
+    "maskembed+": ObjectiveChoices(("penultimate", "last"), losses=("mse",), decoders=("transformer",)),
     "averaging": ObjectiveChoices(("cls", "pooled")),
     # Only the squared error has a known solution; with shapley masks it is the Shapley values.
     "additive": ObjectiveChoices(("cls", "pooled"), losses=("mse",)),
@@ -93,22 +96,26 @@ class AlignConfig(DataConfig, TrainConfig):
     """Train a backbone with locality alignment: with MaskEmbed, or with another objective for comparison."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
-        "Model": "backbone weights image_size max_patches model_kwargs decoder decoder_depth decoder_layer_scale "
-        "soft_cap attention train_blocks",
+        "Model": "backbone weights teacher image_size max_patches model_kwargs decoder decoder_depth decoder_width "
+        "decoder_layer_scale decoder_mlp soft_cap attention train_blocks reinit_blocks",
         **DataConfig.GROUPS,
         "Objective": "objective target loss loss_tokens mask keep_ratio block_min_patches complement all_visible "
-        "scale_images",
+        "scale_images readout readout_weight pooled_weight preserve_weight published_quirks",
         **TrainConfig.GROUPS,
     }
 
     objective: ObjectiveName = "maskembed"
-    """Training objective: maskembed; averaging (MaskEmbed without a decoder); additive (patch vectors that sum to the
-    teacher's output); clipself (crops); or mim (the student sees masked images)."""
+    """Training objective: maskembed; maskembed+ (it also trains linear read-outs and keeps the pooled output);
+    averaging (MaskEmbed without a decoder); additive (patch vectors that sum to the teacher's output); clipself
+    (crops); or mim (the student sees masked images)."""
     backbone: str = "scenes-vit"
     """A name from `localign list backbones`, any timm name, a run or export folder, or a folder or Hub repository
     (openai/clip-vit-base-patch16) of transformers or timm."""
     weights: str = "pretrained"
     """Starting weights: pretrained, none (random), or a weight file."""
+    teacher: str | None = None
+    """A teacher other than the starting weights, with the same patch grid: a name, run or export folder, a folder or
+    Hub repository as for --backbone, or a weight file of the backbone's architecture. Default: the starting weights."""
     image_size: ImageSize | None = None
     """Side of the input in pixels, or HEIGHTxWIDTH; default the backbone's own. Positions are resampled."""
     max_patches: int | None = None
@@ -141,14 +148,35 @@ class AlignConfig(DataConfig, TrainConfig):
     """Also train with a mask that hides nothing."""
     scale_images: int = 256
     """Number of training images used to estimate the target scale before step 0."""
+    readout: Readout = "sum"
+    """Of maskembed+: linear images of the patch embeddings, combined over the visible patches by sum or mean, reproduce
+    the teacher's pooled output of each view."""
+    readout_weight: float = 0.3
+    """Of maskembed+: weight of the read-out's loss; 0 for none."""
+    pooled_weight: float = 0.3
+    """Of maskembed+: weight of the loss by which the decoder also gives the teacher's pooled output; 0 for none."""
+    preserve_weight: float = 0.1
+    """Of maskembed+: weight of the loss that keeps the student's own pooled output of the whole image, by the starting
+    model's final norm and pooling; 0 for none."""
     decoder: DecoderName | None = None
     """Decoder: transformer or none; default transformer for maskembed, else none. clipself accepts both."""
     decoder_depth: int = 2
     """Number of transformer blocks in the decoder."""
+    decoder_width: int | None = None
+    """Channels of the decoder, a multiple of the channels of the backbone's attention heads; default the backbone's."""
     decoder_layer_scale: float | None = 1e-6
     """Initial LayerScale of the decoder; null: no LayerScale."""
+    decoder_mlp: Literal["auto", "plain", "gated"] = "auto"
+    """MLPs of the decoder: plain (four times as wide as the decoder), gated (SwiGLU of the encoder's shape), or auto:
+    gated for EVA02, else plain."""
     train_blocks: int | None = None
-    """Train only the encoder's last N blocks, final norm and head, and the decoder; default: train everything."""
+    """Train only the encoder's last N blocks, final norm and head, and the decoder; 0 freezes all blocks. Default:
+    train everything."""
+    reinit_blocks: int = 0
+    """Start the encoder's last N blocks from random weights. In many models, the last block only serves the pooling."""
+    published_quirks: bool = False
+    """Train as the published code does where it differs from ours: weight decay also of norms, biases, positions and
+    tokens, and a cosine that begins at step 0, under the warm-up, instead of after it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,6 +198,10 @@ class AlignConfig(DataConfig, TrainConfig):
             self._check_native(self.max_patches)
         if isinstance(self.soft_cap, str) and self.soft_cap not in ("auto", "none"):
             raise UserError(f"--soft-cap takes a number, auto or none, not {self.soft_cap!r}")
+
+    @property
+    def published_optimizer(self) -> bool:
+        return self.published_quirks
 
     def masks(self) -> MaskOptions:
         """The mask options; only for objectives that use masks."""
@@ -215,7 +247,17 @@ class AlignConfig(DataConfig, TrainConfig):
                 )
         if not choices.masked and (given := self._changed(*_MASK_OPTIONS)):
             raise UserError(f"--objective {self.objective} has no masks: {given} would have no effect")
-        if self.decoder == "none" and (given := self._changed("decoder_depth", "decoder_layer_scale")):
+        if self.objective != "maskembed+" and (given := self._changed(*_PLUS_OPTIONS)):
+            raise UserError(f"{given} needs --objective maskembed+")
+        for name in _PLUS_OPTIONS[1:]:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{_option(name)} must be 0 or more, not {getattr(self, name)}")
+        if self.objective == "maskembed+" and self.preserve_weight and not self.all_visible:
+            raise UserError(
+                "--preserve-weight needs --all-visible true, which gives the pooled output of the whole image; or set "
+                "--preserve-weight 0"
+            )
+        if self.decoder == "none" and (given := self._changed(*_DECODER_OPTIONS)):
             raise UserError(f"--objective {self.objective} has no decoder: {given} would have no effect")
         if self.decoder == "transformer" and self.target == "pooled":
             raise UserError("--target pooled needs --decoder none; with a decoder, use --target cls")
@@ -249,6 +291,8 @@ class AlignConfig(DataConfig, TrainConfig):
         return ", ".join(_option(name) for name in names if getattr(self, name) != defaults[name])
 
 
+_PLUS_OPTIONS = ("readout", "readout_weight", "pooled_weight", "preserve_weight")
+_DECODER_OPTIONS = ("decoder_depth", "decoder_width", "decoder_layer_scale", "decoder_mlp")
 _MASK_OPTIONS = ("mask", "keep_ratio", "block_min_patches", "complement", "all_visible")
 
 

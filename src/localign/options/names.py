@@ -14,9 +14,10 @@ EMBEDDED = "scenes-vit"
 AttentionBackend = Literal["auto", "eager", "flex"]
 BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
 
-ObjectiveName = Literal["maskembed", "averaging", "additive", "clipself", "mim"]
+ObjectiveName = Literal["maskembed", "maskembed+", "averaging", "additive", "clipself", "mim"]
 TargetName = Literal["penultimate", "last", "cls", "pooled"]
 LossName = Literal["mse", "cosine", "l1"]
+Readout = Literal["sum", "mean"]
 TokenSelection = Literal["all", "hidden", "visible"]
 DecoderName = Literal["transformer", "none"]
 MaskKind = Literal["uniform", "bernoulli", "block", "shapley"]
@@ -50,11 +51,11 @@ REPRODUCTIONS = ("table1", "table4", "table5", "fig3", "fig4", "fig6", "fig7", "
 """Tables and figures of the paper."""
 
 _MOST = {
-    2**10: "depth decoder_depth train_blocks seeds",
+    2**10: "depth decoder_depth train_blocks reinit_blocks seeds",
     2**12: "workers",
     2
-    ** 16: "ignore image_size max_patches scale_images resize width num_heads patch_size block_min_patches lora_rank "
-    "image_tokens gpus plan_ranks",
+    ** 16: "ignore image_size max_patches scale_images resize width decoder_width num_heads patch_size lora_rank "
+    "block_min_patches image_tokens gpus plan_ranks",
     2**20: "batch_size micro_batch probe_batch max_new_tokens questions",
     2**24: "epochs warmup_epochs max_length keep_checkpoints repeats at_once",
     2**28: "scenes train_scenes val_scenes test_scenes val_images val_records images limit",

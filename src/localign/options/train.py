@@ -99,6 +99,11 @@ class TrainConfig:
     wandb: str | None = None
     """Also log to this Weights & Biases project (needs the extra localign[wandb])."""
 
+    @property
+    def published_optimizer(self) -> bool:
+        """Whether weight decay applies to all parameters and the cosine begins at step 0, under the warm-up."""
+        return False
+
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             check_limit(name, value)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import timm.layers
 import torch
 import torch.nn.functional as F
+from timm.layers.mlp import SwiGLU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
@@ -51,6 +52,10 @@ class PatchDecoder(nn.Module):
         super().__init__()
         width = decoder["width"]
         activation = getattr(nn, decoder["activation"], None) or getattr(timm.layers, decoder["activation"])
+        gated: dict[str, Any] = {}
+        if decoder.get("gated_width"):
+            ratio, norm = decoder["gated_width"] / width, decoder["gated_norm"]
+            gated = {"mlp_layer": SwiGLU, "mlp_ratio": ratio, "scale_mlp_norm": norm}
         self.pos_embed = nn.Parameter(torch.zeros(1, decoder["num_tokens"], width))
         self.blocks = nn.Sequential(
             *(
@@ -61,6 +66,7 @@ class PatchDecoder(nn.Module):
                     init_values=decoder["layer_scale"],
                     norm_layer=LocalignDecoderNorm,
                     act_layer=activation,
+                    **gated,
                 )
                 for _ in range(decoder["depth"])
             )

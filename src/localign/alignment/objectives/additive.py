@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from localign.alignment.losses import reconstruction_loss
@@ -31,20 +30,11 @@ class Additive(MaskedObjective):
     def __init__(self, options: ObjectiveOptions, teacher: Teacher) -> None:
         super().__init__(options, teacher)
         self.exact_sum = self.masks.kind == "shapley"
-        self._empty_output: Tensor | None = None
 
     def target(self, images: Tensor, views: Tensor) -> Tensor:
         """``(batch * masks, width)``."""
         target: Tensor = self.teacher(images, views) - self.empty_output(images) / self.teacher.scale
         return target
-
-    @torch.no_grad()
-    def empty_output(self, images: Tensor) -> Tensor:
-        """f(0), the unscaled output for a fully hidden image: ``(1, width)``, computed once in float32."""
-        if self._empty_output is None or self._empty_output.device != images.device:
-            with torch.autocast(images.device.type, enabled=False):
-                self._empty_output = self.teacher.of_views(torch.zeros_like(images[:1]))
-        return self._empty_output
 
     def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:
         """The patch vectors g, ``(batch, patches, width)``: embeddings divided by the root of the number of patches.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from localign.alignment.losses import reconstruction_loss, select_tokens
 from localign.alignment.masks import MaskSampler
 from localign.alignment.teacher import Teacher
-from localign.options.names import DecoderName, LossName, TokenSelection
+from localign.options.names import DecoderName, LossName, Readout, TokenSelection
+
+
+@dataclass(frozen=True)
+class PlusWeights:
+    """Weights of the terms that ``maskembed+`` adds to MaskEmbed's loss; 0 leaves a term out."""
+
+    readout: Readout
+    """How patch vectors combine to a view's pooled output: their sum or mean over the visible patches."""
+    readout_weight: float
+    pooled_weight: float
+    preserve_weight: float
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,8 @@ class ObjectiveOptions:
     """Tokens that count in the loss; masked objectives only."""
     masks: MaskSampler | None = None
     """Required by masked objectives."""
+    plus: PlusWeights | None = None
+    """Required by ``maskembed+``."""
 
 
 class Objective(ABC):
@@ -80,8 +93,12 @@ class Objective(ABC):
             ``(batch * views per image, ...)``; the views of one image are adjacent.
         """
 
+    def scaled(self, target: Tensor) -> Tensor:
+        """The part of a target whose standard deviation is the target scale."""
+        return target
+
     @abstractmethod
-    def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:
+    def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Any:
         """The student's predictions of the target, with gradient.
 
         Args:
@@ -91,7 +108,7 @@ class Objective(ABC):
             views: See :meth:`target`.
         """
 
-    def loss(self, prediction: Tensor, target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, prediction: Any, target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
         """The loss summed over its terms, and the number of terms: two float32 scalars."""
         return reconstruction_loss(prediction, target, self.loss_name)
 
@@ -105,6 +122,7 @@ class MaskedObjective(Objective):
         self.loss_tokens = options.loss_tokens
         self.masks = options.masks
         self.masks.check(self.grid)
+        self._empty_output: Tensor | None = None
 
     def draw(self, seed: int, positions: Tensor) -> Tensor:
         return self.masks(seed, positions, self.grid)
@@ -113,7 +131,15 @@ class MaskedObjective(Objective):
         target: Tensor = self.teacher(images, views)
         return target
 
-    def loss(self, prediction: Tensor, target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def empty_output(self, images: Tensor) -> Tensor:
+        """f(0), the unscaled output for a fully hidden image: ``(1, ...)``, computed once in float32."""
+        if self._empty_output is None or self._empty_output.device != images.device:
+            with torch.autocast(images.device.type, enabled=False):
+                self._empty_output = self.teacher.of_views(torch.zeros_like(images[:1]))
+        return self._empty_output
+
+    def loss(self, prediction: Any, target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
         selected = select_tokens(views.flatten(0, 1), self.num_prefix_tokens, self.loss_tokens)
         return reconstruction_loss(prediction, target, self.loss_name, selected)
 

@@ -86,7 +86,7 @@ def build_optimizer(
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         factor = next((f for submodule, f in (rates or {}).items() if name.startswith(f"{submodule}.")), 1.0)
-        decay = config.weight_decay if name in decayed else 0.0
+        decay = config.weight_decay if config.published_optimizer or name in decayed else 0.0
         groups.setdefault((name in matrices, factor, decay), []).append(parameter)
     fused = all(p.device.type in ("cuda", "cpu", "mps") and p.is_floating_point() for _, p in named)
     lr = config.lr if config.lr is not None else 3e-4
@@ -118,7 +118,8 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     peak = config.lr if config.lr is not None else 3e-4
     if step < config.warmup_steps:
         return peak * (config.warmup_init_ratio + (1 - config.warmup_init_ratio) * step / config.warmup_steps)
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    start = 0 if config.published_optimizer else config.warmup_steps
+    progress = (step - start) / max(1, steps - start)
     cosine = cosine_decay(min(1.0, progress))
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
