@@ -14,7 +14,7 @@ REVISION = 2
 """Saved with every run. It counts the changes in what the same options mean; the first runs saved none.
 
 2: ``crop: published`` draws from the ranges of the published runs; before, from those of ``rkrc``. ``mask: block``
-uncovers rectangles; before, it hid them. ``decoder_mlp: auto`` is gated for EVA02; before, it was plain."""
+uncovers rectangles; before, it hid them."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,6 @@ def with_meanings_of_now(values: Mapping[str, Any], command: str | None, revisio
     published = values.get("crop") == "published" or (command == "align" and values.get("crop") is None)
     if revision < 2 and command in ("align", "finetune") and photographs and published:
         changed["crop"] = "rkrc"
-    if revision < 2 and command == "align" and "eva02" in str(values.get("backbone")):
-        changed["decoder_mlp"] = "plain"
     return changed
 
 

@@ -16,6 +16,7 @@ from localign.alignment.plus import PlusPrediction, PlusStudent
 from localign.alignment.setup import build_objective, build_teacher, fresh_student, student_of_run
 from localign.alignment.student import Student
 from localign.backbones import Backbone, create_backbone
+from localign.cli import main
 from localign.engine import train
 from localign.errors import UserError
 from localign.options.names import ObjectiveName
@@ -146,6 +147,32 @@ def test_a_run_trains_resumes_and_exports(tmp_path: Path) -> None:
     assert isinstance(student, PlusStudent)
     assert facts["pooled_scale"] > 0
     assert not hasattr(load_student(tmp_path / "whole" / "export"), "readout")  # it serves training alone
+
+
+@pytest.mark.parametrize("form", ["timm", "onnx"])
+def test_an_export_that_keeps_the_pooling_replaces_the_start(form: str, tmp_path: Path) -> None:
+    run = AlignConfig(
+        out=str(tmp_path / "run"), objective="maskembed+", data="scenes:pretrain", target="last", batch_size=4,
+        steps=2, workers=0, scale_images=4, lr=1e-2, device="cpu",
+    )  # fmt: skip
+    train(AlignTask(run), run, "align")
+    assert main(["export", run.out, "--keep-pooling", "--format", form, "--out", str(tmp_path / "kept")]) == 0
+    if form == "onnx":
+        return  # its tokens are compared when it is written
+    student, start = student_of_run(run.out)[0], create_backbone("scenes-vit")
+    kept = create_backbone(tmp_path / "kept")
+    images = images_of(start)
+    with torch.no_grad():
+        last = student.encoder.backbone.tokens(images, norm=False)
+        assert torch.allclose(kept.pooled(images), start.pool(last), atol=1e-5)
+        assert torch.allclose(kept.tokens(images, norm=False), last, atol=1e-5)
+        assert not torch.allclose(kept.pooled(images), start.pooled(images), atol=1e-3)
+    assert kept.soft_cap == student.encoder.backbone.soft_cap
+
+
+def test_pooling_is_kept_of_runs_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["export", "scenes-vit", "--keep-pooling", "--out", str(tmp_path / "out")]) == 2
+    assert "--keep-pooling applies to runs" in capsys.readouterr().err
 
 
 def student_state(folder: Path) -> dict[str, Tensor]:

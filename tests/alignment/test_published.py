@@ -76,6 +76,21 @@ def test_reading_a_published_file_restores_the_student(
     assert backbone.soft_cap is None
 
 
+def test_a_gated_decoder_is_read(tmp_path: Path) -> None:
+    backbone = create_backbone(
+        "eva02_base_patch16_clip_224",
+        weights="none",
+        image_size=32,
+        model_kwargs={"depth": 2, "embed_dim": 48, "num_heads": 3},
+    )
+    student = build_student(backbone, soft_cap=None).eval()
+    for parameter in student.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    read = read_published(save(tmp_path / "a.pth.tar", published_state(student)), backbone, soft_cap=None)
+    assert decoder_of(read).config.gated_width == backbone.vit.blocks[0].mlp.fc2.in_features
+    assert torch.equal(outputs(read), outputs(student))
+
+
 def test_averaged_weights_are_preferred_and_decoder_heads_come_from_the_arguments(tmp_path: Path) -> None:
     backbone = backbone_of()
     student = student_of(backbone)

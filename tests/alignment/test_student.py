@@ -100,6 +100,18 @@ def test_the_decoder_is_built_as_published(name: str, size: int, activation: str
     assert decoder.head.out_features == 48
 
 
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_giant_patch14_dinov2"])
+def test_packed_gates_give_the_decoder_gates_of_the_same_width(name: str) -> None:
+    backbone = backbone_of(name, 28)
+    block = cast(Any, decoder_of(student_of(backbone, soft_cap=None)).blocks)[0]
+    assert (
+        block.mlp.fc1_g.out_features
+        == block.mlp.fc1_x.out_features
+        == backbone.vit.blocks[0].mlp.fc2.in_features
+    )
+    assert isinstance(block.mlp.act, nn.SiLU)
+
+
 def test_the_decoder_of_eva02_has_the_mlps_of_its_encoder() -> None:
     backbone = backbone_of("eva02_base_patch16_clip_224")
     decoder = decoder_of(student_of(backbone, soft_cap=None))

@@ -14,10 +14,10 @@ from localign.alignment.formats.graphs import FILES as GRAPHS
 from localign.alignment.formats.graphs import export_graph
 from localign.alignment.formats.transformers import export_transformers
 from localign.alignment.published import read_published
-from localign.alignment.setup import resolve_soft_cap, student_of_run
+from localign.alignment.setup import resolve_soft_cap, student_of_run, with_starting_pooling
 from localign.alignment.student import Decoder, DecoderConfig, Encoder, Student
 from localign.backbones import Backbone, create_backbone, load_backbone, save_backbone
-from localign.backbones.building import check_numbers
+from localign.backbones.building import check_numbers, set_image_size
 from localign.backbones.export import content_hash, load_decoder_state, read_config
 from localign.backbones.publishing.cards import backbone_card, measured
 from localign.backbones.publishing.push import publish
@@ -153,11 +153,18 @@ def _opened(config: ExportConfig) -> tuple[Student | None, Backbone, dict[str, A
                 f"{source} is a run; --weights and --model-kwargs apply to backbones by name only"
             )
         student, run = student_of_run(source, config.checkpoint)
+        if config.keep_pooling:
+            backbone = with_starting_pooling(student, source)
+            if config.image_size is not None:
+                set_image_size(backbone, config.image_size)
+            return None, backbone, {**run, "pooling": "of the starting model", **provenance()}
         facts: dict[str, Any] = {**run, **provenance()}
         if config.image_size is not None:
             facts["resampled_from"] = list(student.encoder.backbone.image_size)
             student.set_image_size(config.image_size)
         return student, student.encoder.backbone, facts
+    if config.keep_pooling:
+        raise UserError(f"--keep-pooling applies to runs of `localign align`; {config.source} is none")
     backbone = create_backbone(
         config.source,
         weights=config.weights,

@@ -16,6 +16,7 @@ from localign.alignment.published import PUBLISHED_SOFT_CAP
 from localign.alignment.student import Student, build_student
 from localign.alignment.teacher import Teacher
 from localign.backbones import CATALOGUE, Backbone, create_backbone
+from localign.backbones.export import content_hash
 from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.distributed import choose_device
 from localign.engine.run_folder import read_config as read_run_config
@@ -197,10 +198,39 @@ def student_of_run(folder: str | Path, checkpoint: str = "last") -> tuple[Studen
         weights["decoder.head.weight" if config.decoder == "transformer" else "encoder.head.weight"]
     )
     backbone = starting_backbone(config, weights=None if local else "none")
+    if config.decoder_mlp == "auto":  # localign 0.1 gave every decoder plain ones
+        gated = "decoder.blocks.0.mlp.fc1_g.weight" in weights
+        config = replace(config, decoder_mlp="gated" if gated else "plain")
     student = fresh_student(config, backbone, target_width)
     load_strict(student, weights, checkpoints.path(step))
     facts = {"run": saved["config"], "steps": step, **loaded.state["task"]}
     return student.eval(), facts
+
+
+def with_starting_pooling(student: Student, folder: str | Path) -> Backbone:
+    """The aligned blocks of a run's student, with the final norm and pooling of the model that the run started from.
+
+    Args:
+        student: Of the run.
+        folder: The run folder.
+
+    Raises:
+        UserError: The starting weights cannot be read, or are others than those the run started from.
+    """
+    folder = Path(folder)
+    saved = read_run_config(folder)
+    config = AlignConfig(**{**saved["config"], "betas": tuple(saved["config"]["betas"])})
+    start = starting_backbone(config)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    began_with = checkpoints.load(checkpoints.steps()[-1]).state["fingerprint"]["starting weights"]
+    if content_hash(start.vit.state_dict())[:16] != began_with:
+        raise UserError(f"{folder} started from other weights than {config.backbone} has now")
+    aligned = student.encoder.backbone
+    twin = start.copy(soft_cap=aligned.soft_cap)
+    state, kept = twin.vit.state_dict(), ("norm.", "fc_norm.", "attn_pool.")
+    own = aligned.vit.state_dict()
+    load_strict(twin.vit, {k: v if k.startswith(kept) else own[k] for k, v in state.items()}, folder)
+    return twin.eval()
 
 
 def _checkpoint_step(checkpoints: Checkpoints, wanted: str, folder: Path) -> int:

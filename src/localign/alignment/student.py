@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers.mlp import SwiGLU
+from timm.layers.mlp import GluMlp, SwiGLU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -299,7 +299,7 @@ def build_student(
         head: Initial weight of the encoder's linear head.
         teacher_width: Channels of the target; default the backbone's width.
         decoder_width: Channels of the decoder, a multiple of a head's channels; default the backbone's width.
-        decoder_mlp: Plain MLPs in the decoder, or gated ones as in the encoder; auto: gated for EVA02.
+        decoder_mlp: Plain MLPs in the decoder, or gated ones as in the encoder; auto: as in the encoder.
         reinit_blocks: Last blocks of the encoder that start from random weights.
 
     Raises:
@@ -348,9 +348,10 @@ def _gated_shape(
 ) -> tuple[int | None, bool]:
     """Hidden channels of the decoder's gated MLPs, in proportion to the encoder's, and whether they have a norm."""
     found = backbone.vit.blocks[0].mlp
-    if mlp == "plain" or (mlp == "auto" and not isinstance(found, SwiGLU)):
+    gated = isinstance(found, SwiGLU) or (isinstance(found, GluMlp) and isinstance(found.act, nn.SiLU))
+    if mlp == "plain" or (mlp == "auto" and not gated):
         return None, False
-    if not isinstance(found, SwiGLU):
+    if not gated:
         raise UserError(
             f"--decoder-mlp gated: the MLPs of {backbone.name} are not SwiGLU, so they have no shape to copy"
         )

@@ -167,8 +167,8 @@ class AlignConfig(DataConfig, TrainConfig):
     decoder_layer_scale: float | None = 1e-6
     """Initial LayerScale of the decoder; null: no LayerScale."""
     decoder_mlp: Literal["auto", "plain", "gated"] = "auto"
-    """MLPs of the decoder: plain (four times as wide as the decoder), gated (SwiGLU of the encoder's shape), or auto:
-    gated for EVA02, else plain."""
+    """MLPs of the decoder: plain (four times as wide as the decoder), gated (SwiGLU in the encoder's proportions), or
+    auto: as in the encoder. Runs of localign 0.1 have plain ones."""
     train_blocks: int | None = None
     """Train only the encoder's last N blocks, final norm and head, and the decoder; 0 freezes all blocks. Default:
     train everything."""

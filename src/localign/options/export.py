@@ -34,6 +34,10 @@ class ExportConfig:
     0.05."""
     decoder: bool = True
     """Also write the decoder of a run (format timm)."""
+    keep_pooling: bool = False
+    """Write the aligned blocks of a run with the starting model's final norm and pooling instead of the trained norm: a
+    replacement for the starting model whose pooled output (zero-shot) and inner layers are read as before. Without
+    decoder. Made for --objective maskembed+, which preserves the pooled output."""
     results: str | None = None
     """Folder of a `localign probe` of this backbone and the one before alignment; the figures go into README.md."""
     push_to: str | None = None
@@ -53,6 +57,8 @@ class ExportConfig:
         if not self.source:
             raise UserError("export needs a run folder or the name of a backbone")
         check_repository(self.push_to, self.private)
+        if self.keep_pooling:
+            object.__setattr__(self, "decoder", False)
         if self.bake and self.images is None:
             raise UserError("--bake needs --images DIR, on which the change of the tokens is measured")
         if self.format == "timm" and (self.bake or self.images or self.tolerance is not None):

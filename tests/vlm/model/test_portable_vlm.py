@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vlm_models import KINDS, picture, sides, tiny_processor, tiny_tower, tiny_vlm
 
 from localign import portable
+from localign.alignment.student import Decoder, DecoderConfig
 from localign.backbones import Backbone
 from localign.backbones.building import build_vit
-from localign.portable.modeling_localign_vlm import LocalignVLMForConditionalGeneration, LocalignVLMModel
+from localign.portable.modeling_localign_vlm import (
+    LocalignVLMForConditionalGeneration,
+    LocalignVLMModel,
+    PatchDecoder,
+)
 from localign.portable.processing_localign_vlm import LocalignProcessor
 from localign.vlm import LocalignVLM, LocalignVLMProcessor
 from localign.vlm.data.vocabulary import add_special_tokens
@@ -90,6 +96,15 @@ def test_every_adapter_gives_the_same_logits(kind: Any, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     model = LocalignVLM.from_parts(tower, adapter, tiny_llm(), tokenizer).eval()  # type: ignore[no-untyped-call]
     assert_same(model, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("gated", [(None, False), (32, False), (32, True)])
+def test_decoders_with_plain_and_gated_mlps_are_the_same(gated: tuple[int | None, bool]) -> None:
+    config = DecoderConfig(24, 12, 2, 5, gated_width=gated[0], gated_norm=gated[1], activation="SiLU")
+    ours, twin = Decoder(config), PatchDecoder(asdict(config))
+    twin.load_state_dict(ours.state_dict())
+    tokens = torch.randn(2, 5, 24)
+    assert torch.equal(ours(tokens), twin(tokens))
 
 
 TOWERS: dict[str, tuple[str, dict[str, Any], bool]] = {
