@@ -27,12 +27,18 @@ def _find_varlen() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    # Earlier versions lack windows and name their arguments differently.
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+    return varlen_attn if "window_size" in _arguments(varlen_attn) else None
+
+
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of a function's arguments. Those of torch's varlen attention differ between versions."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 VARLEN = _find_varlen()
-"""torch's varlen attention, or None if this torch has none."""
+"""torch's varlen attention, or None if this torch has none with windows (torch 2.9 has none, 2.10's lacks windows)."""
+VARLEN_ARGUMENTS = frozenset() if VARLEN is None else _arguments(VARLEN)
+"""Names of its arguments: torch 2.11's lacks ``enable_gqa``."""
 PACKED_SDPA = "packed_sdpa"
 """Name under which the implementation is registered."""
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
@@ -81,11 +87,24 @@ def packed_sdpa(
         )
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise ValueError(f"{type(module).__name__} needs attn_implementation='eager'")
+    query, key, value = _as_autocast_would(query, key, value)
     if turns is None and max_length_q is not None and has_varlen_kernel(query, value, dropout):
         return _by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     return _by_sequence(
         module, query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, turns
     ), None
+
+
+def _as_autocast_would(query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype in which autocast runs SDPA; as they are without autocast.
+
+    Rotary positions leave queries and keys in float32 under autocast, which the varlen kernel does not take.
+    """
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, *others
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) for x in (query, *others))
 
 
 def has_varlen_kernel(query: Tensor, value: Tensor, dropout: float) -> bool:
@@ -112,6 +131,16 @@ def _by_kernel(
     borders = cu_seqlens.to(query.device, torch.int32)
     left = -1 if sliding_window is None else sliding_window - 1
     assert VARLEN is not None
+    grouped = queries.shape[1] != keys.shape[1]
+    options: dict[str, Any] = {"enable_gqa": grouped} if "enable_gqa" in VARLEN_ARGUMENTS else {}
+    if grouped and not options:
+        keys, values = (
+            x.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1) for x in (keys, values)
+        )
+    if "scale" in VARLEN_ARGUMENTS:
+        options["scale"] = scaling
+    elif scaling is not None:  # the kernel scales by the default
+        queries = queries * (scaling * queries.shape[-1] ** 0.5)
     output: Tensor = VARLEN(
         queries,
         keys,
@@ -120,9 +149,8 @@ def _by_kernel(
         borders,
         longest,
         longest,
-        scale=scaling,
         window_size=(left, 0),
-        enable_gqa=queries.shape[1] != keys.shape[1],
+        **options,
     )
     return output.unsqueeze(0)
 
