@@ -88,6 +88,9 @@ def attention_flex(
         capped = soft_cap(score, bound)
         return capped if mask is None else torch.where(mask[batch, 0, 0, k_idx], capped, -torch.inf)
 
+    if fused:
+        for x in (query, key, value, *(() if mask is None else (mask,))):
+            torch._dynamo.maybe_mark_dynamic(x, 0)
     kernel: Any = _compiled_flex() if fused else flex_attention
     out: Tensor = kernel(query, key, value, score_mod=score_mod, scale=head_dim**-0.5)
     return out[..., :head_dim] if pad else out
@@ -95,6 +98,11 @@ def attention_flex(
 
 @cache
 def _compiled_flex() -> Callable[..., Tensor]:
+    """FlexAttention, compiled for the marked dynamic dimensions only: one kernel for all numbers of images.
+
+    Everything else, the cap included, is a constant of the kernel. torch compiles at most eight variants of a function
+    and then runs it unfused, so a kernel per number of images would not do.
+    """
     return torch.compile(flex_attention, dynamic=False)
 
 

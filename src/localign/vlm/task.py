@@ -102,12 +102,14 @@ class VLMTask(Task):
         )
 
     def worst_case_batch(self, samples: int) -> VLMBatch:
+        packed, batch = self.config.batching == "packed", self.config.batch_size
         return longest_batch(
             self.data,
             self.encoder,
             self.processor.image_transform(),
             samples,
-            packed=self.config.batching == "packed",
+            packed=packed,
+            plan=BatchPlan(self.seed, batch, batch, 0, 1, 0, 0, 1, False) if packed else None,
         )
 
     def step(self, model: nn.Module, batch: VLMBatch) -> StepResult:

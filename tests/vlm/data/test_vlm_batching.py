@@ -16,7 +16,14 @@ from localign.data.stream import SampleStream
 from localign.data.transforms import to_tensor
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
-from localign.vlm.data.batching import VLMBatch, packed_row, padded_rows, planned_batches, record_stream
+from localign.vlm.data.batching import (
+    VLMBatch,
+    longest_batch,
+    packed_row,
+    padded_rows,
+    planned_batches,
+    record_stream,
+)
 from localign.vlm.data.prompts import IGNORE_INDEX
 from localign.vlm.data.records import Conversations
 from localign.vlm.data.sampling import (
@@ -328,3 +335,19 @@ def test_text_only_records_have_no_images(tmp_path: Path) -> None:
 def test_contradictions(data: Conversations, options: Any, kind: Any, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         planned_batches(data, ENCODER, to_tensor, plan(**options), **kind)
+
+
+def test_the_heaviest_balanced_micro_batch_is_not_one_of_the_longest_records(tmp_path: Path) -> None:
+    entries = [record(n, words=60 if n % 8 == 0 else 1 + n % 3) for n in range(64)]
+    data = Conversations.open([write_json(tmp_path / "data.json", entries)])
+    run = plan(global_batch=16, micro_batch=4, end_step=4)
+
+    def tokens(batch: VLMBatch) -> int:
+        return int(batch.input_ids.shape[1])
+
+    actual = max(tokens(b) for b in planned_batches(data, ENCODER, to_tensor, run))
+    stacked = longest_batch(data, ENCODER, to_tensor, 4, packed=True)
+    sized = longest_batch(data, ENCODER, to_tensor, 4, packed=True, plan=run)
+    assert tokens(stacked) > 1.5 * actual, "the longest four never come together"
+    assert 0.95 * actual < tokens(sized) < 1.5 * actual
+    assert len(sized.positions) == 4

@@ -137,7 +137,6 @@ class MicroBatchFinder:
         gc.collect()
         if self.context.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.compiler.reset()  # drop attention kernels compiled for sizes that were only tried
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from localign.vlm.data.sampling import (
     RecordStream,
     ShuffledRecords,
     estimated_lengths,
+    heaviest_tokens,
     split_balanced,
     split_evenly,
     split_grouped,
@@ -122,18 +123,27 @@ def longest_batch(
     samples: int,
     *,
     packed: bool,
+    plan: BatchPlan | None = None,
 ) -> VLMBatch:
     """A micro-batch of the longest records by estimated length; records repeat if there are fewer than ``samples``.
 
     Args:
         data, encoder, transform, packed: As for :func:`planned_batches`.
+        plan: Of a run that balances its micro-batches by length. The records then have just the tokens of its heaviest
+            micro-batch, because balanced micro-batches never hold the longest records together.
         samples: Records in the micro-batch.
 
     Raises:
         UserError: No usable record was found.
     """
-    longest = np.argsort(-estimated_lengths(data, encoder), kind="stable")
-    chosen = np.resize(longest[:samples], samples).tolist()
+    lengths = estimated_lengths(data, encoder)
+    longest = np.argsort(-lengths, kind="stable")
+    first = 0
+    if plan is not None and samples < len(longest):
+        tokens = heaviest_tokens(lengths, record_stream(data, plan), plan.global_batch, samples)
+        totals = np.convolve(lengths[longest], np.ones(samples, np.int64), mode="valid")
+        first = max(0, int((totals >= tokens).sum()) - 1)  # totals descend
+    chosen = np.resize(longest[first : first + samples], samples).tolist()
     batch: VLMBatch | None = _RecordReader(data, encoder, transform, 0, packed)[list(enumerate(chosen))].batch
     if batch is None:
         raise UserError(f"no usable record in {REPLACEMENT_ATTEMPTS} draws")

@@ -25,6 +25,8 @@ PUBLISHED_IMAGE_WORDS = 24 * 24
 
 _TOKENISED_RECORDS = 256
 """Records that are tokenised to estimate the tokens per character."""
+_SURVEYED_STEPS, _SPLIT_STEPS = 512, 16
+"""Steps whose totals are compared to find the heaviest micro-batch, and how many of them are split to find it."""
 _TURN_CHARACTERS = 12
 """Characters that a prompt format adds to a turn, roughly."""
 
@@ -160,6 +162,22 @@ def split_grouped(
         if len(split[shortest]) == per_rank:
             totals[shortest] = float("inf")
     return list(np.array(split, dtype=np.int64).reshape(ranks * bins_per_rank, -1))
+
+
+def heaviest_tokens(lengths: Integers, stream: RecordStream, batch: int, samples: int) -> int:
+    """Tokens of the heaviest of a run's balanced micro-batches, by estimated lengths, in its first steps.
+
+    Args:
+        lengths: int64 ``(records,)``, tokens of each record.
+        stream: The records of each step.
+        batch: Records per step, over all ranks.
+        samples: Records per micro-batch, on average.
+    """
+    steps = min(_SURVEYED_STEPS, -(-stream.samples_per_epoch // batch))
+    tokens = [lengths[stream.indices(step)] for step in range(steps)]
+    heaviest = sorted(tokens, key=lambda step: -int(step.sum()))[:_SPLIT_STEPS]
+    bins = max(1, batch // samples)
+    return max(int(step[part].sum()) for step in heaviest for part in split_balanced(step, bins))
 
 
 def estimated_lengths(data: Conversations, encoder: ConversationTokenizer) -> Integers:
