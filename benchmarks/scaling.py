@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,10 +67,13 @@ def run_bench_scaling(config: ScalingConfig) -> None:
 def bench_scaling(config: ScalingConfig) -> dict[str, Any]:
     """Measure all cases, each in its own processes with one thread per process.
 
+    Cases with more ranks than GPUs are left out, with the reason.
+
     Raises:
-        RunFailure: A case failed, for example because there are fewer GPUs than ranks.
+        RunFailure: A case failed.
     """
     device = choose_device(config.device)
+    possible, left_out = fitting(cases(config), device)
     with TemporaryDirectory() as folder:
         images = Path(folder) / "images"
         images.mkdir()
@@ -78,14 +81,25 @@ def bench_scaling(config: ScalingConfig) -> dict[str, Any]:
         for number in range(16):
             small = Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8))
             small.resize((256, 256), Image.Resampling.BICUBIC).save(images / f"{number}.png")
-        rows = [_measure(case, config, images, Path(folder) / str(n)) for n, case in enumerate(cases(config))]
+        rows = [_measure(case, config, images, Path(folder) / str(n)) for n, case in enumerate(possible)]
     parameters = rows[0]["parameters"]
     return {
         "backbone": config.backbone or BACKBONE,
         "parameters": parameters,
         "hardware": hardware(device) | {"threads": 1},
+        "left_out": left_out,
         "cases": [row | {"foreseen_bytes": all_reduce_bytes(parameters, row["ranks"])} for row in rows],
     }
+
+
+def fitting(wanted: Sequence[Case], device: torch.device) -> tuple[list[Case], list[str]]:
+    """The cases that this machine can run, and for each other case why it is left out."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" else None
+    possible = [case for case in wanted if gpus is None or case.ranks <= gpus]
+    left_out = [f"{case.ranks} ranks need {case.ranks} GPUs; there is {gpus}" if gpus == 1 else
+                f"{case.ranks} ranks need {case.ranks} GPUs; there are {gpus}"
+                for case in wanted if case not in possible]  # fmt: skip
+    return possible, left_out
 
 
 def all_reduce_bytes(parameters: int, ranks: int) -> int:
@@ -124,7 +138,8 @@ def _measure(case: Case, config: ScalingConfig, images: Path, folder: Path) -> d
         "parameters": first["parameters"],
         "cpu_seconds": sum(_median_step(note["cpu"]) for note in notes),
         "wall_seconds": _median_step(first["wall"]),
-        "sent_bytes": _median_step(first["sent"]) if first["sent"] else None,
+        # nccl does not send over the loopback interface, whose counter this is.
+        "sent_bytes": _median_step(first["sent"]) if first["sent"] and first["backend"] == "gloo" else None,
     }
 
 
@@ -168,6 +183,7 @@ def _rank(argument: str) -> None:
     facts = {
         "tokens": task.student.encoder.backbone.num_patches,
         "parameters": sum(p.numel() for p in task.student.parameters() if p.requires_grad),
+        "backend": "nccl" if task.device.type == "cuda" else "gloo",
         **task.notes,
     }
     Path(f"{values['notes']}.{os.environ.get('RANK', '0')}.json").write_text(json.dumps(facts))
@@ -190,6 +206,12 @@ def scaling_tables(content: dict[str, Any]) -> list[Table]:
         "expected, MB",
     )
     table = timing_table(title, content, (), numbers)
+    notes = list(content["left_out"])
+    if any(row["sent_bytes"] is None for row in content["cases"]):
+        notes.append(
+            "sent bytes are counted on the loopback interface of Linux, which gloo uses and nccl does not"
+        )
+    table.caption = "\n".join([*filter(None, [str(table.caption or "")]), *notes])
     for row in content["cases"]:
         sent = row["sent_bytes"]
         table.add_row(

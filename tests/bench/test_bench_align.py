@@ -158,6 +158,7 @@ def test_a_ceiling_is_the_fastest_product() -> None:
         ("bench align --steps 0", "--steps must be above 0"),
         ("bench align --backbone vit_tinny", "unknown backbone 'vit_tinny'"),
         ("bench align --data /nonexistent", "there is no folder /nonexistent"),
+        ("bench align --largest-batch", "--largest-batch measures the memory of CUDA GPUs, not of cpu"),
     ],
 )
 def test_bad_use_is_one_line(command: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

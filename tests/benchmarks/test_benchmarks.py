@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from benchmarks import labels as bench_labels
+from benchmarks import scaling
+from benchmarks.config import ScalingConfig
 from benchmarks.run import BENCHMARKS, main
 from localign.errors import RunFailure
 from localign.probing import PatchLabels, reduce_labels
@@ -150,3 +152,12 @@ def test_bench_scaling_measures_what_was_foreseen(tmp_path: Path, capsys: pytest
             # No upper bound: whatever runs beside this test may use the network too.
             assert row["sent_bytes"] > 0.9 * row["foreseen_bytes"]
     assert "patches/image" in capsys.readouterr().out
+
+
+def test_bench_scaling_leaves_out_ranks_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    wanted = scaling.cases(ScalingConfig())
+    possible, left_out = scaling.fitting(wanted, torch.device("cuda", 0))
+    assert [case.ranks for case in possible] == [1, 1, 1, 1]
+    assert left_out == ["2 ranks need 2 GPUs; there is 1", "4 ranks need 4 GPUs; there is 1"]
+    assert scaling.fitting(wanted, torch.device("cpu")) == (wanted, [])

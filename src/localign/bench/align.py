@@ -126,6 +126,10 @@ def bench_align(config: AlignBenchConfig) -> dict[str, Any]:
         RunFailure: A process died.
     """
     device = choose_device(config.device)
+    if config.largest_batch and device.type != "cuda":
+        raise UserError(
+            f"--largest-batch measures the memory of CUDA GPUs, not of {device.type}; leave it out"
+        )
     # Built here first, so that an unknown name gives a clear error before the processes start.
     backbone = create_backbone(
         config.backbone or BACKBONE, weights="none", image_size=config.image_size, seed=config.seed
@@ -146,7 +150,7 @@ def bench_align(config: AlignBenchConfig) -> dict[str, Any]:
         ceiling = Ceiling(device, torch.bfloat16 if bf16 else torch.float32)
         flops = CountedAlignment(options).flops().total
         parts = [_measure_same_batch(names, options, config.steps or STEPS, ceiling, folder, flops)]
-        if device.type == "cuda":
+        if config.largest_batch:
             parts.append(
                 _measure_largest_batch(names, options, config.steps or STEPS, ceiling, folder, flops)
             )

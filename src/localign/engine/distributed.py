@@ -24,7 +24,10 @@ from localign.errors import RunFailure, UserError
 T = TypeVar("T")
 TIMEOUT = 1800.0
 """Default number of seconds that ranks wait for one another."""
-_LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|[Tt]imed out|Socket Timeout|Connection refused")
+_LOST = re.compile(
+    r"closed by peer|reset by peer|Broken pipe|[Tt]imed out|Socket Timeout|Connection refused|NCCL (error|communicator)"
+    r"|Duplicate GPU"
+)
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", local_rank)
+            return _gpu_of_rank(local_rank)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -156,14 +159,29 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"there is no device {name}: torch finds no CUDA GPU")
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise UserError(f"there is no device {name}: torch finds {torch.cuda.device_count()} CUDA GPUs")
-        return device if device.index is not None else torch.device("cuda", local_rank)
+        if device.index is not None:
+            return _existing_gpu(device, f"there is no device {name}")
+        return _gpu_of_rank(local_rank)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("there is no device mps on this machine")
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device {name} is not supported; give auto, cpu, cuda, cuda:N or mps")
     return device
+
+
+def _gpu_of_rank(local_rank: int) -> torch.device:
+    hint = f"rank {local_rank} of this node has no GPU; start at most one process per GPU (--nproc-per-node)"
+    return _existing_gpu(torch.device("cuda", local_rank), hint)
+
+
+def _existing_gpu(device: torch.device, problem: str) -> torch.device:
+    count = torch.cuda.device_count()
+    if device.index < count:
+        return device
+    found = "one CUDA GPU, cuda:0" if count == 1 else f"{count} CUDA GPUs, cuda:0 to cuda:{count - 1}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible}, and its GPUs are counted from 0)"
+    raise UserError(f"{problem}: torch finds {found}{why}")
 
 
 def is_main_process() -> bool:
@@ -173,6 +191,15 @@ def is_main_process() -> bool:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def _cause(message: str) -> str:
+    """The line of gloo's or nccl's message that says what happened."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    for number, line in enumerate(lines):
+        if line.startswith("Last error:"):  # nccl: the lines before name a C++ file and its version
+            return line.removeprefix("Last error:").strip() or lines[min(number + 1, len(lines) - 1)]
+    return lines[0].partition(" This is typically")[0] if lines else "no message"
 
 
 @contextmanager
@@ -193,6 +220,10 @@ def distributed_context(
     rank, local_rank = _rank(), int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     chosen = choose_device(device, local_rank)
+    if local_size > 1 and chosen.type == "cuda" and device not in ("auto", "cuda"):
+        raise UserError(
+            f"--device {device} is one GPU for {local_size} processes; give --device cuda, which is one GPU for each"
+        )
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     starts_group = (size > 1 or sharded) and not dist.is_initialized()
@@ -209,9 +240,9 @@ def distributed_context(
         # gloo raises plain RuntimeErrors; nccl's watchdog ends the process itself.
         if size == 1 or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
             raise
-        cause = str(error).splitlines()[0].partition(" This is typically")[0]
         raise RunFailure(
-            f"rank {rank} lost another rank, which died or did not answer for {timeout:g} s (--timeout): {cause}"
+            f"rank {rank} lost another rank, which died or did not answer for {timeout:g} s (--timeout): "
+            f"{_cause(str(error))}"
         ) from error
     finally:
         if starts_group:

@@ -49,7 +49,10 @@ class AlignBenchConfig(MeasurementConfig):
     data: str | None = None
     """A folder of photographs; default synthetic photographs."""
     batch_size: int | None = None
-    """Images per step; default 32. On CUDA each implementation is also measured at its largest batch."""
+    """Images per step; default 32."""
+    largest_batch: bool = False
+    """On CUDA, also measure each implementation at its own largest batch, which is found by running out of memory: 5 to
+    10 minutes."""
     steps: int | None = None
     """Number of measured steps; the median is reported. Default 8."""
     precision: Literal["fp32", "bf16"] | None = None

@@ -134,9 +134,7 @@ def _by_kernel(
     grouped = queries.shape[1] != keys.shape[1]
     options: dict[str, Any] = {"enable_gqa": grouped} if "enable_gqa" in VARLEN_ARGUMENTS else {}
     if grouped and not options:
-        keys, values = (
-            x.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1) for x in (keys, values)
-        )
+        keys, values = (x.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1) for x in (keys, values))
     if "scale" in VARLEN_ARGUMENTS:
         options["scale"] = scaling
     elif scaling is not None:  # the kernel scales by the default
