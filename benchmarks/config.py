@@ -120,6 +120,8 @@ class VLMBenchConfig(MeasurementConfig):
     """Optimizer steps per pass, a multiple of 16, because one conversation in 16 has no image; default 16."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    compile: bool = False
+    """Compile the language model's layers with torch.compile, for all ways."""
     repeats: int | None = None
     """Passes of each implementation; the median of every step is reported. Default 3."""
     device: str = "auto"

@@ -148,6 +148,8 @@ def bench_vlm(config: VLMBenchConfig) -> dict[str, Any]:
     task.to(device)
     if options.grad_checkpointing:
         task.set_grad_checkpointing()
+    if config.compile:
+        task.compile()
     measured = _measure(task, passes, config.repeats or REPEATS)
     _check_equal_losses(measured, passes, tolerance=2e-2 if device.type == "cuda" else 1e-4)
     return {
@@ -165,6 +167,7 @@ def bench_vlm(config: VLMBenchConfig) -> dict[str, Any]:
         "conversations": len(task.data),
         "text_only": int((~task.data.has_image).sum()),
         "mix": {name: asdict(part) for name, part in MIX.items()},
+        "compiled": config.compile,
         "hardware": hardware(device),
         "ways": _rows(measured, passes, device),
     }

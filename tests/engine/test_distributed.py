@@ -109,13 +109,10 @@ def test_several_processes_on_one_named_gpu_are_refused(monkeypatch: pytest.Monk
         pass
 
 
-NCCL = """NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a network \
-error, NCCL version 2.21.5
+NCCL = """NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited, NCCL version 2.21.5
 ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.
 Last error:
 socketProgress: Connection closed by remote peer node-2<40123>"""
-
-
 TWICE = """NCCL error in: x.cpp:1, invalid usage
 Last error:
 Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1a000"""

@@ -76,7 +76,7 @@ def test_the_extended_mixture_takes_more_steps(vit: str) -> None:
 def test_sharding_divides_the_memory_of_trained_parameters() -> None:
     config = ["--config", "vlm/baseline-clip-336px", "--plan-ranks"]
     one, eight = (plan_vlm(parse("vlm train", [*config, ranks]))[1] for ranks in ("1", "8"))
-    frozen = 2 * one.parameters["vision"]
+    frozen = 4 * one.parameters["vision"]  # every rank of a sharded run holds the tower in float32
     assert one.bytes_per_rank == 16 * one.trainable + frozen
     assert eight.bytes_per_rank == 16 * one.trainable // 8 + frozen
 

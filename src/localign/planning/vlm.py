@@ -25,12 +25,14 @@ from localign.vlm.data.vocabulary import ROWS_MULTIPLE
 from localign.vlm.model.adapters import Adapter
 from localign.vlm.model.build import set_stage, vision_sources
 from localign.vlm.model.configuration import LocalignVLMConfig
+from localign.vlm.model.frozen import holds_bf16, roundable
 from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.model.presets import VisionSource, build_vision
 from localign.vlm.model.vision import VisionTower
 
-_MASTER, _GRADIENT, _MOMENTS, _FROZEN = 4, 4, 8, 2
-"""Bytes per parameter. Trained: fp32 weights, fp32 gradients, AdamW's two moments. Frozen: bf16 weights."""
+_MASTER, _GRADIENT, _MOMENTS, _ROUNDED = 4, 4, 8, 2
+"""Bytes per parameter. Trained: fp32 weights, fp32 gradients, AdamW's two moments. Frozen: fp32 weights, and bf16
+weights of linear layers in unsharded runs."""
 
 _RANKS_PER_NODE = 8
 """GPUs per node assumed for hybrid sharding."""
@@ -83,11 +85,10 @@ def plan_vlm(config: VLMConfig) -> tuple[LocalignVLM, VLMPlan]:
         "language model": model.language_model,
     }
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trainable
     share = {"none": 1, "full": config.plan_ranks, "hybrid": min(config.plan_ranks, _RANKS_PER_NODE)}[
         config.sharding
     ]
-    taken = trainable * (_MASTER + _GRADIENT + _MOMENTS) // share + frozen * _FROZEN
+    taken = trainable * (_MASTER + _GRADIENT + _MOMENTS) // share + _frozen_bytes(model, config, share)
     records = _records(config)
     steps = warmup = None
     if records is not None:
@@ -95,6 +96,15 @@ def plan_vlm(config: VLMConfig) -> tuple[LocalignVLM, VLMPlan]:
         steps, warmup = total_steps(counted, records), counted.warmup_steps
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     return model, VLMPlan(counts, trainable, tower.num_tokens, taken, records, steps, warmup)
+
+
+def _frozen_bytes(model: LocalignVLM, config: VLMConfig, share: int) -> int:
+    """Bytes of frozen weights on a rank, as training on CUDA holds them; a frozen tower is not sharded."""
+    frozen = {n: p.numel() for n, p in model.named_parameters() if not p.requires_grad}
+    tower = sum(count for name, count in frozen.items() if name.startswith("vision."))
+    rounded = sum(p.numel() for p in roundable(model).values()) if holds_bf16(config, "cuda") else 0
+    full = tower + (sum(frozen.values()) - tower) // share - rounded
+    return _MASTER * full + _ROUNDED * rounded
 
 
 def _model_config(llm: PretrainedConfig, tower: VisionTower, adapter: Adapter) -> LocalignVLMConfig:

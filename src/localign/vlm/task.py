@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from localign.data.loader import BadImages
 from localign.engine.batch import to_device
 from localign.engine.distributed import DistributedContext, choose_device
+from localign.engine.schedule import computes_in_bf16
 from localign.engine.task import BatchPlan, StepResult, Task
 from localign.options.names import CrossEntropy
 from localign.options.vlm.train import VLMConfig
@@ -22,6 +23,7 @@ from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format
 from localign.vlm.data.records import Conversations
 from localign.vlm.model.attention import check_independent_turns
 from localign.vlm.model.build import build_vlm, merge_lora, save_vlm
+from localign.vlm.model.frozen import hold_in_bf16, holds_bf16, restore_float32
 from localign.vlm.model.losses import check_liger
 from localign.vlm.model.modeling import LocalignVLM, VLMOutput
 from localign.vlm.model.processing import LocalignVLMProcessor
@@ -73,12 +75,18 @@ class VLMTask(Task):
         )
         if self.encoder.independent:
             check_independent_turns(model.language_model)
+        self._rounded: dict[str, Tensor] = {}
         self._frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
         self._frozen_hash = _fingerprint({n: p for n, p in model.named_parameters() if n in self._frozen})
 
     @property
     def module(self) -> LocalignVLM:
         return self.model
+
+    def to(self, device: torch.device) -> None:
+        if holds_bf16(self.config, device.type):
+            self._rounded = hold_in_bf16(self.model)
+        super().to(device)
 
     def samples(self) -> int:
         if self.config.sampler == "shuffled":
@@ -130,7 +138,8 @@ class VLMTask(Task):
         """
         if not len(batch.images) or self.config.sharding != "none":
             return {}
-        with torch.no_grad():
+        in_bf16 = computes_in_bf16(self.config, self.device.type)
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, in_bf16):
             image = self.model.get_image_features(batch.images[:_MONITORED_IMAGES].to(self.device))
             ids = batch.input_ids[batch.labels != IGNORE_INDEX].to(self.device)
             text = self.model.get_input_embeddings()(ids)
@@ -206,6 +215,7 @@ class VLMTask(Task):
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
         assert isinstance(module, LocalignVLM)
+        restore_float32(module, self._rounded)
         module = merge_lora(module)
         module.config.localign = provenance
         save_vlm(module, self.processor, folder)

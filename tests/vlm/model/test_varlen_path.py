@@ -141,3 +141,39 @@ def test_an_argument_that_the_kernel_lacks_changes_nothing(
             *part, is_causal=True, scale=given.get("scale"), enable_gqa=given.get("enable_gqa", False)
         )
         torch.testing.assert_close(output[0].transpose(0, 1), expected[0, start:stop])
+
+
+def whole_row(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float, enable_gqa: bool, **__: Any) -> Tensor:
+    """Stands for the kernel where only the graph matters: all sequences as one."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+    return output[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_layers_are_one_graph_with_the_kernel(
+    name: str, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `--compile` compiles them, in bf16 autocast, over rows of several lengths."""
+    if by_kernel:
+        monkeypatch.setattr(attention, "VARLEN", whole_row)
+        monkeypatch.setattr(attention, "has_varlen_kernel", lambda *_: True)
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    model: Any = MODELS[name]()
+    use_packed_attention(model)
+    for layer in model.model.layers:
+        layer.compile(backend="eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        for tokens in (12, 20, 9):
+            embeddings = torch.randn(1, tokens, SIZES["hidden_size"])
+            positions = torch.arange(tokens)[None]
+            borders = torch.tensor([0, tokens - 6, tokens], dtype=torch.int32)
+            arguments = packed_arguments(model, embeddings, positions, borders, tokens - 6)
+            arguments |= {"inputs_embeds": embeddings, "position_ids": positions, "use_cache": False}
+            if by_kernel:
+                model.model(**arguments)
+            else:
+                with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+                    model.model(**arguments)
+                return
