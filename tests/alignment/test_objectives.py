@@ -16,6 +16,7 @@ from localign.alignment.objectives.clipself import (
     CLIPSelf,
     crop_windows,
     draw_windows,
+    sampled_windows,
     smallest_side,
     window_masks,
 )
@@ -293,3 +294,14 @@ def test_the_loss_of_masked_image_modelling_can_go_over_hidden_tokens_alone() ->
     target = objective.target(images, views)
     _, count = objective.loss(objective.predict(student, images, views), target, views)
     assert count == 2 * (16 + 2)  # a mask and its complement; the class token in both
+
+
+@pytest.mark.parametrize("size", [(48, 48), (52, 41)], ids=["whole patches", "pixels beyond the last patch"])
+def test_windows_are_sampled_at_once_as_one_by_one(size: tuple[int, int]) -> None:
+    """As on GPUs, where reading the windows would make the host wait."""
+    grid, patch = (size[0] // 8, size[1] // 8), (8, 8)
+    images = torch.randn(64, 3, *size)
+    windows = draw_windows(0, torch.arange(64), grid)
+    full = grid[0] * 8, grid[1] * 8
+    expected = crop_windows(images, windows, grid, patch)[..., : full[0], : full[1]]
+    torch.testing.assert_close(sampled_windows(images, windows, full, patch), expected, atol=1e-4, rtol=0)

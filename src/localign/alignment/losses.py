@@ -67,6 +67,6 @@ def reconstruction_loss(
     """
     per_token = LOSSES[name](prediction.float(), target.float())
     if selected is None:
-        return per_token.sum(), per_token.new_tensor(float(per_token.numel()))
+        return per_token.sum(), per_token.new_full((), per_token.numel())
     weight = selected.to(per_token.dtype)
     return (per_token * weight).sum(), weight.sum()

@@ -7,6 +7,8 @@ same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,16 @@ class NativeAlignTask(AlignTask):
 
     def views(self, batch: Batch, purpose_seed: int | None = None) -> tuple[NativeImages, Tensor]:
         """The normalised images of a batch, and their keep-masks, which hide the padding, on the device."""
-        seed = self.seed if purpose_seed is None else purpose_seed
         grids = tuple((int(rows), int(columns)) for rows, columns in batch.grids)
         images = normalised(self.teacher.backbone, batch.images.to(self.device), grids)
-        longest = batch.images.shape[1]
-        keep = padded_masks(self.objective.masks, seed, batch.positions, grids, longest)
+        if purpose_seed is None and batch.views is not None:
+            keep = batch.views
+        else:
+            keep = _drawn(self.objective.masks, self.seed if purpose_seed is None else purpose_seed, batch)
         return images, keep.to(self.device)
+
+    def _drawing(self) -> Callable[[Batch], Tensor]:
+        return partial(_drawn, self.objective.masks, self.seed)
 
     def _counted_target(self, images: NativeImages, views: Tensor) -> Tensor:
         return self.objective.target(images, views)[self._valid(images, views)]  # type: ignore[arg-type]
@@ -92,6 +98,11 @@ class NativeAlignTask(AlignTask):
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
         super().export(module, folder, {"max_patches": self.config.max_patches, **provenance})
+
+
+def _drawn(masks: MaskSampler, seed: int, batch: Batch) -> Tensor:
+    grids = tuple((int(rows), int(columns)) for rows, columns in batch.grids)
+    return padded_masks(masks, seed, batch.positions, grids, batch.images.shape[1])
 
 
 def padded_masks(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,11 @@ class AlignTask(Task):
         return self.data.micro_batch_multiple
 
     def batches(self, plan: BatchPlan) -> Iterator[Batch]:
-        return self.data.train_batches(plan)
+        return self.data.train_batches(plan, self._drawing())
+
+    def _drawing(self) -> Callable[[Batch], Tensor]:
+        """Draws the objective's views of a batch; see :meth:`views`."""
+        return partial(_drawn, self.objective.drawing(), self.seed)
 
     def compile(self) -> None:
         self.student.compile()
@@ -131,11 +136,13 @@ class AlignTask(Task):
             batch: uint8 images and their positions.
             purpose_seed: Seed of the views instead of the run's seed; also turns off Mixup and CutMix.
         """
-        seed = self.seed if purpose_seed is None else purpose_seed
         images = batch.images.to(self.device)
         if self.data.mixing is not None and purpose_seed is None:
             images = self.data.mixing(images, batch.positions, self.seed)
-        views = self.objective.draw(seed, batch.positions)
+        if purpose_seed is None and batch.views is not None:
+            views = batch.views
+        else:
+            views = self.objective.draw(self.seed if purpose_seed is None else purpose_seed, batch.positions)
         return self.normalise(images), views.to(self.device)
 
     def step(self, model: nn.Module, batch: Batch) -> StepResult:
@@ -214,3 +221,7 @@ class _Moments:
         """The standard deviation; of several channels the root of the mean variance. 1 for equal numbers."""
         variance = (self.squares / self.count - (self.total / self.count).square()).clamp(min=0).mean()
         return float(variance.sqrt()) or 1.0
+
+
+def _drawn(draw: Callable[[int, Tensor], Tensor], seed: int, batch: Batch) -> Tensor:
+    return draw(seed, batch.positions)

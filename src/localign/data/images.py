@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from localign.backbones.preprocessing import UNSTATED, Preprocessing
-from localign.data.loader import BadImages, Batch, EvalLoader, TrainLoader
+from localign.data.loader import BadImages, Batch, DrawViews, EvalLoader, TrainLoader
 from localign.data.mixing import Mixing
 from localign.data.sources import ImageSource, open_source
 from localign.data.sources.opening import takes_field
@@ -20,7 +20,11 @@ from localign.options.names import TrainCrop
 
 
 def planned_batches(
-    source: ImageSource, transform: TrainTransform, plan: BatchPlan, max_bad_share: float = 0.01
+    source: ImageSource,
+    transform: TrainTransform,
+    plan: BatchPlan,
+    max_bad_share: float = 0.01,
+    views: DrawViews | None = None,
 ) -> Iterator[Batch]:
     """One rank's micro-batches, in order."""
     return iter(
@@ -38,6 +42,7 @@ def planned_batches(
             pin_memory=plan.pin_memory,
             max_bad_share=max_bad_share,
             timeout=plan.timeout,
+            views=views,
         )
     )
 
@@ -120,9 +125,9 @@ class ImageData:
         """2 if neighbouring images are mixed in pairs, which a micro-batch must not split; else 1."""
         return 1 if self.mixing is None else 2
 
-    def train_batches(self, plan: BatchPlan) -> Iterator[Batch]:
-        """This rank's training micro-batches, in order."""
-        return planned_batches(self.source, self.transform, plan, self.config.max_bad_share)
+    def train_batches(self, plan: BatchPlan, views: DrawViews | None = None) -> Iterator[Batch]:
+        """This rank's training micro-batches, in order; ``views`` draws what else each batch needs."""
+        return planned_batches(self.source, self.transform, plan, self.config.max_bad_share, views)
 
     def data_files(self) -> Iterator[tuple[str, str]]:
         """(name, path) of the local files of the training and validation images."""

@@ -44,6 +44,13 @@ class Batch(NamedTuple):
     grids: Sequence[Sequence[int]] = ()
     """Rows and columns of patches of each image, if images have several sizes. ``images`` are then uint8 patches
     ``(batch, longest, 3 * patch height * patch width)``; the padding is 0."""
+    views: Tensor | None = None
+    """What a task draws for each image besides its pixels, drawn by the loader's process; None if it draws itself."""
+
+
+DrawViews = Callable[[Batch], Tensor]
+"""Draws a tensor whose first dimension is the batch's, as a function of the batch. Workers get a copy of it, so it must
+not hold a model."""
 
 
 def collated(
@@ -168,16 +175,19 @@ class StreamReader(ABC, Dataset[_Fetched]):
 
 
 class _ImageReader(StreamReader):
-    def __init__(self, source: ImageSource, transform: TrainTransform, seed: int) -> None:
+    def __init__(
+        self, source: ImageSource, transform: TrainTransform, seed: int, views: DrawViews | None = None
+    ) -> None:
         super().__init__(seed, len(source))
-        self.source, self.transform = source, transform
+        self.source, self.transform, self.views = source, transform, views
 
     def read(self, index: int, position: int) -> Tensor:
         load = self.source.undecoded if self.transform.takes_undecoded else self.source.load
         return self.transform(load(index), self.seed, position)
 
     def collate(self, samples: list[Tensor], positions: Tensor, indices: Tensor) -> Batch:
-        return collated(samples, positions, indices, self.transform.patch)
+        batch = collated(samples, positions, indices, self.transform.patch)
+        return batch if self.views is None else batch._replace(views=self.views(batch))
 
 
 class _OrderedReader(Dataset[_Fetched]):
@@ -230,6 +240,7 @@ class TrainLoader:
         max_bad_share: Stop when more than this share of the images is unreadable.
         multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; default fork on Linux, spawn elsewhere.
         timeout: Seconds without a batch from the workers after which a pass fails.
+        views: Draws each batch's ``views`` in the loader's process.
 
     Attributes:
         bad: The unreadable images that this rank has met.
@@ -257,6 +268,7 @@ class TrainLoader:
         max_bad_share: float = 0.01,
         multiprocessing_context: str | None = None,
         timeout: float = TIMEOUT,
+        views: DrawViews | None = None,
     ) -> None:
         check_batches(global_batch, micro_batch, rank, world_size)
         if not 0 <= start_step <= end_step:
@@ -268,7 +280,7 @@ class TrainLoader:
         self.start_step, self.end_step = start_step, end_step
         self.bad = BadImages(len(source), max_bad_share)
         self.bad.add(source.unreadable)
-        reader = _ImageReader(source, transform, seed)
+        reader = _ImageReader(source, transform, seed, views)
         self._loader = data_loader(
             reader, self._samples, workers, pin_memory, multiprocessing_context, timeout
         )

@@ -40,6 +40,7 @@ from localign.engine.schedule import batch_shares, computes_in_bf16, total_steps
 from localign.engine.sharding import gather_full, meta_copy, reshard, shard_task
 from localign.engine.task import BatchPlan, Task, batch_plan
 from localign.engine.unreadable import UnreadableImages
+from localign.engine.verdict import Reading, Verdict, Verdicts
 from localign.errors import RunFailure, RunStopped, UserError
 from localign.files.disk import writing
 from localign.files.output import OutputFolder
@@ -94,6 +95,7 @@ class Loop:
             task.shard_units(task.module)  # raises before any file is written if the task cannot be sharded
         self.checkpoints = self._store()
         self.guard = NonFiniteGuard(self.folder, context.rank)
+        self.totals = Totals(context.device)
         self.step = self.digest = 0
         self.unreadable = UnreadableImages(context)
         self.seconds = 0.0
@@ -125,6 +127,9 @@ class Loop:
         if self.ema is not None:
             self.ema.to(self.context.device)
         self.optimizer = build_optimizer(task.module, config, decayed, task.lr_factors())
+        self.verdicts = Verdicts(
+            task.module, self.optimizer, self.ema, self.totals, self.guard, self.context, self._writing
+        )
         if resumed_at is not None:
             self._restore(resumed_at)
         else:
@@ -156,18 +161,23 @@ class Loop:
         config = self.config
         self.stopping = self.context.any_rank(self.stop.made)
         self._validate_if_due(self.seconds)  # a stopped run saved without validating
-        totals, clock = Totals(self.context.device), Stopwatch()
+        clock = Stopwatch()
         batches = self.task.batches(self._plan(start=self.step))
         while self.step < self.steps and not self.stopping:
             rate = learning_rate(self.step, self.steps, config)
             set_rates(self.optimizer, rate)
             torch.manual_seed(rng.key(config.seed, "step", self.step, self.context.rank) >> 1)
-            taken = self._step(batches, totals, clock)
+            taken = self._step(batches, clock)
             self.step += 1
             if self._bar is not None:
                 self._bar.advance()
-            if self.step % config.log_every == 0 or self.step == self.steps:
-                self._log_step(totals, clock, rate, taken)
+            logs = self.step % config.log_every == 0 or self.step == self.steps
+            every = (config.val_every or self.steps, config.checkpoint_every)
+            if logs or self.stopping or any(self.step % number == 0 for number in every):
+                self.verdicts.settle()
+                self.stopping |= self.verdicts.stops
+            if logs:
+                self._log_step(clock, rate, taken)
             # Validation and saving are not training time. _finish does both after the last step.
             spent = self.seconds + clock.elapsed
             with clock.paused():
@@ -195,7 +205,7 @@ class Loop:
         if due and self.validation.get("step") != self.step:
             self._validate(spent)
 
-    def _step(self, batches: Iterator[Any], totals: Totals, clock: Stopwatch) -> Any:
+    def _step(self, batches: Iterator[Any], clock: Stopwatch) -> Any:
         """Take one optimizer step over this rank's micro-batches. Returns the last micro-batch."""
         module, count = self.task.module, self.per_rank // self.micro_batch
         self.model.train()
@@ -207,7 +217,7 @@ class Loop:
             with clock.waiting():
                 batch = to_device(next(batches), self.context.device)
             self._note(batch)
-            totals.count(self.task.throughput(batch))
+            self.totals.count(self.task.throughput(batch))
             seen.append(batch)
             with self.context.without_sync(self.model, skip=number < count - 1):
                 with self._autocast():
@@ -222,24 +232,11 @@ class Loop:
         scale = self.context.size / sums[1].clamp(min=1)
         grad_norm = scale_and_clip(module, scale, self.config.clip_grad)
         loss = sums[0] / sums[1].clamp(min=1)
-        # All ranks decide the same: they have the same sums and the same gradient norm.
-        if bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
-            self.optimizer.step()
-            if self.ema is not None:
-                self.ema.update_parameters(module)
-            self.guard.passed()
-            totals.add_step(sums[:2], grad_norm)
-            for values in metrics:
-                totals.add(values)
-        else:
-            totals.steps_seen += 1
-            number = self.step + 1  # the log counts from 1
-            if self.context.is_main:
-                say(f"step {number}: loss {float(loss)}, gradient norm {float(grad_norm)}; skipped")
-            with self._writing():
-                self.guard.skip(number, seen, float(loss), float(grad_norm))
+        reading = Reading(torch.stack([loss, grad_norm, sums[2]]))
+        verdict = Verdict(self.step + 1, seen, metrics, sums[:2], grad_norm, reading)
+        self.verdicts.take(verdict)
         # With several ranks only the exchanged request counts; a single rank can also react to a later signal.
-        self.stopping = bool(sums[2] > 0) or (self.context.size == 1 and self.stop.made)
+        self.stopping |= self.verdicts.stops or (self.context.size == 1 and self.stop.made)
         return seen[-1]
 
     # -- around a step ---------------------------------------------------------------------------------
@@ -255,7 +252,8 @@ class Loop:
         """The digest of the samples of all ranks."""
         return sum(self.context.all_gather_object(self.digest)) % (1 << 64)
 
-    def _log_step(self, totals: Totals, clock: Stopwatch, rate: float, batch: Any) -> None:
+    def _log_step(self, clock: Stopwatch, rate: float, batch: Any) -> None:
+        totals = self.totals
         elapsed = max(clock.elapsed, 1e-9)
         self.seconds += elapsed
         entry = totals.means(self.context)
@@ -361,7 +359,7 @@ class Loop:
         self.task.load_state_dict(state["task"])
         self.guard.load_state_dict(state["guard"])
         if self.ema is not None:
-            self.ema.n_averaged.fill_(step - len(self.guard.skipped))
+            self.ema.updates = step - len(self.guard.skipped)
         self.step = self.saved_at = step
         # The digest of all ranks so far. Only their sum is used, so one rank takes it.
         self.digest = int(state["digest"], 16) if self.context.is_main else 0

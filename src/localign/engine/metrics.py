@@ -51,11 +51,11 @@ class Totals:
 
     def means(self, context: DistributedContext) -> dict[str, Any]:
         """Means over steps, ranks and micro-batches; None for a metric without any count."""
-        values: dict[str, Any] = {}
-        if self._grad_steps:
-            values["loss"] = float(self._loss[0] / self._loss[1].clamp(min=1))
-            values["grad_norm"] = float(self._grad_norm / self._grad_steps)
-        for name, pair in sorted(self._metrics.items()):
-            total, count = context.all_reduce(pair).tolist()
+        steps = max(1, self._grad_steps)
+        means = torch.stack([self._loss[0] / self._loss[1].clamp(min=1), self._grad_norm / steps])
+        pairs = [context.all_reduce(pair) for _, pair in sorted(self._metrics.items())]
+        loss, grad_norm, *sums = torch.cat([means, *pairs]).tolist()  # the only wait for the device
+        values: dict[str, Any] = {"loss": loss, "grad_norm": grad_norm} if self._grad_steps else {}
+        for name, total, count in zip(sorted(self._metrics), sums[::2], sums[1::2], strict=True):
             values[name] = total / count if count else None
         return values

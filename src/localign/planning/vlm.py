@@ -22,10 +22,10 @@ from localign.recipes import read_recipe, recipe_names
 from localign.vlm.data.mixtures import PUBLISHED_RECORDS
 from localign.vlm.data.records import Conversations
 from localign.vlm.data.vocabulary import ROWS_MULTIPLE
+from localign.vlm.frozen import holds_bf16, roundable
 from localign.vlm.model.adapters import Adapter
 from localign.vlm.model.build import set_stage, vision_sources
 from localign.vlm.model.configuration import LocalignVLMConfig
-from localign.vlm.model.frozen import holds_bf16, roundable
 from localign.vlm.model.modeling import LocalignVLM
 from localign.vlm.model.presets import VisionSource, build_vision
 from localign.vlm.model.vision import VisionTower

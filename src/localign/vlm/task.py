@@ -21,9 +21,9 @@ from localign.vlm.data.batching import VLMBatch, longest_batch, planned_batches,
 from localign.vlm.data.examples import ConversationTokenizer
 from localign.vlm.data.prompts import IGNORE_INDEX, prompt_format
 from localign.vlm.data.records import Conversations
+from localign.vlm.frozen import hold_in_bf16, holds_bf16, restore_float32
 from localign.vlm.model.attention import check_independent_turns
 from localign.vlm.model.build import build_vlm, merge_lora, save_vlm
-from localign.vlm.model.frozen import hold_in_bf16, holds_bf16, restore_float32
 from localign.vlm.model.losses import check_liger
 from localign.vlm.model.modeling import LocalignVLM, VLMOutput
 from localign.vlm.model.processing import LocalignVLMProcessor
@@ -150,8 +150,8 @@ class VLMTask(Task):
         }
 
     def throughput(self, batch: VLMBatch) -> dict[str, int]:
-        tokens = batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
-        return {"tokens": tokens}
+        assert batch.counts is not None  # by the loader
+        return {"tokens": batch.counts.tokens}
 
     def validate(self, module: nn.Module, context: DistributedContext) -> dict[str, float]:
         """The loss per labelled token on validation conversations."""
@@ -242,6 +242,7 @@ def batch_loss(model: nn.Module, batch: VLMBatch, cross_entropy: CrossEntropy) -
         turns=batch.turns,
         labels=batch.labels,
         cross_entropy=cross_entropy,
+        counts=None if batch.counts is None else batch.counts._replace(predicted=batch.predicted),
     )
     assert output.loss_sum is not None
     assert output.label_count is not None
@@ -264,7 +265,7 @@ def _unlabel_from(batch: VLMBatch, limit: int) -> VLMBatch:
             labels[number] = IGNORE_INDEX
         else:
             labels[0, int(batch.cu_seqlens[number]) : int(batch.cu_seqlens[number + 1])] = IGNORE_INDEX
-    return batch._replace(labels=labels)
+    return batch._replace(labels=labels, predicted=None)
 
 
 def _fingerprint(tensors: Mapping[str, Tensor]) -> str:

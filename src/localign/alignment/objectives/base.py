@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -70,6 +72,9 @@ class Objective(ABC):
         self.num_prefix_tokens = teacher.backbone.num_prefix_tokens
 
     @abstractmethod
+    def drawing(self) -> Callable[[int, Tensor], Tensor]:
+        """:meth:`draw` as a function that holds no model, for loader processes."""
+
     def draw(self, seed: int, positions: Tensor) -> Tensor:
         """Draw the views of each image, as a function of the seed and the image's global position.
 
@@ -80,6 +85,7 @@ class Objective(ABC):
         Returns:
             A tensor on the CPU whose first dimension is ``batch``, in the objective's own encoding of views.
         """
+        return self.drawing()(seed, positions)
 
     @abstractmethod
     def target(self, images: Tensor, views: Tensor) -> Tensor:
@@ -124,8 +130,8 @@ class MaskedObjective(Objective):
         self.masks.check(self.grid)
         self._empty_output: Tensor | None = None
 
-    def draw(self, seed: int, positions: Tensor) -> Tensor:
-        return self.masks(seed, positions, self.grid)
+    def drawing(self) -> Callable[[int, Tensor], Tensor]:
+        return partial(self.masks, grid=self.grid)
 
     def target(self, images: Tensor, views: Tensor) -> Tensor:
         target: Tensor = self.teacher(images, views)

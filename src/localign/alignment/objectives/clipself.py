@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localign import rng
 from localign.alignment.objectives.base import Objective, visible_mean
+from localign.engine.verdict import runs_ahead
 
 SMALLEST_SHARE = 3 / 14
 """Smallest side of a crop as a share of the grid's side: 3 of the 14 patches of ViT-B/16 at 224 pixels."""
@@ -23,9 +27,9 @@ class CLIPSelf(Objective):
 
     method = "CLIPSelf"
 
-    def draw(self, seed: int, positions: Tensor) -> Tensor:
+    def drawing(self) -> Callable[[int, Tensor], Tensor]:
         """Windows, see :func:`draw_windows`."""
-        return draw_windows(seed, positions, self.grid)
+        return partial(draw_windows, grid=self.grid)
 
     def target(self, images: Tensor, views: Tensor) -> Tensor:
         """``(batch, width)``."""
@@ -91,11 +95,35 @@ def crop_windows(images: Tensor, windows: Tensor, grid: tuple[int, int], patch: 
         Crops in the shape of ``images``.
     """
     full = grid[0] * patch[0], grid[1] * patch[1]
+    below, right = images.shape[2] - full[0], images.shape[3] - full[1]
+    if runs_ahead(images.device):
+        return F.pad(sampled_windows(images, windows, full, patch), (0, right, 0, below))
     crops = []
     for image, (top, left, height, width) in zip(images, windows.tolist(), strict=True):
         rows = slice(top * patch[0], (top + height) * patch[0])
         columns = slice(left * patch[1], (left + width) * patch[1])
         cut = image[None, :, rows, columns]
         crops.append(F.interpolate(cut, size=full, mode="bilinear"))
-    below, right = images.shape[2] - full[0], images.shape[3] - full[1]
     return F.pad(torch.cat(crops), (0, right, 0, below))
+
+
+def sampled_windows(images: Tensor, windows: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """The enlarged crops of :func:`crop_windows` in one operation, up to rounding, for devices that must not wait.
+
+    Args:
+        images, windows, patch: As for :func:`crop_windows`, on one device.
+        size: Height and width of the enlarged crops, pixels.
+
+    Returns:
+        ``(batch, 3, *size)``.
+    """
+    axes = []
+    for axis in (0, 1):
+        first, length = windows[:, axis, None] * patch[axis], windows[:, axis + 2, None] * patch[axis]
+        steps = torch.arange(size[axis], device=images.device) + 0.5
+        inside = (steps * (length / size[axis]) - 0.5).clamp(min=0)  # pixels beside the crop do not count
+        at = first + torch.minimum(inside, length - 1.0)
+        axes.append(at * (2 / (images.shape[2 + axis] - 1)) - 1)
+    rows, columns = axes[0][:, :, None], axes[1][:, None, :]
+    points = torch.stack(torch.broadcast_tensors(columns, rows), dim=-1).to(images.dtype)
+    return F.grid_sample(images, points, mode="bilinear", align_corners=True)

@@ -20,6 +20,7 @@ from localign.engine.hardware.memory import MEMORY_SHARE, Meter, meter
 from localign.engine.log import say
 from localign.engine.optim.build import local_tensors
 from localign.engine.task import Task
+from localign.engine.verdict import runs_ahead
 from localign.errors import UserError
 
 _MOMENTS = 2
@@ -120,8 +121,9 @@ class MicroBatchFinder:
     def _passes(self, size: int) -> None:
         times = max(1, self.per_rank // size)
         batch = to_device(self.task.worst_case_batch(size), self.context.device)
-        # The loop holds all batches of a step until its end.
-        held = [t.clone() for t in tensors_of(batch).values() for _ in range(times - 1)]
+        # The loop holds all batches of a step until it has read the step's verdict, on GPUs one step later.
+        copies = times * (2 if runs_ahead(self.context.device) else 1) - 1
+        held = [t.clone() for t in tensors_of(batch).values() for _ in range(copies)]
         # The optimizer allocates its state in the first step.
         trained = local_tensors(p for p in self.task.module.parameters() if p.requires_grad)
         held += [torch.ones_like(t) for t in trained for _ in range(_MOMENTS)]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from localign.engine.optim.muon import Muon, MuonAdamW
 from localign.options.train import TrainConfig
@@ -151,15 +151,37 @@ def scale_and_clip(module: nn.Module, scale: Tensor, max_norm: float | None) -> 
     return norm
 
 
-def averaged(module: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the module. It may be sharded later, together with the module."""
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call,unused-ignore]
+class Average(AveragedModel):
+    """An exponential moving average of a module's parameters.
 
-    def update(copies: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
+    It counts its steps on the host: torch's own reads the count from the device, twice in every step.
+
+    Args:
+        module: Copied. The copy may be sharded later, together with the module.
+        decay: Share of the average that an update keeps.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__(module, use_buffers=False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards the model's parameters; the first call copies them. Buffers are copied."""
         # One foreach operation cannot mix sharded and unsharded tensors, and a module may have both.
-        average(local_tensors(copies), local_tensors(current), count)
+        copies, current = (local_tensors(p.detach() for p in m.parameters()) for m in (self.module, model))
+        if self.updates == 0:
+            torch._foreach_copy_(copies, current)
+        else:
+            torch._foreach_lerp_(copies, current, 1 - self.decay)
+        for copy, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            copy.detach().copy_(buffer.detach())
+        self.updates += 1
 
-    return AveragedModel(module, multi_avg_fn=update, use_buffers=False)
+
+def averaged(module: nn.Module, decay: float) -> Average:
+    """An exponential moving average of the module. It may be sharded later, together with the module."""
+    return Average(module, decay)
 
 
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -36,8 +36,22 @@ from localign.vlm.data.sampling import (
     split_evenly,
     split_grouped,
 )
+from localign.vlm.data.vocabulary import image_token_id
 
 ImageToTensor = Callable[[Image.Image], Tensor]
+
+
+class RowCounts(NamedTuple):
+    """What the loader counts, so that training need not wait for the device to count it."""
+
+    tokens: int
+    """Tokens without padding."""
+    longest: int
+    """Tokens of the longest sequence."""
+    image_tokens: int
+    """Image tokens among them."""
+    predicted: Tensor | None = None
+    """:attr:`VLMBatch.predicted`, on the model's device."""
 
 
 class VLMBatch(NamedTuple):
@@ -68,6 +82,24 @@ class VLMBatch(NamedTuple):
     """int64 ``(records,)``, indices into the data, replacements included."""
     bad: tuple[tuple[str, str], ...]
     """(name, reason) of unusable records and images that were replaced."""
+    predicted: Tensor | None = None
+    """int64, indices of the tokens that a learned token follows, in the flattened rows; None if not counted."""
+    counts: RowCounts | None = None
+    """None if not counted."""
+
+    def with_counts(self, image_token: int) -> VLMBatch:
+        """The batch with ``predicted`` and ``counts``."""
+        if self.cu_seqlens is not None:
+            lengths = torch.diff(self.cu_seqlens)
+        else:
+            assert self.attention_mask is not None
+            lengths = self.attention_mask.sum(dim=1)
+        # The first token of a sequence is never learned, so the token before a learned one is of its sequence.
+        predicted = (self.labels.flatten() != IGNORE_INDEX).nonzero().flatten() - 1
+        images = int((self.input_ids == image_token).sum())
+        return self._replace(
+            predicted=predicted, counts=RowCounts(int(lengths.sum()), int(lengths.max()), images)
+        )
 
 
 def planned_batches(
@@ -223,7 +255,8 @@ class _RecordReader(StreamReader):
         pixels = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
         padding = self.encoder.tokenizer.pad_token_id
         rows = packed_row(examples) if self.packed else padded_rows(examples, int(padding))
-        return VLMBatch(*rows, pixels, positions, indices, ())
+        batch = VLMBatch(*rows, pixels, positions, indices, ())
+        return batch.with_counts(image_token_id(self.encoder.tokenizer))
 
 
 class _Rows(NamedTuple):

@@ -156,6 +156,7 @@ def next_token_loss(
     head: LMHead,
     cu_seqlens: Tensor | None = None,
     cross_entropy: CrossEntropy = "chunked",
+    predicted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss over the labelled tokens; only positions that predict one are projected to the vocabulary.
 
@@ -165,15 +166,22 @@ def next_token_loss(
         head: Maps hidden states to logits.
         cu_seqlens: int ``(sequences + 1,)``, the sequence borders of a packed row.
         cross_entropy: ``chunked`` for :func:`summed_cross_entropy`, ``liger`` for :func:`fused_cross_entropy`.
+        predicted: int64, the positions in the flattened rows that predict a labelled token, if they are known. Finding
+            them makes the host wait for the device.
 
     Returns:
         The summed cross-entropy (float32 scalar) and the number of predicted tokens (int64 scalar).
     """
-    targets = next_token_targets(labels, cu_seqlens)
-    learned = targets != IGNORE_INDEX
-    hidden, targets = hidden[learned], targets[learned]
+    if predicted is None:
+        targets = next_token_targets(labels, cu_seqlens)
+        learned = targets != IGNORE_INDEX
+        hidden, targets, count = hidden[learned], targets[learned], learned.sum()
+    else:
+        hidden = hidden.flatten(0, 1).index_select(0, predicted)
+        targets = labels.flatten().index_select(0, predicted + 1)
+        count = predicted.new_full((), len(predicted))
     if cross_entropy == "liger":
         loss = fused_cross_entropy(hidden, targets, head)
     else:
         loss = summed_cross_entropy(hidden, targets, head, chunk=head.chunk)
-    return loss, learned.sum()
+    return loss, count

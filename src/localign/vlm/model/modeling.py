@@ -26,6 +26,7 @@ from transformers.utils.generic import ModelOutput
 from localign.errors import UserError
 from localign.options.names import CrossEntropy
 from localign.portable import VLM, VLM_CLASSES, add_code
+from localign.vlm.data.batching import RowCounts
 from localign.vlm.data.vocabulary import add_special_tokens, end_tokens, resize_embeddings
 from localign.vlm.model.adapters import Adapter, build_adapter
 from localign.vlm.model.attention import packed_arguments, padded_turns_mask, use_packed_attention
@@ -248,6 +249,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         cross_entropy: CrossEntropy = "chunked",
+        counts: RowCounts | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """The language model's output with ``logits``, or a :class:`VLMOutput` if there are labels.
@@ -266,6 +268,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
             inputs_embeds: ``(rows, tokens, width)``, text and images, instead of ``input_ids``.
             logits_to_keep: Number of last positions that get logits (0: all), or their indices.
             cross_entropy: How to compute the loss, see :func:`~localign.vlm.model.losses.next_token_loss`.
+            counts: Of the rows, if known. To count them the host waits for the device.
             kwargs: Further arguments of the language model, such as its cache.
 
         Raises:
@@ -276,7 +279,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if input_ids is not None:
-            inputs_embeds = self._embed(input_ids, pixel_values)
+            inputs_embeds = self._embed(input_ids, pixel_values, counts)
         elif pixel_values is not None:
             raise ValueError("inputs_embeds already contain the images; pixel_values go with input_ids")
         assert inputs_embeds is not None
@@ -284,7 +287,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         if cu_seqlens is not None:
             if cache is not None or position_ids is None or inputs_embeds.shape[0] != 1:
                 raise ValueError("a packed row must be the only row, with position_ids and without cache")
-            longest = int(torch.diff(cu_seqlens).max())
+            longest = int(torch.diff(cu_seqlens).max()) if counts is None else counts.longest
             self._check_length(longest)
             kwargs |= packed_arguments(
                 self.language_model, inputs_embeds, position_ids, cu_seqlens, longest, turns
@@ -301,7 +304,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         if labels is not None:
-            return self._losses(labels, cu_seqlens, cross_entropy, kwargs)
+            return self._losses(labels, cu_seqlens, cross_entropy, counts, kwargs)
         if cu_seqlens is not None:
             kwargs["use_cache"] = False
         outputs: ModelOutput = self.language_model(logits_to_keep=logits_to_keep, **kwargs)
@@ -312,20 +315,21 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         labels: Tensor,
         cu_seqlens: Tensor | None,
         cross_entropy: CrossEntropy,
+        counts: RowCounts | None,
         arguments: dict[str, Any],
     ) -> VLMOutput:
-        decoder = self.language_model.get_decoder()
-        hidden = decoder(**(arguments | {"use_cache": False})).last_hidden_state
+        hidden = self.language_model.get_decoder()(**(arguments | {"use_cache": False})).last_hidden_state
         head = LMHead(self.get_output_embeddings(), self.config.text_config.get_text_config())
-        loss_sum, count = next_token_loss(hidden, labels, head, cu_seqlens, cross_entropy)
+        predicted = counts and counts.predicted
+        loss_sum, count = next_token_loss(hidden, labels, head, cu_seqlens, cross_entropy, predicted)
         return VLMOutput(loss=loss_sum / count.clamp(min=1), loss_sum=loss_sum, label_count=count)
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, counts: RowCounts | None) -> Tensor:
         embeddings: Tensor = self.get_input_embeddings()(input_ids)
         is_image = input_ids == self.config.image_token_id
         images = 0 if pixel_values is None else len(pixel_values)
         expected = images * self.adapter.config.num_tokens
-        actual = int(is_image.sum())
+        actual = int(is_image.sum()) if counts is None else counts.image_tokens
         if actual != expected:
             raise ValueError(f"{images} images need {expected} image tokens, but the text has {actual}")
         if images == 0:

@@ -14,8 +14,8 @@ from vlm_runs import arguments, logged, trained, write_conversations
 from localign.cli import parse
 from localign.planning.vlm import _frozen_bytes
 from localign.vlm import task as vlm_task
+from localign.vlm.frozen import hold_in_bf16, holds_bf16, restore_float32, roundable
 from localign.vlm.model.build import build_vlm
-from localign.vlm.model.frozen import hold_in_bf16, holds_bf16, restore_float32, roundable
 from localign.vlm.task import VLMTask
 
 BF16 = ["--precision", "bf16", "--steps", "2"]
