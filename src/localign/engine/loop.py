@@ -23,6 +23,7 @@ from localign.engine.distributed import DistributedContext, distributed_context
 from localign.engine.hardware.cpu import fast_float32_matmul, keep_freed_memory
 from localign.engine.hardware.memory import check_measurable
 from localign.engine.hardware.microbatch import MicroBatchFinder
+from localign.engine.hardware.profiling import profiled
 from localign.engine.log import Log, Stopwatch, say
 from localign.engine.metrics import Totals
 from localign.engine.nonfinite import NonFiniteGuard
@@ -153,7 +154,9 @@ class Loop:
         if config.compile:
             task.compile()
         # Dropout draws from torch's generator: each step seeds it, and the caller's state is restored.
-        with torch.random.fork_rng([self.context.device] if self.context.device.type == "cuda" else []):
+        cuda = [self.context.device] if self.context.device.type == "cuda" else []
+        profiling = profiled(self.folder, config.profile, self.steps - self.step, self.context, self._writing)
+        with torch.random.fork_rng(cuda), profiling as self._profile_step:
             self._train()
         return self._finish()
 
@@ -169,6 +172,7 @@ class Loop:
             torch.manual_seed(rng.key(config.seed, "step", self.step, self.context.rank) >> 1)
             taken = self._step(batches, clock)
             self.step += 1
+            self._profile_step()
             if self._bar is not None:
                 self._bar.advance()
             logs = self.step % config.log_every == 0 or self.step == self.steps
@@ -216,7 +220,8 @@ class Loop:
         for number in range(count):
             with clock.waiting():
                 batch = to_device(next(batches), self.context.device)
-            self._note(batch)
+            self.digest = (self.digest + sample_digest(batch)) % (1 << 64)
+            self.unreadable.add(batch.bad)
             self.totals.count(self.task.throughput(batch))
             seen.append(batch)
             with self.context.without_sync(self.model, skip=number < count - 1):
@@ -243,10 +248,6 @@ class Loop:
 
     def _plan(self, start: int) -> BatchPlan:
         return batch_plan(self.config, self.context, self.micro_batch, start, self.steps)
-
-    def _note(self, batch: Any) -> None:
-        self.digest = (self.digest + sample_digest(batch)) % (1 << 64)
-        self.unreadable.add(batch.bad)
 
     def _global_digest(self) -> int:
         """The digest of the samples of all ranks."""

@@ -36,7 +36,7 @@ RESUMABLE: frozenset[str] = frozenset(
         "out", "micro_batch", "device", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
         "val_every", "resume", "tensorboard", "wandb", "compile", "grad_checkpointing", "attention", "config",
         "cross_entropy", "timeout", "reshard_after_forward", "ddp_bucket_mb", "max_row_group_gib",
-        "accept_changed_data", "allow_outside", "decoder_mlp",
+        "accept_changed_data", "allow_outside", "profile", "decoder_mlp",
     }
 )  # fmt: skip
 """Config fields that may change on resume: they change neither the samples nor the mathematics, or the checkpoint fits

@@ -39,7 +39,7 @@ VLM_EXPORT_FILES = (
     "added_tokens.json", "vocab.*", "merges.txt", "*_localign_v*.py",
 )  # fmt: skip
 RUN_FILES = (
-    "config.yaml", "results.json", "log.jsonl", "checkpoints", "export", "tensorboard", "wandb", "nonfinite",
+    "config.yaml", "results.json", "log.jsonl", "checkpoints", "export", "tensorboard", "wandb", "nonfinite", "profile",
     "report.html", "pictures.npz", "data.npz",
 )  # fmt: skip
 """What trainings write into their run folders."""

@@ -51,7 +51,7 @@ REPRODUCTIONS = ("table1", "table4", "table5", "fig3", "fig4", "fig6", "fig7", "
 """Tables and figures of the paper."""
 
 _MOST = {
-    2**10: "depth decoder_depth train_blocks reinit_blocks seeds",
+    2**10: "profile depth decoder_depth train_blocks reinit_blocks seeds",
     2**12: "workers",
     2
     ** 16: "ignore image_size max_patches scale_images resize width decoder_width num_heads patch_size lora_rank "

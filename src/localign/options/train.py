@@ -18,7 +18,7 @@ class TrainConfig:
         "Run": "out resume accept_changed_data device precision seed workers checkpoint_every keep_checkpoints compile "
         "grad_checkpointing "
         "sharding reduce_dtype reshard_after_forward ddp_bucket_mb timeout",
-        "Logging": "log_every val_every tensorboard wandb",
+        "Logging": "log_every val_every profile tensorboard wandb",
     }
 
     out: str = "runs/run"
@@ -94,6 +94,8 @@ class TrainConfig:
     there is one."""
     accept_changed_data: bool = False
     """Resume although files of the data changed since the run started."""
+    profile: int | None = None
+    """Profile this many steps, after the first three: a trace and the ten largest kernels, in the run folder."""
     tensorboard: bool = False
     """Also log to TensorBoard (needs the extra localign[tensorboard])."""
     wandb: str | None = None
@@ -116,7 +118,7 @@ class TrainConfig:
             raise UserError(f"{' and '.join(given)} contradict each other; give one")
         positive = ("steps", "epochs", "warmup_epochs", "warmup_ratio", "micro_batch", "lr", "clip_grad", "eps",
                     "log_every", "checkpoint_every", "keep_checkpoints", "val_every", "timeout",
-                    "ddp_bucket_mb")  # fmt: skip
+                    "ddp_bucket_mb", "profile")  # fmt: skip
         for name in positive:
             value = getattr(self, name)
             if value not in (None, "auto") and not value > 0:
