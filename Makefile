@@ -23,9 +23,9 @@ test: $(STAMP)
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# More than fifty injected faults, thousands of random inputs, a run of 20,000 steps: about half an hour.
+# More than fifty injected faults, thousands of random inputs, a run of 20,000 steps, rehearsals of the visits to a GPU.
 test-slow: $(STAMP)
-	FUZZ_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz
+	FUZZ_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz tests/packaging/test_gpu_visit.py
 
 # Real weights, from two Python packages, and real photographs, from ../shared; skipped where they cannot be had.
 test-real: $(STAMP)
