@@ -80,7 +80,13 @@ def language(work: Path, models: Path, photographs: Path) -> None:
 
         train_tiny_lm(
             TinyLMConfig(
-                data=str(train), out=str(work / "llm"), steps=2, width=32, mlp_width=64, device="cpu"
+                data=str(train),
+                out=str(work / "llm"),
+                steps=2,
+                warmup_steps=0,
+                width=32,
+                mlp_width=64,
+                device="cpu",
             )
         )
         llm = work / "llm" / "export"

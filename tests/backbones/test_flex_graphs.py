@@ -20,13 +20,13 @@ from localign.backbones.attention import attention_flex
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Counts the graphs that are compiled from FlexAttention."""
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
-    counter: Any = CompileCounter()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
+    counter: Any = CompileCounter()
     compiled = torch.compile(flex_attention, dynamic=False, backend=counter)
     monkeypatch.setattr(attention, "_compiled_flex", cache(lambda: compiled))
     with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
         yield counter
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
 
 
 def attend(images: int, cap: float, mask: Tensor | None = None) -> None:

@@ -39,7 +39,7 @@ class SyncCounter(TorchDispatchMode):
     """Counts waits by the line of our code that makes them, in :attr:`waits`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.waits: Counter[str] = Counter()
         self.counting = True
         self._held: dict[

@@ -47,15 +47,15 @@ class Reading:
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()  # type: ignore[no-untyped-call]
+            self._event = torch.cuda.Event()
+            self._event.record()
         else:
             self._values = values.to("cpu", copy=True, non_blocking=runs_ahead(values.device))
 
     def values(self) -> list[float]:
         """The values; waits only for the work that was queued before the reading began."""
         if self._event is not None:
-            self._event.synchronize()  # type: ignore[no-untyped-call]
+            self._event.synchronize()
         values: list[float] = self._values.tolist()
         return values
 

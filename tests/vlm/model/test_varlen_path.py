@@ -105,7 +105,12 @@ def test_every_layer_takes_the_kernel_in_bf16_under_autocast(
 def test_float32_without_autocast_takes_one_call_per_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel().install(monkeypatch)
     used: list[str] = []
-    monkeypatch.setattr(attention, "_by_sequence", lambda _, q, *__: used.append(q.device.type) or q)
+
+    def by_sequence(layer: torch.nn.Module, query: Tensor, *_: Any) -> Tensor:
+        used.append(query.device.type)
+        return query
+
+    monkeypatch.setattr(attention, "_by_sequence", by_sequence)
     with FakeTensorMode(), torch.device("cuda"):
         q = torch.empty(1, 4, 12, 8)
         packed_sdpa(
@@ -136,9 +141,14 @@ def test_an_argument_that_the_kernel_lacks_changes_nothing(
     packed_sdpa(layer, query, key, value, None, **options, max_length_q=12)
     ((q, k, v), given) = kernel.calls[0]
     for start, stop in ((0, 7), (7, 8), (8, 20)):
-        part = (x[start:stop].transpose(0, 1)[None] for x in (q, k, v))
+        one, two, three = (x[start:stop].transpose(0, 1)[None] for x in (q, k, v))
         output = F.scaled_dot_product_attention(
-            *part, is_causal=True, scale=given.get("scale"), enable_gqa=given.get("enable_gqa", False)
+            one,
+            two,
+            three,
+            is_causal=True,
+            scale=given.get("scale"),
+            enable_gqa=given.get("enable_gqa", False),
         )
         torch.testing.assert_close(output[0].transpose(0, 1), expected[0, start:stop])
 
@@ -159,7 +169,7 @@ def test_compiled_layers_are_one_graph_with_the_kernel(
     if by_kernel:
         monkeypatch.setattr(attention, "VARLEN", whole_row)
         monkeypatch.setattr(attention, "has_varlen_kernel", lambda *_: True)
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
     model: Any = MODELS[name]()
     use_packed_attention(model)
     for layer in model.model.layers:
