@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_runs
 import torch
 from engine_runs import DisturbedAlignment, logged, run, run_until, same_bits, tiny, weights
+from safetensors.torch import load_file
 from sync_counter import DEVICE, SyncCounter, counted_syncs
 from torch import nn
 
@@ -49,6 +51,16 @@ def test_late_verdicts_give_the_same_run(
             a, b = (weights(tmp_path / name, step, f"{file}.safetensors") for name in ("at once", "late"))
             assert same_bits(a, b), (step, file)
     assert outcomes[0]["skipped_steps"] == outcomes[1]["skipped_steps"] == [2, 3, 5, 6]
+
+
+def test_a_sharded_run_leaves_out_a_step_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("at once", "late"):
+        monkeypatch.setattr(verdict, "LATE_DEVICES", {"cpu"} if name == "late" else set())
+        config = sharded_runs.token(tmp_path / name, log_every=3, checkpoint_every=100)
+        assert sharded_runs.run(config, poison=4).results["skipped_steps"] == [5]
+    exports = [load_file(tmp_path / name / "export" / "model.safetensors") for name in ("at once", "late")]
+    assert same_bits(*exports)
+    assert logged(tmp_path / "at once", "loss") == logged(tmp_path / "late", "loss")
 
 
 def test_messages_name_the_step_they_are_about(
