@@ -127,6 +127,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "average of the weights": {"ema_decay": 0.9},
     "hidden tokens": {"loss_tokens": "hidden"},
     "two micro-batches": {"micro_batch": 4},
+    "maskembed+": {"objective": "maskembed+"},
     "clipself": {"objective": "clipself", "target": "cls", "loss": "cosine", "decoder": "transformer"},
 }
 
