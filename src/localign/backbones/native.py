@@ -34,6 +34,12 @@ class NativeImages:
     grids: tuple[Grid, ...]
     """The grid of each image."""
 
+    @classmethod
+    def of(cls, patches: Tensor, grids: Tensor | Sequence[Sequence[int]]) -> NativeImages:
+        """Patches and the rows and columns of each image, as a batch has them."""
+        listed = grids.tolist() if isinstance(grids, Tensor) else grids
+        return cls(patches, tuple((int(rows), int(columns)) for rows, columns in listed))
+
     def __len__(self) -> int:
         return len(self.grids)
 
@@ -95,6 +101,22 @@ def patchify(image: Tensor, patch: tuple[int, int]) -> Tensor:
     return cut.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1)
 
 
+def padded_patches(
+    images: Sequence[Tensor], patch: tuple[int, int], longest: int | None = None
+) -> tuple[Tensor, tuple[Grid, ...]]:
+    """Images of several sizes as patches padded with 0, ``(images, longest, 3 * height * width)``, and their grids.
+
+    Args:
+        images: At least one, ``(3, height, width)`` in whole patches.
+        patch: Patch height and width, pixels.
+        longest: Patches to pad to; default those of the largest image.
+    """
+    patches = [patchify(image, patch) for image in images]
+    longest = max(map(len, patches)) if longest is None else longest
+    padded = torch.stack([F.pad(p, (0, 0, 0, longest - len(p))) for p in patches])
+    return padded, tuple((image.shape[1] // patch[0], image.shape[2] // patch[1]) for image in images)
+
+
 def normalised(backbone: Backbone, patches: Tensor, grids: tuple[Grid, ...]) -> NativeImages:
     """Pixels as images for a backbone.
 
@@ -117,11 +139,7 @@ def normalised(backbone: Backbone, patches: Tensor, grids: tuple[Grid, ...]) -> 
 
 def native_batch(backbone: Backbone, images: Sequence[Tensor], longest: int) -> NativeImages:
     """Images of several sizes, uint8 ``(3, height, width)`` in whole patches, padded to ``longest`` patches."""
-    height, width = backbone.patch_size
-    patches = [patchify(image, (height, width)) for image in images]
-    padded = torch.stack([F.pad(p, (0, 0, 0, longest - len(p))) for p in patches])
-    grids = tuple((image.shape[1] // height, image.shape[2] // width) for image in images)
-    return normalised(backbone, padded, grids)
+    return normalised(backbone, *padded_patches(images, backbone.patch_size, longest))
 
 
 def check_native(backbone: Backbone) -> None:

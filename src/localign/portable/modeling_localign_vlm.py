@@ -196,6 +196,10 @@ class LocalignVLMModel(_LocalignVLMBase):
 
     def __init__(self, config: LocalignVLMConfig) -> None:
         super().__init__(config)
+        if config.max_patches is not None:
+            raise ValueError(
+                "images of several sizes (max_patches) need localign: localign.vlm loads this model"
+            )
         assert config.adapter is not None
         self.language_model = AutoModel.from_config(config.text_config)
         self.vision = LocalignVisionTower(config.towers)

@@ -66,7 +66,7 @@ class VLMTask(Task):
         self.encoder = ConversationTokenizer(
             prompt_format(model.config.prompt_format),
             tokenizer,
-            model.vision.num_tokens,
+            model.num_image_tokens,
             config.max_length,
             text_limit=config.published_quirks,
             independent=config.turns == "independent",
@@ -129,7 +129,8 @@ class VLMTask(Task):
         if not len(batch.images) or self.config.sharding != "none":
             return {}
         with torch.no_grad():
-            image = self.model.get_image_features(batch.images[:_MONITORED_IMAGES].to(self.device))
+            images = batch.images[:_MONITORED_IMAGES].to(self.device)
+            image = self.model.get_image_features(images, batch.grids[:_MONITORED_IMAGES] or None)
             ids = batch.input_ids[batch.labels != IGNORE_INDEX].to(self.device)
             text = self.model.get_input_embeddings()(ids)
         return {
@@ -230,6 +231,7 @@ def batch_loss(model: nn.Module, batch: VLMBatch, cross_entropy: CrossEntropy) -
         turns=batch.turns,
         labels=batch.labels,
         cross_entropy=cross_entropy,
+        image_grids=batch.grids or None,
     )
     assert output.loss_sum is not None
     assert output.label_count is not None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from localign import rng
 from localign.alignment.student import Decoder, DecoderConfig
 from localign.backbones import Backbone
+from localign.backbones.native import Grid, NativeImages, grid_positions, run_blocks
 from localign.errors import UserError, did_you_mean
 from localign.options.names import AdapterName
 from localign.vlm.model.vision import TowerConfig, VisionTower
@@ -97,6 +98,23 @@ def describe_tokens(width: int, count: int, prefix: int) -> str:
     return f"{count} tokens of {width} channels, {prefix} of them prefix tokens"
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What an adapter must know of images of several sizes."""
+
+    images: NativeImages
+    """The images."""
+    grid: Grid
+    """Rows and columns of the tower's, and so of the adapter's, position embedding."""
+
+    def decoded(self, decoder: Decoder, tokens: Tensor) -> Tensor:
+        """Tokens ``(images, prefix tokens + longest, width)`` through a decoder, on the grid of each image."""
+        positions = grid_positions(decoder.pos_embed, self.grid, self.images)
+        prefix = tokens.shape[1] - self.images.patches.shape[1]
+        output: Tensor = decoder(tokens, positions, self.images.attention_mask(prefix))
+        return output
+
+
 class Adapter(nn.Module):
     """Base class of all adapters; ``config`` rebuilds the module."""
 
@@ -107,14 +125,19 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Tokens ``(batch, num_tokens, input_width)`` to ``(batch, num_tokens, output_width)``.
 
         The input may have any dtype; the output has the adapter's.
-        """
-        return self.adapt(tokens.to(next(self.parameters()).dtype))
 
-    def adapt(self, tokens: Tensor) -> Tensor:
+        Args:
+            tokens: The tower's.
+            sizes: Of images of several sizes, whose tokens are ``(batch, num_prefix_tokens + longest, input_width)``.
+                Behind an image's patches the output has no meaning.
+        """
+        return self.adapt(tokens.to(next(self.parameters()).dtype), sizes)
+
+    def adapt(self, tokens: Tensor, sizes: Sizes | None) -> Tensor:
         """:meth:`forward` on tokens in the adapter's dtype."""
         raise NotImplementedError
 
@@ -126,7 +149,7 @@ class LinearAdapter(Adapter):
         super().__init__(config)
         self.head = _zero_linear(config.input_width, config.output_width)
 
-    def adapt(self, tokens: Tensor) -> Tensor:
+    def adapt(self, tokens: Tensor, sizes: Sizes | None) -> Tensor:
         embeddings: Tensor = self.head(tokens)
         return embeddings
 
@@ -139,7 +162,7 @@ class MLPAdapter(Adapter):
         make = _fused_mlp if config.kind == "fused-mlp" else _mlp
         self.mlp = make(config.input_width, config.output_width)
 
-    def adapt(self, tokens: Tensor) -> Tensor:
+    def adapt(self, tokens: Tensor, sizes: Sizes | None) -> Tensor:
         embeddings: Tensor = self.mlp(tokens)
         return embeddings
 
@@ -161,8 +184,11 @@ class DecoderAdapter(Adapter):
             _zero(self.decoder.head)
             self.new_part = "decoder.head"
 
-    def adapt(self, tokens: Tensor) -> Tensor:
-        embeddings: Tensor = self.decoder(hide_prefix(self.in_proj(tokens), self.num_hidden_tokens))
+    def adapt(self, tokens: Tensor, sizes: Sizes | None) -> Tensor:
+        projected = hide_prefix(self.in_proj(tokens), self.num_hidden_tokens)
+        if sizes is not None:
+            return sizes.decoded(self.decoder, projected)
+        embeddings: Tensor = self.decoder(projected)
         return embeddings
 
 
@@ -187,11 +213,11 @@ class FusedDecoderAdapter(Adapter):
         self.decoder.head = nn.Identity()  # type: ignore[assignment]
         self.mlp = _fused_mlp(config.input_width - aligned + config.decoder.width, config.output_width)
 
-    def adapt(self, tokens: Tensor) -> Tensor:
+    def adapt(self, tokens: Tensor, sizes: Sizes | None) -> Tensor:
         embeddings = self.in_proj(tokens[..., self.start : self.stop])
-        decoded = self.decoder(F.pad(embeddings, (0, 0, self.num_prefix_tokens, 0)))[
-            :, self.num_prefix_tokens :
-        ]
+        embeddings = F.pad(embeddings, (0, 0, self.num_prefix_tokens, 0))
+        decoded = self.decoder(embeddings) if sizes is None else sizes.decoded(self.decoder, embeddings)
+        decoded = decoded[:, self.num_prefix_tokens :]
         fused = torch.cat([tokens[..., : self.start], decoded, tokens[..., self.stop :]], dim=-1)
         outputs: Tensor = self.mlp(fused)
         return outputs
@@ -210,8 +236,10 @@ class TruncatedAdapter(Adapter):
         self.norm = final_norm(backbone)
         self.head = _zero_linear(config.input_width, config.output_width)
 
-    def adapt(self, tokens: Tensor) -> Tensor:
-        embeddings: Tensor = self.head(self.norm(self.blocks(tokens)))
+    def adapt(self, tokens: Tensor, sizes: Sizes | None) -> Tensor:
+        mask = None if sizes is None else sizes.images.attention_mask(self.config.num_prefix_tokens)
+        blocks = self.blocks(tokens) if mask is None else run_blocks(self.blocks, tokens, mask, False)
+        embeddings: Tensor = self.head(self.norm(blocks))
         return embeddings
 
 
