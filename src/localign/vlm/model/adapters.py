@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from localign import rng
 from localign.alignment.student import Decoder, DecoderConfig
 from localign.backbones import Backbone
-from localign.backbones.native import Grid, NativeImages, grid_positions, run_blocks
+from localign.backbones.native import run_blocks
 from localign.errors import UserError, did_you_mean
 from localign.options.names import AdapterName
+from localign.portable.native_localign_vlm import Sizes
 from localign.vlm.model.vision import TowerConfig, VisionTower
 
 ADAPTERS: tuple[str, ...] = get_args(AdapterName)
@@ -96,23 +97,6 @@ class AdapterConfig:
 def describe_tokens(width: int, count: int, prefix: int) -> str:
     """The shape of a token sequence in words, for errors."""
     return f"{count} tokens of {width} channels, {prefix} of them prefix tokens"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What an adapter must know of images of several sizes."""
-
-    images: NativeImages
-    """The images."""
-    grid: Grid
-    """Rows and columns of the tower's, and so of the adapter's, position embedding."""
-
-    def decoded(self, decoder: Decoder, tokens: Tensor) -> Tensor:
-        """Tokens ``(images, prefix tokens + longest, width)`` through a decoder, on the grid of each image."""
-        positions = grid_positions(decoder.pos_embed, self.grid, self.images)
-        prefix = tokens.shape[1] - self.images.patches.shape[1]
-        output: Tensor = decoder(tokens, positions, self.images.attention_mask(prefix))
-        return output
 
 
 class Adapter(nn.Module):
@@ -238,7 +222,7 @@ class TruncatedAdapter(Adapter):
 
     def adapt(self, tokens: Tensor, sizes: Sizes | None) -> Tensor:
         mask = None if sizes is None else sizes.images.attention_mask(self.config.num_prefix_tokens)
-        blocks = self.blocks(tokens) if mask is None else run_blocks(self.blocks, tokens, mask, False)
+        blocks = self.blocks(tokens) if mask is None else run_blocks(self.blocks, tokens, mask)
         embeddings: Tensor = self.head(self.norm(blocks))
         return embeddings
 

@@ -24,8 +24,9 @@ from localign.backbones.native import NativeImages
 from localign.errors import UserError
 from localign.options.names import CrossEntropy
 from localign.portable import VLM, VLM_CLASSES, add_code
+from localign.portable.native_localign_vlm import Sizes
 from localign.vlm.data.vocabulary import add_special_tokens, end_tokens, resize_embeddings
-from localign.vlm.model.adapters import Adapter, Sizes, build_adapter
+from localign.vlm.model.adapters import Adapter, build_adapter
 from localign.vlm.model.attention import packed_arguments, padded_turns_mask, use_packed_attention
 from localign.vlm.model.configuration import LocalignVLMConfig, adapter_config, tower_configs
 from localign.vlm.model.digests import check_weights, write_weights_list

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from localign.backbones import Backbone
-from localign.backbones.backbone import FinalNorm, PositionInterpolation
+from localign.backbones.backbone import FinalNorm
 from localign.backbones.building import build_described_vit
-from localign.backbones.native import Grid, NativeImages, check_native, native_tokens, normalised
+from localign.backbones.native import Grid, NativeImages, check_native, native_tokens
 from localign.backbones.preprocessing import Preprocessing
 from localign.errors import UserError
+from localign.portable.native_localign_vlm import PositionInterpolation
 
 
 @dataclass(frozen=True)
@@ -290,8 +291,7 @@ class VisionTower(nn.Module):
         config, backbone = self.configs[index], self.backbones[index]
         dtype = next(backbone.parameters()).dtype
         if isinstance(pixel_values, NativeImages):
-            native = normalised(backbone, pixel_values.patches, pixel_values.grids)
-            native = NativeImages(native.patches.to(dtype), native.grids)
+            native = pixel_values.normalised(backbone.mean, backbone.std, dtype)
             tokens = native_tokens(backbone, native, layer=config.layer, norm=config.norm)
         else:
             images = backbone.normalise(pixel_values).to(dtype)
