@@ -82,6 +82,7 @@ def test_commands_answer(
     folder = save_vlm(model, tiny_processor(model, tokenizer), tmp_path / "model")
     assert "at most 7 tokens per image" in (folder / "README.md").read_text()
     again, tokenizer = load_vlm(folder)
+    again.eval()  # type: ignore[no-untyped-call]
     processor = tiny_processor(again, tokenizer)
     assert (processor.max_patches, processor.patch_size) == (MOST, [8, 8])
 
@@ -98,7 +99,7 @@ def test_commands_answer(
         "cpu",
     ]
     assert main([*command, "--question", "What?", "--max-new-tokens", "6"]) == 0
-    expected = Chat(again.eval(), processor, image, 6).ask("What?")
+    expected = Chat(again, processor, image, 6).ask("What?")
     assert capsys.readouterr().out.splitlines()[0] == expected.splitlines()[0]
 
     WRITERS["gqa"](tmp_path / "data")

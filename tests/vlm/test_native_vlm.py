@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ from localign.vlm.data.examples import ConversationTokenizer
 from localign.vlm.data.prompts import prompt_format
 from localign.vlm.data.records import Conversations
 from localign.vlm.model.build import load_vlm
+from localign.vlm.model.configuration import LocalignVLMConfig
 from localign.vlm.model.presets import VisionSource
 from localign.vlm.model.vision import TowerConfig, VisionTower
 from localign.vlm.task import VLMTask, batch_loss
@@ -77,7 +78,7 @@ def test_positions_are_resampled_as_the_backbone_does_it() -> None:
     """Bilinear for NaFlex, on the grid of the image: the tower's tokens are those at that size."""
     model, tokenizer = native_vlm("linear", [VisionSource(naflex_backbone())])
     assert model.vision.configs[0].position_interpolation == "bilinear"
-    again = LocalignVLM(model.config).vision
+    again = LocalignVLM(cast(LocalignVLMConfig, model.config)).vision
     assert again.backbones[0].position_interpolation == "bilinear"
     image = picture(1, (24, 16))
     batch = tiny_processor(model, tokenizer)(text="?", images=image)
@@ -142,7 +143,7 @@ def gradients(model: LocalignVLM, batches: list[VLMBatch]) -> tuple[Tensor, int,
     results = [batch_loss(model, batch, "chunked") for batch in batches]
     count = sum(int(result.weight) for result in results)
     loss = torch.stack([result.loss_sum for result in results]).sum() / count
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), count, found
 
