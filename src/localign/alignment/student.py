@@ -13,7 +13,6 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from localign.backbones import Backbone
-from localign.backbones.backbone import resample_positions
 from localign.backbones.building import set_image_size
 from localign.backbones.native import (
     NativeImages,
@@ -23,6 +22,7 @@ from localign.backbones.native import (
 )
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
+from localign.portable.native_localign_vlm import resample_positions
 
 HeadStart = Literal["zero", "identity"]
 NORM_EPS = 1e-5

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -18,14 +16,11 @@ from localign.backbones.attention import apply_soft_cap
 from localign.backbones.preprocessing import UNSTATED, Preprocessing
 from localign.errors import UserError
 from localign.options.names import AttentionBackend
+from localign.portable.native_localign_vlm import PositionInterpolation
 from localign.weights import pixel_statistics
 
 FAMILIES = (VisionTransformer, Eva, Beit)
 FinalNorm = Literal["norm", "fc_norm", "none"]
-PositionInterpolation = Literal["bicubic", "bilinear", "bicubic-aliased"]
-"""How position embeddings are resampled to another grid: antialiased as in timm, bicubic or in models of native
-resolution bilinear; or bicubic without antialiasing, as in transformers' CLIP, SigLIP, ViT, and DINOv2 without
-registers."""
 
 
 class Backbone(nn.Module):
@@ -280,29 +275,3 @@ def check_divisible(size: Sequence[int], patches: Sequence[int], name: str) -> N
             raise UserError(
                 f"{name} has patches of {patch} pixels, which do not divide {pixels}; give --image-size {nearest}"
             )
-
-
-def resample_positions(
-    positions: Tensor, new: tuple[int, int], old: tuple[int, int], interpolation: PositionInterpolation
-) -> Tensor:
-    """A position embedding on another grid; the prefix tokens keep theirs.
-
-    Args:
-        positions: ``(1, prefix tokens + old rows * old columns, width)``.
-        new, old: Rows and columns.
-        interpolation: How.
-
-    Returns:
-        ``(1, prefix tokens + new rows * new columns, width)``, of the same dtype; computed in float32.
-    """
-    prefix = positions.shape[1] - old[0] * old[1]
-    if interpolation != "bicubic-aliased":
-        resampled: Tensor = resample_abs_pos_embed(
-            positions, list(new), list(old), num_prefix_tokens=prefix, interpolation=interpolation
-        )
-        return resampled
-    if new == old:
-        return positions
-    grid = positions[:, prefix:].float().unflatten(1, old).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :prefix], grid.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)

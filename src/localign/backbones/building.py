@@ -16,9 +16,10 @@ from timm.models import load_model_config_from_hf
 from timm.models.naflexvit import NaFlexVitCfg
 from torch import nn
 
-from localign.backbones.backbone import FAMILIES, Backbone, check_divisible, resample_positions
+from localign.backbones.backbone import FAMILIES, Backbone, check_divisible
 from localign.backbones.quiet import quiet_hub
 from localign.errors import UserError
+from localign.portable.native_localign_vlm import resample_positions
 from localign.text.printing import first_line, printable
 from localign.text.reading import read_json_object
 
@@ -148,8 +149,8 @@ def set_image_size(backbone: Backbone, size: int | Sequence[int]) -> Backbone:
     """Change the size of a backbone's input, in place.
 
     Position embeddings are resampled as the library of the weights does it, see
-    :data:`~localign.backbones.backbone.PositionInterpolation`; those of prefix tokens stay. Rotary and relative
-    positions follow the new grid. The backbone's own size changes nothing.
+    :data:`~localign.portable.native_localign_vlm.PositionInterpolation`; those of prefix tokens stay. Rotary and
+    relative positions follow the new grid. The backbone's own size changes nothing.
 
     Args:
         backbone: Changed.

@@ -14,7 +14,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from localign import rng
-from localign.backbones.backbone import Backbone, PositionInterpolation
+from localign.backbones.backbone import Backbone
 from localign.backbones.building import REMOTE, build_vit, image_sides, remote_config, set_image_size
 from localign.backbones.export import CONFIG_FILE, load_backbone
 from localign.backbones.families.naflex import plain_vit
@@ -26,6 +26,7 @@ from localign.backbones.weights import StateDict, common_prefixes, read_state_di
 from localign.engine.log import say
 from localign.errors import UserError, did_you_mean
 from localign.options.names import EMBEDDED, AttentionBackend
+from localign.portable.native_localign_vlm import PositionInterpolation
 from localign.recipes.catalogue import CATALOGUE
 from localign.text.printing import printable
 from localign.text.reading import read_json_object

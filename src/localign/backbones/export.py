@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from localign._version import __version__
-from localign.backbones.backbone import Backbone, FinalNorm, PositionInterpolation
+from localign.backbones.backbone import Backbone, FinalNorm
 from localign.backbones.building import NORM_EPS_ARGUMENT, build_described_vit
 from localign.backbones.families.writing import preprocessor_config
 from localign.backbones.preprocessing import Preprocessing
@@ -30,6 +30,7 @@ from localign.files import replace_text, replacing
 from localign.files.output import EXPORT, kinds_of
 from localign.options.names import AttentionBackend
 from localign.portable import VIT, VIT_CLASSES, module_text
+from localign.portable.native_localign_vlm import PositionInterpolation
 from localign.text.printing import printable
 from localign.text.reading import read_json_object
 from localign.weights import check_finite, check_fit, load_strict

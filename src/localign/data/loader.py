@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from localign import rng
-from localign.backbones.native import patchify
+from localign.backbones.native import padded_patches
 from localign.data.decoding import UnreadableImage
 from localign.data.sources import ImageSource
 from localign.data.stream import SampleStream, sample_stream
@@ -59,8 +58,7 @@ def collated(
     """Images of one size as a stack; with ``patch``, images of several sizes as padded patches."""
     if patch is None:
         return Batch(torch.stack(samples), positions, indices, ())
-    grids = tuple((sample.shape[1] // patch[0], sample.shape[2] // patch[1]) for sample in samples)
-    patches = pad_sequence([patchify(sample, patch) for sample in samples], batch_first=True)
+    patches, grids = padded_patches(samples, patch)
     return Batch(patches, positions, indices, (), grids)
 
 

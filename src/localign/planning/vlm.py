@@ -47,7 +47,7 @@ class VLMPlan:
     trainable: int
     """Number of parameters that the stage trains."""
     image_tokens: int
-    """Tokens per image in the language model's sequence."""
+    """Tokens per image in the language model's sequence; of the largest if images have several sizes."""
     bytes_per_rank: int
     """Weights, gradients and optimizer state on one rank, without activations."""
     records: int | None
@@ -78,7 +78,7 @@ def plan_vlm(config: VLMConfig) -> tuple[LocalignVLM, VLMPlan]:
             llm.get_text_config().hidden_size,
             published_quirks=config.published_quirks,
         )
-        model = set_stage(LocalignVLM(_model_config(llm, tower, adapter)), config)
+        model = set_stage(LocalignVLM(_model_config(llm, tower, adapter, config.max_patches)), config)
     parts: dict[str, nn.Module] = {
         "vision": model.vision,
         "adapter": model.adapter,
@@ -95,7 +95,7 @@ def plan_vlm(config: VLMConfig) -> tuple[LocalignVLM, VLMPlan]:
         counted = with_warmup_steps(config, records)
         steps, warmup = total_steps(counted, records), counted.warmup_steps
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    return model, VLMPlan(counts, trainable, tower.num_tokens, taken, records, steps, warmup)
+    return model, VLMPlan(counts, trainable, model.num_image_tokens, taken, records, steps, warmup)
 
 
 def _frozen_bytes(model: LocalignVLM, config: VLMConfig, share: int) -> int:
@@ -107,13 +107,19 @@ def _frozen_bytes(model: LocalignVLM, config: VLMConfig, share: int) -> int:
     return _MASTER * full + _ROUNDED * rounded
 
 
-def _model_config(llm: PretrainedConfig, tower: VisionTower, adapter: Adapter) -> LocalignVLMConfig:
+def _model_config(
+    llm: PretrainedConfig, tower: VisionTower, adapter: Adapter, max_patches: int | None
+) -> LocalignVLMConfig:
     """The config after padding and image tokens were added to the tokenizer."""
     text = llm.get_text_config()
     pad, image = text.vocab_size, text.vocab_size + 1
     text.pad_token_id, text.vocab_size = pad, -(-(image + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE
     return LocalignVLMConfig(
-        llm, [asdict(c) for c in tower.configs], asdict(adapter.config), image_token_id=image
+        llm,
+        [asdict(c) for c in tower.configs],
+        asdict(adapter.config),
+        image_token_id=image,
+        max_patches=max_patches,
     )
 
 

@@ -15,6 +15,7 @@ VLM = (
     "configuration_localign_vlm",
     "modeling_localign_vit",
     "modeling_localign_vlm",
+    "native_localign_vlm",
     "processing_localign_vlm",
 )
 VIT_CLASSES = {

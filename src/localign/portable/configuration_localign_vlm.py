@@ -18,6 +18,7 @@ class LocalignVLMConfig(PretrainedConfig):
         image_token_id: Id of the placeholder token whose embeddings the adapter's output replaces.
         prompt_format: Name of the prompt format: ``in-out``, ``vicuna`` or ``chat-template``.
         resize: How an image is brought to the towers' input size: ``naive``, ``letterbox`` or ``crop``.
+        max_patches: Most patches of an image that keeps its aspect ratio; None if all images have one size.
     """
 
     model_type = "localign_vlm"
@@ -31,6 +32,7 @@ class LocalignVLMConfig(PretrainedConfig):
         image_token_id: int | None = None,
         prompt_format: str = "in-out",
         resize: str = "naive",
+        max_patches: int | None = None,
         **kwargs: Any,
     ) -> None:
         if text_config is None:
@@ -44,4 +46,5 @@ class LocalignVLMConfig(PretrainedConfig):
         self.image_token_id = image_token_id
         self.prompt_format = prompt_format
         self.resize = resize
+        self.max_patches = max_patches
         super().__init__(**kwargs)

@@ -75,14 +75,20 @@ class SoftCappedAttention(nn.Module):
         self.norm, self.proj = attention.norm, attention.proj
         self.gate = getattr(attention, "gate", None)
 
-    def forward(self, x: Tensor, **_: Any) -> Tensor:
-        """Attention over tokens ``(batch, tokens, width)``."""
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+        """Attention over tokens ``(batch, tokens, width)``.
+
+        ``attn_mask`` is bool ``(batch, 1, 1, tokens)``, True for keys that may be attended to.
+        """
         batch, tokens, _width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         query, key = self.q_norm(query), self.k_norm(key)
         logits = (query * (self.head_dim**-0.5 / self.cap)) @ key.transpose(-2, -1)
-        weights = (self.cap * torch.tanh(logits)).softmax(dim=-1).to(value.dtype)
+        logits = self.cap * torch.tanh(logits)
+        if attn_mask is not None:
+            logits = logits.masked_fill(~attn_mask, -torch.inf)
+        weights = logits.softmax(dim=-1).to(value.dtype)
         out = (weights @ value).transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim)
         out = self.norm(out)
         if self.gate is not None:

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 
 from .configuration_localign_vlm import LocalignVLMConfig
 from .modeling_localign_vit import ViTTower, build_vit, init_buffers
+from .native_localign_vlm import Grid, NativeImages, Sizes, run_blocks, vit_tokens_of
 
 NORM_EPS = 1e-5
 CACHE_NAMES = ("cache", "past_key_values")
@@ -33,9 +34,29 @@ class LocalignVisionTower(nn.Module):
         super().__init__()
         self.towers = nn.ModuleList(ViTTower(tower) for tower in towers)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """uint8 ``(batch, 3, height, width)`` to tokens ``(batch, tokens, width)``."""
-        return torch.cat([tower(pixel_values) for tower in self.towers], dim=-1)
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of the position embedding."""
+        vit: Any = self.towers[0].vit
+        rows, columns = vit.patch_embed.grid_size
+        return int(rows), int(columns)
+
+    def forward(self, pixel_values: Tensor | NativeImages) -> Tensor:
+        """uint8 ``(batch, 3, height, width)``, or images of several sizes, to tokens ``(batch, tokens, width)``."""
+        native = isinstance(pixel_values, NativeImages)
+        return torch.cat(
+            [_native_tokens(t, pixel_values) if native else t(pixel_values) for t in self.towers], -1
+        )
+
+
+def _native_tokens(tower: Any, images: Any) -> Tensor:
+    description, vit = tower.description, tower.vit
+    mean, std = description["mean"], description["std"]
+    images = images.normalised(mean, std, next(tower.parameters()).dtype)
+    tokens = vit_tokens_of(vit, images, len(vit.blocks), description["position_interpolation"])
+    if description["norm"] and description["final_norm"] != "none":
+        tokens = getattr(vit, description["final_norm"])(tokens)
+    return tokens if description["keep_prefix"] else tokens[:, int(vit.num_prefix_tokens) :]
 
 
 class LocalignDecoderNorm(nn.LayerNorm):
@@ -74,8 +95,9 @@ class PatchDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, decoder["output_width"]) if head else nn.Identity()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        output: Tensor = self.head(self.norm(self.blocks(tokens + self.pos_embed)))
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        x = run_blocks(self.blocks, tokens + (self.pos_embed if positions is None else positions), mask)
+        output: Tensor = self.head(self.norm(x))
         return output
 
 
@@ -84,7 +106,7 @@ class LocalignLinearAdapter(nn.Module):
         super().__init__()
         self.head = nn.Linear(adapter["input_width"], adapter["output_width"])
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, sizes: Sizes | None = None) -> Tensor:
         embeddings: Tensor = self.head(tokens)
         return embeddings
 
@@ -98,7 +120,7 @@ class LocalignMLPAdapter(nn.Module):
         widened = (4 * width,) if adapter["kind"] == "fused-mlp" else ()
         self.mlp = _mlp(width, *widened, output, output)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, sizes: Sizes | None = None) -> Tensor:
         embeddings: Tensor = self.mlp(tokens)
         return embeddings
 
@@ -112,10 +134,12 @@ class LocalignDecoderAdapter(nn.Module):
         self.decoder = PatchDecoder(adapter["decoder"])
         self.num_hidden = adapter["num_prefix_tokens"] if adapter["kind"] == "decoder" else 0
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, sizes: Sizes | None = None) -> Tensor:
         embeddings = self.in_proj(tokens)
         embeddings = F.pad(embeddings[:, self.num_hidden :], (0, 0, self.num_hidden, 0))
-        output: Tensor = self.decoder(embeddings)
+        output: Tensor = (
+            self.decoder(embeddings) if sizes is None else sizes.decoded(self.decoder, embeddings)
+        )
         return output
 
 
@@ -133,9 +157,10 @@ class LocalignFusedDecoderAdapter(nn.Module):
         width, output = adapter["input_width"] - aligned + decoder["width"], adapter["output_width"]
         self.mlp = _mlp(width, 4 * width, output, output)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, sizes: Sizes | None = None) -> Tensor:
         embeddings = F.pad(self.in_proj(tokens[..., self.start : self.stop]), (0, 0, self.num_prefix, 0))
-        decoded = self.decoder(embeddings)[:, self.num_prefix :]
+        decoded = self.decoder(embeddings) if sizes is None else sizes.decoded(self.decoder, embeddings)
+        decoded = decoded[:, self.num_prefix :]
         fused = torch.cat([tokens[..., : self.start], decoded, tokens[..., self.stop :]], dim=-1)
         output: Tensor = self.mlp(fused)
         return output
@@ -152,9 +177,11 @@ class LocalignTruncatedAdapter(nn.Module):
         normed = blocks["norm"] and blocks["final_norm"] != "none"
         self.norm = getattr(vit, blocks["final_norm"]) if normed else nn.Identity()
         self.head = nn.Linear(adapter["input_width"], adapter["output_width"])
+        self.num_prefix = adapter["num_prefix_tokens"]
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        embeddings: Tensor = self.head(self.norm(self.blocks(tokens)))
+    def forward(self, tokens: Tensor, sizes: Sizes | None = None) -> Tensor:
+        mask = None if sizes is None else sizes.images.attention_mask(self.num_prefix)
+        embeddings: Tensor = self.head(self.norm(run_blocks(self.blocks, tokens, mask)))
         return embeddings
 
 
@@ -209,17 +236,29 @@ class LocalignVLMModel(_LocalignVLMBase):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, image_grids: Tensor | None = None, **_: Any
+    ) -> BaseModelOutputWithPooling:
         """Map images to embeddings of the language model.
 
         Args:
-            pixel_values: uint8 ``(images, 3, height, width)``, not normalised.
+            pixel_values, image_grids: As for :meth:`forward`.
 
         Returns:
-            ``last_hidden_state``, the tower's tokens, and ``pooler_output``, ``(images, tokens per image, width)``.
+            ``last_hidden_state``, the tower's tokens, and ``pooler_output``, ``(images, tokens per image, width)``; of
+            images of several sizes the tokens of each, a tuple of ``(tokens, width)``.
         """
-        tokens = self.vision(pixel_values)
-        features = self.adapter(tokens.to(next(self.adapter.parameters()).dtype))
+        if (image_grids is None) != (self.config.max_patches is None):
+            raise ValueError("image_grids go with models of native resolution, whose config has max_patches")
+        sizes = None
+        if image_grids is not None:
+            longest = int(image_grids.prod(dim=1).max())  # servers pad all images alike
+            sizes = Sizes(NativeImages.of(pixel_values[:, :longest], image_grids), self.vision.grid)
+        tokens = self.vision(pixel_values if sizes is None else sizes.images)
+        features: Any = self.adapter(tokens.to(next(self.adapter.parameters()).dtype), sizes)
+        if sizes is not None:
+            prefix = features.shape[1] - sizes.images.patches.shape[1]
+            features = tuple(f[v] for f, v in zip(features, sizes.images.valid(prefix), strict=True))
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
 
     def forward(
@@ -228,13 +267,17 @@ class LocalignVLMModel(_LocalignVLMBase):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        image_grids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The language model's output, with images in the place of the image tokens.
 
         Args:
             input_ids: int64 ``(rows, tokens)``, with one image token per token of every image.
-            pixel_values: uint8 ``(images, 3, height, width)``, in the order of the image tokens.
+            pixel_values: uint8 ``(images, 3, height, width)``, in the order of the image tokens, not normalised. With
+                ``image_grids``: patches, uint8 ``(images, longest, 3 * patch height * patch width)``.
+            image_grids: Rows and columns of patches of each image, int64 ``(images, 2)``, if images have several
+                sizes.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -243,12 +286,12 @@ class LocalignVLMModel(_LocalignVLMBase):
         if pixel_values is not None:
             if input_ids is None:
                 raise ValueError("pixel_values go with input_ids; inputs_embeds contain the images")
-            features = self.get_image_features(pixel_values).pooler_output
-            assert features is not None
+            pooled: Any = self.get_image_features(pixel_values, image_grids).pooler_output
+            features = torch.cat(tuple(pooled))  # the tokens of all images
             places = input_ids.eq(cast(int, self.config.image_token_id))
-            if int(places.sum()) != features.shape[0] * features.shape[1]:
+            if int(places.sum()) != len(features):
                 raise ValueError(
-                    f"{len(features)} images need {features.shape[0] * features.shape[1]} image tokens, "
+                    f"{len(pixel_values)} images need {len(features)} image tokens, "
                     f"but the text has {int(places.sum())}"
                 )
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], features.to(inputs_embeds.dtype))
@@ -290,18 +333,18 @@ class LocalignVLMForConditionalGeneration(_LocalignVLMBase, GenerationMixin):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        image_grids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the mean cross-entropy if there are labels.
 
         Args:
-            input_ids: int64 ``(rows, tokens)``, with one image token per token of every image.
-            pixel_values: uint8 ``(images, 3, height, width)``, in the order of the image tokens.
+            input_ids, pixel_values, image_grids: As for :meth:`LocalignVLMModel.forward`.
             attention_mask: ``(rows, cached tokens + tokens)``, 0 at padding.
             labels: int64 ``(rows, tokens)``, not shifted, -100 for tokens that do not count.
             logits_to_keep: Number of last positions that get logits (0: all), or their indices.
         """
-        outputs = self.model(input_ids, pixel_values, attention_mask, **kwargs)
+        outputs = self.model(input_ids, pixel_values, attention_mask, image_grids=image_grids, **kwargs)
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = scaled_logits(self.lm_head(hidden[:, kept]), self.config.text_config.get_text_config())

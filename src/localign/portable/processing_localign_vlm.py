@@ -14,6 +14,8 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import make_flat_list_of_images
 
+from .native_localign_vlm import native_grid, padded_patches
+
 IMAGE_TOKEN = "<image>"
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -53,9 +55,11 @@ class LocalignImageProcessor(ImageProcessingMixin):
         resize: ``naive`` stretches, ``letterbox`` pads to the target's aspect ratio, ``crop`` crops the centre.
         mean: RGB fill colour of letterbox padding, 0..1.
         interpolation: Resampling filter, by Pillow's name.
+        max_patches: Most patches of an image that keeps its aspect ratio; None if all images have ``image_size``.
+        patch_size: Patch height and width, pixels; matters with ``max_patches`` only.
     """
 
-    model_input_names = ["pixel_values"]  # noqa: RUF012
+    model_input_names = ["pixel_values", "image_grids"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -63,20 +67,32 @@ class LocalignImageProcessor(ImageProcessingMixin):
         resize: str,
         mean: Sequence[float],
         interpolation: str = "bicubic",
+        max_patches: int | None = None,
+        patch_size: Sequence[int] = (16, 16),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
-        rows, columns = image_size
+        height, width = patch_size
+        self.patch_size, self.max_patches = (int(height), int(width)), max_patches
+        # Servers take it for the size with the most tokens.
+        rows, columns = image_size if max_patches is None else (height, max_patches * width)
         self.size = {"height": int(rows), "width": int(columns)}
         self.resize = resize
         self.fill = tuple(int(255 * m) for m in mean)
         self.interpolation = interpolation
 
     def __call__(self, images: Any, **_: Any) -> BatchFeature:
-        """Images to ``pixel_values``, uint8 ``(images, 3, rows, columns)``."""
+        """Images to ``pixel_values``, uint8 ``(images, 3, rows, columns)``.
+
+        With ``max_patches``: to patches, uint8 ``(images, max_patches, 3 * patch height * patch width)``, and
+        ``image_grids``, int64 ``(images, 2)``, their rows and columns.
+        """
         flat: Any = make_flat_list_of_images(images)
         pixels = [self._pixels(image) for image in flat]
-        return BatchFeature({"pixel_values": torch.stack(pixels)})
+        if self.max_patches is None:
+            return BatchFeature({"pixel_values": torch.stack(pixels)})
+        patches, grids = padded_patches(pixels, self.patch_size, self.max_patches)
+        return BatchFeature({"pixel_values": patches, "image_grids": torch.tensor(grids)})
 
     def _pixels(self, image: Any) -> torch.Tensor:
         if not isinstance(image, Image.Image):
@@ -86,6 +102,10 @@ class LocalignImageProcessor(ImageProcessingMixin):
         return torch.from_numpy(np.array(resized, dtype=np.uint8).transpose(2, 0, 1).copy())
 
     def _resized(self, image: Image.Image) -> Image.Image:
+        if self.max_patches is not None:
+            rows, columns = native_grid(image.height, image.width, self.patch_size, self.max_patches)
+            size = (columns * self.patch_size[1], rows * self.patch_size[0])
+            return image.resize(size, Image.Resampling[self.interpolation.upper()])
         rows, columns = self.size["height"], self.size["width"]
         if self.resize == "crop":
             covering = ResizeKeepRatio((rows, columns), interpolation=self.interpolation)  # type: ignore[no-untyped-call]
@@ -117,12 +137,14 @@ class LocalignProcessor(ProcessorMixin):
     Args:
         tokenizer: The model's tokenizer.
         image_size: Rows and columns of the vision tower's input, pixels.
-        num_image_tokens: Tokens per image.
+        num_image_tokens: Tokens per image; of the largest if images have several sizes.
         prompt_format: ``in-out``, ``vicuna`` or ``chat-template``.
         resize: ``naive``, ``letterbox`` or ``crop``.
         mean: RGB fill colour of letterbox padding, 0..1.
         chat_template: Ignored; it is the tokenizer's own, without images.
         interpolation: Resampling filter of images, by Pillow's name.
+        max_patches: Most patches of an image that keeps its aspect ratio; None if all images have ``image_size``.
+        patch_size: Patch height and width, pixels; matters with ``max_patches`` only.
     """
 
     def __init__(
@@ -135,16 +157,20 @@ class LocalignProcessor(ProcessorMixin):
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         chat_template: str | None = None,
         interpolation: str = "bicubic",
+        max_patches: int | None = None,
+        patch_size: Sequence[int] = (16, 16),
     ) -> None:
         super().__init__(tokenizer, chat_template=prompt_template(prompt_format, tokenizer))  # type: ignore[no-untyped-call]
         self.image_size, self.num_image_tokens = list(image_size), num_image_tokens
         self.prompt_format, self.resize, self.mean = prompt_format, resize, list(mean)
         self.interpolation = interpolation
+        self.max_patches, self.patch_size = max_patches, list(patch_size)
 
     @property
     def image_processor(self) -> LocalignImageProcessor:
-        """Brings images to the vision tower's input size."""
-        return LocalignImageProcessor(self.image_size, self.resize, self.mean, self.interpolation)
+        """Brings images to the vision tower's input size, or to sizes of their own."""
+        sizes = self.max_patches, self.patch_size
+        return LocalignImageProcessor(self.image_size, self.resize, self.mean, self.interpolation, *sizes)
 
     @property
     def image_token(self) -> str:
@@ -157,16 +183,28 @@ class LocalignProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", "pixel_values", "image_grids"]
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The tokens of one image."""
-        return IMAGE_TOKEN * self.num_image_tokens
+        if self.max_patches is None:
+            return IMAGE_TOKEN * self.num_image_tokens
+        rows, columns = image_inputs["image_grids"][image_idx].tolist()
+        return IMAGE_TOKEN * self._tokens(rows * columns)
+
+    def _tokens(self, patches: int) -> int:
+        assert self.max_patches is not None
+        return self.num_image_tokens - self.max_patches + patches
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> dict[str, list[int]]:
         """What servers ask: the numbers of tokens and of rows of ``pixel_values`` of images of these sizes."""
-        images = len(image_sizes or ())
-        return {"num_image_tokens": [self.num_image_tokens] * images, "num_image_patches": [1] * images}
+        sizes = list(image_sizes or ())
+        tokens = [self.num_image_tokens] * len(sizes)
+        if self.max_patches is not None:
+            patch = self.image_processor.patch_size
+            grids = [native_grid(height, width, patch, self.max_patches) for height, width in sizes]
+            tokens = [self._tokens(rows * columns) for rows, columns in grids]
+        return {"num_image_tokens": tokens, "num_image_patches": [1] * len(sizes)}
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the template writes all special tokens that training had."""

@@ -68,7 +68,7 @@ class VLMTask(Task):
         self.encoder = ConversationTokenizer(
             prompt_format(model.config.prompt_format),
             tokenizer,
-            model.vision.num_tokens,
+            model.num_image_tokens,
             config.max_length,
             text_limit=config.published_quirks,
             independent=config.turns == "independent",
@@ -140,7 +140,8 @@ class VLMTask(Task):
             return {}
         in_bf16 = computes_in_bf16(self.config, self.device.type)
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, in_bf16):
-            image = self.model.get_image_features(batch.images[:_MONITORED_IMAGES].to(self.device))
+            images = batch.images[:_MONITORED_IMAGES].to(self.device)
+            image = self.model.get_image_features(images, batch.grids[:_MONITORED_IMAGES] or None)
             ids = batch.input_ids[batch.labels != IGNORE_INDEX].to(self.device)
             text = self.model.get_input_embeddings()(ids)
         return {
@@ -243,6 +244,7 @@ def batch_loss(model: nn.Module, batch: VLMBatch, cross_entropy: CrossEntropy) -
         labels=batch.labels,
         cross_entropy=cross_entropy,
         counts=None if batch.counts is None else batch.counts._replace(predicted=batch.predicted),
+        image_grids=batch.grids or None,
     )
     assert output.loss_sum is not None
     assert output.label_count is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from localign.vlm.scoring.questions import Question
 
 SAVERS: dict[str, Callable[[Path], Path]] = {
     "localign": save_tiny_vlm,
+    "native": partial(save_tiny_vlm, max_patches=9),
     "llava": save_tiny_llava,
     "idefics": save_tiny_idefics,
 }

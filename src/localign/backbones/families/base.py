@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from localign.backbones.backbone import PositionInterpolation
 from localign.backbones.families.names import NameMap
 from localign.backbones.weights import StateDict
 from localign.errors import UserError
+from localign.portable.native_localign_vlm import PositionInterpolation
 
 Config = Mapping[str, Any]
 _ACTIVATIONS = {

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from localign.backbones.backbone import PositionInterpolation
 from localign.backbones.families.base import (
     Config,
     TransformersFamily,
@@ -22,6 +21,7 @@ from localign.backbones.families.base import (
 from localign.backbones.families.names import NameMap, joined_linear, linear
 from localign.backbones.weights import StateDict
 from localign.errors import UserError
+from localign.portable.native_localign_vlm import PositionInterpolation
 
 
 class DINOv2(TransformersFamily):

@@ -12,10 +12,10 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from localign.backbones.backbone import PositionInterpolation
 from localign.backbones.building import build_vit
 from localign.backbones.families.base import exact_ratio, timm_activation
 from localign.errors import UserError
+from localign.portable.native_localign_vlm import PositionInterpolation
 from localign.weights import load_strict
 
 _ARCHITECTURE = "vit_base_patch16_siglip_224"

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from localign.backbones.backbone import PositionInterpolation
 from localign.backbones.families.base import (
     Config,
     TransformersFamily,
@@ -24,6 +23,7 @@ from localign.backbones.families.clip import encoder_names
 from localign.backbones.families.names import NameMap, linear
 from localign.backbones.weights import StateDict
 from localign.errors import UserError
+from localign.portable.native_localign_vlm import PositionInterpolation
 
 _PATCH = "embeddings.patch_embedding.weight"
 

@@ -33,8 +33,8 @@ class VLMConfig(TrainConfig):
     """Train a vision-language model: a ViT, an adapter and a causal language model."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
-        "Model": "llm backbone adapter init features resize weights image_size model_kwargs attention llm_weights "
-        "llm_attention",
+        "Model": "llm backbone adapter init features resize weights image_size max_patches model_kwargs attention "
+        "llm_weights llm_attention",
         "Data": "data images val val_records prompt max_length turns batching sampler skip_missing "
         "skip_malformed allow_outside max_bad_share",
         "Objective": "stage lora_rank lora_alpha cross_entropy published_quirks",
@@ -66,6 +66,9 @@ class VLMConfig(TrainConfig):
     """Weights of a backbone given by name: pretrained, none (random), or a weight file."""
     image_size: ImageSize | None = None
     """Side of the input in pixels, or HEIGHTxWIDTH; default the backbone's own. Positions are resampled."""
+    max_patches: int | None = None
+    """Native resolution: each image keeps its aspect ratio, is resized to at most this many patches, and has one token
+    per patch; default one size for all, or with --init that model's own."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra arguments for timm's constructor, for a backbone given by name; for example depth=2."""
     features: Features = "auto"
@@ -152,6 +155,12 @@ class VLMConfig(TrainConfig):
             raise UserError(f"--adapter-lr must be above 0 and needs --lr; not {self.adapter_lr}, {self.lr}")
         if self.max_length < 8:
             raise UserError(f"--max-length must be at least 8, not {self.max_length}")
+        if self.max_patches is not None and self.max_patches < 4:
+            raise UserError(f"--max-patches must be at least 4, not {self.max_patches}")
+        if self.max_patches is not None and self.resize != "naive":
+            raise UserError(
+                f"--resize {self.resize} does not apply to images of several sizes; leave out --max-patches or it"
+            )
         if self.lora_rank < 1 or self.lora_alpha < 1:
             raise UserError("--lora-rank and --lora-alpha must be at least 1")
         if not 0 <= self.max_bad_share <= 1:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from localign.backbones.native import padded_patches
 from localign.data.loader import (
     REPLACEMENT_ATTEMPTS,
     BadImages,
@@ -19,9 +22,11 @@ from localign.data.loader import (
     served_batches,
 )
 from localign.data.sources import UnreadableImage
+from localign.data.transforms import NativeView
 from localign.data.workers import data_loader
 from localign.engine.task import BatchPlan
 from localign.errors import UserError
+from localign.vlm.data.dialects import Record
 from localign.vlm.data.examples import ConversationTokenizer, Example, NothingToLearn
 from localign.vlm.data.prompts import IGNORE_INDEX
 from localign.vlm.data.records import Conversations
@@ -75,13 +80,16 @@ class VLMBatch(NamedTuple):
     """int64, shaped like ``input_ids``, for independent turns: the turn of each token, or 0 for tokens that all turns
     attend to. None for ordinary conversations."""
     images: Tensor
-    """uint8 ``(images, 3, H, W)``, of the records that have an image."""
+    """uint8, of the records that have an image: ``(images, 3, H, W)``, or of several sizes patches ``(images, longest,
+    3 * patch height * patch width)``, padded with 0."""
     positions: Tensor
     """int64 ``(records,)``, global positions in the stream of records."""
     indices: Tensor
     """int64 ``(records,)``, indices into the data, replacements included."""
     bad: tuple[tuple[str, str], ...]
     """(name, reason) of unusable records and images that were replaced."""
+    grids: Sequence[Sequence[int]] = ()
+    """Rows and columns of patches of each image, if images have several sizes."""
     predicted: Tensor | None = None
     """int64, indices of the tokens that a learned token follows, in the flattened rows; None if not counted."""
     counts: RowCounts | None = None
@@ -122,7 +130,8 @@ def planned_batches(
     Args:
         data: The records.
         encoder: Turns records into tokens and labels.
-        transform: RGB image -> uint8 ``(3, H, W)``.
+        transform: RGB image -> uint8 ``(3, H, W)``; a :class:`~localign.data.transforms.NativeView` gives several
+            sizes.
         plan: The steps, and this rank's part of them.
         packed: Put all records of a micro-batch into one row, and balance ranks and micro-batches by length;
             otherwise one row per record, and equally many in each micro-batch.
@@ -163,11 +172,14 @@ def longest_batch(
         data, encoder, transform, packed: As for :func:`planned_batches`.
         plan: Of a run that balances its micro-batches by length. The records then have just the tokens of its heaviest
             micro-batch, because balanced micro-batches never hold the longest records together.
-        samples: Records in the micro-batch.
+        samples: Records in the micro-batch. Of images of several sizes each has the most patches, and padding
+            behind them, so that attention takes a mask.
 
     Raises:
         UserError: No usable record was found.
     """
+    if native := isinstance(transform, NativeView):
+        transform = _LargestView(transform.patch, transform.max_patches)
     lengths = estimated_lengths(data, encoder)
     longest = np.argsort(-lengths, kind="stable")
     first = 0
@@ -179,7 +191,15 @@ def longest_batch(
     batch: VLMBatch | None = _RecordReader(data, encoder, transform, 0, packed)[list(enumerate(chosen))].batch
     if batch is None:
         raise UserError(f"no usable record in {REPLACEMENT_ATTEMPTS} draws")
-    return batch
+    return batch._replace(images=F.pad(batch.images, (0, 0, 0, 1))) if native else batch
+
+
+class _LargestView(NativeView):
+    """A blank image of the most patches in the place of any."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        height, width = self.patch
+        return torch.zeros(3, height, self.max_patches * width, dtype=torch.uint8)
 
 
 def record_stream(
@@ -239,23 +259,36 @@ class _RecordReader(StreamReader):
 
     def read(self, index: int, position: int) -> tuple[Example, Tensor | None]:
         record = self.data.record(index)
-        try:
-            example = self.encoder(record)
-        except NothingToLearn as error:
-            raise UnreadableImage(self.data.name(index), str(error)) from None
+        if isinstance(self.transform, NativeView) and record.image is not None:
+            image = self.transform(self.data.load_image(index, record.image))
+            return self._example(record, index, self._image_tokens(self.transform, image)), image
+        example = self._example(record, index)
         if record.image is None:
             return example, None
         return example, self.transform(self.data.load_image(index, record.image))
+
+    def _example(self, record: Record, index: int, image_tokens: int | None = None) -> Example:
+        try:
+            return self.encoder(record, image_tokens)
+        except NothingToLearn as error:
+            raise UnreadableImage(self.data.name(index), str(error)) from None
+
+    def _image_tokens(self, view: NativeView, image: Tensor) -> int:
+        return self.encoder.num_image_tokens - view.max_patches + image[0].numel() // math.prod(view.patch)
 
     def collate(
         self, samples: list[tuple[Example, Tensor | None]], positions: Tensor, indices: Tensor
     ) -> VLMBatch:
         examples = [example for example, _ in samples]
         images = [image for _, image in samples if image is not None]
-        pixels = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
         padding = self.encoder.tokenizer.pad_token_id
         rows = packed_row(examples) if self.packed else padded_rows(examples, int(padding))
-        batch = VLMBatch(*rows, pixels, positions, indices, ())
+        if images and isinstance(self.transform, NativeView):
+            patches, grids = padded_patches(images, self.transform.patch)
+            batch = VLMBatch(*rows, patches, positions, indices, (), grids)
+        else:
+            pixels = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+            batch = VLMBatch(*rows, pixels, positions, indices, ())
         return batch.with_counts(image_token_id(self.encoder.tokenizer))
 
 

@@ -39,7 +39,7 @@ class ConversationTokenizer:
     Args:
         prompt: The prompt format.
         tokenizer: Has the image token (see :func:`localign.vlm.data.vocabulary.add_special_tokens`).
-        num_image_tokens: Tokens per image.
+        num_image_tokens: Tokens per image; of the largest if images have several sizes.
         max_length: Most tokens per example; longer examples are truncated.
         text_limit: ``max_length`` counts text only, without image tokens, as in the published code.
         independent: Turns do not see one another: each is tokenised like a record of its own, but all share one
@@ -66,8 +66,12 @@ class ConversationTokenizer:
                 f"an image takes {self.num_image_tokens}; allow at least {minimum}"
             )
 
-    def __call__(self, record: Record) -> Example:
+    def __call__(self, record: Record, image_tokens: int | None = None) -> Example:
         """Tokenise a record and truncate it to the limit.
+
+        Args:
+            record: The record.
+            image_tokens: Tokens of its image; default :attr:`num_image_tokens`.
 
         Raises:
             NothingToLearn: No label is within the limit.
@@ -76,7 +80,7 @@ class ConversationTokenizer:
             record,
             self.prompt,
             self.tokenizer,
-            num_image_tokens=self.num_image_tokens,
+            num_image_tokens=self.num_image_tokens if image_tokens is None else image_tokens,
             max_length=self.max_length,
             text_limit=self.text_limit,
             independent=self.independent,

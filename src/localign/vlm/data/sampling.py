@@ -183,7 +183,8 @@ def heaviest_tokens(lengths: Integers, stream: RecordStream, batch: int, samples
 def estimated_lengths(data: Conversations, encoder: ConversationTokenizer) -> Integers:
     """Estimated tokens of each record: its characters times the tokens per character of a sample of records.
 
-    It computes in integers, so that all ranks get the same result.
+    Images of several sizes count as the largest: most fill the budget of patches, and no image is opened. It computes
+    in integers, so that all ranks get the same result.
 
     Returns:
         int64 ``(records,)``, positive.

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from localign import rng
 from localign.alignment.student import Decoder, DecoderConfig
 from localign.backbones import Backbone
+from localign.backbones.native import run_blocks
 from localign.errors import UserError, did_you_mean
 from localign.options.names import AdapterName
+from localign.portable.native_localign_vlm import Sizes
 from localign.vlm.model.vision import TowerConfig, VisionTower
 
 ADAPTERS: tuple[str, ...] = get_args(AdapterName)
@@ -107,14 +109,19 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Tokens ``(batch, num_tokens, input_width)`` to ``(batch, num_tokens, output_width)``.
 
         The input may have any dtype; the output has the adapter's.
-        """
-        return self.adapt(tokens.to(next(self.parameters()).dtype))
 
-    def adapt(self, tokens: Tensor) -> Tensor:
+        Args:
+            tokens: The tower's.
+            sizes: Of images of several sizes, whose tokens are ``(batch, num_prefix_tokens + longest, input_width)``.
+                Behind an image's patches the output has no meaning.
+        """
+        return self.adapt(tokens.to(next(self.parameters()).dtype), sizes)
+
+    def adapt(self, tokens: Tensor, sizes: Sizes | None) -> Tensor:
         """:meth:`forward` on tokens in the adapter's dtype."""
         raise NotImplementedError
 
@@ -126,7 +133,7 @@ class LinearAdapter(Adapter):
         super().__init__(config)
         self.head = _zero_linear(config.input_width, config.output_width)
 
-    def adapt(self, tokens: Tensor) -> Tensor:
+    def adapt(self, tokens: Tensor, sizes: Sizes | None) -> Tensor:
         embeddings: Tensor = self.head(tokens)
         return embeddings
 
@@ -139,7 +146,7 @@ class MLPAdapter(Adapter):
         make = _fused_mlp if config.kind == "fused-mlp" else _mlp
         self.mlp = make(config.input_width, config.output_width)
 
-    def adapt(self, tokens: Tensor) -> Tensor:
+    def adapt(self, tokens: Tensor, sizes: Sizes | None) -> Tensor:
         embeddings: Tensor = self.mlp(tokens)
         return embeddings
 
@@ -161,8 +168,11 @@ class DecoderAdapter(Adapter):
             _zero(self.decoder.head)
             self.new_part = "decoder.head"
 
-    def adapt(self, tokens: Tensor) -> Tensor:
-        embeddings: Tensor = self.decoder(hide_prefix(self.in_proj(tokens), self.num_hidden_tokens))
+    def adapt(self, tokens: Tensor, sizes: Sizes | None) -> Tensor:
+        projected = hide_prefix(self.in_proj(tokens), self.num_hidden_tokens)
+        if sizes is not None:
+            return sizes.decoded(self.decoder, projected)
+        embeddings: Tensor = self.decoder(projected)
         return embeddings
 
 
@@ -187,11 +197,11 @@ class FusedDecoderAdapter(Adapter):
         self.decoder.head = nn.Identity()  # type: ignore[assignment]
         self.mlp = _fused_mlp(config.input_width - aligned + config.decoder.width, config.output_width)
 
-    def adapt(self, tokens: Tensor) -> Tensor:
+    def adapt(self, tokens: Tensor, sizes: Sizes | None) -> Tensor:
         embeddings = self.in_proj(tokens[..., self.start : self.stop])
-        decoded = self.decoder(F.pad(embeddings, (0, 0, self.num_prefix_tokens, 0)))[
-            :, self.num_prefix_tokens :
-        ]
+        embeddings = F.pad(embeddings, (0, 0, self.num_prefix_tokens, 0))
+        decoded = self.decoder(embeddings) if sizes is None else sizes.decoded(self.decoder, embeddings)
+        decoded = decoded[:, self.num_prefix_tokens :]
         fused = torch.cat([tokens[..., : self.start], decoded, tokens[..., self.stop :]], dim=-1)
         outputs: Tensor = self.mlp(fused)
         return outputs
@@ -210,8 +220,10 @@ class TruncatedAdapter(Adapter):
         self.norm = final_norm(backbone)
         self.head = _zero_linear(config.input_width, config.output_width)
 
-    def adapt(self, tokens: Tensor) -> Tensor:
-        embeddings: Tensor = self.head(self.norm(self.blocks(tokens)))
+    def adapt(self, tokens: Tensor, sizes: Sizes | None) -> Tensor:
+        mask = None if sizes is None else sizes.images.attention_mask(self.config.num_prefix_tokens)
+        blocks = self.blocks(tokens) if mask is None else run_blocks(self.blocks, tokens, mask)
+        embeddings: Tensor = self.head(self.norm(blocks))
         return embeddings
 
 

@@ -55,6 +55,8 @@ def build_vlm(config: VLMConfig) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
     empty = config.sharding != "none" and not is_main_process()
     if config.init is not None:
         model, tokenizer = (_empty_vlm if empty else load_vlm)(config.init)
+        if config.max_patches is not None:
+            model.set_max_patches(config.max_patches)
     else:
         llm, tokenizer = load_language_model(config, empty=empty)
         tower, adapter = build_vision(
@@ -65,7 +67,13 @@ def build_vlm(config: VLMConfig) -> tuple[LocalignVLM, PreTrainedTokenizerBase]:
             published_quirks=config.published_quirks,
         )
         model = LocalignVLM.from_parts(
-            tower, adapter, llm, tokenizer, prompt_format=config.prompt, resize=config.resize
+            tower,
+            adapter,
+            llm,
+            tokenizer,
+            prompt_format=config.prompt,
+            resize=config.resize,
+            max_patches=config.max_patches,
         )
     return set_stage(model, config), tokenizer
 
@@ -142,11 +150,12 @@ def vlm_card(
 ) -> Card:
     """The model card of an exported vision-language model; see :class:`~localign.backbones.publishing.cards.Card`."""
     llm = type(model.language_model).__name__
+    most = "" if model.config.max_patches is None else "at most "
     return Card(
         title=folder.absolute().name,
         what=f"A vision-language model: the vision tower {printable(model.vision.name)}, an adapter of kind "
         f"{model.adapter.config.kind}, and a language model of class {llm}; "
-        f"{model.vision.num_tokens} tokens per image.",
+        f"{most}{model.num_image_tokens} tokens per image.",
         format=format,
         provenance=getattr(model.config, "localign", None) or {},
         repository=repository,

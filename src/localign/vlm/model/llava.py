@@ -162,6 +162,11 @@ def save_llava(model: LocalignVLM, processor: LocalignVLMProcessor, folder: Path
 
 
 def _check_structure(model: LocalignVLM) -> None:
+    if model.config.max_patches is not None:
+        raise UserError(
+            "the format llava takes images of one size, but the model was trained with --max-patches "
+            f"{model.config.max_patches}; --format localign keeps them"
+        )
     tower = model.vision.configs[0]
     if len(model.vision.configs) > 1 or model.adapter.config.kind != "mlp":
         raise UserError(

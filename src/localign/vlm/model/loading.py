@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,3 +71,46 @@ def _values(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list) else [value]
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Suppress transformers' table of tensors that do not fit; our error names them."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_load_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_load_report)
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def check_coverage(source: str | os.PathLike[str], total: int, info: dict[str, Any]) -> None:
+    """Check that weights covered a model exactly.
+
+    Args:
+        source: Named in the error.
+        total: Number of the model's tensors.
+        info: What ``from_pretrained`` returns with ``output_loading_info=True``.
+
+    Raises:
+        UserError: Tensors are missing, unexpected or of the wrong shape.
+    """
+    missing = set(info["missing_keys"])
+    reshaped = {name for name, *_ in info["mismatched_keys"]}
+    problems = {
+        f"{len(missing)} of {total} tensors are missing": missing,
+        "unexpected tensors": set(info["unexpected_keys"]),
+        "tensors of the wrong shape": reshaped,
+    }
+    lines = [f"{problem} ({_list_names(names)})" for problem, names in problems.items() if names]
+    if lines:
+        raise UserError(f"the weights in {source} do not fit the model: {'; '.join(lines)}")
+
+
+def _list_names(names: set[str], limit: int = 5) -> str:
+    listed = ", ".join(sorted(names)[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,15 +20,18 @@ from transformers import (
 )
 from transformers.utils.generic import ModelOutput
 
+from localign.backbones.native import NativeImages
 from localign.errors import UserError
 from localign.options.names import CrossEntropy
 from localign.portable import VLM, VLM_CLASSES, add_code
+from localign.portable.native_localign_vlm import Sizes
 from localign.vlm.data.batching import RowCounts
 from localign.vlm.data.vocabulary import add_special_tokens, end_tokens, resize_embeddings
 from localign.vlm.model.adapters import Adapter, build_adapter
 from localign.vlm.model.attention import packed_arguments, padded_turns_mask, use_packed_attention
 from localign.vlm.model.configuration import LocalignVLMConfig, adapter_config, tower_configs
 from localign.vlm.model.digests import check_weights, write_weights_list
+from localign.vlm.model.loading import check_coverage, without_load_report
 from localign.vlm.model.losses import LMHead, next_token_loss
 from localign.vlm.model.vision import VisionTower
 from localign.weights import check_finite
@@ -65,7 +65,8 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         parts: Vision tower, adapter and language model to use instead of building them.
 
     Raises:
-        UserError: The config names no padding or image token, or describes parts that cannot be built.
+        UserError: The config names no padding or image token, describes parts that cannot be built, or has a budget of
+            patches that the tower cannot take.
     """
 
     config_class = LocalignVLMConfig
@@ -98,6 +99,8 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         self.language_model: Any = language_model
         self.vision: VisionTower = vision
         self.adapter: Adapter = adapter
+        if config.max_patches is not None:
+            vision.check_native()
         use_packed_attention(self.language_model)
         cast(Any, self).post_init()  # untyped in transformers
 
@@ -111,6 +114,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         *,
         prompt_format: str = "in-out",
         resize: str = "naive",
+        max_patches: int | None = None,
     ) -> LocalignVLM:
         """Assemble a model from parts, which are not copied.
 
@@ -124,10 +128,11 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
             tokenizer: The language model's tokenizer.
             prompt_format: Name of the prompt format.
             resize: How an image is brought to the tower's input size: ``naive``, ``letterbox`` or ``crop``.
+            max_patches: Most patches of an image that keeps its aspect ratio; None if all images have one size.
 
         Raises:
-            UserError: The adapter does not fit the tower or the language model, or the tokenizer has no token
-                that ends an answer.
+            UserError: The tower takes images of one size only, the adapter does not fit the tower or the language
+                model, or the tokenizer has no token that ends an answer.
         """
         adapter.config.check_fits(vision)
         embeddings: Any = language_model.get_input_embeddings()
@@ -148,6 +153,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
             image_token_id=image_token_id,
             prompt_format=prompt_format,
             resize=resize,
+            max_patches=max_patches,
             attn_implementation=language_model.config._attn_implementation,
         )
         model = cls(config, (vision, adapter, language_model))
@@ -174,12 +180,12 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         )
         kwargs["key_mapping"] = {f"^{re.escape(file)}": own for own, file in _names(config).items()}
         try:
-            with _without_load_report():
+            with without_load_report():
                 loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise UserError(f"the weights in {pretrained_model_name_or_path} are damaged: {error}") from None
         model, info = loaded
-        _check_coverage(pretrained_model_name_or_path, len(model.state_dict()), info)
+        check_coverage(pretrained_model_name_or_path, len(model.state_dict()), info)
         check_weights(Path(pretrained_model_name_or_path))
         model.vision.init_non_persistent_buffers()
         model.vision.set_trainable(False)
@@ -225,17 +231,43 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         """Replace the language model's output layer."""
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+    def set_max_patches(self, max_patches: int) -> None:
+        """Take images of several sizes from now on: each keeps its aspect ratio and has at most this many patches.
+
+        Raises:
+            UserError: The tower takes images of one size only.
+        """
+        self.vision.check_native()
+        self.config.max_patches, self.config.resize = max_patches, "naive"
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens per image; of the largest if images have several sizes."""
+        most = cast(LocalignVLMConfig, self.config).max_patches
+        return self.vision.num_tokens if most is None else self.vision.num_prefix_tokens + most
+
+    def get_image_features(
+        self, pixel_values: Tensor, image_grids: Tensor | Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
         """Map images to embeddings of the language model.
 
         Args:
-            pixel_values: uint8 ``(images, 3, height, width)``, not normalised.
+            pixel_values, image_grids: As for :meth:`forward`.
 
         Returns:
-            ``(images, tokens per image, width)``.
+            ``(images, tokens per image, width)``; of images of several sizes the tokens of all, ``(tokens, width)``.
+
+        Raises:
+            ValueError: ``pixel_values`` do not fit the tower or ``image_grids``.
         """
-        features: Tensor = self.adapter(self.vision(pixel_values))
-        return features
+        if (image_grids is None) != (self.config.max_patches is None):
+            raise ValueError("image_grids go with models of native resolution, whose config has max_patches")
+        if image_grids is None:
+            features: Tensor = self.adapter(self.vision(pixel_values))
+            return features
+        images = NativeImages.of(pixel_values, image_grids)
+        features = self.adapter(self.vision(images), Sizes(images, self.vision.grid))
+        return features[images.valid(self.vision.num_prefix_tokens)]
 
     def forward(
         self,
@@ -250,6 +282,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cross_entropy: CrossEntropy = "chunked",
         counts: RowCounts | None = None,
+        image_grids: Tensor | Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """The language model's output with ``logits``, or a :class:`VLMOutput` if there are labels.
@@ -269,6 +302,8 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: Number of last positions that get logits (0: all), or their indices.
             cross_entropy: How to compute the loss, see :func:`~localign.vlm.model.losses.next_token_loss`.
             counts: Of the rows, if known. To count them the host waits for the device.
+            image_grids: Rows and columns of patches of each image, int64 ``(images, 2)``, if images have several
+                sizes. ``pixel_values`` are then patches, uint8 ``(images, longest, 3 * patch height * patch width)``.
             kwargs: Further arguments of the language model, such as its cache.
 
         Raises:
@@ -279,7 +314,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if input_ids is not None:
-            inputs_embeds = self._embed(input_ids, pixel_values, counts)
+            inputs_embeds = self._embed(input_ids, pixel_values, image_grids, counts)
         elif pixel_values is not None:
             raise ValueError("inputs_embeds already contain the images; pixel_values go with input_ids")
         assert inputs_embeds is not None
@@ -324,21 +359,20 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         loss_sum, count = next_token_loss(hidden, labels, head, cu_seqlens, cross_entropy, predicted)
         return VLMOutput(loss=loss_sum / count.clamp(min=1), loss_sum=loss_sum, label_count=count)
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, counts: RowCounts | None) -> Tensor:
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_grids: Any, counts: Any) -> Tensor:
         embeddings: Tensor = self.get_input_embeddings()(input_ids)
         is_image = input_ids == self.config.image_token_id
         images = 0 if pixel_values is None else len(pixel_values)
-        expected = images * self.adapter.config.num_tokens
+        if images == 0:
+            native = self.config.max_patches is not None
+            pixel_values, image_grids = self.vision.blank_image(native) if self.training else (None, None)
+        features = None if pixel_values is None else self.get_image_features(pixel_values, image_grids)
+        expected = features.shape[:-1].numel() if images and features is not None else 0
         actual = int(is_image.sum()) if counts is None else counts.image_tokens
         if actual != expected:
             raise ValueError(f"{images} images need {expected} image tokens, but the text has {actual}")
-        if images == 0:
-            if not self.training:
-                return embeddings
-            shape = (1, 3, *self.vision.image_size)
-            pixel_values = torch.zeros(shape, dtype=torch.uint8, device=input_ids.device)
-        assert pixel_values is not None
-        features = self.get_image_features(pixel_values)
+        if features is None:
+            return embeddings
         # A blank image's features are written nowhere but stay in the graph, with a gradient of zero.
         return embeddings.masked_scatter(is_image.unsqueeze(-1), features.to(embeddings.dtype))
 
@@ -365,36 +399,3 @@ def _names(config: LocalignVLMConfig) -> dict[str, str]:
         "vision.": "model.vision.",
         "adapter.": "model.adapter.",
     }
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Suppress transformers' table of tensors that do not fit; our error names them."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_no_load_report)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_is_no_load_report)
-
-
-def _is_no_load_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
-
-
-def _check_coverage(source: str | os.PathLike[str], total: int, info: dict[str, Any]) -> None:
-    missing = set(info["missing_keys"])
-    reshaped = {name for name, *_ in info["mismatched_keys"]}
-    problems = {
-        f"{len(missing)} of {total} tensors are missing": missing,
-        "unexpected tensors": set(info["unexpected_keys"]),
-        "tensors of the wrong shape": reshaped,
-    }
-    lines = [f"{problem} ({_list_names(names)})" for problem, names in problems.items() if names]
-    if lines:
-        raise UserError(f"the weights in {source} do not fit the model: {'; '.join(lines)}")
-
-
-def _list_names(names: set[str], limit: int = 5) -> str:
-    listed = ", ".join(sorted(names)[:limit])
-    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from localign.backbones.native import padded_patches
+from localign.data.transforms import NativeView
 from localign.errors import UserError
 from localign.portable import VLM_PROCESSOR, add_entries
 from localign.vlm.data.dialects import IMAGE_MARK
@@ -85,12 +88,14 @@ class LocalignVLMProcessor(ProcessorMixin):
         tokenizer: Has the image token and a padding token; see
             :func:`localign.vlm.data.vocabulary.add_special_tokens`.
         image_size: Rows and columns of the vision tower's input, pixels.
-        num_image_tokens: Tokens per image.
+        num_image_tokens: Tokens per image; of the largest if images have several sizes.
         prompt_format: Name of the prompt format.
         resize: ``naive``, ``letterbox`` or ``crop``.
         mean: RGB fill colour of letterbox padding, 0..1.
         chat_template: Ignored; the prompt format may use the tokenizer's.
         interpolation: Resampling filter of images.
+        max_patches: Most patches of an image that keeps its aspect ratio; None if all images have ``image_size``.
+        patch_size: Patch height and width, pixels; matters with ``max_patches`` only.
 
     Raises:
         UserError: The tokenizer lacks a token, or the prompt format or the way to resize is unknown.
@@ -106,6 +111,8 @@ class LocalignVLMProcessor(ProcessorMixin):
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         chat_template: str | None = None,
         interpolation: str = "bicubic",
+        max_patches: int | None = None,
+        patch_size: Sequence[int] = (16, 16),
     ) -> None:
         cast(Any, super()).__init__(tokenizer, chat_template=chat_template)  # untyped in transformers
         if IMAGE_MARK not in tokenizer.get_vocab() or tokenizer.pad_token_id is None:
@@ -116,6 +123,8 @@ class LocalignVLMProcessor(ProcessorMixin):
         self.resize = resize
         self.mean = [float(m) for m in mean]
         self.interpolation = interpolation
+        self.max_patches = max_patches
+        self.patch_size = [int(side) for side in patch_size]
         self.image_token_id = image_token_id(tokenizer)
         self._format()
         self.image_transform()
@@ -126,17 +135,19 @@ class LocalignVLMProcessor(ProcessorMixin):
         return cls(
             tokenizer,
             image_size=model.vision.image_size,
-            num_image_tokens=model.vision.num_tokens,
+            num_image_tokens=model.num_image_tokens,
             prompt_format=model.config.prompt_format,
             resize=model.config.resize,
             mean=model.vision.configs[0].mean,
             interpolation=model.vision.configs[0].interpolation or "bicubic",
+            max_patches=model.config.max_patches,
+            patch_size=model.vision.backbones[0].patch_size,
         )
 
     @property
     def model_input_names(self) -> list[str]:
         """Keys that a batch can have."""
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", "pixel_values", "image_grids"]
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As in transformers, and name the class that a process without localign uses."""
@@ -147,8 +158,11 @@ class LocalignVLMProcessor(ProcessorMixin):
     def _format(self) -> PromptFormat:
         return prompt_format(self.prompt_format)
 
-    def image_transform(self) -> ImageTransform:
-        """The transform from an image to an entry of ``pixel_values``."""
+    def image_transform(self) -> ImageTransform | NativeView:
+        """The transform from an image to an entry of ``pixel_values``, or to an image of whole patches."""
+        if self.max_patches is not None:
+            height, width = self.patch_size
+            return NativeView((height, width), self.max_patches, self.interpolation)
         return ImageTransform(self.image_size, self.resize, self.mean, self.interpolation)
 
     def __call__(
@@ -170,7 +184,9 @@ class LocalignVLMProcessor(ProcessorMixin):
 
         Returns:
             ``input_ids`` and ``attention_mask``, int64 ``(questions, tokens)``, padded on the left; and
-            ``pixel_values``, uint8 ``(images, 3, rows, columns)``, if there is an image.
+            ``pixel_values``, uint8 ``(images, 3, rows, columns)``, if there is an image. With ``max_patches``, they are
+            patches, uint8 ``(images, longest, 3 * patch height * patch width)``, and ``image_grids``, int64 ``(images,
+            2)``, are their rows and columns.
 
         Raises:
             UserError: The numbers of questions and images differ, or an image cannot be read.
@@ -253,12 +269,21 @@ class LocalignVLMProcessor(ProcessorMixin):
                 raise UserError(f"conversation {number} has {len(images)} images; at most one is allowed")
             if images:
                 pixels.append(transform(open_image(images[0])))
-                ids = [*ids[:position], *[self.image_token_id] * self.num_image_tokens, *ids[position:]]
+                tokens = self._image_tokens(pixels[-1])
+                ids = [*ids[:position], *[self.image_token_id] * tokens, *ids[position:]]
             rows.append(ids)
         data = _pad_left(rows, int(self.tokenizer.pad_token_id))
-        if pixels:
+        if pixels and isinstance(transform, NativeView):
+            data["pixel_values"], grids = padded_patches(pixels, transform.patch)
+            data["image_grids"] = torch.tensor(grids)
+        elif pixels:
             data["pixel_values"] = torch.stack(pixels)
         return BatchFeature(data)
+
+    def _image_tokens(self, pixels: Tensor) -> int:
+        if self.max_patches is None:
+            return self.num_image_tokens
+        return self.num_image_tokens - self.max_patches + pixels[0].numel() // math.prod(self.patch_size)
 
 
 def _pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from localign.backbones import Backbone
 from localign.backbones.backbone import FinalNorm
 from localign.backbones.building import build_described_vit
+from localign.backbones.native import Grid, NativeImages, check_native, native_tokens
 from localign.backbones.preprocessing import Preprocessing
 from localign.errors import UserError
+from localign.portable.native_localign_vlm import PositionInterpolation
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class TowerConfig:
     """eps of the final norm in training, which may differ from timm's value."""
     interpolation: str | None = None
     """Resampling filter of images that the backbone's folder states, or None."""
+    position_interpolation: PositionInterpolation = "bicubic"
+    """How the position embedding is resampled to the grids of images of several sizes."""
 
     def __post_init__(self) -> None:
         kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in self.model_kwargs.items()}
@@ -79,6 +83,7 @@ class TowerConfig:
             norm_class=type(final).__name__ if final is not None else None,
             norm_eps=getattr(final, "eps", None),
             interpolation=backbone.preprocessing.interpolation,
+            position_interpolation=backbone.position_interpolation,
         )
 
     def build(self) -> Backbone:
@@ -105,6 +110,7 @@ class TowerConfig:
             soft_cap=self.soft_cap,
             final_norm=self.final_norm,
             preprocessing=Preprocessing(self.interpolation),
+            position_interpolation=self.position_interpolation,
         )
         return self.cut(backbone)
 
@@ -157,6 +163,29 @@ class VisionTower(nn.Module):
             names = " and ".join(config.name for config in self.configs)
             raise UserError(f"{names} can be fused only without their prefix tokens")
 
+    def check_native(self) -> None:
+        """Check that the tower takes images of several sizes.
+
+        Raises:
+            UserError: A backbone's positions fit one grid only, or two backbones have patches of different sizes.
+        """
+        first, *others = self.backbones
+        for backbone in self.backbones:
+            check_native(backbone)
+        for other in others:
+            if other.patch_size != first.patch_size:
+                raise UserError(
+                    f"{first.name} (patches of {first.patch_size[0]} pixels) and {other.name} (of "
+                    f"{other.patch_size[0]}) cannot be fused at native resolution; leave out --max-patches"
+                )
+
+    def blank_image(self, native: bool) -> tuple[Tensor, tuple[Grid, ...] | None]:
+        """One black image on the tower's device: its pixels, and its grid if it is of one patch (``native``)."""
+        height, width = self.backbones[0].patch_size
+        shape = (1, 1, 3 * height * width) if native else (1, 3, *self.image_size)
+        device = next(self.parameters()).device
+        return torch.zeros(shape, dtype=torch.uint8, device=device), ((1, 1),) if native else None
+
     @property
     def backbones(self) -> list[Backbone]:
         """The backbones in order."""
@@ -171,6 +200,11 @@ class VisionTower(nn.Module):
     def image_size(self) -> tuple[int, int]:
         """Input height and width in pixels."""
         return self.backbones[0].image_size
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches of an image of :attr:`image_size`."""
+        return self.backbones[0].grid
 
     @property
     def num_patches(self) -> int:
@@ -217,20 +251,23 @@ class VisionTower(nn.Module):
             if init is not None:
                 init()
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor | NativeImages) -> Tensor:
         """Map pixels to tokens.
 
         Args:
             pixel_values: uint8 ``(batch, 3, height, width)`` of :attr:`image_size`, not normalised; each
-                backbone applies its own mean and standard deviation.
+                backbone applies its own mean and standard deviation. Or images of several sizes, likewise uint8.
 
         Returns:
-            ``(batch, num_tokens, width)`` in the backbones' dtype; without gradient unless trainable.
+            ``(batch, num_tokens, width)`` in the backbones' dtype; without gradient unless trainable. Of images of
+            several sizes ``(batch, num_prefix_tokens + longest, width)``, without meaning behind an image's patches.
 
         Raises:
             ValueError: ``pixel_values`` has another dtype or shape.
         """
-        if pixel_values.dtype != torch.uint8 or tuple(pixel_values.shape[1:]) != (3, *self.image_size):
+        if isinstance(pixel_values, NativeImages):
+            self._check_patches(pixel_values)
+        elif pixel_values.dtype != torch.uint8 or tuple(pixel_values.shape[1:]) != (3, *self.image_size):
             height, width = self.image_size
             raise ValueError(
                 f"pixel_values must be uint8 (batch, 3, {height}, {width}), "
@@ -240,10 +277,25 @@ class VisionTower(nn.Module):
             tokens = [self._tokens(i, pixel_values) for i in range(len(self.configs))]
         return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=-1)
 
-    def _tokens(self, index: int, pixel_values: Tensor) -> Tensor:
+    def _check_patches(self, images: NativeImages) -> None:
+        patches, (height, width) = images.patches, self.backbones[0].patch_size
+        expected = (len(images), max(rows * columns for rows, columns in images.grids), 3 * height * width)
+        fits = patches.dim() == 3 and patches.shape[1] >= expected[1]
+        if patches.dtype != torch.uint8 or not fits or patches.shape[::2] != expected[::2]:
+            raise ValueError(
+                f"pixel_values must be uint8 {expected}, or longer, for the grids of {len(images)} images, not "
+                f"{patches.dtype} {tuple(patches.shape)}"
+            )
+
+    def _tokens(self, index: int, pixel_values: Tensor | NativeImages) -> Tensor:
         config, backbone = self.configs[index], self.backbones[index]
-        images = backbone.normalise(pixel_values).to(next(backbone.parameters()).dtype)
-        tokens = backbone.tokens(images, layer=config.layer, norm=config.norm)
+        dtype = next(backbone.parameters()).dtype
+        if isinstance(pixel_values, NativeImages):
+            native = pixel_values.normalised(backbone.mean, backbone.std, dtype)
+            tokens = native_tokens(backbone, native, layer=config.layer, norm=config.norm)
+        else:
+            images = backbone.normalise(pixel_values).to(dtype)
+            tokens = backbone.tokens(images, layer=config.layer, norm=config.norm)
         return tokens if config.keep_prefix else tokens[:, backbone.num_prefix_tokens :]
 
 
