@@ -339,7 +339,7 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         if labels is not None:
-            return self._losses(labels, cu_seqlens, cross_entropy, counts, kwargs)
+            return self._losses(labels, cu_seqlens, cross_entropy, counts and counts.predicted, kwargs)
         if cu_seqlens is not None:
             kwargs["use_cache"] = False
         outputs: ModelOutput = self.language_model(logits_to_keep=logits_to_keep, **kwargs)
@@ -350,12 +350,11 @@ class LocalignVLM(PreTrainedModel, GenerationMixin):
         labels: Tensor,
         cu_seqlens: Tensor | None,
         cross_entropy: CrossEntropy,
-        counts: RowCounts | None,
+        predicted: Tensor | None,
         arguments: dict[str, Any],
     ) -> VLMOutput:
         hidden = self.language_model.get_decoder()(**(arguments | {"use_cache": False})).last_hidden_state
         head = LMHead(self.get_output_embeddings(), self.config.text_config.get_text_config())
-        predicted = counts and counts.predicted
         loss_sum, count = next_token_loss(hidden, labels, head, cu_seqlens, cross_entropy, predicted)
         return VLMOutput(loss=loss_sum / count.clamp(min=1), loss_sum=loss_sum, label_count=count)
 
