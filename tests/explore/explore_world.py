@@ -112,7 +112,7 @@ def _write_predictions(folder: Path, draw: np.random.Generator) -> None:
         grid=np.asarray((SIDE // PATCH, SIDE // PATCH)),
         truth=truth,
         class_names=np.asarray(["unlabeled", "cat", "<b>dog"]),
-        **probability,  # type: ignore[arg-type]
+        **probability,
     )
 
 

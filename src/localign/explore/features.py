@@ -15,6 +15,7 @@ from localign.backbones import Backbone
 from localign.engine.progress import ProgressCallback
 from localign.errors import UserError
 from localign.explore.attention import last_attention
+from localign.pictures import joint_basis
 from localign.text.printing import printable
 
 INT8 = 127
@@ -145,10 +146,7 @@ def joint_colours(models: Sequence[PageFeatures]) -> list[Colours]:
     for basis, width in enumerate(widths):
         group = [i for i, model in enumerate(models) if model.features.shape[-1] == width]
         variances = {i: max(float(np.trace(models[i].covariance)), 1e-30) for i in group}
-        _, vectors = np.linalg.eigh(sum(models[i].covariance / variances[i] for i in group))
-        axes = vectors[:, ::-1][:, :3]
-        # The sign of an eigenvector is arbitrary; a fixed sign gives equal runs equal colours.
-        axes = axes * np.where(axes[np.abs(axes).argmax(0), np.arange(3)] < 0, -1.0, 1.0)
+        axes = joint_basis([models[i].covariance for i in group])
         scores = {i: _scores(models[i], axes) / np.sqrt(variances[i]) for i in group}
         low, high = np.percentile(
             np.concatenate([s.reshape(-1, 3) for s in scores.values()]), COLOUR_RANGE, axis=0
