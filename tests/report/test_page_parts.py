@@ -15,7 +15,7 @@ from localign.pictures import joint_basis, joint_components
 from localign.report import probepage
 from localign.report.captions import features
 from localign.report.dumbbells import dumbbells
-from localign.report.figures.predictions import predictions_figure, right_patches
+from localign.report.figures.predictions import predictions_figure
 from localign.report.figures.tokens import features_figure, has_joint_basis
 from localign.report.html import CSS
 from localign.report.tables.measures import comparisons, heads_of
@@ -80,7 +80,7 @@ def test_dots_lie_at_the_recalls_and_the_whisker_is_the_interval() -> None:
         assert after is not None
         places = float(before.get("cx", "")), float(after.get("x", "")) + 5
         shares.append([(x - x0) / (x100 - x0) for x in places])
-    assert np.allclose(shares, [[0.25, 0.51], [1, 0]], atol=1e-3)
+    assert np.allclose(shares, [[0.25, 0.51], [1.0, 0.0]], atol=1e-3)
     whisker = next(line for line in lines[0] if line.get("class") == "whisker")
     half = rows[0].recall.half_width
     assert half is not None
@@ -92,12 +92,6 @@ def test_dots_lie_at_the_recalls_and_the_whisker_is_the_interval() -> None:
 
 def test_classes_without_both_recalls_have_no_dots() -> None:
     assert dumbbells([class_row("cat", [None], [0.5]), class_row("dog", [0.5], [])]) == ""
-
-
-def test_a_patch_is_right_where_its_most_probable_class_is_its_own() -> None:
-    probability = np.array([[[0.9, 0.8, 0.1], [0.2, 0.6, 0.7]]])
-    truth = np.array([[[False, True, False], [False, True, True]]])
-    assert right_patches(probability, truth).tolist() == [[False, True]]
 
 
 def test_fixed_and_broken_patches_are_marked_and_counted() -> None:

@@ -84,12 +84,11 @@ export class Predictions {
     return best;
   }
 
-  // Of one class: whether it is predicted (above 0.5) where it is, and nowhere else. Of all classes (null): whether the
-  // most probable class is one of the patch's own.
+  // Whether a class, or with null every class, is predicted (above 0.5) where it is and only there.
   right(model, image, patch, chosen) {
     const row = this.row(image, patch);
-    if (chosen === null) return this.truth[row + this.best(model, image, patch)] > 0;
-    return this.probabilities[model][row + chosen] > 127 === this.truth[row + chosen] > 0;
+    const agrees = (c) => this.probabilities[model][row + c] > 127 === this.truth[row + c] > 0;
+    return chosen === null ? this.classes.every((_, c) => agrees(c)) : agrees(chosen);
   }
 
   // "fixed", "broken" or "" for every patch: the model against the first model.

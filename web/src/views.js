@@ -151,7 +151,7 @@ export const attention = {
 export const classes = {
   title: "Classes",
   explain: (page) => page.state.chosen === null
-    ? "A head predicts the classes of each patch. Bright: sure of its most probable class. A model is right where that class is one of the patch's own."
+    ? "A head predicts the classes of each patch. Bright: sure of its most probable class. A model is right where it predicts, above 50 %, exactly the patch's classes."
     : "Brightness: the probability of the class. Dashed: where the class is. A model is right where it predicts the class above 50 % exactly where it is.",
   panels(page) {
     const { models, state, predictions } = page;
@@ -186,7 +186,7 @@ export const classes = {
   controls(page) {
     const { predictions, state } = page;
     const select = element("select", { id: "class", onchange: (event) => page.go({ chosen: event.target.value === "" ? null : Number(event.target.value) }) },
-      element("option", { value: "", text: "all: the most probable" }),
+      element("option", { value: "", text: "all classes" }),
       ...present(page).map((c) => element("option", { value: c, text: predictions.classes[c], selected: c === state.chosen })));
     return [element("label", {}, "class ", select), alphaControl(page)];
   },

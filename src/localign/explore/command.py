@@ -97,8 +97,12 @@ def explore(config: ExploreConfig) -> tuple[str, str]:
 
 def _load_models(config: ExploreConfig) -> dict[str, Backbone]:
     """Raises UserError if a model cannot be loaded, or models see different parts of an image."""
-    loaded = {}
-    options = {"weights": config.weights, "model_kwargs": config.model_kwargs, "seed": config.seed}
+    loaded: dict[str, Backbone] = {}
+    options: dict[str, Any] = {
+        "weights": config.weights,
+        "model_kwargs": config.model_kwargs,
+        "seed": config.seed,
+    }
     for name, source in config.named_models().items():
         own = (
             {} if Path(source).is_dir() or source == EMBEDDED else options

@@ -52,8 +52,7 @@ def predictions(class_names: Sequence[str]) -> Words:
         "Predictions of a local-task head. A cell shows the classes with a probability above 0.5 as colours and signs: "
         "several colours are stripes, paler means a lower probability, and an empty cell means no class. A red outline "
         "marks a patch whose set of classes differs from the true set, which is every class of any of its pixels. A "
-        "blue disc marks a patch that the second model fixes, a red cross one that it breaks: its most probable class "
-        "is, or is no longer, one of the patch's own.",
+        "blue disc marks a patch that the second model fixes, a red cross one that it breaks.",
     )
 
 

@@ -41,19 +41,6 @@ def wrong_patches(probability: NDArray[np.floating], truth: NDArray[np.bool_]) -
     return np.asarray(((probability > THRESHOLD) != truth).any(-1))
 
 
-def right_patches(probability: NDArray[np.floating], truth: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Whether the most probable class of a patch is one of the patch's classes.
-
-    Args:
-        probability: ``(..., n, C)``.
-        truth: ``(..., n, C)``.
-
-    Returns:
-        bool ``(..., n)``.
-    """
-    return np.take_along_axis(truth, probability.argmax(-1)[..., None], axis=-1)[..., 0]
-
-
 @dataclass(frozen=True)
 class Predicted:
     """Predictions of a local-task head on one backbone; the number of patches n may differ between backbones."""
@@ -134,7 +121,7 @@ def predictions_figure(arrays: Pictures, names: Mapping[str, str] | None = None)
 
 def _mark_changes(ax: Axes, before: Predicted, after: Predicted, image: int) -> str:
     """Mark the patches of an image that a model fixes or breaks against the first one; returns their numbers."""
-    was, is_ = (right_patches(side.probability[image], side.truth[image]) for side in (before, after))
+    was, is_ = (~wrong_patches(side.probability[image], side.truth[image]) for side in (before, after))
     columns = after.grid[1]
     for chosen, marker, colour in ((is_ & ~was, FIXED_MARK, ALIGNED), (was & ~is_, BROKEN_MARK, ERROR)):
         rows, places = np.divmod(np.flatnonzero(chosen), columns)
@@ -215,8 +202,8 @@ def _legend(marks: Sequence[ClassMark]) -> list[Patch | Line2D]:
         handles.append(Patch(facecolor=OTHER_FILL, label="other classes"))
     handles.append(Patch(facecolor="none", edgecolor=ERROR, label="set of classes differs from truth"))
     for marker, colour, label in (
-        (FIXED_MARK, ALIGNED, "fixed: most probable class became right"),
-        (BROKEN_MARK, ERROR, "broken: it became wrong"),
+        (FIXED_MARK, ALIGNED, "fixed: differed before, and not now"),
+        (BROKEN_MARK, ERROR, "broken: differs now, and not before"),
     ):
         handles.append(
             Line2D([], [], linestyle="none", marker=marker, color=colour, label=label, markersize=6)
