@@ -397,7 +397,7 @@ def test_the_built_front_end_is_of_these_sources() -> None:
 def test_a_page_that_is_too_large_is_refused_before_the_models_run(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("localign.explore.command.page_features", None)
+    monkeypatch.setattr("localign.explore.content.page_features", None)
     out = tmp_path / "x.html"
     line = refusal([*world.command, "--max-mib", "0.01", "--out", str(out)], capsys)
     assert "more than --max-mib 0.01; give --limit " in line
@@ -473,6 +473,9 @@ def test_models_that_see_other_parts_of_an_image_are_refused(
         ({"models": tuple("vwxyz")}, "at most 4 models, not 5"),
         ({"images": ""}, "needs --images FOLDER"),
         ({"vlm": ("a=x",)}, "--vlm compares models"),
+        ({"serve": True}, "have no effect with --serve"),
+        ({"port": 1}, "have no effect without --serve"),
+        ({"serve": True, "images": "", "port": 2**16}, "--port takes 0 to 65535"),
         ({"limit": 0}, "--limit must be at least 1"),
         ({"questions": 0}, "--questions must be at least 1"),
         ({"max_mib": 0.0}, "--max-mib must be above 0"),

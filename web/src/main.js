@@ -66,7 +66,8 @@ class Page {
     const names = this.models.map((m) => m.name);
     document.title = `${names.join(", ")}: localign explore`;
     byId("title").textContent = `What ${names.slice(0, -1).join(", ")} and ${names.at(-1)} see in each patch`;
-    byId("summary").textContent = `${this.images.length} images · ${this.models.map((m) => (m.name === m.source ? m.name : `${m.name}: ${m.source}`)).join(" · ")} · similarities within ${Math.max(...this.models.map((m) => m.error)).toFixed(4)} · localign ${content.version}`;
+    byId("summary").textContent = `${this.images.length} image${this.images.length === 1 ? "" : "s"} · ${this.models.map((m) => (m.name === m.source ? m.name : `${m.name}: ${m.source}`)).join(" · ")} · similarities within ${Math.max(...this.models.map((m) => m.error)).toFixed(4)} · localign ${content.version}`;
+    if (content.home) byId("summary").append(" · ", element("a", { href: content.home, text: "other photographs" }));
     byId("tabs").append(...this.state.limits.views.map((name) =>
       element("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "main", text: name === "answers" ? "Answers" : this.views[name].title, onclick: () => this.go({ view: name }) })));
     byId("tabs").addEventListener("keydown", (event) => this.tabKey(event));

@@ -181,7 +181,8 @@ def _embed(command: str, config: EmbedConfig) -> Iterator[_Output]:
 
 
 def _explore(command: str, config: ExploreConfig) -> Iterator[_Output]:
-    yield output_file(config.out, command, _is_page)
+    if not config.serve:
+        yield output_file(config.out, command, _is_page)
 
 
 def _verify(command: str, config: DataVerifyConfig) -> Iterator[_Output]:

@@ -190,6 +190,7 @@ class ExploreConfig:
         "Content": "images limit probe vlm questions masks attention",
         "Page": "out dtype max_mib",
         "Run": "device batch_size seed",
+        "Server": "serve host port",
     }
 
     models: tuple[str, ...] = ()
@@ -231,6 +232,13 @@ class ExploreConfig:
     """Images per forward pass."""
     seed: int = 0
     """Seed of the masks, and of random weights."""
+    serve: bool = False
+    """Write no page, but serve pages of photographs that are uploaded in a browser, until Ctrl-C. Needs the extra
+    localign[serve]."""
+    host: str = "127.0.0.1"
+    """Address to serve at; by default only this machine reaches it."""
+    port: int = 8765
+    """Port to serve at; 0 takes a free one."""
 
     def __post_init__(self) -> None:
         named = self.named_models()
@@ -238,7 +246,8 @@ class ExploreConfig:
             raise UserError("explore compares two models or more: give baseline=NAME aligned=RUN")
         if len(named) > MAX_MODELS:
             raise UserError(f"explore shows at most {MAX_MODELS} models, not {len(named)}")
-        if not self.images and self.probe is None:
+        self._check_server()
+        if not self.images and self.probe is None and not self.serve:
             raise UserError("explore needs --images FOLDER, or --probe RUN, whose pictures it shows")
         if len(self.named_answers()) == 1:
             raise UserError("--vlm compares models: give baseline=FOLDER aligned=FOLDER")
@@ -247,6 +256,16 @@ class ExploreConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.max_mib <= MAX_PAGE_MIB:
             raise UserError(f"--max-mib must be above 0 and at most {MAX_PAGE_MIB:g}, not {self.max_mib:g}")
+
+    def _check_server(self) -> None:
+        if not self.serve and (self.host, self.port) != ("127.0.0.1", 8765):
+            raise UserError("--host and --port have no effect without --serve")
+        if self.serve and (self.images or self.probe is not None or self.vlm):
+            raise UserError(
+                "--images, --probe and --vlm have no effect with --serve, which takes uploaded photographs"
+            )
+        if not 0 <= self.port < 2**16:
+            raise UserError(f"--port takes 0 to 65535, not {self.port}")
 
     def named_models(self) -> dict[str, str]:
         """Name on the page -> name or path of the backbone, in the order given.
