@@ -368,6 +368,12 @@ def test_evaluations_without_a_common_question_are_refused(
     assert "have no question in common" in refusal(command, capsys)
 
 
+def test_the_page_names_no_folder_of_the_machine(world: World, page: str) -> None:
+    content, _ = content_of(page)
+    assert [model["source"] for model in content["models"]] == ["baseline", "aligned"]
+    assert str(world.root) not in page
+
+
 # -- the page ----------------------------------------------------------------------------------------------
 
 

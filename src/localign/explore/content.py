@@ -18,7 +18,7 @@ from localign.engine.progress import ProgressCallback, progress_bars
 from localign.explore.answers import Answers
 from localign.explore.blob import Blob
 from localign.explore.features import Colours, PageFeatures, joint_colours, page_features
-from localign.explore.images import ShownImages
+from localign.explore.images import ShownImages, without_folders
 from localign.explore.masked import MAX_ERROR, MaskedViews, masked_views
 from localign.explore.page import build_page
 from localign.explore.predictions import Predictions
@@ -115,7 +115,7 @@ def _model_facts(
 ) -> dict[str, Any]:
     return {
         "name": printable(name),
-        "source": printable(config.named_models()[name]),
+        "source": without_folders(config.named_models()[name]),
         "grid": list(backbone.grid),
         "size": list(backbone.image_size),
         "patch": list(backbone.patch_size),

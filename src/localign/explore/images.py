@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,9 @@ def gather_images(
     found = ImageCollector(models)
     if predictions is not None:
         for number, image in enumerate(predictions.images):
-            found.add_pixels(f"picture {number + 1} of {config.probe}", torch.from_numpy(image))
+            found.add_pixels(
+                f"picture {number + 1} of {without_folders(config.probe or '')}", torch.from_numpy(image)
+            )
     if not config.images or len(found.names) == config.limit:
         check_size(config, models, len(found.names))
         return found.shown()
@@ -114,6 +117,12 @@ def _loaded(source: ImageSource, bad: list[tuple[str, str]]) -> Iterator[tuple[s
             yield name, source.load(index)
         except UnreadableImage as error:
             bad.append((name, str(error)))
+
+
+def without_folders(source: str) -> str:
+    """A name to show; of a folder only its own, as pages are sent to others."""
+    path = Path(source)
+    return printable(path.resolve().name if path.is_dir() else source)
 
 
 def _uri(pixels: Tensor) -> str:
