@@ -4,7 +4,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.localign-installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-slow test-real check format install clean
+.PHONY: demo test test-all test-slow test-real test-web check format install clean
 
 install: $(STAMP)
 
@@ -30,6 +30,10 @@ test-slow: $(STAMP)
 # Real weights, from two Python packages, and real photographs, from ../shared; skipped where they cannot be had.
 test-real: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real -rs tests/real
+
+# The page of `localign explore` in a real browser; installs playwright and, where there is none, a browser.
+test-web: $(STAMP)
+	sh scripts/web_tests.sh $(BIN)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from localign.backbones.building import machine_memory
 from localign.vlm.model.attention import VARLEN
 
 _GIB = 2**30
-_NOT_FOR_USERS = {"dev"}
+_NOT_FOR_USERS = {"dev", "web-tests"}
 """Extras that developers of localign install."""
 
 

@@ -160,13 +160,52 @@ def fit_components(tokens: Tensor) -> Components:
     flat = tokens.double().cpu().numpy().reshape(-1, tokens.shape[-1])
     mean = flat.mean(0)
     centred = flat - mean
-    values, vectors = np.linalg.eigh(centred.T @ centred / max(1, len(flat)))
-    values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
-    basis = vectors[:, :3]
+    values, basis = _principal_axes(centred.T @ centred / max(1, len(flat)))
+    return Components(mean, basis, values[:3] / max(values.sum(), 1e-30))
+
+
+def _principal_axes(covariance: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """All variances, the largest first, and the first three directions ``(width, 3)``."""
+    values, vectors = np.linalg.eigh(covariance)
+    basis = vectors[:, ::-1][:, :3]
     largest = basis[np.abs(basis).argmax(0), np.arange(3)]
     # The sign of an eigenvector is arbitrary; a fixed sign gives equal runs equal colours.
-    basis = basis * np.where(largest < 0, -1.0, 1.0)
-    return Components(mean, basis, values[:3] / max(values.sum(), 1e-30))
+    return values[::-1].clip(min=0), basis * np.where(largest < 0, -1.0, 1.0)
+
+
+def joint_basis(covariances: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The first three principal directions ``(width, 3)`` of several models, each centred on its own mean.
+
+    Each model counts with the same total variance, so that neither a shift between models nor a larger spread decides.
+
+    Args:
+        covariances: ``(width, width)`` of each model.
+    """
+    total = np.zeros_like(covariances[0])
+    for covariance in covariances:
+        total += covariance / max(float(np.trace(covariance)), 1e-30)
+    return _principal_axes(total)[1]
+
+
+def joint_components(tokens: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """The arrays ``joint_<side>`` and ``joint_<side>_share`` of :data:`~localign.results.Pictures`.
+
+    Args:
+        tokens: Side to vectors ``(..., width)`` of one width.
+    """
+    flat = {side: t.double().cpu().numpy() for side, t in tokens.items()}
+    means = {side: t.reshape(-1, t.shape[-1]).mean(0) for side, t in flat.items()}
+    covariances = {}
+    for side, values in flat.items():
+        centred = (values - means[side]).reshape(-1, values.shape[-1])
+        covariances[side] = centred.T @ centred / max(1, len(centred))
+    axes = joint_basis(list(covariances.values()))
+    arrays: dict[str, NDArray[Any]] = {}
+    for side, values in flat.items():
+        variance = max(float(np.trace(covariances[side])), 1e-30)
+        arrays[f"joint_{side}"] = ((values - means[side]) @ axes / np.sqrt(variance)).astype(np.float32)
+        arrays[f"joint_{side}_share"] = np.einsum("dc,de,ec->c", axes, covariances[side], axes) / variance
+    return arrays
 
 
 @torch.no_grad()
@@ -200,7 +239,8 @@ def gather_pictures(
 
     Returns:
         The arrays of :data:`~localign.results.Pictures`, without object dtype. Always ``images``, ``grid``,
-        ``patch_size``, ``mean_colour`` and ``pca_*``, with one PCA per backbone over all images. With ``keep_masks``,
+        ``patch_size``, ``mean_colour``, ``pca_*`` with one PCA per backbone over all images, and ``joint_*`` with one
+        basis for both. With ``keep_masks``,
         the reconstructions: target and reconstruction share the target's PCA, or for target ``cls`` hold each channel
         in standard deviations from its mean. With heads and truth, the predictions.
     """
@@ -214,13 +254,15 @@ def gather_pictures(
         ("baseline", baseline, heads_before),
         ("aligned", aligned_student.encoder.backbone, heads_after),
     )
+    both: dict[str, Tensor] = {}
     for name, backbone, head in sides:
         tokens = _tokens(backbone, images)
-        patches = tokens[:, backbone.num_prefix_tokens :]
+        patches = both[name] = tokens[:, backbone.num_prefix_tokens :]
         components = fit_components(patches)
         arrays |= {f"pca_{name}": components(patches), f"pca_{name}_share": components.share}
         if head is not None and truth is not None:
             arrays[f"probability_{name}"] = _probabilities(head, tokens)
+    arrays |= joint_components(both)
     if truth is not None and heads_before is not None and heads_after is not None:
         names = class_names or [f"class {i}" for i in range(truth.shape[-1])]
         arrays |= {"truth": truth.cpu().numpy(), "class_names": np.asarray(list(names), dtype=np.str_)}

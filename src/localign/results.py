@@ -297,6 +297,9 @@ grid_<backbone>             as ``grid``             of a backbone with another g
                                                     and ``majority_<backbone>``
 pca_<side>                  float32 (k, n, 3)       patch tokens of the last layer in three principal components
 pca_<side>_share            float64 (3,)            share of the variance of each component
+joint_<side>                float32 (k, n, 3)       the same tokens in a basis that both sides share, each centred and
+                                                    scaled to the same total variance
+joint_<side>_share          float64 (3,)            share of the side's variance along each direction
 keep_masks                  bool (k, masks, n)      True = visible to the teacher
 target                      float32 (k, masks, n, 3) or, with the class token as target, (k, masks, width)
 reconstruction              as ``target``           the student's prediction of the target

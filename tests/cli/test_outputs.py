@@ -46,6 +46,7 @@ FILES: dict[str, str] = {
     "vlm check": "vlm check x --missing-list {out}",
     "vlm convert": "vlm convert strip-text-only --base x --out {out}",
     "embed": "embed x --backbone y --out {out}",
+    "explore": "explore a=x b=y --images z --out {out}",
     "data verify": "data verify x --out {out}",
     "data stats": "data stats x --out {out}",
     "bench align": "bench align --out {out}",

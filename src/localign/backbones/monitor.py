@@ -39,7 +39,7 @@ def attention_logit_stats(backbone: Backbone, images: Tensor) -> dict[str, float
     shares: list[Tensor] = []
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        logits = _logits(module, inputs[0]).abs()
+        logits = attention_logits(module, inputs[0]).abs()
         maxima.append(logits.max())
         shares.append((logits > threshold).float().mean())
 
@@ -53,7 +53,13 @@ def attention_logit_stats(backbone: Backbone, images: Tensor) -> dict[str, float
     }
 
 
-def _logits(attn: Any, x: Tensor) -> Tensor:
+def attention_logits(attn: Any, x: Tensor) -> Tensor:
+    """Logits ``(batch, heads, tokens, tokens)`` of timm's plain attention, before capping, float32.
+
+    Args:
+        attn: timm's ``Attention``, or the soft-capped one.
+        x: Its input, ``(batch, tokens, width)``.
+    """
     batch, tokens, _ = x.shape
     qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
     query, key = attn.q_norm(qkv[0]), attn.k_norm(qkv[1])

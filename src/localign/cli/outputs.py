@@ -15,6 +15,7 @@ from localign.files.output import (
     EVAL_FILES,
     EXPORT,
     EXPORT_FILES,
+    PAGE_MARK,
     RUN_FILES,
     VLM_EXPORT,
     VLM_EXPORT_FILES,
@@ -28,7 +29,7 @@ from localign.files.output import (
 from localign.options.bench import MeasurementConfig
 from localign.options.datatools import DataVerifyConfig, In21kConfig, ShardConfig, StatsConfig
 from localign.options.demo import DemoConfig
-from localign.options.export import EmbedConfig, ExportConfig, ImportConfig, ReportConfig
+from localign.options.export import EmbedConfig, ExploreConfig, ExportConfig, ImportConfig, ReportConfig
 from localign.options.plan import PlanConfig
 from localign.options.probe import ProbeCommandConfig
 from localign.options.reproduce import ReproduceConfig
@@ -179,6 +180,11 @@ def _embed(command: str, config: EmbedConfig) -> Iterator[_Output]:
     yield output_file(config.out, command, _is_features)
 
 
+def _explore(command: str, config: ExploreConfig) -> Iterator[_Output]:
+    if not config.serve:
+        yield output_file(config.out, command, _is_page)
+
+
 def _verify(command: str, config: DataVerifyConfig) -> Iterator[_Output]:
     yield output_file(config.out, command, _is_list_of_bad_images)
 
@@ -212,6 +218,7 @@ OUTPUTS: Mapping[type, Callable[[str, Any], Iterator[_Output]]] = {
     ShardConfig: _shards,
     In21kConfig: _shards,
     EmbedConfig: _embed,
+    ExploreConfig: _explore,
     DataVerifyConfig: _verify,
     StatsConfig: _stats,
 }
@@ -253,6 +260,15 @@ def _is_list_of_bad_images(path: Path) -> bool:
     try:
         return lines is not None and all(json.loads(line).keys() >= {"path", "reason"} for line in lines)
     except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _is_page(path: Path) -> bool:
+    """Whether the head of a web page says that we wrote it."""
+    try:
+        with path.open("rb") as file:
+            return PAGE_MARK.encode() in file.read(_LOOKED_AT)
+    except OSError:
         return False
 
 

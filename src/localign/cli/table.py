@@ -68,6 +68,7 @@ _TABLE: tuple[Command, ...] = (
     Command("finetune", "options.finetune:FinetuneConfig", "finetuning.task:run_finetune", "fine-tune a backbone for classification, with a transformer head"),
     Command("probe", "options.probe:ProbeCommandConfig", "probing.command:run_probe", "measure what backbones know about patches and images", ("backbone",)),
     Command("embed", "options.export:EmbedConfig", "datatools.embed:run_embed", "write the features of images to a parquet file", ("images",)),
+    Command("explore", "options.export:ExploreConfig", "explore.command:run_explore", "write a web page that compares models patch by patch", ("models",)),
     Command("vlm train", "options.vlm.train:VLMConfig", "vlm.commands:run_vlm_train", "train a ViT, an adapter and a language model on conversations"),
     Command("vlm plan", "options.vlm.plan:VLMPlanConfig", "planning.show:run_vlm_plan", "estimate a VLM training: parameters, memory, steps", recipes_of="vlm train", ignored_in_files=("out",)),
     Command("vlm chat", "options.vlm.tools:ChatConfig", "vlm.chat:run_chat", "ask a model about an image", ("model", "image")),

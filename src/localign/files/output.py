@@ -28,6 +28,8 @@ PROVENANCE_KEY = "localign_provenance"
 """Marks the ``config.json`` of an export in transformers' format."""
 EMBEDDING_KEY = "localign_embed"
 """Key of the metadata of a parquet file of features."""
+PAGE_MARK = '<meta name="generator" content="localign explore">'
+"""Stands in the head of every page of `localign explore`."""
 EXPORT_FILES = (
     "config.json", "model.safetensors", "decoder.safetensors", "preprocessor_config.json", "*_localign_v*.py",
     "model.onnx*", "model.pt2",

@@ -55,7 +55,7 @@ _MOST = {
     2**12: "workers",
     2
     ** 16: "ignore image_size max_patches scale_images resize width decoder_width num_heads patch_size lora_rank "
-    "block_min_patches image_tokens gpus plan_ranks",
+    "block_min_patches image_tokens gpus plan_ranks port",
     2**20: "batch_size micro_batch probe_batch max_new_tokens questions",
     2**24: "epochs warmup_epochs max_length keep_checkpoints repeats at_once",
     2**28: "scenes train_scenes val_scenes test_scenes val_images val_records images limit",

@@ -16,13 +16,15 @@ from localign.files import replace_text
 from localign.options.export import ReportConfig
 from localign.report import captions, html, probepage
 from localign.report.curves import heads_figure, training_figure
+from localign.report.dumbbells import dumbbells
 from localign.report.figures.predictions import predictions_figure
-from localign.report.figures.tokens import features_figure, reconstructions_figure
+from localign.report.figures.tokens import features_figure, has_joint_basis, reconstructions_figure
 from localign.report.picture_file import read_pictures
 from localign.report.probing import probe_report
 from localign.report.style import data_uri, png, svg
 from localign.report.tables import rows as tables
 from localign.report.tables.probe import convergence_grid
+from localign.report.titles import title
 from localign.results import PICTURES_FILE, LogEntry, Pictures, Results
 from localign.text.printing import printable
 
@@ -83,9 +85,7 @@ def build_report(run_folder: str | Path) -> Path:
     parts = _probing(run) if _is_probe(run) else [_recall(run), _pictures(run), _training(run), _classes(run)]
     body = [_head(run), *parts, _heads(run), _notes(run), _record(run)]
     path = run.folder / REPORT_FILE
-    replace_text(
-        path, html.page(f"localign {run.results.get('command', 'run')}: {run.folder.resolve().name}", body)
-    )
+    replace_text(path, html.page(title(run.results, run.folder.resolve().name), body))
     return path
 
 
@@ -131,15 +131,19 @@ def _is_probe(run: Run) -> bool:
 
 
 def _head(run: Run) -> str:
-    command = run.results.get("command", "run")
-    title = f"<h1>localign {html.text(command)}: {html.text(run.folder.resolve().name)}</h1>"
+    heading = f"<h1>{html.text(title(run.results, run.folder.resolve().name))}</h1>"
+    further: list[str] = []
     if _is_probe(run):
         lead, tiles = probepage.headline(run.results), probepage.tiles(run.results)
+        further = probepage.other_heads(run.results)
     else:
         rows = tables.before_after(run.results)
         lead = headline(run.results, rows, run.log)
+        further = (
+            [_sentence(row) for row in _main_rows(rows) if row.key.head != rows[0].key.head] if rows else []
+        )
         tiles = [_tile(row) for row in _main_rows(rows)] if rows else _alignment_tiles(run)
-    return title + html.paragraph(lead, "lead") + html.tiles(tiles[:_MAX_TILES])
+    return heading + html.paragraph(lead, "lead") + html.bullets(further) + html.tiles(tiles[:_MAX_TILES])
 
 
 def _probing(run: Run) -> list[str]:
@@ -231,7 +235,12 @@ def _pictures(run: Run) -> str:
     one_token = "target" in run.arrays and run.arrays["target"].ndim == 3
     parts = (
         ("predictions per patch", _PREDICTIONS, predictions_figure, captions.predictions(names)),
-        ("maps of patch features", _FEATURES, features_figure, captions.FEATURES),
+        (
+            "maps of patch features",
+            _FEATURES,
+            features_figure,
+            captions.features(has_joint_basis(run.arrays)),
+        ),
         (
             "reconstructions",
             _RECONSTRUCTIONS,
@@ -290,9 +299,11 @@ def _classes(run: Run) -> str:
         row = next((row for row in rows if row.key.task == task), None)
         classes = tables.per_class(run.results, row) if row else []
         if row and classes:
-            title = f"{tables.TASK_NAMES[task]}, {row.key.head} head, {len(classes)} classes: recall in %"
-            grid = tables.to_html(tables.class_grid(classes, unit))
-            parts.append(html.folded(title, grid, is_open=task == "local" and len(classes) <= _FOLD_ABOVE))
+            heading = f"{tables.TASK_NAMES[task]}, {row.key.head} head, {len(classes)} classes: recall in %"
+            content = dumbbells(classes) + tables.to_html(tables.class_grid(classes, unit))
+            parts.append(
+                html.folded(heading, content, is_open=task == "local" and len(classes) <= _FOLD_ABOVE)
+            )
     return html.section("Class by class", *parts)
 
 

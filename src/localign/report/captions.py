@@ -12,11 +12,22 @@ RECALL = (
     "frozen backbone finds, averaged over classes. Differences are in points."
 )
 
-FEATURES: Words = (
-    "Images and maps of their patch features before and after alignment, coloured by principal components.",
-    "Patch tokens of the last layer; red, green and blue are their first three principal components. There is one PCA "
-    "per backbone, over all patches of these images: colours are comparable along a row, not between rows.",
-)
+
+def features(joint: bool) -> Words:
+    """Texts of the maps of patch features; ``joint`` says whether both models share one basis."""
+    basis = (
+        "There is one PCA per backbone, over all patches of these images: colours are comparable along a row, not "
+        "between rows."
+    )
+    if joint:
+        basis = (
+            "Both backbones share one basis and one range of colours, each centred on its own mean: colours are "
+            "comparable between rows, too."
+        )
+    return (
+        "Images and maps of their patch features before and after alignment, coloured by principal components.",
+        f"Patch tokens of the last layer; red, green and blue are their first three principal components. {basis}",
+    )
 
 
 def heads(until_converged: bool) -> Words:
@@ -40,7 +51,8 @@ def predictions(class_names: Sequence[str]) -> Words:
         f"Images, true patch labels ({', '.join(class_names[:12])}), and predictions of both models.",
         "Predictions of a local-task head. A cell shows the classes with a probability above 0.5 as colours and signs: "
         "several colours are stripes, paler means a lower probability, and an empty cell means no class. A red outline "
-        "marks a patch whose set of classes differs from the true set, which is every class of any of its pixels.",
+        "marks a patch whose set of classes differs from the true set, which is every class of any of its pixels. A "
+        "blue disc marks a patch that the second model fixes, a red cross one that it breaks.",
     )
 
 

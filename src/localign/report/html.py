@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 CSS = """
-:root { color-scheme: light; --ink: #1f2328; --muted: #57606a; --rule: #d8dce1; --soft: #f5f7f9; }
+:root { color-scheme: light dark; --paper: #fff; --ink: #1f2328; --muted: #57606a; --rule: #d8dce1; --soft: #f5f7f9;
+  --before: #b35c00; --after: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e8ecf0; --muted: #9aa6b2; --rule: #343c45;
+  --soft: #1e242b; --before: #f0a84a; --after: #6cb6ff; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink);
+body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 1060px; margin: 0 auto; padding: 40px 24px 80px; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .4rem; }
@@ -33,11 +36,21 @@ td.word:first-child { white-space: normal; }
 table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 table.facts td:first-child { color: var(--muted); white-space: nowrap; vertical-align: top; }
 figure { margin: 1.2rem 0 1.8rem; }
-figure img { display: block; max-width: 100%; height: auto; }
+figure img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
+.dumbbells { width: 100%; max-width: 760px; height: auto; display: block; margin: .6rem 0; }
+.dumbbells text { font-size: 13px; fill: var(--ink); } .dumbbells .axis text { fill: var(--muted); font-size: 12px; }
+.dumbbells .axis line { stroke: var(--rule); } .dumbbells .link { stroke: var(--muted); stroke-width: 2; }
+.dumbbells .whisker { stroke: var(--after); stroke-width: 1.4; } .dumbbells .before { fill: var(--before); }
+.dumbbells .after { fill: var(--after); }
 figcaption { margin-top: .5rem; max-width: 88ch; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; font-weight: 600; }
-@media print { main { padding: 0; max-width: none; }
+@media (max-width: 620px) { main { padding: 20px 12px 60px; }
+  th, td { padding: 4px 5px; } table { font-size: .8rem; } th { white-space: normal; vertical-align: bottom; }
+  td.word { white-space: normal; } .tiles { grid-template-columns: 1fr 1fr; } .tile { padding: 10px; }
+  .tile b { font-size: 1.05rem; } }
+@media print { :root { --paper: #fff; --ink: #1f2328; --muted: #57606a; --rule: #d8dce1; --soft: #f5f7f9; }
+  main { padding: 0; max-width: none; }
   h2 { break-after: avoid; } figure { break-inside: avoid; } }
 """
 

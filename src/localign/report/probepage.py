@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from localign.options.names import TASKS
 from localign.report import captions, html
 from localign.report.figures import Drawing
 from localign.report.probing import ProbeReport
@@ -15,6 +16,7 @@ from localign.report.tables.measures import (
     comparisons,
     display_names,
     estimate,
+    heads_of,
     main_head,
     main_source,
 )
@@ -39,6 +41,17 @@ def headline(results: ProbeResults) -> str:
     return " ".join(filter(None, sentences)) or f"Recall of heads on the frozen features of {backbones}."
 
 
+def other_heads(results: ProbeResults) -> list[str]:
+    """One line for each comparison by another head or on another task than the headline's, if comparisons are few."""
+    pairs, names = comparisons(results), display_names(results)
+    if len(pairs) > _SENTENCES:
+        return []
+    keys = [MetricKey(main_source(results), head, task) for task in TASKS for head in heads_of(results, task)]
+    main = MetricKey(main_source(results), main_head(results), "local")
+    lines = [_sentence(results, pair, key, names) for key in keys if key != main for pair in pairs]
+    return [line for line in lines if line]
+
+
 def _sentence(results: ProbeResults, pair: BackbonePair, key: MetricKey, names: Mapping[str, str]) -> str:
     runs = tables.probe_runs(results)
     before, after = (estimate(runs[n], key) for n in (pair.before, pair.after))
@@ -55,7 +68,7 @@ def _sentence(results: ProbeResults, pair: BackbonePair, key: MetricKey, names: 
         chance += "; heads not converged, so this tells how fast they learn"
     points = f"{100 * difference.value:+.1f}".replace("-", "\u2212")
     return (
-        f"Local macro recall ({tables.HEAD_NAMES.get(key.head, key.head)}): {names[pair.before]} "
+        f"{key.task.capitalize()} macro recall ({tables.HEAD_NAMES.get(key.head, key.head)}): {names[pair.before]} "
         f"{100 * before.value:.1f}\u00a0%, {names[pair.after]} {100 * after.value:.1f}\u00a0%, "
         f"{points} points ({chance})."
     )

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from localign.report.classmarks import OTHER_FILL, ClassMark, class_marks
 from localign.report.figures.drawing import bare, below, show
-from localign.report.style import ERROR, INK, RULE, new_figure, styled
+from localign.report.style import ALIGNED, ERROR, INK, RULE, new_figure, styled
 from localign.results import Pictures
 from localign.text.printing import plain_mathtext
 
 THRESHOLD = 0.5
 """A class is predicted above this probability."""
 MAX_IMAGES = 6
+FIXED_MARK, BROKEN_MARK = "o", "X"
 _CELL = 0.84
 """Side of a drawn patch; the outline of a wrong patch lies in the gap around it."""
 
@@ -106,13 +107,29 @@ def predictions_figure(arrays: Pictures, names: Mapping[str, str] | None = None)
         for ax, predicted in zip(axes[i, 2:], sides, strict=True):
             wrong = wrong_patches(predicted.probability[i], predicted.truth[i])
             _draw_patches(ax, predicted.probability[i], wrong, predicted.grid, marks, side)
-            below(ax, f"{int(wrong.sum())} of {len(wrong)} patches wrong")
+            remark = f"{int(wrong.sum())} of {len(wrong)} patches wrong"
+            if predicted is not sides[0] and predicted.grid == sides[0].grid:
+                remark += _mark_changes(ax, sides[0], predicted, i)
+            below(ax, remark)
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(plain_mathtext(title))
     handles = _legend(marks)
     columns = _legend_columns([str(h.get_label()) for h in handles], figure.get_figwidth())
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.4)
     return figure
+
+
+def _mark_changes(ax: Axes, before: Predicted, after: Predicted, image: int) -> str:
+    """Mark the patches of an image that a model fixes or breaks against the first one; returns their numbers."""
+    was, is_ = (~wrong_patches(side.probability[image], side.truth[image]) for side in (before, after))
+    columns = after.grid[1]
+    for chosen, marker, colour in ((is_ & ~was, FIXED_MARK, ALIGNED), (was & ~is_, BROKEN_MARK, ERROR)):
+        rows, places = np.divmod(np.flatnonzero(chosen), columns)
+        size = (2.35 * 72 * 0.2 / columns) ** 2
+        ax.scatter(
+            places + 0.3, rows - 0.3, s=size, marker=marker, c=colour, edgecolors="white", linewidths=0.5
+        )
+    return f"\n{int((is_ & ~was).sum())} fixed, {int((was & ~is_).sum())} broken"
 
 
 def _draw_patches(
@@ -184,6 +201,13 @@ def _legend(marks: Sequence[ClassMark]) -> list[Patch | Line2D]:
     if any(m.fill == OTHER_FILL for m in marks):
         handles.append(Patch(facecolor=OTHER_FILL, label="other classes"))
     handles.append(Patch(facecolor="none", edgecolor=ERROR, label="set of classes differs from truth"))
+    for marker, colour, label in (
+        (FIXED_MARK, ALIGNED, "fixed: differed before, and not now"),
+        (BROKEN_MARK, ERROR, "broken: differs now, and not before"),
+    ):
+        handles.append(
+            Line2D([], [], linestyle="none", marker=marker, color=colour, label=label, markersize=6)
+        )
     return handles
 
 

@@ -16,6 +16,7 @@ from localign.results import Pictures
 
 MAX_RECONSTRUCTED = 4
 """Images of the reconstruction figure."""
+SIDES = ("baseline", "aligned")
 VIEW_NAMES = ("mask", "complement", "all visible")
 CHANNEL_COLOURS = matplotlib.colormaps["PuOr"]
 CHANNEL_RANGE = 2.5
@@ -40,13 +41,22 @@ def component_colours(
     return np.asarray(np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1), dtype=np.float64)
 
 
+def has_joint_basis(arrays: Pictures) -> bool:
+    """Whether the arrays hold the patch tokens of both sides in one basis."""
+    return all(f"joint_{side}{part}" in arrays for side in SIDES for part in ("", "_share"))
+
+
 @styled
 def features_figure(arrays: Pictures) -> Figure:
     """Images, and their patch tokens before and after alignment, coloured by three principal components.
 
     Args:
-        arrays: ``images``, ``grid``, and ``pca_<side>`` and ``pca_<side>_share`` for both sides.
+        arrays: ``images``, ``grid``, and ``joint_<side>`` and ``joint_<side>_share`` for both sides, which share one
+            basis and one range of colours; without these, as in files of version 0.1.0, ``pca_<side>`` and
+            ``pca_<side>_share``.
     """
+    kind = "joint" if has_joint_basis(arrays) else "pca"
+    reference = np.stack([arrays[f"joint_{side}"] for side in SIDES]) if kind == "joint" else None
     count = min(MAX_IMAGES, len(arrays["images"]))
     grid = tuple(int(v) for v in arrays["grid"])
     figure = new_figure(1.62 * count + 0.35, 3 * 1.62 * grid[0] / grid[1] + 0.5)
@@ -54,11 +64,11 @@ def features_figure(arrays: Pictures) -> Figure:
     for i in range(count):
         show(axes[0, i], arrays["images"][i].transpose(1, 2, 0))
     axes[0, 0].set_ylabel("image")
-    for row, name in enumerate(("baseline", "aligned"), start=1):
-        colours = component_colours(arrays[f"pca_{name}"])
+    for row, name in enumerate(SIDES, start=1):
+        colours = component_colours(arrays[f"{kind}_{name}"], reference)
         for i in range(count):
             show(axes[row, i], colours[i].reshape(*grid, 3))
-        share = float(np.sum(arrays[f"pca_{name}_share"]))
+        share = float(np.sum(arrays[f"{kind}_{name}_share"]))
         axes[row, 0].set_ylabel(f"{name}\n({share:.0%} of variance)")
     return figure
 
