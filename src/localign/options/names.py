@@ -47,7 +47,11 @@ ImageSize = int | tuple[int, int]
 
 ExportFormat = Literal["timm", "clip", "siglip", "siglip2", "dinov2", "dinov3", "vit", "onnx", "torch-export"]
 
-REPRODUCTIONS = ("table1", "table4", "table5", "fig3", "fig4", "fig6", "fig7", "fig8", "fig9", "fig10")
+VLM_FIGURES = ("fig5", "fig11", "fig12", "fig13")
+"""Figures of the paper that compare vision-language models."""
+REPRODUCTIONS = (
+    "table1", "table4", "table5", "fig3", "fig4", "fig6", "fig7", "fig8", "fig9", "fig10", *VLM_FIGURES,
+)  # fmt: skip
 """Tables and figures of the paper."""
 
 _MOST = {

@@ -142,10 +142,16 @@ def compare_models(
     return comparison
 
 
-def draw_comparison(comparison: Comparison, out: Path) -> list[Path]:
-    """Print a comparison's table, and write its tables and charts into a folder; returns the paths."""
+def draw_comparison(comparison: Comparison, out: Path, colour_order: Sequence[str] = ()) -> list[Path]:
+    """Print a comparison's table, and write its tables and charts into a folder; returns the paths.
+
+    Args:
+        comparison: The comparison.
+        out: The folder.
+        colour_order: Names of models that take the first colours of charts.
+    """
     console(WIDTH).print(comparison_table(comparison))
-    drawings, not_drawn = comparison_drawings(comparison)
+    drawings, not_drawn = comparison_drawings(comparison, colour_order)
     for note in [*comparison["notes"], *not_drawn]:
         print(f"note       {printable(note)}")
     paths = write_comparison(out, comparison)
