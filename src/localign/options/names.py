@@ -55,7 +55,7 @@ REPRODUCTIONS = (
 """Tables and figures of the paper."""
 
 _MOST = {
-    2**10: "depth decoder_depth train_blocks reinit_blocks seeds",
+    2**10: "layer depth decoder_depth train_blocks reinit_blocks seeds",
     2**12: "workers",
     2
     ** 16: "ignore image_size max_patches scale_images resize width decoder_width num_heads patch_size lora_rank "
