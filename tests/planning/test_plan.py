@@ -14,11 +14,13 @@ import pytest
 import torch
 from planned_steps import planned, step, task
 
+from localign.backbones import CATALOGUE
 from localign.cli import main
 from localign.gpus import GPUS
 from localign.options.plan import PlanConfig
 from localign.planning.counting import CountedAlignment
 from localign.planning.plan import GIB, OCCUPIED, make_plan
+from localign.planning.pretraining import PRETRAINING, pretraining_flops, pretraining_of
 from localign.recipes import read_recipe, recipe_names
 
 RECIPES = [name for name in recipe_names() if name.startswith("align/")]
@@ -175,3 +177,45 @@ def test_bad_input_is_one_line(options: list[str], line: str, capsys: pytest.Cap
     error = capsys.readouterr().err
     assert line in error
     assert error.count("\n") == 1
+
+
+# -- pre-training ------------------------------------------------------------------------------------------
+
+
+def test_every_backbone_of_the_catalogue_has_a_pre_training_with_its_source() -> None:
+    assert PRETRAINING.keys() == CATALOGUE.keys()
+    for name, known in PRETRAINING.items():
+        assert known.source[-1] not in ".,"
+        assert known.views > 0
+        for images, side in known.stages:
+            assert 1e8 < images < 1e11
+            assert side in (224, 336)
+        if CATALOGUE[name].loader == "timm":
+            assert pretraining_of(CATALOGUE[name].timm_name) == known
+    assert pretraining_of("vit_base_patch16_224") is None, "an architecture alone does not tell its weights"
+
+
+def test_pre_training_is_counted_as_by_hand() -> None:
+    tokens, width, depth = 197, 768, 12
+    forward = depth * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width) + 2 * 196 * 768 * width
+    assert pretraining_flops("clip-vit-b") == pytest.approx(3 * forward * 12.8e9, rel=1e-3)
+    assert pretraining_flops("mae-vit-b") == pytest.approx(3 * forward * 0.25 * 1600 * 1_281_167, rel=1e-3)
+    assert pretraining_flops("vit_tiny_patch16_224") is None
+
+
+@pytest.mark.slow
+def test_a_plan_prints_the_share_of_the_pre_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    assert main(["plan", "--config", "align/clip-vit-b", "--out", str(out)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    facts = json.loads(out.read_text())
+    spent = facts["steps"] * 1024 * (facts["flops"]["teacher"] + facts["flops"]["student"])
+    assert facts["pretraining_share"] == pytest.approx(spent / pretraining_flops("clip-vit-b"))
+    assert f"share of the backbone's pre-training compute │ {facts['pretraining_share']:.2%}" in said
+    assert "Radford et al. 2021: 400 M pairs, 32 epochs" in said
+
+
+def test_the_share_is_unknown_without_a_known_pre_training() -> None:
+    assert make_plan(planned()).pretraining_share is None

@@ -17,7 +17,7 @@ from foreign_folders import folder_of
 from PIL import Image
 
 from localign.backbones import create_backbone, save_backbone
-from localign.cli import main
+from localign.cli import main, parse
 from localign.errors import UserError
 from localign.options.probe import ProbeCommandConfig
 from localign.probing.command import load_backbones
@@ -257,3 +257,55 @@ def test_an_image_size_applies_to_exports_and_names(tmp_path: Path) -> None:
         assert [backbone.grid for backbone in loaded] == grids
     with pytest.raises(UserError, match="--model-kwargs applies to names only"):
         load_backbones(ProbeCommandConfig(backbone=str(tmp_path / "export"), model_kwargs={"depth": 2}))
+
+
+# -- other layers ------------------------------------------------------------------------------------------
+
+
+DEEP = TINY.replace("depth=1", "depth=3")
+
+
+def test_a_layer_gives_the_tokens_that_a_language_model_reads() -> None:
+    whole = load_backbones(options(DEEP))[VIT].eval()
+    cut = load_backbones(options(f"{DEEP} --layer -2"))[VIT].eval()
+    images = whole.normalise(torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8))
+    with torch.no_grad():
+        assert torch.equal(cut.tokens(images), whole.tokens(images, layer=-2, norm=False))
+        for last in ("--layer -1", "--layer 2"):
+            same = load_backbones(options(f"{DEEP} {last}"))[VIT].eval()
+            assert torch.equal(same.tokens(images), whole.tokens(images))
+
+
+def options(command: str) -> ProbeCommandConfig:
+    found = parse("probe", [VIT, *shlex.split(command)])
+    assert isinstance(found, ProbeCommandConfig)
+    return found
+
+
+def test_cached_features_of_two_layers_are_not_mixed_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for function in ("write_probe_report", "build_report"):
+        monkeypatch.setattr(f"localign.probing.command.{function}", lambda folder: [])
+    own = f"{VIT} {DEEP} --heads [linear] --tasks [local] --cache disk --cache-dir {tmp_path}/cache"
+    last = probe(f"{own} --out {tmp_path}/last")
+    said = line_of(capsys, f"{own} --layer -2 --out {tmp_path}/other")
+    assert "holds features of another backbone" in said
+    penultimate = probe(f"{own.replace('/cache', '/new')} --layer -2 --out {tmp_path}/penultimate")
+    (key,) = {
+        json.dumps(json.loads((tmp_path / "new" / VIT / split / "cache.json").read_text())["key"]["layer"])
+        for split in ("train", "test")
+    }
+    assert key == "1"
+    assert penultimate["notes"][0].endswith(
+        "Tokens are those of block -2, without the final norm unless that is the last block."
+    )
+    assert penultimate["config"]["layer"] == -2
+    results = [content["probe"][VIT][0]["results"] for content in (last, penultimate)]
+    assert results[0] != results[1]
+
+
+def test_a_layer_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for layer in (3, -4):
+        said = line_of(capsys, f"{VIT} {DEEP} --layer {layer} --out {tmp_path}/out")
+        assert f"{VIT} has 3 blocks; there is no layer {layer}" in said

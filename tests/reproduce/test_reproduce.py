@@ -256,7 +256,7 @@ def test_an_interrupted_alignment_is_continued(
     [
         ("", "no target given; choose one of table1, table4"),
         ("tabel1", "unknown target 'tabel1'; did you mean 'table1'"),
-        ("table1 --world mars", "--world takes one of [scenes, coco, ade20k], not 'mars'"),
+        ("table1 --world mars", "--world takes one of [scenes, coco, ade20k, llava], not 'mars'"),
         ("table1 --world coco", "--world coco needs --data DIR"),
         ("table1 --world coco --data {photos}", "table1 needs --train-data DIR"),
         ("table1 --world coco --data {photos}/none", "there is no folder"),

@@ -30,6 +30,7 @@ from localign.options.bench import MeasurementConfig
 from localign.options.datatools import DataVerifyConfig, In21kConfig, ShardConfig, StatsConfig
 from localign.options.demo import DemoConfig
 from localign.options.export import EmbedConfig, ExploreConfig, ExportConfig, ImportConfig, ReportConfig
+from localign.options.names import VLM_FIGURES
 from localign.options.plan import PlanConfig
 from localign.options.probe import ProbeCommandConfig
 from localign.options.reproduce import ReproduceConfig
@@ -108,7 +109,10 @@ def _demo(command: str, config: DemoConfig | VLMDemoConfig) -> Iterator[_Output]
 def _reproduce(command: str, config: ReproduceConfig) -> Iterator[_Output]:
     if not config.dry_run:
         folder = Path(config.out) / config.world / (config.target + ("-quick" if config.quick else ""))
-        yield output_folder(folder, command, ("results.json",))
+        is_vlm = config.target in VLM_FIGURES
+        yield output_folder(folder, command, ("results.json", *(_COMPARISON_FILES if is_vlm else ())))
+        if is_vlm and config.world == "scenes":
+            yield output_folder(config.demo_folder, "vlm demo", _VLM_DEMO_FILES)
 
 
 def _export(command: str, config: ExportConfig | ImportConfig) -> Iterator[_Output]:

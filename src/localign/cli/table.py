@@ -86,7 +86,7 @@ _TABLE: tuple[Command, ...] = (
     Command("data in21k-p", "options.datatools:In21kConfig", "datatools.in21k:run_in21k", "build the processed ImageNet-21k and its validation split", ("source", "out")),
     Command("bench align", "options.bench:AlignBenchConfig", "bench.align:run_bench_align", "time alignment steps against a plain implementation"),
     Command("bench loader", "options.bench:LoaderBenchConfig", "bench.loader:run_bench_loader", "time the loading of training crops against torchvision"),
-    Command("reproduce", "options.reproduce:ReproduceConfig", "reproduce.run:run_reproduce", "reproduce a table or figure of the paper, with all the runs it needs", ("target",)),
+    Command("reproduce", "options.reproduce:ReproduceConfig", "vlm.figures.command:run_reproduction", "reproduce a table or figure of the paper, with all the runs it needs", ("target",)),
     Command("export", "options.export:ExportConfig", "alignment.export:run_export", "write a backbone for use elsewhere", ("source",)),
     Command("import", "options.export:ImportConfig", "alignment.export:run_import", "convert a published checkpoint (.pth.tar)", ("file",)),
     Command("list", "cli.listing:ListConfig", "cli.listing:run_list", "list backbones or recipes", ("what",)),

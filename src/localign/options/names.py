@@ -47,11 +47,15 @@ ImageSize = int | tuple[int, int]
 
 ExportFormat = Literal["timm", "clip", "siglip", "siglip2", "dinov2", "dinov3", "vit", "onnx", "torch-export"]
 
-REPRODUCTIONS = ("table1", "table4", "table5", "fig3", "fig4", "fig6", "fig7", "fig8", "fig9", "fig10")
+VLM_FIGURES = ("fig5", "fig11", "fig12", "fig13")
+"""Figures of the paper that compare vision-language models."""
+REPRODUCTIONS = (
+    "table1", "table4", "table5", "fig3", "fig4", "fig6", "fig7", "fig8", "fig9", "fig10", *VLM_FIGURES,
+)  # fmt: skip
 """Tables and figures of the paper."""
 
 _MOST = {
-    2**10: "profile depth decoder_depth train_blocks reinit_blocks seeds",
+    2**10: "profile layer depth decoder_depth train_blocks reinit_blocks seeds",
     2**12: "workers",
     2
     ** 16: "ignore image_size max_patches scale_images resize width decoder_width num_heads patch_size lora_rank "

@@ -177,7 +177,7 @@ class ProbeCommandConfig:
     """Train small heads on frozen features and measure patch-level and image-level recall (section 4)."""
 
     GROUPS: ClassVar[Mapping[str, str]] = {
-        "Model": "backbone weights image_size max_patches model_kwargs",
+        "Model": "backbone layer weights image_size max_patches model_kwargs",
         "Data": "data train_scenes test_scenes things_only ignore",
         "Heads": "heads tasks protocol seeds",
         "Optimisation": "epochs steps max_steps batch_size lr",
@@ -188,6 +188,9 @@ class ProbeCommandConfig:
     backbone: str = "scenes-vit"
     """Backbones to probe, separated by commas: names, run or export folders, or folders or Hub repositories of
     transformers or timm. NAME=path sets the name in results. The other backbones are compared with the first."""
+    layer: int = -1
+    """Block whose tokens are probed, counted from 0, or from the end if negative. -1 is the last block, after the final
+    norm. Any other block is read without the norm, as -2 by a vision-language baseline."""
     data: str = "scenes"
     """scenes, or a folder of labelled images: the layout of COCO-Stuff or ADE20k, or classes.json with images/ and
     masks/ (each with train and val)."""

@@ -11,6 +11,7 @@ from localign.errors import UserError
 from localign.gpus import gpu
 from localign.options.plan import PlanConfig
 from localign.planning.counting import CountedAlignment, Flops, Memory, mask_cost
+from localign.planning.pretraining import pretraining_flops
 
 GIB = 2**30
 OCCUPIED = 0.9
@@ -47,6 +48,8 @@ class AlignmentPlan:
     """Duration of the run."""
     gpu_hours: float
     """Duration times the number of GPUs."""
+    pretraining_share: float | None
+    """Operations of the run divided by those of the backbone's pre-training; None if these are unknown."""
 
 
 def make_plan(config: PlanConfig) -> AlignmentPlan:
@@ -68,6 +71,7 @@ def make_plan(config: PlanConfig) -> AlignmentPlan:
     peak = 1e12 * (card.bf16 if computes_in_bf16(config, "cuda") else card.fp32)
     rate = config.gpus * peak * config.mfu / flops.total
     hours = steps * config.batch_size / rate / 3600
+    known = pretraining_flops(config.backbone) if config.weights != "none" else None
     divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
     fitting = [n for n in divisors if memory.of(n) <= OCCUPIED * card.gib * GIB]
     return AlignmentPlan(
@@ -84,6 +88,7 @@ def make_plan(config: PlanConfig) -> AlignmentPlan:
         decode_cores=rate / config.decode_rate,
         hours=hours,
         gpu_hours=hours * config.gpus,
+        pretraining_share=None if known is None else steps * config.batch_size * flops.total / known,
     )
 
 

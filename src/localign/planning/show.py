@@ -15,6 +15,7 @@ from localign.gpus import gpu
 from localign.options.plan import PlanConfig
 from localign.options.vlm.plan import VLMPlanConfig
 from localign.planning.plan import GIB, OCCUPIED, AlignmentPlan, as_facts, make_plan, micro_batches
+from localign.planning.pretraining import pretraining_of
 from localign.planning.vlm import plan_vlm, print_vlm_plan
 from localign.text.printing import console, printable
 
@@ -74,9 +75,17 @@ def _run_table(plan: AlignmentPlan, config: PlanConfig) -> Table:
     table.add_row("CPU cores for decoding", f"{plan.decode_cores:,.0f}")
     table.add_row("hours", f"{plan.hours:,.1f}")
     table.add_row("GPU-hours", f"{plan.gpu_hours:,.0f}")
+    share = plan.pretraining_share
+    table.add_row(
+        "share of the backbone's pre-training compute", "unknown" if share is None else f"{share:.2%}"
+    )
+    known = pretraining_of(config.backbone)
+    pretraining = (
+        "" if share is None or known is None else f" Pre-training of the image tower: {known.source}."
+    )
     table.caption = (
         f"Assumes that a core decodes {config.decode_rate:g} images/s (`localign bench loader` measures it; "
-        "`localign bench align` measures the share of the peak)."
+        f"`localign bench align` measures the share of the peak).{pretraining}"
     )
     return table
 

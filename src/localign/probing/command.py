@@ -25,13 +25,16 @@ from localign.results import ProbeOutcome, Results
 from localign.text.printing import console, printable
 
 TRAIN_SCENES, TEST_SCENES = 6000, 4000
+_LAYER_NOTE = "Tokens are those of block {}, without the final norm unless that is the last block."
 
 
 def load_backbones(config: ProbeCommandConfig) -> dict[str, Backbone]:
-    """Load the backbones of a command line. ``--weights`` and ``--model-kwargs`` apply to names, not to exports.
+    """Load the backbones of a command line, cut after the block of ``--layer``.
+
+    ``--weights`` and ``--model-kwargs`` apply to names, not to exports.
 
     Raises:
-        UserError: Such an option is given, and all backbones are exported folders.
+        UserError: Such an option is given, and all backbones are exported folders; or a backbone has no such block.
     """
     options: dict[str, Any] = {
         k: v
@@ -48,10 +51,24 @@ def load_backbones(config: ProbeCommandConfig) -> dict[str, Backbone]:
         raise UserError(
             f"{next(iter(named.values()))} is an exported backbone; --{option} applies to names only"
         )
-    return {
+    backbones = {
         name: create_backbone(source, image_size=config.image_size, **({} if name in exported else options))
         for name, source in named.items()
     }
+    for backbone in backbones.values():
+        _cut(backbone, config.layer)
+    return backbones
+
+
+def _cut(backbone: Backbone, layer: int) -> None:
+    """Drop the blocks after a layer, in place, and the final norm with them.
+
+    What follows then has the features of that layer, and caches under the hash of the tensors that are left.
+    """
+    blocks = backbone.block_index(layer) + 1
+    if blocks < backbone.depth:
+        backbone.vit.blocks = backbone.vit.blocks[:blocks]
+        backbone.final_norm = "none"
 
 
 def run_probe(config: ProbeCommandConfig) -> None:
@@ -143,12 +160,13 @@ def _notes(config: ProbeCommandConfig, outcome: ProbeOutcome) -> list[str]:
         "published": f"Figures are of each head's best epoch within {steps} steps, chosen on the reported images as in "
         "the published benchmark. Such figures are optimistic.",
     }
+    layer = "" if config.layer == -1 else f" {_LAYER_NOTE.format(config.layer)}"
     judged = ""
     if not config.until_converged and outcome["train"]["held_out"]:
         judged = f" {outcome['train']['held_out']} of the test images say whether a head has converged."
     return [
         f"Heads are trained on {images['train']['images']} images of {config.data} and evaluated on "
-        f"{images[TEST_SOURCE]['images']}, with frozen backbones in eval mode.",
+        f"{images[TEST_SOURCE]['images']}, with frozen backbones in eval mode.{layer}",
         chosen["converged" if config.until_converged else config.protocol] + judged,
         "Intervals are 95 % percentile intervals of 1000 bootstrap replicates over images. Differences are paired.",
         f"Seeds {config.seed} to {config.seed + config.seeds - 1} differ in the initial weights of the heads. The "

@@ -96,6 +96,8 @@ class ScoreConfig:
     FIGURE/PANEL/NAME=FOLDER put models into panels; each panel is compared with its first model."""
     scoring: Scoring = "default"
     """default, published or strict, as for `localign vlm eval`."""
+    skip_missing: bool = False
+    """Compare the evaluations that exist and name the missing ones, instead of refusing to start."""
     out: str | None = None
     """Folder for the comparison's tables and charts; default "comparison". The scores of a single evaluation are
     written into its own folder."""

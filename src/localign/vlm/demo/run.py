@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 import torch
 from rich.table import Table
 
-from localign.alignment import AlignTask
+from localign.alignment import AlignConfig, AlignTask
 from localign.engine import run_folder, train
 from localign.engine.distributed import DistributedContext, choose_device
 from localign.engine.log import Stopwatch, read_log, say
@@ -176,9 +176,14 @@ def _prepare(config: VLMDemoConfig, folder: Path, train_file: Path) -> None:
         and not (folder / "align" / run_folder.RESULTS_FILE).is_file()
     ):
         say("aligning")
-        demo = DemoConfig(out=str(folder), device=config.device)
-        align = replace(demo.align_config(config.seed), out=str(folder / "align"))
+        align = alignment_config(config)
         train(AlignTask(align), align, "align")
+
+
+def alignment_config(config: VLMDemoConfig) -> AlignConfig:
+    """The options of the alignment that all aligned models start from."""
+    demo = DemoConfig(out=config.out, device=config.device)
+    return replace(demo.align_config(config.seed), out=str(Path(config.out) / "align"))
 
 
 def _train_models(configs: Sequence[VLMConfig], demo: VLMDemoConfig) -> None:

@@ -294,7 +294,9 @@ def test_a_model_in_two_figures_counts_once(scripted: Path) -> None:
 
 def test_the_papers_figures_are_a_recipe() -> None:
     """Every training run of the recipe has its own recipe, and all runs are in one pool."""
-    entries = parse_models(parse("vlm score", ["--config", "vlm-figures"]).runs)
+    config = parse("vlm score", ["--config", "vlm-figures"])
+    entries = parse_models(config.runs)
+    assert config.skip_missing
     assert read_recipe("vlm-figures").command == "vlm score"
     assert {entry.figure for entry in entries} == {"figure 5", "figure 11", "figure 12", "figure 13"}
     trained = {folder.name for entry in entries for folder in entry.folders}
@@ -302,6 +304,58 @@ def test_the_papers_figures_are_a_recipe() -> None:
     main_runs = [entry for entry in entries if entry.figure == "figure 5"]
     assert len({entry.panel for entry in main_runs}) == 4
     assert {entry.name for entry in main_runs} == {"baseline MLP", "aligned decoder"}
+
+
+def test_what_exists_is_drawn_and_what_is_missing_is_named(
+    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rest is as if only that had been asked for."""
+    asked = (
+        "5/C/plain=@a1 5/C/ours=@none 5/S/plain=@gone 5/S/ours=@a2 5/S/seeds=@b1 5/S/seeds=@b9 5/S/never=@n*"
+    )
+    found = score(f"{asked} --skip-missing", scripted, tmp_path / "some")
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("missing ")]
+    assert lines == [
+        f"missing    {scripted}/{folder}: {label}"
+        for folder, label in (
+            ("none", "5/C/ours"), ("gone", "5/S/plain"), ("b9", "5/S/seeds"), ("n*", "5/S/never"),
+        )
+    ]  # fmt: skip
+    alone = score("5/C/plain=@a1 5/S/ours=@a2 5/S/seeds=@b1", scripted, tmp_path / "alone")
+    note = "5/S/plain is missing, so the differences of its panel are to ours"
+    assert {**found, "notes": []} == {**alone, "notes": []}
+    assert found["notes"] == [*alone["notes"], note]
+    for name in ("radar-5.png", "bars-5-C.png", "bars-5-S.png"):
+        assert (tmp_path / "some" / name).read_bytes().startswith(PNG)
+
+
+def test_without_the_option_a_missing_evaluation_is_an_error(
+    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "none/answers.jsonl" in refused(capsys, f"a={scripted}/a1 b={scripted}/none --out {tmp_path}")
+    said = refused(capsys, f"a={scripted}/none b={scripted}/gone --skip-missing --out {tmp_path}")
+    assert f"nothing to draw: none of 2 evaluations is finished, the first of them {scripted}/none" in said
+    assert "no effect with a single folder" in refused(capsys, f"{scripted}/a1 --skip-missing")
+
+
+def test_one_model_that_exists_is_drawn_alone(scripted: Path, tmp_path: Path) -> None:
+    found = score("a=@none b=@a2 --skip-missing", scripted, tmp_path)
+    assert found["panels"] == [{"figure": "", "panel": "", "models": ["b"]}]
+    assert (tmp_path / "bars.png").read_bytes().startswith(PNG)
+
+
+def test_models_that_are_not_shown_count_in_the_scales(scripted: Path) -> None:
+    shown, others = (
+        [compared_model(name, scripted / name) for name in names] for names in (("a1", "a2"), ("b1", "less"))
+    )
+    whole, part = compare([*shown, *others]), compare(shown, others)
+    assert part["z_scores"]["means"] == whole["z_scores"]["means"]
+    assert part["z_scores"]["models"]["gqa: accuracy"] == 4
+    assert part["z_scores"]["scores"] == {name: whole["z_scores"]["scores"][name] for name in ("a1", "a2")}
+    assert part["panels"] == [{"figure": "", "panel": "", "models": ["a1", "a2"]}]
+    assert all(set(found["outcomes"]) == {"a1", "a2"} for found in part["benchmarks"].values())
+    assert not [note for note in part["notes"] if "less" in note]
 
 
 # -- charts --------------------------------------------------------------------------------------------------

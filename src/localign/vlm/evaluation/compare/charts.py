@@ -23,8 +23,14 @@ _LABELS = {"vqav2": "VQAv2", "gqa": "GQA"}
 """Labels of benchmarks whose metric is just named "accuracy"."""
 
 
-def comparison_drawings(comparison: Comparison) -> tuple[list[Drawing], list[str]]:
+def comparison_drawings(
+    comparison: Comparison, colour_order: Sequence[str] = ()
+) -> tuple[list[Drawing], list[str]]:
     """Draw a radar chart for each figure and a bar chart for each panel.
+
+    Args:
+        comparison: The comparison.
+        colour_order: Names of models that take the first colours; all others follow in their own order.
 
     Returns:
         The charts, and notes on what is not drawn, one line each.
@@ -34,7 +40,8 @@ def comparison_drawings(comparison: Comparison) -> tuple[list[Drawing], list[str
     panels: dict[str, list[Panel]] = {}
     for panel in comparison["panels"]:
         panels.setdefault(panel["figure"], []).append(_panel(comparison, panel, keys))
-    style = looks([model for group in panels.values() for panel in group for model in panel.models])
+    drawn = [model for group in panels.values() for panel in group for model in panel.models]
+    style = looks([*colour_order, *drawn])
     shared = [i for i, axis in enumerate(axes) if axis.models > 1]
     notes = [
         f"{axis.label} is not in the radar chart: only one model has it" for axis in axes if axis.models == 1

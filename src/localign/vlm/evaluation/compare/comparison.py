@@ -8,7 +8,7 @@ covers the other source of chance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -103,22 +103,28 @@ Summaries = Mapping[str, Mapping[str, ModelSummary]]
 """By benchmark and model."""
 
 
-def compare(pool: Sequence[ComparedModel]) -> Comparison:
+def compare(pool: Sequence[ComparedModel], others: Sequence[ComparedModel] = ()) -> Comparison:
     """Compare every model with the first model of its panel, and put all models on common scales.
+
+    Args:
+        pool: The models that are compared.
+        others: Further models that count in the common scales only, under labels of their own.
 
     Raises:
         UserError: No benchmark was answered by two models, or models answered different questions of a benchmark.
     """
     panels = _panels(pool)
+    every = [*pool, *others]
     names = dict.fromkeys(name for model in pool for run in model.runs for name in run)
-    summaries = {name: models for name in names if (models := _summaries(name, pool))}
+    summaries_of_all = {name: models for name in names if (models := _summaries(name, every))}
+    summaries = _of_models(summaries_of_all, [model.entry.label for model in pool])
     has_several = len({model.entry.folders for model in pool}) > 1
     if has_several and not any(_distinct(models) > 1 for models in summaries.values()):
         raise UserError("no benchmark was answered by two of the models")
     return {
         "panels": panels,
         "benchmarks": {name: _compare_benchmark(panels, models) for name, models in summaries.items()},
-        "z_scores": _scales(summaries, pool),
+        "z_scores": _scales(summaries_of_all, every, [model.entry.label for model in pool]),
         "notes": list(_notes(summaries, pool)),
     }
 
@@ -136,6 +142,15 @@ def _distinct(models: Mapping[str, ModelSummary]) -> int:
 
 
 # -- summaries -----------------------------------------------------------------------------------------------
+
+
+def _of_models(summaries: Summaries, labels: Collection[str]) -> Summaries:
+    """The summaries of some models, without benchmarks that none of them answered."""
+    some = {
+        name: {label: found for label, found in models.items() if label in labels}
+        for name, models in summaries.items()
+    }
+    return {name: models for name, models in some.items() if models}
 
 
 def _summaries(name: str, pool: Sequence[ComparedModel]) -> dict[str, ModelSummary]:
@@ -230,8 +245,14 @@ def _differences(first: ModelSummary, second: ModelSummary) -> dict[str, Compare
 # -- all benchmarks ------------------------------------------------------------------------------------------
 
 
-def _scales(summaries: Summaries, pool: Sequence[ComparedModel]) -> PoolScales:
-    """The headline metrics as z-scores. A model in several panels counts once, with the same scores in all."""
+def _scales(summaries: Summaries, pool: Sequence[ComparedModel], shown: Collection[str]) -> PoolScales:
+    """The headline metrics as z-scores. A model in several panels counts once, with the same scores in all.
+
+    Args:
+        summaries: Those of the pool.
+        pool: The models that set the scales.
+        shown: Labels of the models whose scores are returned.
+    """
     first_label: dict[tuple[Path, ...], str] = {}
     for model in pool:
         first_label.setdefault(model.entry.folders, model.entry.label)
@@ -252,7 +273,7 @@ def _scales(summaries: Summaries, pool: Sequence[ComparedModel]) -> PoolScales:
             "value": scales.averages[label],
             "interval": None if resampled is None else percentile_interval(resampled),
         }
-    labels = {model.entry.label: first_label[model.entry.folders] for model in pool}
+    labels = {m.entry.label: first_label[m.entry.folders] for m in pool if m.entry.label in shown}
     return {
         "means": scales.means,
         "deviations": scales.deviations,

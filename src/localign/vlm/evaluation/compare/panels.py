@@ -42,12 +42,13 @@ class ComparedModel:
     """One per training seed, by benchmark."""
 
 
-def parse_models(words: Sequence[str]) -> list[PanelModel]:
+def parse_models(words: Sequence[str], *, skip_missing: bool = False) -> list[PanelModel]:
     """The models of a command line.
 
     Args:
         words: ``FOLDER`` or ``NAME=FOLDER``. A name given again, or a folder with ``*``, ``?`` or ``[``, adds training
             seeds. ``PANEL/NAME`` and ``FIGURE/PANEL/NAME`` put the model into a panel.
+        skip_missing: Whether a pattern may match nothing; it is then the model's folder.
 
     Raises:
         UserError: A pattern matches nothing, a name has an empty part, or an evaluation would count twice.
@@ -57,7 +58,7 @@ def parse_models(words: Sequence[str]) -> list[PanelModel]:
     for word in words:
         if _has_name(word):
             label, _, pattern = word.partition("=")
-            key, folders = _parts(label, word), _matching(pattern, word)
+            key, folders = _parts(label, word), _matching(pattern, word, skip_missing)
         else:
             key, folders = ("", "", _default_name(Path(word), unnamed)), [Path(word)]
             if key in folders_of:
@@ -89,15 +90,15 @@ def _parts(label: str, word: str) -> tuple[str, str, str]:
     return figure, panel, name
 
 
-def _matching(pattern: str, word: str) -> list[Path]:
+def _matching(pattern: str, word: str, skip_missing: bool) -> list[Path]:
     if not pattern:
         raise UserError(f"{word}: there is no folder after the =")
     if Path(pattern).exists() or not re.search(r"[*?\[]", pattern):
         return [Path(pattern)]
     found = sorted((Path(path) for path in glob(pattern) if Path(path).is_dir()), key=_natural_order)
-    if not found:
+    if not found and not skip_missing:
         raise UserError(f"no folder matches {pattern}")
-    return found
+    return found or [Path(pattern)]
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:

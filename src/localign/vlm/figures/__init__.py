@@ -1,0 +1,1 @@
+"""The figures of the paper that compare vision-language models, from runs of one's own."""
