@@ -197,7 +197,7 @@ def test_a_figure_on_scenes_from_runs_to_pictures(
 ) -> None:
     tiny = {"scenes": 30, "test_scenes": 6, "questions": 3, "llm_steps": 3, "steps": 3, "batch_size": 4}
     monkeypatch.setattr(scenes, "_QUICK", tiny)
-    all_models = scenes.scene_models
+    all_models = scene_models
 
     def one_model(*args: Any) -> dict[str, Any]:
         return {"baseline-mlp": all_models(*args)["baseline-mlp"]}

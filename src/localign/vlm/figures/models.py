@@ -48,7 +48,7 @@ def scene_models(target: str, folder: Path, seeds: int) -> dict[str, PanelModel]
         folder: The folder of the demo.
         seeds: Number of training seeds.
     """
-    found = {}
+    found: dict[str, PanelModel] = {}
     for model in published_models(target, folder)[0]:
         name = model.name.lower().replace(" ", "-")
         assert name in MODELS, name
