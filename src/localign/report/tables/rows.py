@@ -139,7 +139,7 @@ def _paired(
         names = (entry.get("against"), entry.get("name"))
         if names == BEFORE_AFTER and key == MetricKey(entry["source"], entry["head"], entry["task"]):
             interval = entry.get("interval")
-            return replace(found, half_width=interval and (interval[1] - interval[0]) / 2)
+            return replace(found, half_width=None if interval is None else (interval[1] - interval[0]) / 2)
     return found
 
 
