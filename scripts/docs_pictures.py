@@ -64,12 +64,10 @@ def row_imports(rows: Sequence[Sequence[str]]) -> dict[int, set[int]]:
     """Row -> the other rows that its modules import."""
     of_room = {room: number for number, row in enumerate(rows) for room in row}
     links: dict[int, set[int]] = {number: set() for number in range(len(rows))}
-    for module, others in imports().items():
-        row = of_room.get(room_of(module)) if module != "localign" else None
-        for other in others if row is not None else ():
-            below = of_room.get(room_of(other)) if other != "localign" else None
-            if below is not None and below != row:
-                links[row].add(below)
+    pairs = ((a, b) for a, others in imports().items() for b in others if "localign" not in (a, b))
+    for row, below in ((of_room.get(room_of(a)), of_room.get(room_of(b))) for a, b in pairs):
+        if row is not None and below is not None and row != below:
+            links[row].add(below)
     return links
 
 
@@ -141,6 +139,7 @@ def similarity(run: str, scenes: Sequence[int] = (2, 7, 111)) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
     import torch
+    from matplotlib.patches import Rectangle
 
     import localign
     from localign.data.cached_scenes import CachedScenes
@@ -157,7 +156,7 @@ def similarity(run: str, scenes: Sequence[int] = (2, 7, 111)) -> None:
         patch = marked_patch(maps[scene], (height, width))
         row[0].imshow(pictures[scene])
         corner = (patch[1] * width - 0.5, patch[0] * height - 0.5)
-        row[0].add_patch(plt.Rectangle(corner, width, height, fill=False, edgecolor="white", linewidth=1.6))
+        row[0].add_patch(Rectangle(corner, width, height, fill=False, edgecolor="white", linewidth=1.6))
         for axis, (title, values) in zip(row[1:], found.items(), strict=True):
             shown = axis.imshow(values[scene][patch], cmap="viridis", vmin=0, vmax=1)
             axis.set_title(title if scene == scenes[0] else "")

@@ -116,7 +116,8 @@ def test_the_full_demo_is_that_of_before() -> None:
     assert (full.steps, full.batch_size, full.train_scenes, full.test_scenes) == (1000, 64, 6000, 4000)
     assert (full.probe_config(0).steps, full.probe_config(0).until_converged) == (2000, False)
     assert short.probe_config(0).until_converged
-    assert short.align_config(0).steps < full.align_config(0).steps
+    assert short.steps is not None
+    assert short.steps < 1000
     assert DemoConfig(full=True, steps=7).steps == 7
     assert DemoConfig(probe_steps=5).probe_config(0).steps == 5
 

@@ -13,7 +13,7 @@ from localign.options.probe import ProbeConfig
 _SHORT = {"steps": 600, "batch_size": 32, "train_scenes": 3000}
 """For a table within five minutes on two slow cores."""
 _FULL = {"steps": 1000, "batch_size": 64, "train_scenes": 6000, "probe_steps": 2000}
-_MAX_PROBE_STEPS = 1200
+_MAX_PROBE_STEPS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class DemoConfig:
     probe_lr: float = 4e-3
     """Peak learning rate of the heads; at the published 1e-3, they do not converge in so few steps."""
     probe_steps: int | None = None
-    """Steps of the heads' training; default until they have converged, at most 1,200 steps; with --full 2000."""
+    """Steps of the heads' training; default until they have converged, at most 2,000 steps; with --full 2000."""
     probe_batch: int = 32
     """Scenes per step of the heads."""
     train_scenes: int | None = None
@@ -77,7 +77,7 @@ class DemoConfig:
             backbone=EMBEDDED,
             data="scenes:pretrain",
             val="scenes:val",
-            val_images=512,
+            val_images=512 if self.full else 128,
             out=str(Path(self.out) / f"align-seed{seed}"),
             seed=seed,
             steps=self.steps,

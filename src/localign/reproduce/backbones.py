@@ -39,7 +39,7 @@ def write_backbones(world: DataScale, folder: Path) -> Path:
         for suffix in ("", QUICK):
             own = folder / f"{target}{suffix}"
             if (own / run_folder.RESULTS_FILE).is_file():
-                results = run_folder.read_results(own)
+                results = cast(Results, run_folder.read_results(own))
                 for line in _lines(world, target, results, bool(suffix)):
                     key = (line[0], *line[3:6], line[-1])
                     if key not in lines or line[_SEEDS] > lines[key][_SEEDS]:
