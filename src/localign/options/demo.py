@@ -10,7 +10,7 @@ from localign.options.align import AlignConfig
 from localign.options.names import EMBEDDED, MaskKind, TargetName
 from localign.options.probe import ProbeConfig
 
-_SHORT = {"steps": 600, "batch_size": 32, "train_scenes": 3000}
+_SHORT = {"steps": 400, "batch_size": 32, "train_scenes": 3000}
 """For a table within five minutes on two slow cores."""
 _FULL = {"steps": 1000, "batch_size": 64, "train_scenes": 6000, "probe_steps": 2000}
 _MAX_PROBE_STEPS = 2000
@@ -37,7 +37,7 @@ class DemoConfig:
     """The longer run: more alignment, heads of a fixed length on more scenes. It gains more and takes about three times
     as long; the figures of RESULTS.md are of this run."""
     steps: int | None = None
-    """Alignment steps; default 600, with --full 1000."""
+    """Alignment steps; default 400, with --full 1000."""
     batch_size: int | None = None
     """Scenes per alignment step; default 32, with --full 64."""
     lr: float = 1e-3
