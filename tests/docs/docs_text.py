@@ -33,10 +33,11 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
-    """The words of every command line of fenced and indented blocks, without comments."""
+    """The words of every command line of fenced and indented blocks, and after ``$`` in texts, without comments."""
     indented = re.findall(r"^    (.*)$", _without_fences(text).replace("\\\n", " "), flags=re.MULTILINE)
     fenced = [line for name in ("bash", "") for block in blocks(text, name) for line in _lines(block)]
-    for line in (*fenced, *indented):
+    prompted = [line[2:] for block in blocks(text, "text") for line in _lines(block) if line.startswith("$ ")]
+    for line in (*fenced, *prompted, *indented):
         try:
             yield shlex.split(line, comments=True)
         except ValueError:
