@@ -30,7 +30,7 @@ class DemoConfig:
     out: str = "runs/demo"
     """Folder of the demo; an interrupted demo is continued."""
     seeds: int = 1
-    """Number of repetitions, each with its own seed for alignment and heads; intervals need at least two."""
+    """Number of repetitions, each with its own seed for alignment and heads; intervals over seeds need two."""
     seed: int = 0
     """The first seed."""
     full: bool = False
