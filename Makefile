@@ -4,7 +4,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.localign-installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-slow test-real test-web check format install clean
+.PHONY: demo docs test test-all test-slow test-real test-web check format install clean
 
 install: $(STAMP)
 
@@ -14,6 +14,17 @@ $(STAMP): pyproject.toml scripts/setup.sh
 
 demo: $(STAMP)
 	$(BIN)/localign demo --out runs/demo
+
+DOCS_STAMP := $(VENV)/.localign-docs-installed
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --disable-pip-version-check --quiet -e ".[docs]"
+	touch $(DOCS_STAMP)
+
+# The site, in site/; `python -m http.server -d site` serves it, which its search needs.
+docs: $(DOCS_STAMP)
+	$(BIN)/python scripts/docs_pictures.py architecture
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Tests of less than five seconds each.
 test: $(STAMP)
@@ -45,4 +56,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) runs build dist site .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

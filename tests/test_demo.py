@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import localign
@@ -18,10 +20,13 @@ from localign.backbones import Backbone, load_backbone, save_backbone
 from localign.cli import main
 from localign.data.cached_scenes import CachedScenes
 from localign.data.scenes import SceneConfig, SceneSource
+from localign.demo.run import _check_same_demo
+from localign.engine import run_folder
 from localign.errors import UserError
 from localign.options.demo import DemoConfig
 from localign.options.probe import ProbeCommandConfig
 from localign.probing.command import load_backbones
+from localign.report.tables.rows import MetricKey, before_after
 
 SMALL = (
     "--steps 4 --batch-size 8 --probe-steps 6 --probe-batch 8 --train-scenes 32 --test-scenes 24 "
@@ -78,6 +83,52 @@ def test_an_unchanged_demo_costs_no_training(demo: Path) -> None:
     assert main(shlex.split(f"demo --out {demo} --seeds 2 {SMALL}")) == 0
     assert {p: p.stat().st_mtime_ns for p in demo.rglob("*.safetensors")} == before
     assert json.loads((demo / "results.json").read_text())["probe"] == results["probe"]
+
+
+@pytest.mark.slow
+def test_one_seed_has_an_interval_over_images(
+    tmp_path: Path, demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(demo, tmp_path / "demo")
+    again = shlex.split(f"demo --out {tmp_path / 'demo'} {SMALL}")
+    assert main(again) == 0
+    assert "bootstrap interval of the difference over images" in " ".join(capsys.readouterr().out.split())
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    gain = next(d for d in results["differences"] if (d["head"], d["task"]) == ("linear", "local"))
+    row = next(r for r in before_after(results) if r.key == MetricKey(gain["source"], "linear", "local"))
+    low, high = gain["interval"]
+    assert row.recall.half_width == pytest.approx((high - low) / 2)
+    assert row.recall.difference == pytest.approx(gain["difference"])
+    assert "over images, one seed" in (tmp_path / "demo" / "report.html").read_text()
+    for path in (tmp_path / "demo").glob("probe-seed*.npz"):
+        path.unlink()  # as in a demo of 0.1.0
+    assert main(again) == 0
+    assert "no interval can be given" in " ".join(capsys.readouterr().out.split())
+
+
+def test_several_seeds_have_an_interval_over_seeds(demo: Path) -> None:
+    results = json.loads((demo / "results.json").read_text())
+    assert all(row.recall.seeds == 2 and row.recall.half_width is not None for row in before_after(results))
+
+
+def test_the_full_demo_is_that_of_before() -> None:
+    full, short = DemoConfig(full=True), DemoConfig()
+    assert (full.steps, full.batch_size, full.train_scenes, full.test_scenes) == (1000, 64, 6000, 4000)
+    assert (full.probe_config(0).steps, full.probe_config(0).until_converged) == (2000, False)
+    assert short.probe_config(0).until_converged
+    assert short.steps is not None
+    assert short.steps < 1000
+    assert DemoConfig(full=True, steps=7).steps == 7
+    assert DemoConfig(probe_steps=5).probe_config(0).steps == 5
+
+
+def test_a_full_demo_of_before_is_continued(tmp_path: Path) -> None:
+    """Its folder has no option --full, and the sizes that --full has now."""
+    saved = {k: v for k, v in run_folder.to_dict(DemoConfig(full=True)).items() if k != "full"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"command": "demo", "config": saved}))
+    _check_same_demo(tmp_path, DemoConfig(full=True))
+    with pytest.raises(UserError, match="steps: 1000 there"):
+        _check_same_demo(tmp_path, DemoConfig())
 
 
 def test_a_demo_with_other_settings_is_refused(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,67 +5,13 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 
 import pytest
+from rooms import ROOT, floor, imports, modules, rooms
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "src"
 MAX_LINES, MAX_FILES = 400, 14
-
-
-@cache
-def modules() -> Mapping[str, Path]:
-    """Dotted name -> file, of every module of the package."""
-    found = {}
-    for path in (SOURCE / "localign").rglob("*.py"):
-        parts = path.relative_to(SOURCE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-@cache
-def imports() -> Mapping[str, frozenset[str]]:
-    """Module -> the package's modules that it imports anywhere, in functions and for type checkers too."""
-    return {name: frozenset(_imported(path) - {name}) for name, path in modules().items()}
-
-
-def _imported(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            portable = path.parent.name == "portable"  # transformers copies its files out of the package
-            assert node.level == 0 or portable, f"{path}: imports are absolute"
-            if node.level:
-                found.add(f"localign.portable.{node.module}")
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name if name in modules() else str(node.module) for name in names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {name for name in found if name in modules()}
-
-
-@cache
-def rooms() -> tuple[str, ...]:
-    """The rooms of CONTRIBUTING's table, from the ground floor up: dotted module or package names."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`.+?) \|", text.partition("## The rooms")[2].partition("\n## ")[0], re.MULTILINE)
-    return tuple(
-        "localign." + name.removesuffix("/").removesuffix(".py").replace("/", ".")
-        for row in rows
-        for name in re.findall(r"`([^`]+)`", row)
-    )
-
-
-@cache
-def floor(module: str) -> int:
-    """The position of a module's room in the table; the room with the longest name that fits is the module's."""
-    fitting = [room for room in rooms() if module == room or module.startswith(f"{room}.")]
-    assert fitting, f"{module} belongs to no room of CONTRIBUTING's table"
-    return rooms().index(max(fitting, key=len))
 
 
 def test_a_room_imports_only_from_rooms_above_it_in_the_table() -> None:

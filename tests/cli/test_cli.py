@@ -275,11 +275,3 @@ def test_commands_of_two_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "localign vlm what? there is vlm train," in capsys.readouterr().err
     assert main(["vlm", "trian"]) == 2
     assert "localign vlm what?" in capsys.readouterr().err
-
-
-def test_the_commands_in_the_readme_parse() -> None:
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    found = re.findall(r"^    (?:torchrun .*-m )?localign (.*)$", text, flags=re.MULTILINE)
-    assert len(found) >= 6
-    for line in found:
-        parse(*split_command(shlex.split(line, comments=True)))

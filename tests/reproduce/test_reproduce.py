@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 from collections.abc import Iterator
@@ -135,6 +136,32 @@ def test_the_table_is_written_with_its_notes(out: Path) -> None:
     )
     for kind in ("tex", "csv"):
         assert (out / "scenes" / "table1" / f"table1.{kind}").stat().st_size > 0
+
+
+def test_the_gains_of_every_backbone_are_in_one_table(out: Path, tiny: None) -> None:
+    assert reproduce(out, "table5") == 0
+    with (out / "scenes" / "backbones.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    recipes = {line["recipe"] for line in lines}
+    assert recipes >= {"maskembed", "table1/clipself", "table1/maskembed-3"}
+    assert {line["target"] for line in lines} >= {"table1", "table5"}
+    keys = [(line["backbone"], line["recipe"], line["head"], line["task"]) for line in lines]
+    assert len(keys) == len(set(keys))
+    for line in lines:
+        before, after = float(line["recall_before"]), float(line["recall_after"])
+        assert float(line["difference"]) == pytest.approx(after - before)
+        assert float(line["difference_low"]) <= float(line["difference_high"])
+        assert (line["backbone"], line["timm_name"], line["quick"]) == ("scenes-vit", "", "False")
+
+
+def test_a_foreign_table_of_backbones_is_not_replaced(
+    tmp_path: Path, tiny: None, ran: Ran, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes" / "backbones.csv").write_text("mine,too\n")
+    assert reproduce(tmp_path, "table5") == 2
+    assert "`localign reproduce` did not write it" in capsys.readouterr().err
+    assert len(ran) == 0
 
 
 def test_a_second_call_runs_nothing(

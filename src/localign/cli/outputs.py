@@ -33,7 +33,7 @@ from localign.options.export import EmbedConfig, ExploreConfig, ExportConfig, Im
 from localign.options.names import VLM_FIGURES
 from localign.options.plan import PlanConfig
 from localign.options.probe import ProbeCommandConfig
-from localign.options.reproduce import ReproduceConfig
+from localign.options.reproduce import BACKBONES_FILE, BACKBONES_HEADER, ReproduceConfig
 from localign.options.train import TrainConfig
 from localign.options.vlm.demo import VLMDemoConfig
 from localign.options.vlm.evaluation import EvalConfig, ScoreConfig, ShowConfig
@@ -110,9 +110,16 @@ def _reproduce(command: str, config: ReproduceConfig) -> Iterator[_Output]:
     if not config.dry_run:
         folder = Path(config.out) / config.world / (config.target + ("-quick" if config.quick else ""))
         is_vlm = config.target in VLM_FIGURES
+        if not is_vlm:
+            _checked(output_file(folder.parent / BACKBONES_FILE, command, _is_table_of_backbones))
         yield output_folder(folder, command, ("results.json", *(_COMPARISON_FILES if is_vlm else ())))
         if is_vlm and config.world == "scenes":
             yield output_folder(config.demo_folder, "vlm demo", _VLM_DEMO_FILES)
+
+
+def _is_table_of_backbones(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.readline(_LOOKED_AT).rstrip() == ",".join(BACKBONES_HEADER).encode()
 
 
 def _export(command: str, config: ExportConfig | ImportConfig) -> Iterator[_Output]:

@@ -6,11 +6,9 @@ backbones were not trained on. The reported recall is measured on a third set of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -24,7 +22,6 @@ from localign.engine.distributed import DistributedContext, choose_device
 from localign.engine.log import Stopwatch, say
 from localign.engine.progress import progress_bars
 from localign.errors import UserError
-from localign.files import replace_text
 from localign.options.demo import DemoConfig
 from localign.options.names import EMBEDDED
 from localign.pictures import PICTURES, save_pictures
@@ -32,15 +29,17 @@ from localign.probing import (
     AttributeLabels,
     HeadSpec,
     LabelledSource,
+    Probed,
     TrainedHeads,
     probe_heads,
     reduce_labels,
 )
 from localign.probing.datasets import labelled_scenes
+from localign.probing.stored import read_probed, write_probed
+from localign.probing.suite import differences
 from localign.report import before_after, build_report, to_terminal
 from localign.results import PICTURES_FILE, ProbeOutcome, Results
 from localign.text.printing import console, printable
-from localign.text.reading import read_json_object
 
 PICTURED_HEAD = HeadSpec("transformer", "local")
 """The head whose predictions the report shows."""
@@ -63,12 +62,14 @@ def run_demo(config: DemoConfig) -> Results:
     clock = Stopwatch()
     device = choose_device(config.device)
     say("drawing scenes")
+    assert config.train_scenes is not None  # the config has filled it in
     heads_train = labelled_scenes("train", config.train_scenes)
     validation = labelled_scenes("val", VALIDATION_SCENES)
     test = labelled_scenes("test", config.test_scenes)
     timings = {"scenes": clock.elapsed}
     baseline = create_backbone(EMBEDDED).to(device)
     outcomes: dict[str, list[ProbeOutcome]] = {"baseline": [], "aligned": []}
+    probed: dict[str, list[Probed]] = {"baseline": [], "aligned": []}
     seeds = list(range(config.seed, config.seed + config.seeds))
     for seed in seeds:
         say(f"seed {seed}: aligning")
@@ -77,10 +78,11 @@ def run_demo(config: DemoConfig) -> Results:
         heads: dict[str, TrainedHeads] = {}
         for name, backbone in (("baseline", baseline), ("aligned", aligned)):
             say(f"seed {seed}: probing the {name} backbone")
-            outcome, trained = _probed(config, seed, name, backbone, heads_train, validation, test)
-            outcomes[name].append(outcome)
-            if trained is not None:
-                heads[name] = trained
+            found = _probed(config, seed, name, backbone, heads_train, validation, test)
+            outcomes[name].append(found.outcome)
+            probed[name].append(found)
+            if found.trained.heads:
+                heads[name] = found.trained
         if seed == seeds[0] and len(heads) == 2:
             _save_pictures(folder, config, seed, baseline, heads, test)
     timings["total"] = clock.elapsed
@@ -95,6 +97,8 @@ def run_demo(config: DemoConfig) -> Results:
         "probe": outcomes,
         "notes": _notes(config),
     }
+    if all(found.recalls for found in (*probed["baseline"], *probed["aligned"])):
+        results["differences"] = differences("aligned", probed["aligned"], "baseline", probed["baseline"])
     path = run_folder.write_results(folder, results)
     console().print(to_terminal(before_after(results), title="Probing before and after alignment"))
     print(f"results    {printable(path)}")
@@ -110,7 +114,7 @@ def _check_same_demo(folder: Path, config: DemoConfig) -> None:
     """
     saved = run_folder.read_config(folder)["config"]
     now = run_folder.to_dict(config)
-    may_change = ("seeds", "device", "workers", "out")
+    may_change = ("seeds", "device", "workers", "out", "full")  # what --full sets is compared
     changed = [f for f in now if f not in may_change and saved.get(f) != now[f]]
     if changed:
         listed = "; ".join(f"{f}: {saved.get(f)!r} there, {now[f]!r} now" for f in changed)
@@ -134,20 +138,21 @@ def _probed(
     heads_train: AttributeLabels,
     validation: AttributeLabels,
     test: AttributeLabels,
-) -> tuple[ProbeOutcome, TrainedHeads | None]:
-    """The outcome of one backbone and its heads; None instead of heads if the outcome is read from the disk."""
+) -> Probed:
+    """The probing of one backbone; without heads if it is read from the disk, and without the replicates of the
+    bootstrap if it is one of 0.1.0."""
     path = Path(config.out) / f"probe-seed{seed}-{name}.json"
     needs_heads = seed == config.seed and not (Path(config.out) / PICTURES_FILE).is_file()
     if path.is_file() and not needs_heads:
-        return cast(ProbeOutcome, read_json_object(path)), None
+        return read_probed(path, path.with_suffix(".npz"))
     sources: dict[str, LabelledSource] = {"val": validation, "test": test}
     context = DistributedContext(0, 1, 0, choose_device(config.device))
     with progress_bars() as progress:
-        ((outcome, trained, _),) = probe_heads(
+        (found,) = probe_heads(
             backbone, heads_train, sources, config.probe_config(seed), context=context, progress=progress
         )
-    replace_text(path, json.dumps(outcome))
-    return outcome, trained
+    write_probed(found, path, path.with_suffix(".npz"))
+    return found
 
 
 def _save_pictures(
@@ -180,8 +185,14 @@ def _save_pictures(
 def _notes(config: DemoConfig) -> list[str]:
     return [
         "Scenes are drawn: the results show that the method works end to end, not how well it works on photographs.",
-        f"Heads are trained on {config.train_scenes} scenes, in the same way for both backbones and for a fixed number "
-        f"of steps. Results are on {config.test_scenes} test scenes, on which nothing was chosen.",
+        f"Heads are trained on {config.train_scenes} scenes, in the same way for both backbones, {_length(config)}. "
+        f"Results are on {config.test_scenes} test scenes, on which nothing was chosen.",
         f"The alignment uses no labels. Its target ({config.target}), masks ({config.mask}) and LayerScale, and the "
         "heads' learning rate, differ from the published defaults; they were chosen on validation scenes.",
     ]
+
+
+def _length(config: DemoConfig) -> str:
+    if config.probe_steps is None:
+        return "until their loss on a held-out fifth of these scenes stops falling"
+    return "for a fixed number of steps"

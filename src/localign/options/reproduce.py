@@ -9,6 +9,12 @@ from localign.errors import UserError, did_you_mean
 from localign.options.names import REPRODUCTIONS, VLM_FIGURES, Protocol
 
 WorldName = Literal["scenes", "coco", "ade20k", "llava"]
+BACKBONES_FILE = "backbones.csv"
+"""In the folder of a world: a line per backbone, alignment, head and task, of all targets that are done."""
+BACKBONES_HEADER = (
+    "backbone", "timm_name", "image_size", "recipe", "head", "task", "recall_before", "recall_after", "difference",
+    "difference_low", "difference_high", "seeds", "converged", "target", "quick",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

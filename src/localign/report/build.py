@@ -180,7 +180,8 @@ def _sentence(row: tables.RecallRow) -> str:
     numbers = f"from {tables.percent(recall.baseline)}\u00a0% to {tables.percent(recall.aligned)}\u00a0%"
     chance = "one seed, so it may be chance"
     if recall.half_width is not None:
-        chance = f"95\u00a0% interval ±\u00a0{100 * recall.half_width:.1f}, {recall.seeds} seeds"
+        over = f"{recall.seeds} seeds" if recall.seeds > 1 else "over images, one seed"
+        chance = f"95\u00a0% interval ±\u00a0{100 * recall.half_width:.1f}, {over}"
         if abs(recall.difference) <= recall.half_width:
             chance += ", which includes no change"
     return f"{where[0].upper()}{where[1:]} {change}, {numbers} ({chance})."

@@ -6,12 +6,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from localign.alignment import AlignConfig
@@ -24,14 +23,13 @@ from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.distributed import DistributedContext
 from localign.engine.progress import progress_bars
 from localign.engine.run_folder import RESUMABLE
-from localign.files import replace_text, replacing
 from localign.options.names import EMBEDDED
 from localign.options.probe import MAX_STEPS
 from localign.pictures import save_predictions
-from localign.probing import HeadSpec, LabelledSource, ProbeConfig, Probed, TrainedHeads, probe_heads
-from localign.probing.suite import TEST_SOURCE, SourceHead
-from localign.results import PICTURES_FILE, ProbeOutcome
-from localign.text.reading import read_json_object
+from localign.probing import LabelledSource, ProbeConfig, Probed, probe_heads
+from localign.probing.stored import read_probed, write_probed
+from localign.probing.suite import TEST_SOURCE
+from localign.results import PICTURES_FILE
 
 _NO_DEFAULT = object()
 _ADDED_LATER = {
@@ -210,26 +208,12 @@ class Probing:
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(cache, ignore_errors=True)
         save_predictions(self.folder, {_PLACEHOLDER: backbone}, {_PLACEHOLDER: [probed]}, data.test)
-        recalls = {"/".join((name, *astuple(spec))): v.numpy() for (name, spec), v in probed.recalls.items()}
-        with replacing(self.folder / _RECALLS_FILE) as temporary, temporary.open("wb") as file:
-            np.savez(file, **recalls)  # type: ignore[arg-type]
-        # Written last: this file marks the probing as finished.
-        replace_text(self.folder / OUTCOME_FILE, json.dumps(probed.outcome))
+        # Written last: the outcome marks the probing as finished.
+        write_probed(probed, self.folder / OUTCOME_FILE, self.folder / _RECALLS_FILE)
 
     def read(self) -> Probed:
         """The stored outcome, without the heads."""
-        outcome = cast(ProbeOutcome, read_json_object(self.folder / OUTCOME_FILE))
-        recalls: dict[SourceHead, torch.Tensor] = {}
-        for name, values in _read_arrays(self.folder / _RECALLS_FILE).items():
-            source, *spec = name.split("/")
-            recalls[source, HeadSpec(*spec)] = torch.from_numpy(values)
-        heads = TrainedHeads(
-            seed=outcome["seed"],
-            heads={},
-            curve=[dict(point) for point in outcome["train"]["curve"]],
-            convergence=outcome["train"].get("convergence", {}),
-        )
-        return Probed(outcome, heads, recalls)
+        return read_probed(self.folder / OUTCOME_FILE, self.folder / _RECALLS_FILE)
 
     def pictures(self, name: str) -> dict[str, NDArray[Any]]:
         """The stored images and predictions, renamed to the backbone's name in a figure."""

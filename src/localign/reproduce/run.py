@@ -19,6 +19,7 @@ from localign.probing.datasets import open_labelled
 from localign.probing.suite import differences
 from localign.report import write_figure, write_table
 from localign.report.tables.recalls import recall_table
+from localign.reproduce.backbones import QUICK, write_backbones
 from localign.reproduce.pieces import Alignment, LabelledData, Probing
 from localign.reproduce.plan import Planner, ReproductionPlan
 from localign.reproduce.views import write_views
@@ -137,10 +138,11 @@ def show_plan(config: ReproduceConfig, pieces: Sequence[Alignment | Probing], do
 
 
 def write_target(config: ReproduceConfig, plan: ReproductionPlan) -> list[Path]:
-    """Write ``results.json`` and the table or figure; returns the paths of the table or figure."""
+    """Write ``results.json``, ``backbones.csv`` and the table or figure; returns the paths of the latter."""
     folder = result_folder(config)
     results = _results(config, plan)
     run_folder.write_results(folder, results)
+    write_backbones(open_world(config.world), folder.parent)
     console().print(recall_table(results))
     if config.target.startswith("table"):
         return _print_paths(_write_table(config, results, folder))
@@ -191,7 +193,7 @@ def _print_paths(files: list[Path]) -> list[Path]:
 
 def result_folder(config: ReproduceConfig) -> Path:
     """The folder of a target's results; it is made if it is missing."""
-    folder = Path(config.out) / config.world / (config.target + ("-quick" if config.quick else ""))
+    folder = Path(config.out) / config.world / (config.target + (QUICK if config.quick else ""))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.table import Table
 
@@ -120,18 +120,27 @@ def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
 def before_after(results: ProbeResults) -> list[RecallRow]:
     """Macro recall of every source, task and head, before and after alignment, paired over seeds.
 
-    The interval is Student's, see :func:`~localign.statistics.paired.paired_difference`.
+    The interval is Student's over seeds, see :func:`~localign.statistics.paired.paired_difference`; with one seed it is
+    that of the paired bootstrap over images, where results have one.
     """
     runs = {name: outcomes for name, outcomes in probe_runs(results).items() if name in BEFORE_AFTER}
     every = [outcome for outcomes in runs.values() for outcome in outcomes]
     return [
-        RecallRow(
-            key,
-            paired_difference(*(macro_recalls(runs.get(name, []), key) for name in BEFORE_AFTER)),
-            all_converged(every, key.head, key.task),
-        )
+        RecallRow(key, _paired(results, runs, key), all_converged(every, key.head, key.task))
         for key in measured(runs)
     ]
+
+
+def _paired(
+    results: ProbeResults, runs: Mapping[str, Sequence[ProbeOutcome]], key: MetricKey
+) -> PairedDifference:
+    found = paired_difference(*(macro_recalls(runs.get(name, []), key) for name in BEFORE_AFTER))
+    for entry in results.get("differences", []) if found.seeds == 1 else []:
+        names = (entry.get("against"), entry.get("name"))
+        if names == BEFORE_AFTER and key == MetricKey(entry["source"], entry["head"], entry["task"]):
+            interval = entry.get("interval")
+            return replace(found, half_width=None if interval is None else (interval[1] - interval[0]) / 2)
+    return found
 
 
 def class_names(results: ProbeResults) -> list[str]:
@@ -221,6 +230,8 @@ def _interval_sentence(rows: Sequence[RecallRow]) -> str:
     if not counts:
         return "One model only: there is nothing to compare."
     if max(counts) < 2:
+        if all(row.recall.half_width is not None for row in rows if row.recall.difference is not None):
+            return "± is half the 95 % bootstrap interval of the difference over images, for one seed."
         return "One seed: no interval can be given."
     low, high = min(counts), max(counts)
     seeds = f"{high}" if low == high else f"{low} to {high}"

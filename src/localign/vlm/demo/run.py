@@ -182,7 +182,7 @@ def _prepare(config: VLMDemoConfig, folder: Path, train_file: Path) -> None:
 
 def alignment_config(config: VLMDemoConfig) -> AlignConfig:
     """The options of the alignment that all aligned models start from."""
-    demo = DemoConfig(out=config.out, device=config.device)
+    demo = DemoConfig(out=config.out, full=True, device=config.device)
     return replace(demo.align_config(config.seed), out=str(Path(config.out) / "align"))
 
 
