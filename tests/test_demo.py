@@ -75,6 +75,7 @@ def test_the_demo_compares_both_backbones_on_every_seed(demo: Path) -> None:
     baseline, aligned = ([p["config"] for p in results["probe"][name]] for name in ("baseline", "aligned"))
     assert baseline == aligned  # the same recipe for both
     assert (demo / "report.html").stat().st_size > 10_000
+    assert "localign" in (demo / "explore.html").read_text()[:5000]
 
 
 def test_an_unchanged_demo_costs_no_training(demo: Path) -> None:

@@ -47,7 +47,15 @@ _PROBE_FILES = (
     "config.yaml", "results.json", "pictures.npz", "report.html", "recalls.csv", "classes.csv", "sizes.csv",
     "tables", "figures",
 )  # fmt: skip
-_DEMO_FILES = ("config.yaml", "results.json", "pictures.npz", "report.html", "align-seed*", "probe-seed*")
+_DEMO_FILES = (
+    "config.yaml",
+    "results.json",
+    "pictures.npz",
+    "report.html",
+    "explore.html",
+    "align-seed*",
+    "probe-seed*",
+)
 _VLM_DEMO_FILES = ("config.yaml", "results.json", "train", "test", "llm", "align", "*-seed*")
 _COMPARISON_FILES = ("comparison.*", "bars*", "radar*")
 _LOOKED_AT = 1 << 16

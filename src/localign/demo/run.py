@@ -22,7 +22,9 @@ from localign.engine.distributed import DistributedContext, choose_device
 from localign.engine.log import Stopwatch, say
 from localign.engine.progress import progress_bars
 from localign.errors import UserError
+from localign.explore.command import run_explore
 from localign.options.demo import DemoConfig
+from localign.options.export import ExploreConfig
 from localign.options.names import EMBEDDED
 from localign.pictures import PICTURES, save_pictures
 from localign.probing import (
@@ -103,7 +105,23 @@ def run_demo(config: DemoConfig) -> Results:
     console().print(to_terminal(before_after(results), title="Probing before and after alignment"))
     print(f"results    {printable(path)}")
     print(f"report     {printable(build_report(folder))}")
+    _explore(config)
     return results
+
+
+def _explore(config: DemoConfig) -> None:
+    """Write the explorer's page of both backbones, with the classes that the pictured head predicts."""
+    folder = Path(config.out)
+    aligned = config.align_config(config.seed).out
+    run_explore(
+        ExploreConfig(
+            models=(f"baseline={EMBEDDED}", f"aligned={aligned}"),
+            images="scenes:val",
+            probe=str(folder) if (folder / PICTURES_FILE).is_file() else None,
+            out=str(folder / "explore.html"),
+            device=config.device,
+        )
+    )
 
 
 def _check_same_demo(folder: Path, config: DemoConfig) -> None:
