@@ -14,7 +14,7 @@ from localign.alignment.setup import fresh_student, starting_backbone
 from localign.backbones import create_backbone, find_export
 from localign.engine.schedule import total_steps, with_warmup_steps
 from localign.errors import UserError
-from localign.options.names import AdapterName
+from localign.options.names import EMBEDDED, AdapterName
 from localign.options.vlm.train import VLMConfig
 from localign.planning.llms import text_config
 from localign.planning.plan import GIB
@@ -124,7 +124,7 @@ def _model_config(
 
 
 def _planned(name: str, config: VLMConfig) -> VisionSource:
-    if find_export(name) is not None:
+    if name == EMBEDDED or find_export(name) is not None:
         with torch.device("cpu"):  # weights are loaded for their shapes, then moved to the meta device
             (source,) = vision_sources(_with_backbone(config, name))
         return VisionSource(

@@ -32,6 +32,10 @@ def test_the_folder_is_the_tower(data: Path, tower: Path, tmp_path: Path) -> Non
     assert main(arguments(data, tmp_path / "run", "--backbone", str(tower), "--dry-run")) == 0
 
 
+def test_the_embedded_backbone_is_planned(data: Path, tmp_path: Path) -> None:
+    assert main(arguments(data, tmp_path / "run", "--backbone", "scenes-vit", "--dry-run")) == 0
+
+
 @pytest.mark.slow
 def test_a_model_is_trained_with_it(data: Path, tower: Path, tmp_path: Path) -> None:
     trained(data, tmp_path / "run", "--backbone", str(tower), "--steps", "2")
