@@ -139,12 +139,13 @@ class VLMBenchConfig(MeasurementConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectivesConfig(MeasurementConfig):
-    """Align with several objectives on drawn scenes, and compare what heads read from the features."""
+    """Align with several objectives on drawn scenes, and compare what heads read from the features.
+
+    The runs lie in a folder beside the JSON file, with its name; finished ones are not repeated.
+    """
 
     benchmark = "objectives"
 
-    out: str = "runs/bench-objectives"
-    """Folder of the runs; finished ones are not repeated."""
     objectives: tuple[str, ...] = ("maskembed", "plus")
     """Names of the table in benchmarks/objectives.py."""
     seeds: int = 1

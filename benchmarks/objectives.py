@@ -17,6 +17,7 @@ from benchmarks.config import ObjectivesConfig
 from localign.alignment.setup import student_of_run
 from localign.alignment.task import AlignTask
 from localign.backbones import Backbone, create_backbone
+from localign.bench.show import show, write_measurements
 from localign.data.transforms import to_tensor
 from localign.engine import train
 from localign.engine.distributed import DistributedContext
@@ -30,7 +31,6 @@ from localign.probing import probe_heads
 from localign.probing.datasets import labelled_scenes
 from localign.probing.segmentation import LabelledSource
 from localign.statistics.student_t import half_width
-from localign.text.printing import console
 
 OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
     "maskembed": {},
@@ -67,12 +67,12 @@ READINGS = ("local transformer", "local linear", "global transformer", "global l
 def run_bench_objectives(config: ObjectivesConfig) -> None:
     """Align with each objective and seed, probe, and print differences to the teacher in points.
 
-    Finished runs are not repeated: one JSON file for each is in ``--out``.
+    Finished runs are not repeated: one JSON file for each is in the folder of the runs.
 
     Raises:
         UserError: An objective is unknown.
     """
-    folder = Path(config.out)
+    folder = _folder(config)
     if unknown := set(config.objectives) - OBJECTIVES.keys():
         raise UserError(f"unknown objective {', '.join(sorted(unknown))}; known: {', '.join(OBJECTIVES)}")
     seeds = range(config.seed, config.seed + config.seeds)
@@ -87,7 +87,12 @@ def run_bench_objectives(config: ObjectivesConfig) -> None:
             difference = {key: row[key] - teacher[key] if key in teacher else row[key] for key in row}
             found[name].append(difference)
             say(f"{name} seed {seed}: " + ", ".join(f"{k} {v:+.2f}" for k, v in difference.items()))
-    console().print(_table(config, found))
+    write_measurements(config, {"differences": found})
+    show([_table(config, found)], config)
+
+
+def _folder(config: ObjectivesConfig) -> Path:
+    return Path(config.file).with_suffix("")
 
 
 def _read_or(path: Path, measure: Any) -> dict[str, float]:
@@ -100,7 +105,7 @@ def _read_or(path: Path, measure: Any) -> dict[str, float]:
 
 def _demo(config: ObjectivesConfig) -> DemoConfig:
     return DemoConfig(
-        out=config.out, steps=config.steps, batch_size=config.batch_size, train_scenes=config.train_scenes,
+        out=str(_folder(config)), steps=config.steps, batch_size=config.batch_size, train_scenes=config.train_scenes,
         test_scenes=config.test_scenes, probe_steps=config.probe_steps, device=config.device, workers=0,
     )  # fmt: skip
 
@@ -112,7 +117,7 @@ def _teacher(config: ObjectivesConfig, seed: int) -> dict[str, float]:
 def _measured(config: ObjectivesConfig, name: str, seed: int) -> dict[str, float]:
     options = dict(OBJECTIVES[name])
     base = _demo(config).align_config(seed)
-    folder = Path(config.out) / "runs" / f"{name}-seed{seed}"
+    folder = _folder(config) / f"{name}-seed{seed}"
     if options.get("objective") == "additive":
         options["decoder"] = None
     aligned: AlignConfig = replace(base, **{"out": str(folder), **options})

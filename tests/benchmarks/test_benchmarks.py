@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks import labels as bench_labels
-from benchmarks import scaling
+from benchmarks import objectives, scaling
 from benchmarks.config import ScalingConfig
 from benchmarks.run import BENCHMARKS, main
 from localign.errors import RunFailure
@@ -108,7 +108,10 @@ def test_bench_probe_shows_equal_recalls(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("cats", "unknown benchmark 'cats'; the benchmarks are labels, probe, vlm, answers, scaling"),
+        (
+            "cats",
+            "unknown benchmark 'cats'; the benchmarks are labels, probe, vlm, objectives, answers, scaling",
+        ),
         ("answers --device cuda", "unknown option --device"),
         ("answers --images 3", "unknown option --images"),
         ("answers --questions 0", "--questions must be above 0"),
@@ -161,3 +164,29 @@ def test_bench_scaling_leaves_out_ranks_without_a_gpu(monkeypatch: pytest.Monkey
     assert [case.ranks for case in possible] == [1, 1, 1, 1]
     assert left_out == ["2 ranks need 2 GPUs; there is 1", "4 ranks need 4 GPUs; there is 1"]
     assert scaling.fitting(wanted, torch.device("cpu")) == (wanted, [])
+
+
+@pytest.mark.slow
+def test_bench_objectives_measures_each_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = "--steps 1 --batch-size 4 --train-scenes 40 --test-scenes 24 --probe-steps 3 --device cpu"
+    command = [
+        "objectives",
+        "--out",
+        str(tmp_path / "found.json"),
+        "--objectives",
+        "[maskembed,plus]",
+        *small.split(),
+    ]
+    assert main(command) == 0
+    rows = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "found").glob("*.json")}
+    assert rows.keys() == {"teacher-seed0-val", "maskembed-seed0-val", "plus-seed0-val"}
+    assert rows["plus-seed0-val"]["pooled cosine"] > 0.5  # one step away from the teacher
+    assert rows["teacher-seed0-val"].keys() < rows["plus-seed0-val"].keys()
+    monkeypatch.setattr(objectives, "_measured", None)  # finished runs are read
+    assert main(command) == 0
+    assert "plus seed 0: local transformer" in capsys.readouterr().err
+    assert json.loads((tmp_path / "found.json").read_text())["differences"].keys() == {"maskembed", "plus"}
+    assert main(["objectives", "--objectives", "[minus]"]) == 2
+    assert "unknown objective minus; known: maskembed, readout" in capsys.readouterr().err

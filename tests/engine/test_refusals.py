@@ -101,7 +101,7 @@ def test_a_folder_that_has_changed_is_refused(tmp_path: Path) -> None:
 
 def test_other_starting_weights_are_refused(resumed: AlignConfig) -> None:
     task = DisturbedAlignment(resumed)
-    task.teacher_hash = DisturbedAlignment(replace(resumed, seed=99)).teacher_hash
+    task.start_hash = DisturbedAlignment(replace(resumed, seed=99)).start_hash
     with pytest.raises(UserError, match=r"changed since the run started: starting weights$"):
         train(task, resumed, COMMAND)
 

@@ -198,7 +198,9 @@ def student_of_run(folder: str | Path, checkpoint: str = "last") -> tuple[Studen
         weights["decoder.head.weight" if config.decoder == "transformer" else "encoder.head.weight"]
     )
     backbone = starting_backbone(config, weights=None if local else "none")
-    if config.decoder_mlp == "auto":  # localign 0.1 gave every decoder plain ones
+    if (
+        config.decoder == "transformer" and config.decoder_mlp == "auto"
+    ):  # localign 0.1 gave every decoder plain ones
         gated = "decoder.blocks.0.mlp.fc1_g.weight" in weights
         config = replace(config, decoder_mlp="gated" if gated else "plain")
     student = fresh_student(config, backbone, target_width)
