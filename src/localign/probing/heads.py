@@ -94,7 +94,8 @@ class TransformerHead(nn.Module):
 
     With an intervention the predictions are read from learned latent tokens instead, one per patch, which are appended
     to the visible tokens: with ``cls-only`` the class token (or the mean token), with ``anonymous`` all tokens without
-    a position embedding.
+    a position embedding. Of a backbone with registers, ``cls-only`` shows the class token alone: the paper says [CLS],
+    and registers hold information about the whole image as well.
 
     Args:
         geometry: Shape of the backbone's tokens.
