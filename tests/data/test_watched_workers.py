@@ -223,6 +223,19 @@ def test_a_pass_that_is_left_early_ends_its_workers() -> None:
     passing.close()
 
 
+def test_the_thread_of_a_pass_has_ended_with_it() -> None:
+    """Python kills threads that are left at the end of the process, which aborts it if they are inside C++."""
+    for left_early in (False, True):
+        passing: Any = served(data_loader(Reader(), numbers, 2, False, None))
+        next(passing)
+        assert [thread for thread in threading.enumerate() if thread.name == "loader"]
+        if left_early:
+            passing.close()
+        else:
+            assert list(passing)
+        assert not [thread for thread in threading.enumerate() if thread.name == "loader"]
+
+
 def test_a_stopped_worker_does_not_hold_up_the_end_of_a_pass() -> None:
     passing: Any = served(data_loader(Reader(), numbers, 2, False, None))
     next(passing)

@@ -134,7 +134,8 @@ class Fetcher(Generic[T]):
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._pending = self._exhausted = False
-        threading.Thread(target=self._fetch, daemon=True, name="loader").start()
+        self._thread = threading.Thread(target=self._fetch, daemon=True, name="loader")
+        self._thread.start()
 
     def _fetch(self) -> None:
         while self._wanted.get():
@@ -261,6 +262,9 @@ class Fetcher(Generic[T]):
     def close(self) -> None:
         """End the workers, also those that do not answer."""
         self._wanted.put(False)
+        if not self._pending:
+            # A process that ends while the thread frees its last batch can abort: Python kills threads inside C++.
+            self._thread.join(5.0)
         workers = self._workers
         if self._exhausted:
             return
