@@ -152,10 +152,17 @@ def joint_colours(models: Sequence[PageFeatures]) -> list[Colours]:
             np.concatenate([s.reshape(-1, 3) for s in scores.values()]), COLOUR_RANGE, axis=0
         )
         for i in group:
-            rgb = ((scores[i] - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
             share = np.einsum("dc,de,ec->c", axes, models[i].covariance, axes) / variances[i]
-            found[i] = Colours((rgb * 255).round().astype(np.uint8), share.tolist(), basis)
+            found[i] = Colours(to_rgb(scores[i], low, high), share.tolist(), basis)
     return [found[i] for i in range(len(models))]
+
+
+def to_rgb(
+    scores: NDArray[np.floating], low: NDArray[np.floating], high: NDArray[np.floating]
+) -> NDArray[np.uint8]:
+    """Components ``(..., 3)`` as colours: ``low`` and less is 0, ``high`` and more is 255."""
+    shares = ((scores - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    return np.asarray((shares * 255).round(), dtype=np.uint8)
 
 
 def _scores(model: PageFeatures, axes: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -18,6 +18,7 @@ from localign.alignment.teacher import Teacher
 from localign.backbones import Backbone, find_export
 from localign.backbones.export import content_hash, read_config
 from localign.engine.progress import ProgressCallback
+from localign.explore.features import COLOUR_RANGE, to_rgb
 from localign.pictures import fit_components
 
 HIDDEN = (0.0, 0.25, 0.5, 0.75, 0.9)
@@ -70,7 +71,7 @@ def aligned_student(source: str, backbone: Backbone, baseline: Backbone) -> tupl
     if facts.get("teacher_sha256") != content_hash(baseline.vit.state_dict()):
         return "has another teacher than the first model"
     student = load_student(folder, image_size=backbone.image_size)
-    teacher = Teacher(baseline, target)
+    teacher = Teacher(baseline, target, statistics=(backbone.mean, backbone.std))
     scale = facts.get("target_scale", 1.0)
     teacher.scale.fill_(float(scale) if isinstance(scale, int | float) and scale > 0 else 1.0)
     return student, teacher
@@ -102,7 +103,7 @@ def masked_views(
     for index, image in enumerate(images):
         order = rng.generator(seed, "explore masks", index).permutation(n)
         keep = torch.stack([torch.from_numpy(order >= count) for count in hidden])[None].to(device)
-        pixels = teacher.backbone.normalise(image[None].to(device))
+        pixels = student.encoder.backbone.normalise(image[None].to(device))
         targets.append(teacher(pixels, keep)[:, prefix:].half().cpu())
         reconstructions.append(student(pixels, keep)[:, prefix:].half().cpu())
         orders.append(order.astype(np.uint16))
@@ -113,19 +114,12 @@ def masked_views(
     error = (predicted - target).square().sum(dim=-1) / variance
     components = fit_components(target)
     scores, again = components(target), components(predicted)
-    low, high = np.percentile(scores.reshape(-1, 3), (1.0, 99.0), axis=0)
+    low, high = np.percentile(scores.reshape(-1, 3), COLOUR_RANGE, axis=0)
     return MaskedViews(
         hidden=hidden,
         order=np.stack(orders),
-        target=_colours(scores, low, high),
-        reconstruction=_colours(again, low, high),
+        target=to_rgb(scores, low, high),
+        reconstruction=to_rgb(again, low, high),
         patch_error=(error.clamp(max=MAX_ERROR) * (255 / MAX_ERROR)).round().to(torch.uint8).numpy(),
         error=error.mean(dim=-1).numpy().astype(np.float32),
     )
-
-
-def _colours(
-    scores: NDArray[np.float32], low: NDArray[np.floating], high: NDArray[np.floating]
-) -> NDArray[np.uint8]:
-    shares = ((scores - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    return np.asarray((shares * 255).round(), dtype=np.uint8)
