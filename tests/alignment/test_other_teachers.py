@@ -47,6 +47,15 @@ def test_statistics_of_pixels_are_converted(tmp_path: Path) -> None:
     assert same.statistics is None  # equal statistics change no bit
 
 
+def test_native_resolution_does_not_convert_statistics(tmp_path: Path) -> None:
+    other = backbone_of(seed=1)
+    other.mean = (0.2, 0.3, 0.4)
+    given = folder_of(other, tmp_path / "teacher")
+    with pytest.raises(UserError, match="normalises pixels differently .* --max-patches does not convert"):
+        build_teacher(AlignConfig(teacher=given, max_patches=9), backbone_of())
+    assert build_teacher(AlignConfig(teacher=given), backbone_of()).statistics is not None
+
+
 def test_the_start_is_the_teacher_unless_another_is_given() -> None:
     start = backbone_of()
     assert build_teacher(AlignConfig(), start).backbone is start

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from timm.layers.activations import QuickGELU
-from vlm_runs import STEPS, arguments, assert_close, logged, trained, without_llm
+from vlm_runs import STEPS, arguments, assert_close, forget_the_end, logged, trained, without_llm
 
 from localign.cli import main, parse
 from localign.engine import BatchPlan
@@ -47,12 +47,7 @@ def test_how_a_step_is_computed_changes_nothing(
 def test_a_resumed_run_equals_the_uninterrupted_run(data: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main(arguments(data, out, "--checkpoint-every", "2", "--keep-checkpoints", "9")) == 0
-    for step in (5, 6):  # as if it had been killed after step 4
-        for path in out.glob(f"checkpoints/step-*{step}"):
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
-    (out / "results.json").unlink()
+    forget_the_end(out, (5, 6))  # as if it had been killed after step 4
     assert main(arguments(data, out, "--checkpoint-every", "2", "--keep-checkpoints", "9", "--resume")) == 0
     ours, theirs = (load_file(f / "export" / "model.safetensors") for f in (out, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

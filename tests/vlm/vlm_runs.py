@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,14 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
 def trained(data: Path, out: Path, *more: str) -> dict[str, torch.Tensor]:
     assert main(arguments(data, out, *more)) == 0
     return load_file(out / "export" / "model.safetensors")
+
+
+def forget_the_end(out: Path, steps: Iterable[int]) -> None:
+    """Delete the results and the checkpoints of some steps of a run."""
+    for step in steps:
+        for path in out.glob(f"checkpoints/step-*{step}"):
+            shutil.rmtree(path)
+    (out / "results.json").unlink()
 
 
 def logged(out: Path, field: str) -> dict[int, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localign.alignment.student import Decoder, Encoder, Student, build_student
@@ -38,21 +37,19 @@ class PlusStudent(Student):
         self.pooled_head = _zero_linear(width, output_width)
 
     def forward(self, images: Tensor | NativeImages, keep_mask: Tensor | None = None) -> Any:
-        """As :meth:`Student.forward`, but with a keep-mask a :class:`PlusPrediction`."""
-        if keep_mask is None or isinstance(images, NativeImages):
-            return super().forward(images, keep_mask)
+        """As :meth:`Student.forward`, but with a keep-mask a :class:`PlusPrediction`, of images of one size."""
+        if keep_mask is None:
+            return super().forward(images)
         assert self.decoder is not None
-        backbone, prefix = self.encoder.backbone, self.num_prefix_tokens
+        assert isinstance(images, Tensor)
+        backbone = self.encoder.backbone
         last = backbone.tokens(images, norm=False)
         tokens = backbone.normalise_tokens(last)
-        keep = F.pad(keep_mask, (prefix, 0), value=False)
-        embeddings = self.encoder.head(tokens)
-        masked = embeddings[:, None] * keep[..., None].to(embeddings.dtype)
-        decoded = self.decoder.features(masked.flatten(0, 1))
+        decoded = self.decoder.features(self.masked(self.encoder.head(tokens), keep_mask))
         return PlusPrediction(
             tokens=self.decoder.head(decoded),
             pooled=self.pooled_head(decoded[:, 0]),
-            vectors=self.readout(tokens[:, prefix:]),
+            vectors=self.readout(tokens[:, self.num_prefix_tokens :]),
             last=last,
         )
 

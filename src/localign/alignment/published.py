@@ -80,6 +80,7 @@ def _width(decoder: StateDict, path: str | Path) -> int:
 
 def _decoder_config(decoder: StateDict, backbone: Backbone, heads: int, path: str | Path) -> DecoderConfig:
     blocks = {int(m.group(1)) for k in decoder if (m := re.match(r"blocks\.(\d+)\.", k))}
+    gate = decoder.get("blocks.0.mlp.fc1_g.weight")
     return DecoderConfig(
         width=_width(decoder, path),
         output_width=int(decoder["head.weight"].shape[0]),
@@ -89,9 +90,7 @@ def _decoder_config(decoder: StateDict, backbone: Backbone, heads: int, path: st
         qkv_bias="blocks.0.attn.qkv.bias" in decoder,
         layer_scale=1e-6 if "blocks.0.ls1.gamma" in decoder else None,
         activation=backbone.activation.__name__,
-        gated_width=len(decoder["blocks.0.mlp.fc1_g.weight"])
-        if "blocks.0.mlp.fc1_g.weight" in decoder
-        else None,
+        gated_width=None if gate is None else len(gate),
         gated_norm="blocks.0.mlp.norm.weight" in decoder,
     )
 

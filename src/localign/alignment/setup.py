@@ -21,7 +21,7 @@ from localign.engine.checkpoints.replicated import Checkpoints
 from localign.engine.distributed import choose_device
 from localign.engine.run_folder import read_config as read_run_config
 from localign.errors import UserError
-from localign.options.align import AlignConfig
+from localign.options.align import AlignConfig, saved_align_config
 from localign.options.names import EMBEDDED
 from localign.weights import load_strict
 
@@ -83,7 +83,13 @@ def build_teacher(config: AlignConfig, backbone: Backbone) -> Teacher:
             f"--preserve-weight needs a teacher of the student's width: {other.name} has {other.width} channels, "
             f"{backbone.name} {backbone.width}; set --preserve-weight 0"
         )
-    return Teacher(other, config.target, pooled=pooled, statistics=(backbone.mean, backbone.std))
+    teacher = Teacher(other, config.target, pooled=pooled, statistics=(backbone.mean, backbone.std))
+    if config.max_patches is not None and teacher.statistics is not None:
+        raise UserError(
+            f"--teacher {config.teacher} normalises pixels differently from {backbone.name}, which --max-patches does "
+            "not convert"
+        )
+    return teacher
 
 
 def _described(backbone: Backbone) -> str:
@@ -187,22 +193,19 @@ def student_of_run(folder: str | Path, checkpoint: str = "last") -> tuple[Studen
     saved = read_run_config(folder)
     if saved["command"] != "align":
         raise UserError(f"{folder} is a run of `localign {saved['command']}`, not of `localign align`")
-    config = AlignConfig(**{**saved["config"], "betas": tuple(saved["config"]["betas"])})
+    config = saved_align_config(saved["config"])
     checkpoints = Checkpoints(folder / "checkpoints")
     step = _checkpoint_step(checkpoints, checkpoint, folder)
     loaded = checkpoints.load(step)
     # Only the architecture is needed, so a backbone given by name downloads no weights.
     local = config.backbone == EMBEDDED or Path(config.backbone).is_dir()
     weights = loaded.ema or loaded.model
-    target_width = len(
-        weights["decoder.head.weight" if config.decoder == "transformer" else "encoder.head.weight"]
-    )
-    backbone = starting_backbone(config, weights=None if local else "none")
-    if (
-        config.decoder == "transformer" and config.decoder_mlp == "auto"
-    ):  # localign 0.1 gave every decoder plain ones
-        gated = "decoder.blocks.0.mlp.fc1_g.weight" in weights
+    decodes = config.decoder == "transformer"
+    if decodes and config.decoder_mlp == "auto":
+        gated = "decoder.blocks.0.mlp.fc1_g.weight" in weights  # localign 0.1 gave every decoder plain MLPs
         config = replace(config, decoder_mlp="gated" if gated else "plain")
+    target_width = len(weights["decoder.head.weight" if decodes else "encoder.head.weight"])
+    backbone = starting_backbone(config, weights=None if local else "none")
     student = fresh_student(config, backbone, target_width)
     load_strict(student, weights, checkpoints.path(step))
     facts = {"run": saved["config"], "steps": step, **loaded.state["task"]}
@@ -220,11 +223,10 @@ def with_starting_pooling(student: Student, folder: str | Path) -> Backbone:
         UserError: The starting weights cannot be read, or are others than those the run started from.
     """
     folder = Path(folder)
-    saved = read_run_config(folder)
-    config = AlignConfig(**{**saved["config"], "betas": tuple(saved["config"]["betas"])})
+    config = saved_align_config(read_run_config(folder)["config"])
     start = starting_backbone(config)
     checkpoints = Checkpoints(folder / "checkpoints")
-    began_with = checkpoints.load(checkpoints.steps()[-1]).state["fingerprint"]["starting weights"]
+    began_with = checkpoints.state(checkpoints.steps()[-1])["fingerprint"]["starting weights"]
     if content_hash(start.vit.state_dict())[:16] != began_with:
         raise UserError(f"{folder} started from other weights than {config.backbone} has now")
     aligned = student.encoder.backbone

@@ -228,8 +228,6 @@ class Student(nn.Module):
         """
         if self.decoder is None:
             raise ValueError("this student has no decoder")
-        keep = F.pad(keep_mask, (self.num_prefix_tokens, 0), value=False)
-        masked = embeddings[:, None] * keep[..., None].to(embeddings.dtype)
         positions, mask = None, None
         if images is not None:
             masks = keep_mask.shape[1]
@@ -237,8 +235,13 @@ class Student(nn.Module):
             positions = positions.repeat_interleave(masks, dim=0)
             mask = images.attention_mask(self.num_prefix_tokens)
             mask = None if mask is None else mask.repeat_interleave(masks, dim=0)
-        output: Tensor = self.decoder(masked.flatten(0, 1), positions, mask)
+        output: Tensor = self.decoder(self.masked(embeddings, keep_mask), positions, mask)
         return output
+
+    def masked(self, embeddings: Tensor, keep_mask: Tensor) -> Tensor:
+        """Embeddings ``(batch, tokens, width)`` under each mask, ``(batch * masks, tokens, width)``, prefix hidden."""
+        keep = F.pad(keep_mask, (self.num_prefix_tokens, 0), value=False)
+        return (embeddings[:, None] * keep[..., None].to(embeddings.dtype)).flatten(0, 1)
 
     def set_image_size(self, size: int | Sequence[int]) -> Student:
         """Change the size of the input, in place: positions of encoder and decoder are resampled.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from localign import rng
 from localign.alignment.export import export_student
-from localign.alignment.masks import MaskSampler
+from localign.alignment.objectives.base import MaskedObjective
 from localign.alignment.setup import build_objective, build_teacher, fresh_student, starting_backbone
 from localign.alignment.student import Student
 from localign.backbones import Backbone
@@ -100,9 +100,9 @@ class AlignTask(Task):
     @torch.no_grad()
     def on_train_start(self, context: DistributedContext, plan: BatchPlan) -> None:
         """Estimate the target scale on the first training images. Every rank gets the same value."""
-        if self.config.mask == "block" and context.is_main:
+        if isinstance(self.objective, MaskedObjective) and self.config.mask == "block" and context.is_main:
             grid = self.objective.grid
-            share = MaskSampler.of(self.config.masks()).visible_share(grid)
+            share = self.objective.masks.visible_share(grid)
             say(
                 f"block masks show {share:.0%} of the {grid[0]}x{grid[1]} patches on average; --keep-ratio "
                 f"{self.config.keep_ratio} is the least that each shows"
@@ -175,9 +175,9 @@ class AlignTask(Task):
 
     def state_dict(self) -> dict[str, Any]:
         state = {"target_scale": float(self.teacher.scale)}
-        return (
-            {**state, "pooled_scale": float(self.teacher.pooled_scale)} if self.teacher.with_pooled else state
-        )
+        if self.teacher.with_pooled:
+            state["pooled_scale"] = float(self.teacher.pooled_scale)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.teacher.scale.fill_(state["target_scale"])
@@ -218,9 +218,10 @@ class _Moments:
         self.squares = self.squares + numbers.square().sum(0).cpu()
 
     def spread(self) -> float:
-        """The standard deviation; of several channels the root of the mean variance. 1 for equal numbers."""
+        """The standard deviation; of several channels the root of the mean variance. 1 for equal numbers and NaN."""
         variance = (self.squares / self.count - (self.total / self.count).square()).clamp(min=0).mean()
-        return float(variance.sqrt()) or 1.0
+        std = float(variance.sqrt())
+        return std if std > 0 else 1.0
 
 
 def _drawn(draw: Callable[[int, Tensor], Tensor], seed: int, batch: Batch) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -80,9 +80,9 @@ class Teacher(nn.Module):
                 f"{backbone.num_prefix_tokens} (see target pooled)"
             )
         if (pooled or target in ("cls", "pooled")) and not backbone.vit.global_pool:
-            target = "pooled" if pooled else target
+            wanted = "maskembed+" if pooled else f"target {target}"
             raise UserError(
-                f"target {target} needs a pooled output; {backbone.name} has no pooling (alignment removes it)"
+                f"{wanted} needs a pooled output; {backbone.name} has no pooling (alignment removes it)"
             )
         if target == "penultimate" and backbone.depth < 2:
             raise UserError(
@@ -92,8 +92,9 @@ class Teacher(nn.Module):
         self._computing = self.backbone
         self.target = target
         self.with_pooled = pooled
-        own = (backbone.mean, backbone.std)
-        self.statistics = None if statistics is None or _close(statistics, own) else statistics
+        same = statistics is None or np.allclose(statistics, (backbone.mean, backbone.std), rtol=0, atol=1e-6)
+        self.statistics = None if same else statistics
+        """Mean and standard deviation that images arrive normalised with, if they are not the backbone's own."""
         self.layer = -2 if target == "penultimate" else -1
         self.register_buffer("scale", torch.ones((), device=next(backbone.parameters()).device))
         self.register_buffer("pooled_scale", torch.ones_like(self.scale))
@@ -122,22 +123,20 @@ class Teacher(nn.Module):
             ``(batch * masks, tokens, width)``, or ``(batch * masks, width)`` for ``cls`` and ``pooled``. A pooled
             output besides the tokens is the first token.
         """
-        if self.statistics is not None:
-            images = self._renormalised(images)
         if isinstance(images, NativeImages):
             images = images if keep_mask is None else images.masked(keep_mask)
-        elif keep_mask is not None:
+            return self.of_views(images) / self.scale
+        if self.statistics is not None:
+            images = self._renormalised(images, *self.statistics)
+        if keep_mask is not None:
             images = mask_images(images, keep_mask, self.backbone.grid, self.backbone.patch_size)
         return self.of_views(images) / self.scale
 
-    def _renormalised(self, images: Tensor | NativeImages) -> Tensor | NativeImages:
-        """Images in the backbone's own normalisation."""
-        if isinstance(images, NativeImages):
-            raise UserError("--max-patches does not take a --teacher that normalises pixels differently")
-        assert self.statistics is not None
+    def _renormalised(self, images: Tensor, *statistics: Sequence[float]) -> Tensor:
+        """Images in the backbone's own normalisation; ``statistics`` are the mean and deviation they arrive with."""
         mean, std, own_mean, own_std = (
             torch.tensor(values, device=images.device, dtype=images.dtype).view(1, -1, 1, 1)
-            for values in (*self.statistics, self.backbone.mean, self.backbone.std)
+            for values in (*statistics, self.backbone.mean, self.backbone.std)
         )
         return images * (std / own_std) + (mean - own_mean) / own_std
 
@@ -158,11 +157,3 @@ class Teacher(nn.Module):
         if self.target in ("cls", "pooled"):
             return self._computing.pooled(views)
         return self._computing.tokens(views, layer=self.layer)
-
-
-def _close(a: tuple[Sequence[float], Sequence[float]], b: tuple[Sequence[float], Sequence[float]]) -> bool:
-    return all(
-        math.isclose(x, y, abs_tol=1e-6)
-        for left, right in zip(a, b, strict=True)
-        for x, y in zip(left, right, strict=True)
-    )

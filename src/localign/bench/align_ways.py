@@ -37,6 +37,7 @@ from localign.engine.distributed import choose_device
 from localign.engine.optim.build import decayed_names
 from localign.engine.schedule import computes_in_bf16
 from localign.engine.task import BatchPlan
+from localign.options.align import saved_align_config
 
 OURS, COMPILED, PLAIN = "ours", "ours, compiled", "plain"
 OUT_OF_MEMORY = "out of memory"
@@ -276,7 +277,7 @@ def _main(argument: str) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     values = json.loads(argument)
-    config = AlignConfig(**{**values["config"], "betas": tuple(values["config"]["betas"])})
+    config = saved_align_config(values["config"])
     server = StepServer(choose_device(config.device), replies)
     try:
         with rng.seeded_globals(config.seed, "bench"):

@@ -284,15 +284,10 @@ class _KeepRatioCrop:
         self, size: tuple[int, int], scale: tuple[float, float], aspect: tuple[float, float]
     ) -> None:
         self.size = size
-        self.ranges = (
-            0.5,
-            scale,
-            True,
-            0.5,
-            aspect,
-        )  # probability, range, "a range of areas"; probability, range
+        self.draws = 0.5, scale, True, 0.5, aspect
+        """timm's arguments: probability and range of the scale, which is one of areas; the same of the aspect."""
         names = "scale_prob", "scale_range", "scale_area", "aspect_prob", "aspect_range"
-        random_options = {f"random_{name}": value for name, value in zip(names, self.ranges, strict=True)}
+        random_options = {f"random_{name}": value for name, value in zip(names, self.draws, strict=True)}
         self.resize = ResizeKeepRatio(size, interpolation="random", **random_options)  # type: ignore
         self.centre = CenterCropOrPad(list(size), padding_mode="reflect")
 
@@ -315,7 +310,7 @@ class _CropsUndecoded(ABC):
 class _PublishedCrop(_KeepRatioCrop, _CropsUndecoded):
     def crop_undecoded(self, image: UndecodedJpeg) -> Image.Image:
         placeholder = Image.new("1", image.size, None)  # timm reads only the size
-        drawn = self.resize.get_params(placeholder, self.size, 0.0, *self.ranges)  # type: ignore[no-untyped-call]
+        drawn = self.resize.get_params(placeholder, self.size, 0.0, *self.draws)  # type: ignore[no-untyped-call]
         interpolation = Image.Resampling[random.choice(self.resize.interpolation).name]
         # The part of the resized image that the crop shows, in pixels of the whole.
         shown = min(self.size[0], drawn[0]), min(self.size[1], drawn[1])

@@ -28,7 +28,7 @@ from localign.engine.log import Log, Stopwatch, say
 from localign.engine.metrics import Totals
 from localign.engine.nonfinite import NonFiniteGuard
 from localign.engine.optim.build import (
-    averaged,
+    Average,
     build_optimizer,
     decayed_names,
     learning_rate,
@@ -118,7 +118,7 @@ class Loop:
         """Run from opening the folder to the export."""
         task, config = self.task, self.config
         resumed_at = self._open_folder()
-        self.ema = averaged(task.module, config.ema_decay) if config.ema_decay is not None else None
+        self.ema = Average(task.module, config.ema_decay) if config.ema_decay is not None else None
         decayed = decayed_names(task.module)  # before parameters are sharded
         if self.mesh is not None:
             self._export_copy = meta_copy(task.module) if self.context.is_main else None

@@ -156,8 +156,8 @@ class AlignConfig(DataConfig, TrainConfig):
     pooled_weight: float = 0.3
     """Of maskembed+: weight of the loss by which the decoder also gives the teacher's pooled output; 0 for none."""
     preserve_weight: float = 0.1
-    """Of maskembed+: weight of the loss that keeps the student's own pooled output of the whole image, by the starting
-    model's final norm and pooling; 0 for none."""
+    """Of maskembed+: weight of the loss that keeps the student's own pooled output of the whole image, by the teacher's
+    final norm and pooling; 0 for none."""
     decoder: DecoderName | None = None
     """Decoder: transformer or none; default transformer for maskembed, else none. clipself accepts both."""
     decoder_depth: int = 2
@@ -289,6 +289,11 @@ class AlignConfig(DataConfig, TrainConfig):
         """The named options that differ from their defaults, as a user writes them."""
         defaults = {f.name: f.default for f in fields(self)}
         return ", ".join(_option(name) for name in names if getattr(self, name) != defaults[name])
+
+
+def saved_align_config(values: Mapping[str, Any]) -> AlignConfig:
+    """The options in the ``config.yaml`` of a run, which holds lists for tuples."""
+    return AlignConfig(**{**values, "betas": tuple(values["betas"])})
 
 
 _PLUS_OPTIONS = ("readout", "readout_weight", "pooled_weight", "preserve_weight")

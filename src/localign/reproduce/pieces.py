@@ -34,7 +34,7 @@ from localign.results import PICTURES_FILE
 _NO_DEFAULT = object()
 _ADDED_LATER = {
     "field": None, "until_converged": False, "max_steps": MAX_STEPS, "max_patches": None, "teacher": None,
-    "decoder_width": None, "decoder_mlp": "auto", "reinit_blocks": 0, "published_quirks": False,
+    "decoder_width": None, "reinit_blocks": 0, "published_quirks": False,
     "readout": "sum", "readout_weight": 0.3, "pooled_weight": 0.3, "preserve_weight": 0.1,
 }  # fmt: skip
 """Options that the first runs did not have -> the default. At their default they leave the key of a run as it was."""

@@ -33,7 +33,7 @@ class Additive(MaskedObjective):
 
     def target(self, images: Tensor, views: Tensor) -> Tensor:
         """``(batch * masks, width)``."""
-        target: Tensor = self.teacher(images, views) - self.empty_output(images) / self.teacher.scale
+        target: Tensor = self.teacher(images, views) - self.empty_output(images.device) / self.teacher.scale
         return target
 
     def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> Tensor:

@@ -138,11 +138,12 @@ class MaskedObjective(Objective):
         return target
 
     @torch.no_grad()
-    def empty_output(self, images: Tensor) -> Tensor:
+    def empty_output(self, device: torch.device) -> Tensor:
         """f(0), the unscaled output for a fully hidden image: ``(1, ...)``, computed once in float32."""
-        if self._empty_output is None or self._empty_output.device != images.device:
-            with torch.autocast(images.device.type, enabled=False):
-                self._empty_output = self.teacher.of_views(torch.zeros_like(images[:1]))
+        if self._empty_output is None or self._empty_output.device != device:
+            with torch.autocast(device.type, enabled=False):
+                blank = torch.zeros(1, 3, *self.teacher.backbone.image_size, device=device)
+                self._empty_output = self.teacher.of_views(blank)
         return self._empty_output
 
     def loss(self, prediction: Any, target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,14 @@ import math
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from localign.alignment.objectives.base import MaskedObjective, ObjectiveOptions, visible_mean, visible_sum
-from localign.alignment.plus import PlusPrediction
+from localign.alignment.objectives.base import ObjectiveOptions, visible_mean, visible_sum
+from localign.alignment.objectives.maskembed import MaskEmbed
 from localign.alignment.teacher import Teacher
 
 
-class MaskEmbedPlus(MaskedObjective):
+class MaskEmbedPlus(MaskEmbed):
     """MaskEmbed's loss plus three weighted terms, all means of squared errors.
 
     - Read-out: linear images of the patch embeddings, summed (or averaged) over the visible patches, give the teacher's
@@ -41,11 +41,6 @@ class MaskEmbedPlus(MaskedObjective):
     def scaled(self, target: Tensor) -> Tensor:
         return target[:, 1:]
 
-    def predict(self, model: nn.Module, images: Tensor, views: Tensor) -> PlusPrediction:
-        self.empty_output(images)
-        prediction: PlusPrediction = model(images, views)
-        return prediction
-
     def loss(self, prediction: Any, target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
         total, count = super().loss(prediction.tokens, target[:, 1:], views)
         pooled = target[:, 0].float() / self.teacher.pooled_scale
@@ -62,8 +57,7 @@ class MaskEmbedPlus(MaskedObjective):
 
     def _readout_loss(self, vectors: Tensor, pooled: Tensor, views: Tensor) -> Tensor:
         if self.weights.readout == "sum":
-            assert self._empty_output is not None  # predict computes it
-            empty = self._empty_output[:, 0] / self.teacher.scale / self.teacher.pooled_scale
+            empty = self.empty_output(pooled.device)[:, 0] / self.teacher.scale / self.teacher.pooled_scale
             # A sum of n independent terms grows with the root of n.
             said = visible_sum(vectors / math.sqrt(vectors.shape[1]), views) + empty
             return F.mse_loss(said, pooled)

@@ -179,11 +179,6 @@ class Average(AveragedModel):
         self.updates += 1
 
 
-def averaged(module: nn.Module, decay: float) -> Average:
-    """An exponential moving average of the module. It may be sharded later, together with the module."""
-    return Average(module, decay)
-
-
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Views of this rank's parts of sharded tensors; other tensors as they are."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
