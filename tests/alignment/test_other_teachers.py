@@ -51,7 +51,7 @@ def test_native_resolution_does_not_convert_statistics(tmp_path: Path) -> None:
     other = backbone_of(seed=1)
     other.mean = (0.2, 0.3, 0.4)
     given = folder_of(other, tmp_path / "teacher")
-    with pytest.raises(UserError, match="normalises pixels differently .* --max-patches does not convert"):
+    with pytest.raises(UserError, match=r"normalises pixels differently .* --max-patches does not convert"):
         build_teacher(AlignConfig(teacher=given, max_patches=9), backbone_of())
     assert build_teacher(AlignConfig(teacher=given), backbone_of()).statistics is not None
 
